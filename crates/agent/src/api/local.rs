@@ -1,0 +1,209 @@
+//! The routes for the host's own users.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::{Path, Request, State};
+use axum::http::header::{CONNECTION, UPGRADE};
+use axum::http::{HeaderValue, StatusCode};
+use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::{IntoResponse, Response};
+use futures_util::{Stream, StreamExt};
+use hyper_util::rt::TokioIo;
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::sync::broadcast::error::RecvError;
+use utoipa::ToSchema;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+use uuid::Uuid;
+
+use super::types::{
+    AdoptRequest, Hello, MigrateRequest, MigrationEvent, MigrationView, PlanView, Problem, RunRequest, Started,
+    StopRequest, VmView,
+};
+use super::{Answer, ApiError};
+use crate::console::Viewer;
+use crate::error::AgentError;
+use crate::{Agent, lifecycle, migration};
+
+/// What the console route upgrades to: raw bytes both ways.
+pub const CONSOLE_PROTOCOL: &str = "vmferry-console";
+/// How many ended migrations are listed.
+const LISTED: u32 = 50;
+
+type Shared = State<Arc<Agent>>;
+
+/// A migration was planned and, unless it was a dry run, started.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Begun {
+    /// What it does.
+    pub plan: PlanView,
+    /// Its id, under which its events are found.
+    pub id: Option<Uuid>,
+}
+
+pub(crate) fn routes() -> OpenApiRouter<Arc<Agent>> {
+    OpenApiRouter::new()
+        .routes(routes!(host))
+        .routes(routes!(list, run))
+        .routes(routes!(adopt))
+        .routes(routes!(show))
+        .routes(routes!(stop))
+        .routes(routes!(console))
+        .routes(routes!(migrate, cancel))
+        .routes(routes!(migrations))
+        .routes(routes!(events))
+}
+
+/// Who this agent is.
+#[utoipa::path(get, path = "/v1/host", responses((status = 200, body = Hello)))]
+async fn host(State(agent): Shared) -> Json<Hello> {
+    Json(super::peers::introduce(&agent))
+}
+
+/// The VMs of this host.
+#[utoipa::path(get, path = "/v1/vms", responses((status = 200, body = Vec<VmView>)))]
+async fn list(State(agent): Shared) -> Json<Vec<VmView>> {
+    let vms = agent.vms();
+    Json(futures_util::future::join_all(vms.iter().map(|vm| vm.view())).await)
+}
+
+/// Starts a VM.
+#[utoipa::path(post, path = "/v1/vms", request_body = RunRequest,
+    responses((status = 200, body = Started), (status = "default", body = Problem)))]
+async fn run(State(agent): Shared, Json(request): Json<RunRequest>) -> Answer<Started> {
+    Ok(Json(lifecycle::run(&agent, request).await?))
+}
+
+/// Takes over a QEMU that somebody else started.
+#[utoipa::path(post, path = "/v1/adopt", request_body = AdoptRequest,
+    responses((status = 200, body = Started), (status = "default", body = Problem)))]
+async fn adopt(State(agent): Shared, Json(request): Json<AdoptRequest>) -> Answer<Started> {
+    Ok(Json(lifecycle::adopt(&agent, request).await?))
+}
+
+/// One VM.
+#[utoipa::path(get, path = "/v1/vms/{name}", params(("name" = String, Path)),
+    responses((status = 200, body = VmView), (status = "default", body = Problem)))]
+async fn show(State(agent): Shared, Path(name): Path<String>) -> Answer<VmView> {
+    Ok(Json(agent.vm(&name)?.view().await))
+}
+
+/// Stops a VM.
+#[utoipa::path(post, path = "/v1/vms/{name}/stop", params(("name" = String, Path)), request_body = StopRequest,
+    responses((status = 204), (status = "default", body = Problem)))]
+async fn stop(
+    State(agent): Shared,
+    Path(name): Path<String>,
+    Json(request): Json<StopRequest>,
+) -> Result<StatusCode, ApiError> {
+    lifecycle::stop(&agent, &name, &request).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// The serial console: the connection is upgraded to raw bytes both ways, the last output first.
+#[utoipa::path(get, path = "/v1/vms/{name}/console", params(("name" = String, Path)),
+    responses((status = 101, description = "upgraded to vmferry-console"), (status = "default", body = Problem)))]
+async fn console(State(agent): Shared, Path(name): Path<String>, mut request: Request) -> Result<Response, ApiError> {
+    let vm = agent.vm(&name)?;
+    let viewer = vm.console().map(crate::console::Console::view).ok_or_else(|| AgentError::Conflict {
+        message: format!("{name} has no serial console that the agent could show"),
+        hint: Some("start it with -serial stdio, or without -serial and -nodefaults".into()),
+    })?;
+    let asks = request.headers().get(UPGRADE).is_some_and(|it| it == CONSOLE_PROTOCOL);
+    if !asks {
+        let message = format!("the console is served as an upgrade to {CONSOLE_PROTOCOL}");
+        return Err(AgentError::BadRequest { message, hint: None }.into());
+    }
+    let upgrade = hyper::upgrade::on(&mut request);
+    tokio::spawn(async move {
+        match upgrade.await {
+            Ok(connection) => show_console(TokioIo::new(connection), viewer).await,
+            Err(error) => tracing::debug!(%error, "the console was not upgraded"),
+        }
+    });
+    let headers =
+        [(CONNECTION, HeaderValue::from_static("upgrade")), (UPGRADE, HeaderValue::from_static(CONSOLE_PROTOCOL))];
+    Ok((StatusCode::SWITCHING_PROTOCOLS, headers).into_response())
+}
+
+async fn show_console(mut connection: TokioIo<hyper::upgrade::Upgraded>, mut viewer: Viewer) {
+    if connection.write_all(&viewer.past).await.is_err() {
+        return;
+    }
+    let mut typed = [0; 1024];
+    loop {
+        tokio::select! {
+            output = viewer.output.recv() => match output {
+                Ok(bytes) => if connection.write_all(&bytes).await.is_err() { return },
+                Err(RecvError::Lagged(_)) => {}
+                Err(RecvError::Closed) => break,
+            },
+            read = connection.read(&mut typed) => match read {
+                Ok(0) | Err(_) => return,
+                Ok(count) => {
+                    // The console is gone: its output says so.
+                    let _ = viewer.input.send(axum::body::Bytes::copy_from_slice(&typed[..count])).await;
+                }
+            },
+        }
+    }
+    // The viewer sees the end of the stream either way.
+    let _ = connection.shutdown().await;
+}
+
+/// Plans a migration and, unless it is a dry run, starts it.
+#[utoipa::path(post, path = "/v1/vms/{name}/migration", params(("name" = String, Path)), request_body = MigrateRequest,
+    responses((status = 200, body = Begun), (status = "default", body = Problem)))]
+async fn migrate(State(agent): Shared, Path(name): Path<String>, Json(request): Json<MigrateRequest>) -> Answer<Begun> {
+    let (plan, migration) = migration::begin(&agent, &name, request).await?;
+    Ok(Json(Begun { plan, id: migration.map(|it| it.id) }))
+}
+
+/// Cancels the migration of a VM; its events tell how it ends.
+#[utoipa::path(delete, path = "/v1/vms/{name}/migration", params(("name" = String, Path)),
+    responses((status = 204), (status = "default", body = Problem)))]
+async fn cancel(State(agent): Shared, Path(name): Path<String>) -> Result<StatusCode, ApiError> {
+    agent.vm(&name)?;
+    let migration = agent
+        .migration_of(&name)
+        .ok_or_else(|| AgentError::Conflict { message: format!("{name} is not being migrated"), hint: None })?;
+    migration.cancel();
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// The last migrations away from this host, newest first.
+#[utoipa::path(get, path = "/v1/migrations", responses((status = 200, body = Vec<MigrationView>)))]
+async fn migrations(State(agent): Shared) -> Answer<Vec<MigrationView>> {
+    Ok(Json(agent.store.last_out(LISTED)?))
+}
+
+/// What a migration tells: server-sent events, each a `MigrationEvent`; the stream ends with the migration.
+#[utoipa::path(get, path = "/v1/migrations/{id}/events", params(("id" = Uuid, Path)),
+    responses((status = 200, body = MigrationEvent, content_type = "text/event-stream"), (status = "default", body = Problem)))]
+async fn events(
+    State(agent): Shared,
+    Path(id): Path<Uuid>,
+) -> Result<Sse<impl Stream<Item = Result<Event, Infallible>>>, ApiError> {
+    let migration = agent.migration(id).ok_or_else(|| AgentError::Conflict {
+        message: format!("this agent follows no migration {id}"),
+        hint: Some("`vmferry migrations` tells how earlier ones ended".into()),
+    })?;
+    let (past, live) = migration.watch();
+    let live = tokio_stream::wrappers::BroadcastStream::new(live).filter_map(|event| std::future::ready(event.ok()));
+    let events = until_the_last(futures_util::stream::iter(past).chain(live))
+        .map(|event| Ok(Event::default().json_data(&event).expect("an event is plain data")));
+    Ok(Sse::new(events).keep_alive(KeepAlive::default()))
+}
+
+/// Ends the stream with the migration's last event.
+fn until_the_last(events: impl Stream<Item = MigrationEvent>) -> impl Stream<Item = MigrationEvent> {
+    futures_util::stream::unfold(Some(Box::pin(events)), |events| async {
+        let mut events = events?;
+        let event = events.next().await?;
+        let rest = (!event.is_last()).then_some(events);
+        Some((event, rest))
+    })
+}

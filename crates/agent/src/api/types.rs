@@ -1,0 +1,355 @@
+//! What is said over the API, in JSON: between the command line and its agent, and between agents.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+use uuid::Uuid;
+
+/// What kind of error it is; programs match on this.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Code {
+    /// No VM of that name.
+    UnknownVm,
+    /// No migration of that id.
+    UnknownMigration,
+    /// The name is taken.
+    VmExists,
+    /// Something given cannot be used.
+    BadRequest,
+    /// The VM is in a state in which that cannot be done.
+    Conflict,
+    /// A migration of this VM is under way.
+    MigrationRuns,
+    /// A limit makes no sense.
+    BadLimit,
+    /// This VM cannot be migrated.
+    NotMigratable,
+    /// The destination has too little memory free.
+    NoMemory,
+    /// No such QEMU on that host.
+    NoQemu,
+    /// The QEMU there lacks the machine type.
+    NoMachine,
+    /// The QEMU or the host there lacks the CPU model.
+    NoCpu,
+    /// The accelerator of the VM does not work there.
+    NoAccelerator,
+    /// A file is missing there.
+    NoFile,
+    /// A writable disk is not the same file on both hosts.
+    DiskNotShared,
+    /// This agent talks to no others.
+    PeersOff,
+    /// The other host cannot be reached.
+    Unreachable,
+    /// What answers there is not a vmferry agent.
+    NotAnAgent,
+    /// The other agent speaks another version.
+    OtherVersion,
+    /// QEMU failed.
+    QemuFailed,
+    /// The migration failed; the guest runs on at the source.
+    MigrationFailed,
+    /// The limits did not allow it; the guest runs on at the source.
+    GaveUp,
+    /// The user cancelled; the guest runs on at the source.
+    Cancelled,
+    /// The guest was handed over, but not all of its memory could follow.
+    GuestAtRisk,
+    /// An error of the agent or its host.
+    Internal,
+    /// A code of a newer agent.
+    #[serde(other)]
+    Other,
+}
+
+/// An error as the API tells it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Problem {
+    /// For programs.
+    pub code: Code,
+    /// What is wrong, in plain words.
+    pub message: String,
+    /// What to do about it.
+    pub hint: Option<String>,
+}
+
+/// A VM as its user defined it, and what was decided about it when it started: enough to start the same hardware
+/// again on another host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct VmSpec {
+    /// Its name, one a host.
+    pub name: String,
+    /// The QEMU command line as the user gave it.
+    pub argv: Vec<String>,
+    /// The folder that relative paths in it start from.
+    #[schema(value_type = String)]
+    pub cwd: PathBuf,
+    /// Its RAM was put into a shared backend although the user gave only `-m`.
+    pub shared_ram: bool,
+    /// Somebody else started it.
+    pub adopted: bool,
+}
+
+/// Start a VM.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct RunRequest {
+    /// Its name.
+    pub name: String,
+    /// The QEMU command line, the binary first.
+    pub argv: Vec<String>,
+    /// The folder that relative paths in it start from.
+    #[schema(value_type = String)]
+    pub cwd: PathBuf,
+}
+
+/// Take over a QEMU that somebody else started.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct AdoptRequest {
+    /// The name to give it.
+    pub name: String,
+    /// Its QMP socket.
+    #[schema(value_type = String)]
+    pub qmp: PathBuf,
+}
+
+/// Stop a VM.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct StopRequest {
+    /// Do not ask the guest: end its QEMU.
+    pub force: bool,
+    /// How long the guest may take to shut down, in ms.
+    pub timeout_ms: u64,
+}
+
+/// What a started VM is told with.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Started {
+    /// The VM.
+    pub vm: VmView,
+    /// What the agent changed or decided, one plain sentence each.
+    pub notes: Vec<String>,
+}
+
+/// A VM as it is now.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct VmView {
+    /// Its name.
+    pub name: String,
+    /// `running`, `paused`, `migrating`, `incoming`, `in-doubt`, `ended`, or QEMU's own word.
+    pub state: String,
+    /// More about the state.
+    pub detail: Option<String>,
+    /// The QEMU process.
+    pub pid: u32,
+    /// Guest RAM, in bytes.
+    pub ram_bytes: u64,
+    /// The command line as the user gave it.
+    pub argv: Vec<String>,
+    /// QEMU's version.
+    pub qemu_version: Option<String>,
+    /// The exact machine type.
+    pub machine: Option<String>,
+    /// `kvm` or `tcg`.
+    pub accelerator: Option<String>,
+    /// Somebody else started it.
+    pub adopted: bool,
+    /// `vmferry console` works for it.
+    pub console: bool,
+    /// The RAM engine that a migration would use.
+    pub engine: String,
+    /// The migration under way.
+    pub migration: Option<Uuid>,
+}
+
+/// Migrate a VM.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct MigrateRequest {
+    /// The destination: HOST or HOST:PORT.
+    pub to: String,
+    /// Only plan: check everything, touch nothing.
+    #[serde(default)]
+    pub dry_run: bool,
+    /// For how long nobody may run the guest at switchover, in ms.
+    pub downtime_ms: u64,
+    /// When the migration should be over, in ms.
+    pub max_time_ms: Option<u64>,
+    /// The most that may be sent, in bytes a second.
+    pub bandwidth: Option<u64>,
+    /// Post-copy may be used.
+    pub post_copy: bool,
+    /// The user vouches that block devices of this VM are the same on both hosts.
+    #[serde(default)]
+    pub disks_are_shared: bool,
+}
+
+/// What a migration would do, found out without touching anything.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PlanView {
+    /// The VM.
+    pub vm: String,
+    /// The destination, as it calls itself.
+    pub to: String,
+    /// The RAM engine.
+    pub engine: String,
+    /// Guest RAM, in bytes.
+    pub ram_bytes: u64,
+    /// How much of it the host has given to the guest so far, in bytes: what the first round sends at most.
+    pub ram_used_bytes: u64,
+    /// What the link to the destination carried in a short trial, in bytes a second.
+    pub link_rate: u64,
+    /// How long the first round takes at that rate, in ms.
+    pub first_round_ms: u64,
+    /// QEMU's version here.
+    pub source_qemu: String,
+    /// QEMU's version there.
+    pub destination_qemu: String,
+    /// The exact machine type.
+    pub machine: String,
+    /// `kvm` or `tcg`.
+    pub accelerator: String,
+    /// QEMU's migration capabilities that will be used.
+    pub capabilities: Vec<String>,
+    /// What the user should know, one plain sentence each.
+    pub notes: Vec<String>,
+}
+
+/// The steps of a migration, in order; post-copy turns `commit` and `copy-ram` around.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Step {
+    /// Refuse early; nothing is touched yet.
+    Plan,
+    /// The destination's QEMU waits.
+    Prepare,
+    /// Rounds until the policy is content.
+    CopyRam,
+    /// The source is paused; the last pages and the device state move.
+    SwitchOver,
+    /// The destination owns the guest.
+    Commit,
+    /// The guest runs on the destination, the rest of its RAM follows.
+    PostCopy,
+    /// The source's QEMU goes.
+    Retire,
+}
+
+/// How far a migration is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Progress {
+    /// The step.
+    pub step: Step,
+    /// Since the copy began, in ms.
+    pub elapsed_ms: u64,
+    /// The pre-copy round.
+    pub round: u32,
+    /// Guest RAM, in bytes.
+    pub total: u64,
+    /// Still to be sent in this round, in bytes.
+    pub remaining: u64,
+    /// Sent over the link, in bytes.
+    pub sent: u64,
+    /// How fast the guest makes pages stale, in bytes a second.
+    pub dirty_rate: u64,
+    /// What the link carries, in bytes a second.
+    pub link_rate: u64,
+    /// How much the guest is slowed down, in percent.
+    pub throttle: u8,
+}
+
+/// What a migration tells while it runs; the last one is `finished` or `failed`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case", tag = "event")]
+pub enum MigrationEvent {
+    /// Which step began.
+    Step {
+        /// The step.
+        step: Step,
+    },
+    /// Something worth telling the user.
+    Note {
+        /// One plain sentence.
+        text: String,
+    },
+    /// How far it is, several times a second.
+    Progress(Progress),
+    /// It is over and the guest runs on the destination.
+    Finished(Box<Report>),
+    /// It is over and the guest runs at the source, or as the problem says.
+    Failed(Problem),
+}
+
+/// How long one step took.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct StepTime {
+    /// The step.
+    pub step: Step,
+    /// Its duration, in ms.
+    pub ms: f64,
+}
+
+/// What a migration did.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Report {
+    /// Its id.
+    pub id: Uuid,
+    /// The VM.
+    pub vm: String,
+    /// The source, as it calls itself.
+    pub from: String,
+    /// The destination, as it calls itself.
+    pub to: String,
+    /// The RAM engine.
+    pub engine: String,
+    /// Post-copy was used.
+    pub post_copy: bool,
+    /// From the request to the source's end, in ms.
+    pub total_ms: f64,
+    /// Nobody ran the guest, in ms: from the source's pause to the destination's word that it runs.
+    pub downtime_ms: f64,
+    /// The same as QEMU reckons it, where it does.
+    pub qemu_downtime_ms: Option<u64>,
+    /// Sent over the link, in bytes.
+    pub sent: u64,
+    /// Pre-copy rounds.
+    pub rounds: u32,
+    /// The dirty rate last seen, in bytes a second.
+    pub dirty_rate: u64,
+    /// The most the guest was slowed down, in percent.
+    pub throttle: u8,
+    /// How long each step took.
+    pub steps: Vec<StepTime>,
+}
+
+/// A migration as the source's agent knows it.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct MigrationView {
+    /// Its id.
+    pub id: Uuid,
+    /// The VM.
+    pub vm: String,
+    /// The destination as the user gave it.
+    pub to: String,
+    /// When it began, in seconds since 1970.
+    pub started: u64,
+    /// The step in the journal: `prepare`, `copy-ram`, `commit`, `post-copy`, `retire`, `done`, `abandoned`.
+    pub step: String,
+    /// How it ended, or what keeps it from ending.
+    pub outcome: Option<String>,
+}
+
+/// An agent, as it introduces itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Hello {
+    /// Always `vmferry`: tells an agent from whatever else listens there.
+    pub product: String,
+    /// The version of the API between agents.
+    pub api: u32,
+    /// The version of the program.
+    pub version: String,
+    /// What the host calls itself.
+    pub name: String,
+}

@@ -1,0 +1,144 @@
+//! The serial console of a VM, kept open for as long as the agent lives.
+//!
+//! QEMU's serial port is a Unix socket that takes one client. The agent is that client: it always reads, so that a
+//! guest never waits for somebody to look, keeps the last [`SCROLLBACK`] bytes, and shows the stream to any number of
+//! viewers. A viewer too slow to follow loses output, never the guest time.
+
+use std::collections::VecDeque;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use axum::body::Bytes;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::sync::{broadcast, mpsc};
+
+/// How much of the past a new viewer is shown, in bytes.
+const SCROLLBACK: usize = 64 << 10;
+/// How many pieces of output a viewer may be behind.
+const VIEWER_LAG: usize = 1024;
+
+/// See the module's text. Cheap to clone.
+#[derive(Clone)]
+pub(crate) struct Console {
+    shared: Arc<Shared>,
+    input: mpsc::Sender<Bytes>,
+}
+
+struct Shared {
+    past: Mutex<VecDeque<u8>>,
+    output: broadcast::Sender<Bytes>,
+}
+
+/// One viewer's end.
+pub(crate) struct Viewer {
+    /// What was printed before.
+    pub(crate) past: Bytes,
+    /// What is printed from now on; ends with the VM.
+    pub(crate) output: broadcast::Receiver<Bytes>,
+    /// What the viewer types.
+    pub(crate) input: mpsc::Sender<Bytes>,
+}
+
+impl Console {
+    /// Connects to the console's socket; the connection lasts until QEMU ends.
+    pub(crate) async fn open(socket: &Path) -> std::io::Result<Self> {
+        let stream = UnixStream::connect(socket).await?;
+        let shared = Arc::new(Shared { past: Mutex::new(VecDeque::new()), output: broadcast::channel(VIEWER_LAG).0 });
+        let (input, typed) = mpsc::channel(16);
+        tokio::spawn(pump(stream, Arc::clone(&shared), typed, socket.into()));
+        Ok(Self { shared, input })
+    }
+
+    /// A new viewer, with the past and without a gap after it.
+    pub(crate) fn view(&self) -> Viewer {
+        let past = self.past();
+        let output = self.shared.output.subscribe();
+        let past = past.iter().copied().collect();
+        Viewer { past, output, input: self.input.clone() }
+    }
+
+    fn past(&self) -> std::sync::MutexGuard<'_, VecDeque<u8>> {
+        self.shared.past.lock().expect("no holder of this lock panics")
+    }
+}
+
+async fn pump(mut stream: UnixStream, shared: Arc<Shared>, mut typed: mpsc::Receiver<Bytes>, socket: PathBuf) {
+    let mut buffer = vec![0; 16 << 10];
+    loop {
+        tokio::select! {
+            read = stream.read(&mut buffer) => match read {
+                Ok(0) => break,
+                Ok(count) => shared.print(&buffer[..count]),
+                Err(error) => {
+                    tracing::warn!(socket = %socket.display(), %error, "the console broke");
+                    break;
+                }
+            },
+            Some(bytes) = typed.recv() => {
+                if let Err(error) = stream.write_all(&bytes).await {
+                    tracing::warn!(socket = %socket.display(), %error, "the console takes no input");
+                    break;
+                }
+            }
+        }
+    }
+}
+
+impl Shared {
+    fn print(&self, bytes: &[u8]) {
+        // Under one lock with the scrollback, so that a viewer who joins now misses nothing and sees nothing twice.
+        let mut past = self.past.lock().expect("no holder of this lock panics");
+        past.extend(bytes);
+        let surplus = past.len().saturating_sub(SCROLLBACK);
+        past.drain(..surplus);
+        // An error means that nobody looks.
+        let _ = self.output.send(Bytes::copy_from_slice(bytes));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::net::UnixListener;
+
+    async fn guest_and_console() -> (tempfile::TempDir, UnixStream, Console) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("console.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let console = Console::open(&path).await.unwrap();
+        let (guest, _) = listener.accept().await.unwrap();
+        (dir, guest, console)
+    }
+
+    #[tokio::test]
+    async fn a_late_viewer_sees_the_past_and_then_the_rest() {
+        let (_dir, mut guest, console) = guest_and_console().await;
+        let mut early = console.view();
+        guest.write_all(b"boot\n").await.unwrap();
+        assert_eq!(early.output.recv().await.unwrap(), "boot\n");
+        let mut late = console.view();
+        assert_eq!(late.past, "boot\n");
+        guest.write_all(b"login:").await.unwrap();
+        assert_eq!(late.output.recv().await.unwrap(), "login:");
+    }
+
+    #[tokio::test]
+    async fn a_viewer_that_does_not_read_never_blocks_the_guest() {
+        let (_dir, mut guest, console) = guest_and_console().await;
+        let _idle = console.view();
+        let line = vec![b'x'; 4096];
+        for _ in 0..4096 {
+            guest.write_all(&line).await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn what_a_viewer_types_reaches_the_guest() {
+        let (_dir, mut guest, console) = guest_and_console().await;
+        console.view().input.send(Bytes::from_static(b"root\n")).await.unwrap();
+        let mut typed = [0; 5];
+        guest.read_exact(&mut typed).await.unwrap();
+        assert_eq!(&typed, b"root\n");
+    }
+}

@@ -1,0 +1,94 @@
+//! RAM engines: what copies a guest's RAM, behind one face.
+//!
+//! The migration (see `migration.rs`) drives an engine without knowing which one it is: start, observe, do what the
+//! policy says, and stop observing when the destination can take over. An engine says so in [`Seen`].
+
+pub mod qemu;
+
+use std::time::Instant;
+
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+use vmferry_policy::{Action, Observation};
+use vmferry_qemu::QmpError;
+
+/// What the destination's QEMU must be set to before it receives.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Setup {
+    /// QEMU's migration capabilities to switch on.
+    pub capabilities: Vec<String>,
+    /// How many parallel channels QEMU opens for RAM; 0 without multifd.
+    pub channels: u8,
+}
+
+impl Setup {
+    /// The capability is in use.
+    pub fn has(&self, capability: &str) -> bool {
+        self.capabilities.iter().any(|it| it == capability)
+    }
+}
+
+/// What an engine sees at one moment.
+#[derive(Clone, Debug)]
+pub struct Seen {
+    /// For the policy and the user.
+    pub observation: Observation,
+    /// The source's guest is paused for good and the destination has what it needs to run: commit now.
+    pub ready_to_commit: bool,
+    /// All RAM is on the destination.
+    pub complete: bool,
+    /// When the source's guest was paused.
+    pub paused_at: Option<Instant>,
+    /// Post-copy lost its connection; the guest's faults wait until [`RamEngine::reconnect`].
+    pub broken: Option<String>,
+}
+
+/// What an engine knows when all is over.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Totals {
+    /// Bytes over the link.
+    pub sent: u64,
+    /// Pre-copy rounds.
+    pub rounds: u32,
+    /// The last dirty rate seen, in bytes a second.
+    pub dirty_rate: u64,
+    /// The downtime as the engine reckons it, in ms.
+    pub downtime_ms: Option<u64>,
+}
+
+/// Why copying the RAM failed. The guest runs on at the source unless the destination was committed to.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The engine said so.
+    #[error("copying the RAM failed: {reason}")]
+    Failed {
+        /// In its words.
+        reason: String,
+    },
+    /// The guest's QEMU does not answer.
+    #[error("the guest's QEMU does not do as told")]
+    Qmp(#[from] QmpError),
+}
+
+/// Copies a guest's RAM to a destination that is prepared for it.
+#[async_trait]
+pub trait RamEngine: Send {
+    /// Begins to copy; the guest runs on.
+    async fn start(&mut self) -> Result<(), EngineError>;
+
+    /// Waits for news, for some 100 ms at most, and tells what is seen then.
+    async fn observe(&mut self) -> Result<Seen, EngineError>;
+
+    /// Does what the policy said. [`Action::GiveUp`] is the migration's to do, by [`RamEngine::abandon`].
+    async fn apply(&mut self, action: &Action) -> Result<(), EngineError>;
+
+    /// Post-copy goes on over a new connection to the destination, which waits for it at this URI.
+    async fn reconnect(&mut self, uri: &str) -> Result<(), EngineError>;
+
+    /// Stops copying and leaves no trace in the guest. Only before the destination is committed to.
+    async fn abandon(&mut self) -> Result<(), EngineError>;
+
+    /// What is known so far.
+    fn totals(&self) -> Totals;
+}

@@ -1,0 +1,365 @@
+//! The `qemu` engine: QEMU copies its RAM itself, steered by our policy.
+//!
+//! Which of QEMU's means are used is decided before the start, because QEMU fixes them then:
+//! - post-copy (and its preempt channel) whenever it is allowed and both sides have it, since it is what makes every
+//!   migration end;
+//! - multifd when QEMU takes it together with post-copy (10.1 and newer do) or post-copy is not used. Older QEMUs take
+//!   only one of the two; whether this one takes both is found out by trying;
+//! - auto-converge, held at one percent until the policy asks for more.
+//!
+//! QEMU switches over by itself once what is left fits the downtime limit; the policy only has to act when that will
+//! not happen.
+
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use vmferry_policy::{Action, Bytes, BytesPerSec, Limits, Observation, Percent, Phase};
+use vmferry_qemu::qmp::commands::{self, MigrationInfo, MigrationParameters};
+use vmferry_qemu::{Event, EventStream, Features, MigrationStatus, Qmp, QmpError, RunState};
+
+use super::{EngineError, RamEngine, Seen, Setup, Totals};
+
+/// What this engine is called.
+pub const NAME: &str = "qemu";
+
+/// QEMU's own default is 128 MiB/s; this is as good as none and fits its signed arithmetic.
+const UNLIMITED: u64 = 1 << 50;
+const TICK: Duration = Duration::from_millis(100);
+/// A pause at switchover is not an end: QEMU gets this long to be done with a cancelled migration.
+const CANCEL_TIMEOUT: Duration = Duration::from_secs(20);
+/// Weight of the newest sample in the link rate, at ten samples a second.
+const RATE_WEIGHT: f64 = 0.3;
+
+/// See the module's text.
+pub struct QemuEngine {
+    qmp: Qmp,
+    events: EventStream,
+    features: Features,
+    uri: String,
+    limits: Limits,
+    bandwidth: Option<u64>,
+    setup: Setup,
+    /// The guest ran when the migration began: it must run again when it is abandoned.
+    was_running: bool,
+    started: Instant,
+    paused_at: Option<Instant>,
+    post_copy: bool,
+    rate: RateMeter,
+    last: MigrationInfo,
+}
+
+/// What one migration with this engine is started with.
+pub struct Wishes {
+    /// Where the destination's QEMU waits.
+    pub uri: String,
+    /// What the user set; post-copy only if the setup has it.
+    pub limits: Limits,
+    /// The most to send, in bytes a second.
+    pub bandwidth: Option<u64>,
+    /// As chosen by [`choose`] and taken by the destination.
+    pub setup: Setup,
+}
+
+/// Chooses QEMU's means for one migration; `there` tells which capabilities the destination's QEMU has. Leaves the
+/// source's QEMU set to them.
+pub async fn choose(
+    qmp: &Qmp,
+    here: &Features,
+    there: impl Fn(&str) -> bool,
+    post_copy: bool,
+) -> Result<Setup, QmpError> {
+    let both = |name: &&str| here.has_capability(name) && there(name);
+    let mut wanted: Vec<&str> = ["events", "return-path", "auto-converge"].into_iter().filter(both).collect();
+    if post_copy && both(&"postcopy-ram") {
+        wanted.extend(["postcopy-ram", "postcopy-preempt"].iter().filter(|name| both(name)));
+    }
+    if both(&"multifd") {
+        wanted.push("multifd");
+        if set_capabilities(qmp, here, &wanted).await.is_ok() {
+            return Ok(setup(&wanted));
+        }
+        wanted.pop();
+    }
+    set_capabilities(qmp, here, &wanted).await?;
+    Ok(setup(&wanted))
+}
+
+fn setup(wanted: &[&str]) -> Setup {
+    let channels = match wanted.contains(&"multifd") {
+        true => std::thread::available_parallelism().map_or(2, |cores| (cores.get() / 2).clamp(2, 8) as u8),
+        false => 0,
+    };
+    Setup { capabilities: wanted.iter().map(ToString::to_string).collect(), channels }
+}
+
+/// Switches these capabilities on and all others that we ever use off, in one command, as QEMU checks them together.
+pub(crate) async fn set_capabilities(qmp: &Qmp, features: &Features, wanted: &[&str]) -> Result<(), QmpError> {
+    const OURS: [&str; 6] = ["events", "return-path", "auto-converge", "postcopy-ram", "postcopy-preempt", "multifd"];
+    let capabilities = OURS
+        .iter()
+        .filter(|name| features.has_capability(name))
+        .map(|name| commands::CapabilityState { capability: (*name).into(), state: wanted.contains(name) })
+        .collect();
+    qmp.execute(commands::MigrateSetCapabilities { capabilities }).await?;
+    Ok(())
+}
+
+impl QemuEngine {
+    /// An engine for this QEMU, not started.
+    pub fn new(qmp: Qmp, features: Features, was_running: bool, wishes: Wishes) -> Self {
+        Self {
+            events: qmp.events(),
+            qmp,
+            features,
+            uri: wishes.uri,
+            limits: wishes.limits,
+            bandwidth: wishes.bandwidth,
+            setup: wishes.setup,
+            was_running,
+            started: Instant::now(),
+            paused_at: None,
+            post_copy: false,
+            rate: RateMeter::default(),
+            last: MigrationInfo::default(),
+        }
+    }
+
+    async fn set_parameters(&self) -> Result<(), QmpError> {
+        let mut parameters = MigrationParameters {
+            max_bandwidth: Some(self.bandwidth.unwrap_or(UNLIMITED)),
+            downtime_limit: Some(self.limits.downtime.as_millis() as u64),
+            ..MigrationParameters::default()
+        };
+        if self.features.has_parameter("max-postcopy-bandwidth") {
+            parameters.max_postcopy_bandwidth = Some(self.bandwidth.unwrap_or(0));
+        }
+        if self.setup.channels > 0 {
+            parameters.multifd_channels = Some(self.setup.channels);
+        }
+        if self.setup.has("auto-converge") {
+            parameters.set_throttle(Percent(1));
+        }
+        self.qmp.execute(parameters).await?;
+        Ok(())
+    }
+
+    /// Takes in the events that have come and waits for the next one until the tick.
+    async fn next_news(&mut self) {
+        let tick = tokio::time::sleep(TICK);
+        tokio::pin!(tick);
+        loop {
+            tokio::select! {
+                event = self.events.next() => match event {
+                    Some(event) => {
+                        if self.note(&event) {
+                            return;
+                        }
+                    }
+                    // QEMU is gone; the query that follows says so.
+                    None => return,
+                },
+                () = &mut tick => return,
+            }
+        }
+    }
+
+    /// True when the event may change what is to be done.
+    fn note(&mut self, event: &Event) -> bool {
+        match event.name.as_str() {
+            "STOP" => self.paused_at = Some(event.at),
+            "RESUME" => self.paused_at = None,
+            "MIGRATION" => return true,
+            _ => {}
+        }
+        false
+    }
+
+    fn see(&mut self, info: MigrationInfo) -> Result<Seen, EngineError> {
+        let status = info.status.clone().unwrap_or(MigrationStatus::None);
+        let (mut ready_to_commit, mut complete, mut broken) = (false, false, None);
+        match &status {
+            MigrationStatus::Failed => return Err(EngineError::Failed { reason: reason(&info) }),
+            MigrationStatus::Cancelled => {
+                return Err(EngineError::Failed { reason: "QEMU's migration was cancelled from outside".into() });
+            }
+            MigrationStatus::PostcopyActive => {
+                self.post_copy = true;
+                ready_to_commit = true;
+            }
+            MigrationStatus::PostcopyPaused => broken = Some(reason(&info)),
+            MigrationStatus::Completed => {
+                ready_to_commit = true;
+                complete = true;
+            }
+            _ => {}
+        }
+        let phase = match &status {
+            _ if self.post_copy => Phase::PostCopy,
+            MigrationStatus::Device | MigrationStatus::PreSwitchover | MigrationStatus::Completed => Phase::SwitchOver,
+            _ => Phase::PreCopy,
+        };
+        let ram = info.ram.clone().unwrap_or_default();
+        let observation = Observation {
+            elapsed: self.started.elapsed(),
+            phase,
+            round: ram.dirty_sync_count as u32,
+            remaining: Bytes(ram.remaining),
+            total: Bytes(ram.total),
+            sent: Bytes(ram.transferred),
+            dirty_rate: BytesPerSec(ram.dirty_pages_rate * ram.page_size.unwrap_or(4096)),
+            link_rate: BytesPerSec(self.rate.update(ram.transferred, Instant::now())),
+            throttle: Percent(info.cpu_throttle_percentage.unwrap_or(0).min(100) as u8),
+            limits: self.limits,
+        };
+        self.last = info;
+        Ok(Seen { observation, ready_to_commit, complete, paused_at: self.paused_at, broken })
+    }
+}
+
+#[async_trait]
+impl RamEngine for QemuEngine {
+    async fn start(&mut self) -> Result<(), EngineError> {
+        self.set_parameters().await?;
+        self.started = Instant::now();
+        self.qmp.execute(commands::Migrate { uri: self.uri.clone(), resume: None }).await?;
+        Ok(())
+    }
+
+    async fn observe(&mut self) -> Result<Seen, EngineError> {
+        self.next_news().await;
+        let info = self.qmp.execute(commands::QueryMigrate {}).await?;
+        self.see(info)
+    }
+
+    async fn apply(&mut self, action: &Action) -> Result<(), EngineError> {
+        match action {
+            Action::PostCopy => {
+                self.qmp.execute(commands::MigrateStartPostcopy {}).await?;
+            }
+            Action::Throttle(share) => {
+                let mut parameters = MigrationParameters::default();
+                parameters.set_throttle(*share);
+                self.qmp.execute(parameters).await?;
+            }
+            Action::Continue | Action::GiveUp(_) => {}
+        }
+        Ok(())
+    }
+
+    async fn reconnect(&mut self, uri: &str) -> Result<(), EngineError> {
+        self.qmp.execute(commands::Migrate { uri: uri.into(), resume: Some(true) }).await?;
+        Ok(())
+    }
+
+    async fn abandon(&mut self) -> Result<(), EngineError> {
+        abandon(&self.qmp, self.was_running).await
+    }
+
+    fn totals(&self) -> Totals {
+        let ram = self.last.ram.clone().unwrap_or_default();
+        Totals {
+            sent: ram.transferred,
+            rounds: ram.dirty_sync_count as u32,
+            dirty_rate: ram.dirty_pages_rate * ram.page_size.unwrap_or(4096),
+            downtime_ms: self.last.downtime,
+        }
+    }
+}
+
+/// Ends whatever migration this QEMU is doing and sets the guest running if it `was_running`. Also for an agent that
+/// starts again and finds a migration that its predecessor left behind.
+pub async fn abandon(qmp: &Qmp, was_running: bool) -> Result<(), EngineError> {
+    let deadline = Instant::now() + CANCEL_TIMEOUT;
+    loop {
+        let status = qmp.execute(commands::QueryMigrate {}).await?.status.unwrap_or(MigrationStatus::None);
+        match status {
+            MigrationStatus::None
+            | MigrationStatus::Completed
+            | MigrationStatus::Failed
+            | MigrationStatus::Cancelled => break,
+            MigrationStatus::Cancelling => {}
+            _ => {
+                qmp.execute(commands::MigrateCancel {}).await?;
+            }
+        }
+        if Instant::now() > deadline {
+            return Err(EngineError::Failed { reason: format!("QEMU does not end its migration (it is {status})") });
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    if was_running && qmp.execute(commands::QueryStatus {}).await?.status != RunState::Running {
+        qmp.execute(commands::Cont {}).await?;
+    }
+    Ok(())
+}
+
+fn reason(info: &MigrationInfo) -> String {
+    info.error_desc.clone().unwrap_or_else(|| "QEMU gives no reason".into())
+}
+
+trait Throttled {
+    fn set_throttle(&mut self, share: Percent);
+}
+
+impl Throttled for MigrationParameters {
+    /// Auto-converge starts at `initial`, grows by `increment` and stops at `max`: all the same makes it one step.
+    fn set_throttle(&mut self, share: Percent) {
+        self.cpu_throttle_initial = Some(share.0);
+        self.cpu_throttle_increment = Some(share.0);
+        self.max_cpu_throttle = Some(share.0);
+    }
+}
+
+/// Bytes a second, smoothed over the last second or so.
+#[derive(Default)]
+struct RateMeter {
+    last: Option<(u64, Instant)>,
+    rate: Option<f64>,
+}
+
+impl RateMeter {
+    fn update(&mut self, total: u64, at: Instant) -> u64 {
+        if let Some((before, then)) = self.last {
+            let seconds = at.duration_since(then).as_secs_f64();
+            // News can come within a tick: too short to tell a rate from.
+            if seconds < 0.05 {
+                return self.rate.unwrap_or(0.0) as u64;
+            }
+            let sample = total.saturating_sub(before) as f64 / seconds;
+            self.rate = Some(self.rate.map_or(sample, |rate| rate + RATE_WEIGHT * (sample - rate)));
+        }
+        self.last = Some((total, at));
+        self.rate.unwrap_or(0.0) as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_link_rate_follows_what_is_sent() {
+        let mut meter = RateMeter::default();
+        let begin = Instant::now();
+        let mut rate = 0;
+        for tick in 0..20 {
+            rate = meter.update(tick * 10_000_000, begin + TICK * tick as u32);
+        }
+        assert_eq!(rate / 1_000_000, 99 + 1);
+    }
+
+    #[test]
+    fn news_within_a_tick_do_not_spoil_the_rate() {
+        let mut meter = RateMeter::default();
+        let begin = Instant::now();
+        meter.update(0, begin);
+        let rate = meter.update(10_000_000, begin + TICK);
+        assert_eq!(meter.update(10_000_000, begin + TICK + Duration::from_millis(1)), rate);
+    }
+
+    #[test]
+    fn channels_are_only_for_multifd() {
+        assert_eq!(setup(&["postcopy-ram"]).channels, 0);
+        assert!((2..=8).contains(&setup(&["multifd"]).channels));
+    }
+}

@@ -1,0 +1,226 @@
+//! What can go wrong in an agent, and how it is told: every error has a code that programs can match, a message in
+//! plain words, and, where there is something to do about it, a hint.
+
+use std::path::PathBuf;
+
+use vmferry_qemu::{CommandLineError, LaunchError, ProbeError, QmpError};
+
+use crate::api::types::{Code, Problem};
+use crate::engine::EngineError;
+use crate::peer::PeerError;
+
+/// An error of the agent. The message says what is wrong; the chain of sources says why.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// No VM of that name.
+    #[error("there is no VM named {name} on this host")]
+    UnknownVm {
+        /// The name asked for.
+        name: String,
+    },
+    /// The name is taken.
+    #[error("a VM named {name} exists on {host}")]
+    VmExists {
+        /// The name.
+        name: String,
+        /// The host that has it.
+        host: String,
+    },
+    /// Something the user gave cannot be used.
+    #[error("{message}")]
+    BadRequest {
+        /// What is wrong with it.
+        message: String,
+        /// What to do.
+        hint: Option<String>,
+    },
+    /// The VM is in a state in which that cannot be done.
+    #[error("{message}")]
+    Conflict {
+        /// What stands in the way.
+        message: String,
+        /// What to do.
+        hint: Option<String>,
+    },
+    /// A migration of this VM is under way.
+    #[error("{name} is being migrated")]
+    MigrationRuns {
+        /// The VM.
+        name: String,
+    },
+    /// The user's limits make no sense.
+    #[error("{message}")]
+    BadLimit {
+        /// Which, and what is allowed.
+        message: String,
+    },
+    /// This VM cannot be migrated.
+    #[error("{name} cannot be migrated: {reason}")]
+    NotMigratable {
+        /// The VM.
+        name: String,
+        /// Why, in QEMU's words or ours.
+        reason: String,
+        /// What to do.
+        hint: Option<String>,
+    },
+    /// The destination cannot take the VM.
+    #[error("{host} cannot take {name}: {reason}")]
+    Unsuitable {
+        /// The destination.
+        host: String,
+        /// The VM.
+        name: String,
+        /// Which requirement is not met.
+        code: Code,
+        /// Why.
+        reason: String,
+        /// What to do.
+        hint: Option<String>,
+    },
+    /// Agents may not talk over TCP yet.
+    #[error("this agent was not started with --insecure-peers, so it talks to no other agent")]
+    PeersOff,
+    /// The other agent could not be reached, or refused.
+    #[error(transparent)]
+    Peer(#[from] PeerError),
+    /// The migration failed; the guest runs on at the source.
+    #[error("{message}; {name} runs on at the source, unharmed")]
+    MigrationFailed {
+        /// The VM.
+        name: String,
+        /// What happened.
+        message: String,
+    },
+    /// The policy gave up within the user's limits.
+    #[error("gave up: {reason}; {name} runs on at the source, unharmed")]
+    GaveUp {
+        /// The VM.
+        name: String,
+        /// Why.
+        reason: String,
+    },
+    /// The user cancelled.
+    #[error("cancelled; {name} runs on at the source")]
+    Cancelled {
+        /// The VM.
+        name: String,
+    },
+    /// Post-copy could not be finished.
+    #[error("{name} was handed over to {to}, but post-copy could not be finished: {reason}; it may have lost memory")]
+    GuestAtRisk {
+        /// The VM.
+        name: String,
+        /// The destination.
+        to: String,
+        /// Why.
+        reason: String,
+    },
+    /// No QEMU of that name.
+    #[error("{binary} was not found on {host}")]
+    NoQemu {
+        /// What was looked for.
+        binary: String,
+        /// On which host.
+        host: String,
+    },
+    /// A QEMU command line that cannot be used.
+    #[error(transparent)]
+    CommandLine(#[from] CommandLineError),
+    /// QEMU did not start.
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+    /// QEMU could not be asked what it can do.
+    #[error(transparent)]
+    Probe(#[from] ProbeError),
+    /// QEMU did not do what it was told.
+    #[error(transparent)]
+    Qmp(#[from] QmpError),
+    /// Copying the RAM failed.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// The journal cannot be read or written.
+    #[error("the agent's journal cannot be used")]
+    Store(#[from] rusqlite::Error),
+    /// A file or folder cannot be used.
+    #[error("cannot use {path}")]
+    Io {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+impl AgentError {
+    /// An [`AgentError::Io`] of this path.
+    pub fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io { path, source }
+    }
+
+    fn code(&self) -> Code {
+        match self {
+            Self::UnknownVm { .. } => Code::UnknownVm,
+            Self::VmExists { .. } => Code::VmExists,
+            Self::BadRequest { .. } | Self::CommandLine(_) => Code::BadRequest,
+            Self::Conflict { .. } => Code::Conflict,
+            Self::MigrationRuns { .. } => Code::MigrationRuns,
+            Self::BadLimit { .. } => Code::BadLimit,
+            Self::NotMigratable { .. } => Code::NotMigratable,
+            Self::Unsuitable { code, .. } => *code,
+            Self::PeersOff => Code::PeersOff,
+            Self::Peer(error) => error.code(),
+            Self::MigrationFailed { .. } | Self::Engine(_) => Code::MigrationFailed,
+            Self::GaveUp { .. } => Code::GaveUp,
+            Self::Cancelled { .. } => Code::Cancelled,
+            Self::GuestAtRisk { .. } => Code::GuestAtRisk,
+            Self::NoQemu { .. } => Code::NoQemu,
+            Self::Launch(_) | Self::Probe(_) | Self::Qmp(_) => Code::QemuFailed,
+            Self::Store(_) | Self::Io { .. } => Code::Internal,
+        }
+    }
+
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::UnknownVm { .. } => Some("`vmferry list` shows the VMs of this host".into()),
+            Self::VmExists { .. } => Some("choose another name, or stop that VM first".into()),
+            Self::BadRequest { hint, .. }
+            | Self::Conflict { hint, .. }
+            | Self::NotMigratable { hint, .. }
+            | Self::Unsuitable { hint, .. } => hint.clone(),
+            Self::MigrationRuns { name } => Some(format!("wait for it, or cancel it with `vmferry cancel {name}`")),
+            Self::PeersOff => Some(
+                "start both agents with --insecure-peers ADDRESS:PORT on a network that nobody else can reach".into(),
+            ),
+            Self::Peer(error) => error.hint(),
+            Self::GuestAtRisk { name, .. } => Some(format!("see `vmferry show {name}` there")),
+            Self::NoQemu { .. } => Some("install QEMU there, or name its folder in the agent's qemu_dirs".into()),
+            _ => None,
+        }
+    }
+}
+
+/// An error and the chain of what caused it, in one line.
+pub fn in_one_line(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        let inner_text = inner.to_string();
+        if !text.contains(&inner_text) {
+            text = format!("{text}: {inner_text}");
+        }
+        cause = inner.source();
+    }
+    text
+}
+
+impl From<&AgentError> for Problem {
+    fn from(error: &AgentError) -> Self {
+        if let AgentError::Peer(PeerError::Refused { problem, .. }) = error {
+            return problem.clone();
+        }
+        Problem { code: error.code(), message: in_one_line(error), hint: error.hint() }
+    }
+}

@@ -1,0 +1,430 @@
+//! The destination's side of a migration: can it be taken, a QEMU that waits for it, and the moment of ownership.
+//!
+//! Who owns the guest is decided here and only here: [`commit`] writes it to this host's journal, once, and only when
+//! QEMU has everything it needs to run the guest. What was abandoned can never be committed and the other way round;
+//! the journal sees to that. So a source that lost contact only has to ask, and whatever it hears is final.
+
+mod suitability;
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+use uuid::Uuid;
+use vmferry_qemu::qmp::commands;
+use vmferry_qemu::{Accel, CommandLine, Features, Incoming as IncomingLaunch, MigrationStatus, QemuInfo, RunState};
+
+use crate::Agent;
+use crate::api::types::VmSpec;
+use crate::engine::Setup;
+use crate::engine::qemu::set_capabilities;
+use crate::error::{AgentError, in_one_line};
+use crate::store::InStep;
+use crate::vm::{Stage, Vm};
+
+/// A source that is not heard of for this long has lost its claim: what was prepared for it goes.
+const LEASE: Duration = Duration::from_secs(15);
+/// How long QEMU may take to load what the source says it has sent.
+const LOAD_TIMEOUT: Duration = Duration::from_secs(8);
+/// How long the guest may take to be set running.
+const RUN_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// A VM that a source would like to hand over.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Offer {
+    /// The migration.
+    pub id: Uuid,
+    /// The source, as it calls itself.
+    pub from: String,
+    /// The VM.
+    pub spec: VmSpec,
+    /// Guest RAM, in bytes.
+    pub ram_bytes: u64,
+    /// The exact machine type.
+    pub machine: String,
+    /// `kvm` or `tcg`.
+    pub accelerator: String,
+    /// The guest runs; otherwise it stays paused.
+    pub running: bool,
+    /// The writable disks, as absolute paths. Beside each, the source has put a marker named after the migration.
+    #[schema(value_type = Vec<String>)]
+    pub disks: Vec<PathBuf>,
+    /// The user vouches for what cannot be proven.
+    pub disks_are_shared: bool,
+    /// What QEMU must be set to; not known yet when this is only a question.
+    pub setup: Setup,
+}
+
+/// This host could take the VM.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct CheckReply {
+    /// What this host calls itself.
+    pub host: String,
+    /// Its QEMU's version.
+    pub qemu_version: String,
+    /// The migration capabilities its QEMU has.
+    pub capabilities: BTreeSet<String>,
+}
+
+/// A QEMU waits.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Prepared {
+    /// Where, as QEMU's `migrate` wants it.
+    pub uri: String,
+    /// What it was set to: less than was asked for when this host does not permit post-copy.
+    pub setup: Setup,
+    /// What the user should know, one plain sentence each.
+    pub notes: Vec<String>,
+}
+
+/// How an incoming migration stands.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct IncomingState {
+    /// Who owns the guest.
+    pub step: InStep,
+    /// Why, when it was abandoned.
+    pub detail: Option<String>,
+    /// Where to reconnect to, when post-copy waits for that.
+    pub uri: Option<String>,
+}
+
+/// One incoming migration that this agent serves.
+pub struct Incoming {
+    id: Uuid,
+    from: String,
+    vm: Arc<Vm>,
+    begun: Instant,
+    /// When the source was last heard of, in ms since `begun`.
+    heard_ms: AtomicU64,
+    /// Held while ownership changes, so that a commit and an abandon never run side by side.
+    turn: tokio::sync::Mutex<()>,
+}
+
+impl Incoming {
+    pub(crate) fn new(id: Uuid, from: String, vm: Arc<Vm>) -> Arc<Self> {
+        let turn = tokio::sync::Mutex::new(());
+        Arc::new(Self { id, from, vm, begun: Instant::now(), heard_ms: AtomicU64::new(0), turn })
+    }
+
+    fn heard(&self) {
+        self.heard_ms.store(self.begun.elapsed().as_millis() as u64, Ordering::Relaxed);
+    }
+
+    fn silent_for(&self) -> Duration {
+        self.begun.elapsed().saturating_sub(Duration::from_millis(self.heard_ms.load(Ordering::Relaxed)))
+    }
+}
+
+/// Whether this host could take the VM; touches nothing.
+pub async fn check(agent: &Agent, offer: &Offer) -> Result<CheckReply, AgentError> {
+    let (_, _, info) = suitable(agent, offer).await?;
+    Ok(CheckReply { host: agent.config.name.clone(), qemu_version: info.version, capabilities: info.capabilities })
+}
+
+async fn suitable(agent: &Agent, offer: &Offer) -> Result<(CommandLine, Accel, QemuInfo), AgentError> {
+    let name = &offer.spec.name;
+    if agent.has_vm(name) {
+        return Err(AgentError::VmExists { name: name.clone(), host: agent.config.name.clone() });
+    }
+    let command = CommandLine::parse(&offer.spec.argv)?;
+    let binary = agent.find_qemu(&command)?;
+    let accel = match offer.accelerator.as_str() {
+        "kvm" => agent.accelerator(&binary).await,
+        _ => Accel::Tcg { why: "the guest runs under TCG at the source".into() },
+    };
+    let info = agent.qemu_info(&binary, &accel).await?;
+    let host = suitability::Host {
+        name: &agent.config.name,
+        qemu: &info,
+        accel: &accel,
+        memory: suitability::available_memory()
+            .saturating_sub(agent.config.reserved_memory.as_u64())
+            .saturating_sub(agent.promised_memory()),
+    };
+    suitability::judge(offer, &command, &host)?;
+    Ok((command, accel, info))
+}
+
+/// Starts a QEMU that waits for the VM at this address of ours.
+pub async fn prepare(agent: &Arc<Agent>, mut offer: Offer, address: IpAddr) -> Result<Prepared, AgentError> {
+    let name = offer.spec.name.clone();
+    let _name = agent.reserve_name(&name)?;
+    let (command, accel, _) = suitable(agent, &offer).await?;
+    if offer.spec.cwd.metadata().is_err() {
+        // Nothing on the command line is relative to it, or it would have been missed above.
+        offer.spec.cwd = "/".into();
+    }
+    if !agent.store.begin_in(offer.id, &name, &offer.from, offer.running)? {
+        return Err(AgentError::Conflict { message: "this migration is known here already".into(), hint: None });
+    }
+    let incoming = IncomingLaunch { machine_type: offer.machine.clone() };
+    let launched = agent.launch(&offer.spec, &command, accel, Some((offer.id, incoming))).await;
+    let (vm, _) = match launched {
+        Ok(started) => started,
+        Err(error) => {
+            agent.store.abandon_in(offer.id, &name, &offer.from, &in_one_line(&error))?;
+            return Err(error);
+        }
+    };
+    let incoming = Incoming::new(offer.id, offer.from.clone(), Arc::clone(&vm));
+    agent.add_incoming(Arc::clone(&incoming));
+    match receive(&vm, offer.setup, address).await {
+        Ok(prepared) => {
+            tracing::info!(vm = name, migration = %offer.id, from = offer.from, uri = prepared.uri, "waits for a guest");
+            tokio::spawn(watch_lease(Arc::clone(agent), incoming));
+            Ok(prepared)
+        }
+        Err(error) => {
+            abandon(agent, offer.id, &format!("its QEMU could not be prepared: {}", in_one_line(&error))).await?;
+            Err(error)
+        }
+    }
+}
+
+/// Sets QEMU up to receive. Post-copy may be refused by the host (userfaultfd); the migration can do without it.
+async fn receive(vm: &Vm, mut setup: Setup, address: IpAddr) -> Result<Prepared, AgentError> {
+    let features = Features::probe(&vm.qmp).await?;
+    let mut notes = Vec::new();
+    if let Err(error) = set_capabilities(&vm.qmp, &features, &as_strs(&setup.capabilities)).await {
+        if !setup.has("postcopy-ram") {
+            return Err(error.into());
+        }
+        notes.push(format!("Post-copy is not possible: the destination's QEMU says: {error}."));
+        setup.capabilities.retain(|name| !name.starts_with("postcopy"));
+        set_capabilities(&vm.qmp, &features, &as_strs(&setup.capabilities)).await?;
+    }
+    if setup.channels > 0 {
+        let channels = commands::MigrationParameters {
+            multifd_channels: Some(setup.channels),
+            ..commands::MigrationParameters::default()
+        };
+        vm.qmp.execute(channels).await?;
+    }
+    let uri = listen(vm, address).await?;
+    Ok(Prepared { uri, setup, notes })
+}
+
+fn as_strs(names: &[String]) -> Vec<&str> {
+    names.iter().map(String::as_str).collect()
+}
+
+async fn listen(vm: &Vm, address: IpAddr) -> Result<String, AgentError> {
+    vm.qmp.execute(commands::MigrateIncoming { uri: tcp_uri(address, 0) }).await?;
+    listening_uri(vm, address).await
+}
+
+/// QEMU chose the port; it tells which in query-migrate.
+async fn listening_uri(vm: &Vm, address: IpAddr) -> Result<String, AgentError> {
+    let info = vm.qmp.execute(commands::QueryMigrate {}).await?;
+    let port = info.socket_address.iter().flatten().find_map(vmferry_qemu::qmp::commands::SocketAddress::tcp_port);
+    port.map(|port| tcp_uri(address, port)).ok_or_else(|| AgentError::Conflict {
+        message: "the destination's QEMU does not tell where it listens".into(),
+        hint: None,
+    })
+}
+
+fn tcp_uri(address: IpAddr, port: u16) -> String {
+    format!("tcp:{}", std::net::SocketAddr::new(address, port))
+}
+
+/// Notes that the source is still there, and tells how it stands.
+pub fn keep(agent: &Agent, id: Uuid) -> Result<IncomingState, AgentError> {
+    if let Some(incoming) = agent.incoming(id) {
+        incoming.heard();
+    }
+    state(agent, id)
+}
+
+/// How an incoming migration stands.
+pub fn state(agent: &Agent, id: Uuid) -> Result<IncomingState, AgentError> {
+    let (step, detail) = agent.store.step_in(id)?.ok_or_else(|| AgentError::Conflict {
+        message: format!("this host knows no incoming migration {id}"),
+        hint: None,
+    })?;
+    Ok(IncomingState { step, detail: detail.filter(|_| step == InStep::Abandoned), uri: None })
+}
+
+/// Makes this host the owner of the guest, if it can run it, and sets it running. May be asked again: the answer stays
+/// the same. The answer is final either way.
+pub async fn commit(agent: &Arc<Agent>, id: Uuid) -> Result<IncomingState, AgentError> {
+    let Some(incoming) = agent.incoming(id) else {
+        match agent.store.step_in(id)? {
+            None => {
+                agent.store.abandon_in(id, "", "", "this host knows nothing of it")?;
+            }
+            // This agent was started again between owning the guest and setting it running.
+            Some((InStep::Committed, _)) if agent.store.ran_at_source(id)? => run(&*owned_vm(agent, id)?).await?,
+            Some(_) => {}
+        }
+        return state(agent, id);
+    };
+    let _turn = incoming.turn.lock().await;
+    incoming.heard();
+    let vm = &incoming.vm;
+    let begun = Instant::now();
+    if !matches!(agent.store.step_in(id)?, Some((InStep::Committed, _))) {
+        if let Err(why) = loaded(vm).await {
+            agent.drop_incoming(&incoming, &why).await?;
+            return state(agent, id);
+        }
+        if !agent.store.commit_in(id)? {
+            return state(agent, id);
+        }
+        vm.set_stage(Stage::Owned);
+    }
+    if agent.store.ran_at_source(id)? {
+        run(vm).await?;
+    }
+    tracing::info!(vm = vm.name(), migration = %id, took_us = begun.elapsed().as_micros() as u64, "owns the guest now");
+    tokio::spawn(announce(Arc::clone(vm)));
+    state(agent, id)
+}
+
+/// Waits until QEMU has what it needs to run the guest.
+async fn loaded(vm: &Vm) -> Result<(), String> {
+    let deadline = Instant::now() + LOAD_TIMEOUT;
+    loop {
+        let told = async {
+            let info = vm.qmp.execute(commands::QueryMigrate {}).await?;
+            Ok::<_, vmferry_qemu::QmpError>((info, vm.run_state().await?))
+        };
+        let (info, run_state) = told.await.map_err(|error| format!("its QEMU does not answer: {error}"))?;
+        match info.status.unwrap_or(MigrationStatus::None) {
+            MigrationStatus::Completed | MigrationStatus::PostcopyActive if run_state != RunState::InMigrate => {
+                return Ok(());
+            }
+            MigrationStatus::Failed => {
+                let why = info.error_desc.unwrap_or_else(|| "see its log".into());
+                return Err(format!("its QEMU could not load the guest: {why}"));
+            }
+            _ if Instant::now() > deadline => return Err("its QEMU did not receive the whole guest".into()),
+            _ => tokio::time::sleep(Duration::from_micros(300)).await,
+        }
+    }
+}
+
+async fn run(vm: &Vm) -> Result<(), AgentError> {
+    let deadline = Instant::now() + RUN_TIMEOUT;
+    loop {
+        vm.qmp.execute(commands::Cont {}).await?;
+        let state = vm.run_state().await?;
+        // A guest that shut down or crashed on its own in its first moment is none of ours to restart.
+        if !matches!(state, RunState::Paused | RunState::InMigrate | RunState::Prelaunch) || Instant::now() > deadline {
+            return Ok(());
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+/// Has the guest's network cards tell the switches where they are now, some times, as QEMU does by itself once.
+async fn announce(vm: Arc<Vm>) {
+    let rounds = commands::AnnounceSelf { initial: 50, max: 550, rounds: 5, step: 100 };
+    if let Err(error) = vm.qmp.execute(rounds).await {
+        tracing::warn!(vm = vm.name(), %error, "could not announce the guest's network cards");
+    }
+}
+
+/// Gives up what was prepared, now and for ever; what was committed stays. May be asked again, and of migrations that
+/// this host never heard of.
+pub async fn abandon(agent: &Arc<Agent>, id: Uuid, why: &str) -> Result<IncomingState, AgentError> {
+    match agent.incoming(id) {
+        Some(incoming) => {
+            let _turn = incoming.turn.lock().await;
+            agent.drop_incoming(&incoming, why).await?;
+        }
+        None => {
+            agent.store.abandon_in(id, "", "", why)?;
+        }
+    }
+    state(agent, id)
+}
+
+/// The VM that came with a committed migration.
+fn owned_vm(agent: &Agent, id: Uuid) -> Result<Arc<Vm>, AgentError> {
+    agent.vm(&agent.store.vm_of(id)?)
+}
+
+/// After a broken connection in post-copy: listens again, at this address of ours.
+pub async fn recover(agent: &Agent, id: Uuid, address: IpAddr) -> Result<IncomingState, AgentError> {
+    if !matches!(agent.store.step_in(id)?, Some((InStep::Committed, _))) {
+        return Err(AgentError::Conflict { message: format!("no post-copy to recover in migration {id}"), hint: None });
+    }
+    let vm = owned_vm(agent, id)?;
+    match vm.qmp.execute(commands::QueryMigrate {}).await?.status {
+        Some(MigrationStatus::PostcopyPaused) => {
+            vm.qmp.execute(commands::MigrateRecover { uri: tcp_uri(address, 0) }).await?;
+        }
+        // This side has not noticed yet that the connection is gone.
+        Some(MigrationStatus::PostcopyActive) => {
+            vm.qmp.execute(commands::MigratePause {}).await?;
+            return state(agent, id);
+        }
+        _ => {}
+    }
+    Ok(IncomingState { uri: Some(listening_uri(&vm, address).await?), ..state(agent, id)? })
+}
+
+/// Abandons what was prepared when its source falls silent, or its QEMU ends.
+pub(crate) async fn watch_lease(agent: Arc<Agent>, incoming: Arc<Incoming>) {
+    loop {
+        let left = LEASE.saturating_sub(incoming.silent_for());
+        let why = tokio::select! {
+            () = tokio::time::sleep(left.max(Duration::from_millis(200))) => {
+                format!("the source's agent ({}) was not heard of for {} s", incoming.from, LEASE.as_secs())
+            }
+            () = incoming.vm.qmp.closed() => "its QEMU ended".into(),
+        };
+        if !matches!(agent.store.step_in(incoming.id), Ok(Some((InStep::Prepared, _)))) {
+            return;
+        }
+        if incoming.silent_for() < LEASE && !incoming.vm.qmp.is_closed() {
+            continue;
+        }
+        tracing::warn!(vm = incoming.vm.name(), migration = %incoming.id, why, "abandons an incoming migration");
+        match abandon(&agent, incoming.id, &why).await {
+            Ok(_) => return,
+            Err(error) => tracing::error!(error = in_one_line(&error), "cannot abandon it"),
+        }
+    }
+}
+
+impl Agent {
+    /// Writes that this migration is abandoned and, unless it was committed before, ends its QEMU.
+    async fn drop_incoming(&self, incoming: &Incoming, why: &str) -> Result<(), AgentError> {
+        let vm = &incoming.vm;
+        let why = match self.last_words(vm) {
+            Some(words) if vm.qmp.is_closed() => format!("{why} ({words})"),
+            _ => why.into(),
+        };
+        if !self.store.abandon_in(incoming.id, vm.name(), &incoming.from, &why)? {
+            return Ok(());
+        }
+        self.forget_incoming(incoming.id);
+        vmferry_qemu::kill_process(vm.pid, vm.start_time, Duration::from_secs(1)).await;
+        self.forget_vm(vm)?;
+        tracing::info!(vm = vm.name(), migration = %incoming.id, why, "abandoned");
+        Ok(())
+    }
+}
+
+impl Incoming {
+    /// Which migration it is.
+    pub(crate) fn id(&self) -> Uuid {
+        self.id
+    }
+
+    /// Guest RAM that is promised to it, in bytes.
+    pub(crate) fn ram_bytes(&self) -> u64 {
+        self.vm.facts.ram_bytes
+    }
+
+    /// The source still owns the guest.
+    pub(crate) fn is_open(&self) -> bool {
+        matches!(self.vm.stage(), Stage::Incoming(_))
+    }
+}

@@ -1,0 +1,175 @@
+//! The agent: one per host. It starts and keeps VMs, takes and hands over guests, and serves the API.
+//!
+//! Where to find what: `api` what is said and how; `vm`, `console` a VM of this host; `migration` the source's side of
+//! a migration from plan to end, `incoming` the destination's; `engine` what copies RAM; `store` the journal;
+//! `recovery` what an agent does with what its predecessor left; `client` is the other end of the local API.
+
+pub mod api;
+pub mod client;
+pub mod config;
+mod console;
+mod disks;
+pub mod engine;
+pub mod error;
+pub mod incoming;
+mod lifecycle;
+mod migration;
+pub mod peer;
+mod recovery;
+mod server;
+pub mod store;
+mod vm;
+
+pub use server::{ServeError, serve};
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::SystemTime;
+
+use uuid::Uuid;
+use vmferry_qemu::{Accel, CommandLine, QemuInfo};
+
+use crate::config::Config;
+use crate::error::AgentError;
+use crate::incoming::Incoming;
+use crate::migration::Migration;
+use crate::store::Store;
+use crate::vm::Vm;
+
+/// How many ended migrations can still be looked at in full.
+const KEPT_MIGRATIONS: usize = 32;
+
+/// One host's agent: what it knows and has under way.
+pub struct Agent {
+    /// How it was set up.
+    pub config: Config,
+    store: Store,
+    state: Mutex<State>,
+    probed: tokio::sync::Mutex<Probed>,
+}
+
+#[derive(Default)]
+struct State {
+    vms: BTreeMap<String, Arc<Vm>>,
+    /// Names of VMs that are being started.
+    reserved: HashSet<String>,
+    outgoing: Vec<Arc<Migration>>,
+    incoming: HashMap<Uuid, Arc<Incoming>>,
+}
+
+/// What QEMU binaries turned out to be able to do; asked once a binary and version of it.
+#[derive(Default)]
+struct Probed {
+    accelerators: HashMap<PathBuf, Accel>,
+    infos: HashMap<(PathBuf, Option<SystemTime>, bool), QemuInfo>,
+}
+
+/// A name that nobody else can take while this lives.
+struct ReservedName<'a> {
+    agent: &'a Agent,
+    name: String,
+}
+
+impl Drop for ReservedName<'_> {
+    fn drop(&mut self) {
+        self.agent.state().reserved.remove(&self.name);
+    }
+}
+
+impl Agent {
+    fn new(config: Config, store: Store) -> Arc<Self> {
+        Arc::new(Self { config, store, state: Mutex::default(), probed: tokio::sync::Mutex::default() })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("no holder of this lock panics")
+    }
+
+    fn vm(&self, name: &str) -> Result<Arc<Vm>, AgentError> {
+        self.state().vms.get(name).cloned().ok_or_else(|| AgentError::UnknownVm { name: name.into() })
+    }
+
+    fn vms(&self) -> Vec<Arc<Vm>> {
+        self.state().vms.values().cloned().collect()
+    }
+
+    fn has_vm(&self, name: &str) -> bool {
+        self.state().vms.get(name).is_some_and(|vm| !matches!(vm.stage(), vm::Stage::Ended(_)))
+    }
+
+    fn reserve_name(&self, name: &str) -> Result<ReservedName<'_>, AgentError> {
+        let exists = self.has_vm(name);
+        let mut state = self.state();
+        if exists || !state.reserved.insert(name.into()) {
+            return Err(AgentError::VmExists { name: name.into(), host: self.config.name.clone() });
+        }
+        Ok(ReservedName { agent: self, name: name.into() })
+    }
+
+    fn add_migration(&self, migration: Arc<Migration>) {
+        let mut state = self.state();
+        state.outgoing.push(migration);
+        let surplus = state.outgoing.len().saturating_sub(KEPT_MIGRATIONS);
+        let ended: Vec<Uuid> =
+            state.outgoing.iter().filter(|migration| migration.is_over()).take(surplus).map(|it| it.id).collect();
+        state.outgoing.retain(|migration| !ended.contains(&migration.id));
+    }
+
+    fn migration(&self, id: Uuid) -> Option<Arc<Migration>> {
+        self.state().outgoing.iter().find(|migration| migration.id == id).cloned()
+    }
+
+    fn migration_of(&self, vm: &str) -> Option<Arc<Migration>> {
+        self.state().outgoing.iter().find(|migration| migration.vm == vm && !migration.is_over()).cloned()
+    }
+
+    fn add_incoming(&self, incoming: Arc<Incoming>) {
+        self.state().incoming.insert(incoming.id(), incoming);
+    }
+
+    fn incoming(&self, id: Uuid) -> Option<Arc<Incoming>> {
+        self.state().incoming.get(&id).cloned()
+    }
+
+    fn forget_incoming(&self, id: Uuid) {
+        self.state().incoming.remove(&id);
+    }
+
+    /// Memory that incoming VMs will still fill, at most, in bytes.
+    fn promised_memory(&self) -> u64 {
+        self.state().incoming.values().filter(|it| it.is_open()).map(|it| it.ram_bytes()).sum()
+    }
+
+    fn find_qemu(&self, command: &CommandLine) -> Result<PathBuf, AgentError> {
+        let path = std::env::var_os("PATH").unwrap_or_else(|| OsString::from("/usr/local/bin:/usr/bin:/bin"));
+        vmferry_qemu::find_binary(command.binary(), &self.config.qemu_dirs, &path)
+            .ok_or_else(|| AgentError::NoQemu { binary: command.binary().into(), host: self.config.name.clone() })
+    }
+
+    /// Whether KVM works with this QEMU, tried once.
+    async fn accelerator(&self, binary: &Path) -> Accel {
+        let mut probed = self.probed.lock().await;
+        if let Some(known) = probed.accelerators.get(binary) {
+            return known.clone();
+        }
+        let found = vmferry_qemu::try_kvm(binary).await;
+        tracing::info!(binary = %binary.display(), accelerator = %found, "tried KVM");
+        probed.accelerators.insert(binary.into(), found.clone());
+        found
+    }
+
+    /// What this QEMU can do, asked once a version.
+    async fn qemu_info(&self, binary: &Path, accel: &Accel) -> Result<QemuInfo, AgentError> {
+        let changed = std::fs::metadata(binary).and_then(|it| it.modified()).ok();
+        let key = (binary.to_owned(), changed, matches!(accel, Accel::Kvm));
+        let mut probed = self.probed.lock().await;
+        if let Some(known) = probed.infos.get(&key) {
+            return Ok(known.clone());
+        }
+        let info = vmferry_qemu::probe_qemu(binary, accel).await?;
+        probed.infos.insert(key, info.clone());
+        Ok(info)
+    }
+}

@@ -1,0 +1,265 @@
+//! From `run` to the end of a VM's QEMU: starting, adopting, watching, stopping.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use uuid::Uuid;
+use vmferry_qemu::qmp::commands;
+use vmferry_qemu::{Accel, CommandLine, EventStream, Incoming, LaunchSettings, Qmp, plan_launch, wants_shared_ram};
+
+use crate::Agent;
+use crate::api::types::{AdoptRequest, RunRequest, Started, StopRequest, VmSpec};
+use crate::error::AgentError;
+use crate::store::VmRecord;
+use crate::vm::{GRACE, Stage, Vm, is_valid_name};
+
+/// How long a QEMU may take until its monitor answers.
+const START_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long somebody else's monitor may take to answer.
+const ADOPT_TIMEOUT: Duration = Duration::from_secs(3);
+/// How often a guest that does not react to its power button is asked again.
+const ASK_AGAIN: Duration = Duration::from_secs(10);
+/// How much of QEMU's log tells why it ended, in bytes.
+const LAST_WORDS: usize = 600;
+
+fn check_name(name: &str) -> Result<(), AgentError> {
+    if is_valid_name(name) {
+        return Ok(());
+    }
+    Err(AgentError::BadRequest {
+        message: format!("{name:?} cannot name a VM"),
+        hint: Some("use up to 64 letters, digits, dots, dashes and underscores, a letter or digit first".into()),
+    })
+}
+
+/// Starts a VM.
+pub(crate) async fn run(agent: &Arc<Agent>, request: RunRequest) -> Result<Started, AgentError> {
+    check_name(&request.name)?;
+    let _name = agent.reserve_name(&request.name)?;
+    let command = CommandLine::parse(&request.argv)?;
+    let accel = agent.accelerator(&agent.find_qemu(&command)?).await;
+    let spec = VmSpec {
+        name: request.name,
+        argv: request.argv,
+        cwd: request.cwd,
+        shared_ram: wants_shared_ram(&command),
+        adopted: false,
+    };
+    let (vm, notes) = agent.launch(&spec, &command, accel, None).await?;
+    tracing::info!(vm = vm.name(), pid = vm.pid, "runs");
+    Ok(Started { vm: vm.view().await, notes })
+}
+
+/// Takes over a QEMU that somebody else started.
+pub(crate) async fn adopt(agent: &Arc<Agent>, request: AdoptRequest) -> Result<Started, AgentError> {
+    check_name(&request.name)?;
+    let _name = agent.reserve_name(&request.name)?;
+    let bad = |message: String, hint: &str| AgentError::BadRequest { message, hint: Some(hint.into()) };
+    let socket = request.qmp.display();
+    let qmp = Qmp::connect(&request.qmp, ADOPT_TIMEOUT).await.map_err(|error| {
+        bad(
+            format!("no QEMU answers at {socket}: {error}"),
+            "is it a QMP socket, and is no other program connected to it? QEMU serves one at a time; \
+             give it a second -qmp for vmferry",
+        )
+    })?;
+    let process = vmferry_qemu::pid_of_socket_peer(&qmp)
+        .and_then(|pid| Some((pid, vmferry_qemu::process_start_time(pid)?, vmferry_qemu::process_cwd(pid)?)));
+    let (pid, start_time, cwd) = process.ok_or_else(|| {
+        bad(format!("the QEMU behind {socket} is not a process of this host"), "adopt it on its host")
+    })?;
+    let argv = vmferry_qemu::process_command_line(pid);
+    CommandLine::parse(&argv)?;
+    if let Some(known) = agent.vms().into_iter().find(|vm| vm.pid == pid && vm.is_alive()) {
+        return Err(bad(format!("that QEMU is the VM {} already", known.name()), "nothing needs to be done"));
+    }
+    let accelerator = match qmp.execute(commands::QueryKvm {}).await? {
+        kvm if kvm.enabled => "kvm",
+        _ => "tcg",
+    };
+    let record = VmRecord {
+        spec: VmSpec { name: request.name, argv, cwd, shared_ram: false, adopted: true },
+        pid,
+        start_time,
+        qmp: request.qmp.to_string_lossy().into_owned(),
+        accelerator: accelerator.into(),
+        incoming: None,
+    };
+    let vm = agent.take(&record, qmp).await?;
+    agent.store.put_vm(&record)?;
+    tracing::info!(vm = vm.name(), pid, "adopted");
+    Ok(Started { vm: vm.view().await, notes: Vec::new() })
+}
+
+/// Stops a VM: asks the guest to shut down, or ends its QEMU.
+pub(crate) async fn stop(agent: &Arc<Agent>, name: &str, request: &StopRequest) -> Result<(), AgentError> {
+    let vm = agent.vm(name)?;
+    match vm.stage() {
+        Stage::Ended(_) => return agent.forget_vm(&vm),
+        Stage::Owned => {}
+        _ => return Err(AgentError::MigrationRuns { name: name.into() }),
+    }
+    if !request.force && !shut_down(&vm, Duration::from_millis(request.timeout_ms)).await? {
+        return Err(AgentError::Conflict {
+            message: format!("{name} did not shut down within {} s", request.timeout_ms / 1000),
+            hint: Some(format!("`vmferry stop {name} --force` ends it like a power cut")),
+        });
+    }
+    vm.quit().await;
+    agent.forget_vm(&vm)?;
+    tracing::info!(vm = name, force = request.force, "stopped");
+    Ok(())
+}
+
+/// Presses the power button and waits; true when the guest has shut down.
+async fn shut_down(vm: &Vm, timeout: Duration) -> Result<bool, AgentError> {
+    let mut events = vm.qmp.events();
+    let deadline = tokio::time::Instant::now() + timeout;
+    loop {
+        if vm.qmp.execute(commands::SystemPowerdown {}).await.is_err() && vm.qmp.is_closed() {
+            return Ok(true);
+        }
+        let until = deadline.min(tokio::time::Instant::now() + ASK_AGAIN);
+        let shut = tokio::time::timeout_at(until, async {
+            loop {
+                match events.next().await {
+                    Some(event) if event.name != "SHUTDOWN" => {}
+                    _ => return,
+                }
+            }
+        });
+        if shut.await.is_ok() {
+            return Ok(true);
+        }
+        if tokio::time::Instant::now() >= deadline {
+            return Ok(false);
+        }
+    }
+}
+
+impl Agent {
+    /// Starts a QEMU for this VM, to run it or to wait for it, and records it.
+    pub(crate) async fn launch(
+        self: &Arc<Self>,
+        spec: &VmSpec,
+        command: &CommandLine,
+        accel: Accel,
+        incoming: Option<(Uuid, Incoming)>,
+    ) -> Result<(Arc<Vm>, Vec<String>), AgentError> {
+        let binary = self.find_qemu(command)?;
+        let dir = self.config.vm_dir(&spec.name);
+        make_private_dir(&dir)?;
+        let accelerator = if matches!(accel, Accel::Kvm) { "kvm" } else { "tcg" };
+        let (id, incoming) = incoming.unzip();
+        let settings = LaunchSettings { name: &spec.name, run_dir: &dir, accel, shared_ram: spec.shared_ram, incoming };
+        let plan = plan_launch(command, &settings)?;
+        // Recorded before it is started: an agent that dies in between is not followed by a QEMU that nobody knows.
+        let mut record = VmRecord {
+            spec: spec.clone(),
+            pid: 0,
+            start_time: 0,
+            qmp: dir.join("qmp.sock").to_string_lossy().into_owned(),
+            accelerator: accelerator.into(),
+            incoming: id,
+        };
+        self.store.put_vm(&record)?;
+        let started = async {
+            let launched = vmferry_qemu::launch(&binary, &plan, &spec.cwd, &dir, START_TIMEOUT).await?;
+            (record.pid, record.start_time) = (launched.pid, launched.start_time);
+            self.store.put_vm(&record)?;
+            self.take(&record, launched.qmp).await
+        };
+        match started.await {
+            Ok(vm) => Ok((vm, plan.notes)),
+            Err(error) => {
+                if record.pid != 0 {
+                    vmferry_qemu::kill_process(record.pid, record.start_time, GRACE).await;
+                }
+                self.store.remove_vm(&spec.name)?;
+                Err(error)
+            }
+        }
+    }
+
+    /// Takes hold of a QEMU that runs, and of what becomes of it.
+    pub(crate) async fn take(self: &Arc<Self>, record: &VmRecord, qmp: Qmp) -> Result<Arc<Vm>, AgentError> {
+        let events = qmp.events();
+        let vm = Arc::new(Vm::attach(record, qmp, self.config.vm_dir(&record.spec.name)).await?);
+        self.state().vms.insert(vm.name().into(), Arc::clone(&vm));
+        tokio::spawn(Arc::clone(self).watch(Arc::clone(&vm), events));
+        Ok(vm)
+    }
+
+    /// Waits for the end of a VM's QEMU and records how it came.
+    async fn watch(self: Arc<Self>, vm: Arc<Vm>, mut events: EventStream) {
+        let mut asked_for = None;
+        while let Some(event) = events.next().await {
+            if event.name == "SHUTDOWN" {
+                asked_for = event.data["reason"].as_str().map(str::to_owned);
+            }
+        }
+        // The monitor closes a little before the process is gone.
+        let gone = tokio::time::timeout(GRACE, async {
+            while vm.is_alive() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        });
+        let gone = gone.await.is_ok();
+        let is_current = self.state().vms.get(vm.name()).is_some_and(|it| Arc::ptr_eq(it, &vm));
+        if !is_current || vm.stage() != Stage::Owned {
+            return;
+        }
+        match asked_for {
+            Some(reason) if gone => {
+                tracing::info!(vm = vm.name(), reason, "ended");
+                if let Err(error) = self.forget_vm(&vm) {
+                    tracing::error!(vm = vm.name(), %error, "cannot forget it");
+                }
+            }
+            _ if gone => {
+                let words = self.last_words(&vm).unwrap_or_else(|| "killed, or crashed without a word".into());
+                tracing::error!(vm = vm.name(), pid = vm.pid, words, "its QEMU ended unexpectedly");
+                vm.set_stage(Stage::Ended(format!("its QEMU ended unexpectedly: {words}")));
+            }
+            _ => tracing::error!(
+                vm = vm.name(),
+                pid = vm.pid,
+                "its monitor closed, but its QEMU runs on; restart the agent"
+            ),
+        }
+    }
+
+    /// The end of what QEMU wrote to its log, in one line.
+    pub(crate) fn last_words(&self, vm: &Vm) -> Option<String> {
+        let log = std::fs::read(vm.dir.join("qemu.log")).ok()?;
+        let tail = String::from_utf8_lossy(&log[log.len().saturating_sub(LAST_WORDS)..]).into_owned();
+        let lines: Vec<&str> = tail.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+        (!lines.is_empty()).then(|| lines[lines.len().saturating_sub(3)..].join("; "))
+    }
+
+    /// Forgets a VM whose QEMU is gone, and its folder with it.
+    pub(crate) fn forget_vm(&self, vm: &Vm) -> Result<(), AgentError> {
+        let mut state = self.state();
+        if state.vms.get(vm.name()).is_some_and(|it| it.pid == vm.pid && it.start_time == vm.start_time) {
+            state.vms.remove(vm.name());
+            self.store.remove_vm(vm.name())?;
+            if let Err(error) = std::fs::remove_dir_all(&vm.dir)
+                && error.kind() != std::io::ErrorKind::NotFound
+            {
+                tracing::warn!(dir = %vm.dir.display(), %error, "cannot remove the VM's folder");
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A new, empty folder that only we may enter.
+fn make_private_dir(dir: &PathBuf) -> Result<(), AgentError> {
+    use std::os::unix::fs::DirBuilderExt;
+    match std::fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(AgentError::io(dir)(error)),
+        _ => {}
+    }
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(AgentError::io(dir))
+}

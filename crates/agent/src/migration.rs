@@ -1,0 +1,667 @@
+//! A migration from plan to retirement, at the source. It reads top-down:
+//!
+//! ```text
+//! plan         refuse early                                     nothing is touched yet
+//! prepare      the destination's QEMU waits                     undo: abandon there
+//! copy RAM     rounds until QEMU switches over, or post-copy    undo: cancel here, abandon there
+//! commit       the destination's journal takes the guest over   no undo; until it answers the guest stays paused here
+//! post-copy    (if used) the rest of the RAM follows
+//! retire       the source's QEMU goes
+//! ```
+//!
+//! Each step is written to the journal before it is done; `recovery.rs` goes on from there after a crash.
+
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use tokio::sync::broadcast;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+use vmferry_policy::{Action, Limits, Policy, Simple};
+use vmferry_qemu::qmp::commands;
+use vmferry_qemu::{Features, MigrationStatus, RunState};
+
+use crate::Agent;
+use crate::api::types::{Code, MigrateRequest, MigrationEvent, PlanView, Problem, Progress, Report, Step, StepTime};
+use crate::disks;
+use crate::engine::qemu::{self, QemuEngine, Wishes};
+use crate::engine::{RamEngine, Seen, Setup, Totals};
+use crate::error::{AgentError, in_one_line};
+use crate::incoming::{CheckReply, Offer};
+use crate::peer::Peer;
+use crate::store::{InStep, OutRecord, OutStep};
+use crate::vm::{Stage, Vm};
+
+/// How often the destination is told that the source is still there.
+const KEEP: Duration = Duration::from_secs(3);
+/// How long to wait between two tries of something that must not be given up.
+const RETRY: Duration = Duration::from_secs(1);
+/// Limits a user may set.
+const DOWNTIME_MS: std::ops::RangeInclusive<u64> = 1..=60_000;
+const LEAST_BANDWIDTH: u64 = 1 << 20;
+const MAX_TIME_MS: std::ops::RangeInclusive<u64> = 1_000..=7 * 24 * 3600 * 1000;
+
+/// A migration under way, or just over, as others see it.
+pub(crate) struct Migration {
+    /// Its id.
+    pub(crate) id: Uuid,
+    /// The VM's name.
+    pub(crate) vm: String,
+    cancel: CancellationToken,
+    told: Mutex<Told>,
+}
+
+struct Told {
+    /// All but progress; with the last progress this is what somebody needs who looks later.
+    history: Vec<MigrationEvent>,
+    progress: Option<Progress>,
+    live: broadcast::Sender<MigrationEvent>,
+}
+
+impl Migration {
+    fn new(id: Uuid, vm: &str) -> Arc<Self> {
+        let told = Told { history: Vec::new(), progress: None, live: broadcast::channel(256).0 };
+        Arc::new(Self { id, vm: vm.into(), cancel: CancellationToken::new(), told: Mutex::new(told) })
+    }
+
+    fn tell(&self, event: MigrationEvent) {
+        let mut told = self.told();
+        match &event {
+            MigrationEvent::Progress(progress) => told.progress = Some(*progress),
+            other => told.history.push(other.clone()),
+        }
+        // An error means that nobody looks.
+        let _ = told.live.send(event);
+    }
+
+    fn note(&self, text: impl Into<String>) {
+        let text = text.into();
+        tracing::info!(vm = self.vm, migration = %self.id, "{text}");
+        self.tell(MigrationEvent::Note { text });
+    }
+
+    /// What was told so far, and a stream of what follows, without a gap between them.
+    pub(crate) fn watch(&self) -> (Vec<MigrationEvent>, broadcast::Receiver<MigrationEvent>) {
+        let told = self.told();
+        let mut past = told.history.clone();
+        let is_over = past.last().is_some_and(MigrationEvent::is_last);
+        past.extend(told.progress.filter(|_| !is_over).map(MigrationEvent::Progress));
+        (past, told.live.subscribe())
+    }
+
+    /// It has ended, one way or the other.
+    pub(crate) fn is_over(&self) -> bool {
+        self.told().history.last().is_some_and(MigrationEvent::is_last)
+    }
+
+    /// Asks it to stop; has no effect once the destination was told to take over.
+    pub(crate) fn cancel(&self) {
+        self.cancel.cancel();
+    }
+
+    fn told(&self) -> std::sync::MutexGuard<'_, Told> {
+        self.told.lock().expect("no holder of this lock panics")
+    }
+}
+
+impl MigrationEvent {
+    /// Nothing comes after it.
+    pub(crate) fn is_last(&self) -> bool {
+        matches!(self, Self::Finished(_) | Self::Failed(_))
+    }
+}
+
+/// Plans the migration and, unless it is a dry run, starts it.
+pub(crate) async fn begin(
+    agent: &Arc<Agent>,
+    name: &str,
+    request: MigrateRequest,
+) -> Result<(PlanView, Option<Arc<Migration>>), AgentError> {
+    let begun = Instant::now();
+    let id = Uuid::new_v4();
+    let limits = limits(&request)?;
+    let vm = agent.vm(name)?;
+    let claim = Claim::take(&vm, id)?;
+    let mut plan = plan(agent, &vm, id, &request).await?;
+    if request.dry_run {
+        predict(&mut plan).await?;
+        return Ok((plan.view, None));
+    }
+    let migration = Migration::new(id, name);
+    agent.add_migration(Arc::clone(&migration));
+    claim.keep();
+    let view = plan.view.clone();
+    let run = Run {
+        agent: Arc::clone(agent),
+        migration: Arc::clone(&migration),
+        vm,
+        plan,
+        limits,
+        bandwidth: request.bandwidth,
+        to: request.to,
+        steps: Steps::begin(begun),
+        downtime: Duration::ZERO,
+        throttle: 0,
+    };
+    tokio::spawn(run.to_the_end());
+    Ok((view, Some(migration)))
+}
+
+/// The VM is claimed for a migration that is not certain to happen: given back unless kept.
+struct Claim<'a> {
+    vm: &'a Vm,
+    keep: bool,
+}
+
+impl<'a> Claim<'a> {
+    fn take(vm: &'a Vm, id: Uuid) -> Result<Self, AgentError> {
+        match vm.begin_migrating(id) {
+            Ok(()) => Ok(Self { vm, keep: false }),
+            Err(Stage::Ended(why)) => Err(AgentError::NotMigratable {
+                name: vm.name().into(),
+                reason: format!("it does not run any more ({why})"),
+                hint: None,
+            }),
+            Err(_) => Err(AgentError::MigrationRuns { name: vm.name().into() }),
+        }
+    }
+
+    fn keep(mut self) {
+        self.keep = true;
+    }
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        if !self.keep {
+            self.vm.set_stage(Stage::Owned);
+        }
+    }
+}
+
+fn limits(request: &MigrateRequest) -> Result<Limits, AgentError> {
+    let bad = |message: String| Err(AgentError::BadLimit { message });
+    if !DOWNTIME_MS.contains(&request.downtime_ms) {
+        return bad(format!("a downtime of {} ms makes no sense: give 1 ms to 60 s", request.downtime_ms));
+    }
+    if let Some(max) = request.max_time_ms.filter(|max| !MAX_TIME_MS.contains(max)) {
+        return bad(format!("a maximum time of {max} ms makes no sense: give 1 s to 7 days"));
+    }
+    if let Some(rate) = request.bandwidth.filter(|rate| *rate < LEAST_BANDWIDTH) {
+        return bad(format!("a bandwidth of {rate} bytes a second makes no sense: give at least 1 MiB/s"));
+    }
+    Ok(Limits {
+        downtime: Duration::from_millis(request.downtime_ms),
+        max_time: request.max_time_ms.map(Duration::from_millis),
+        post_copy: request.post_copy,
+    })
+}
+
+/// What planning found out.
+struct Plan {
+    view: PlanView,
+    offer: Offer,
+    there: CheckReply,
+    features: Features,
+    peer: Peer,
+}
+
+/// Refuses everything that can be refused; nothing is touched, here or there.
+async fn plan(agent: &Agent, vm: &Vm, id: Uuid, request: &MigrateRequest) -> Result<Plan, AgentError> {
+    if agent.config.insecure_peers.is_none() {
+        return Err(AgentError::PeersOff);
+    }
+    let run_state = movable(vm).await?;
+    let peer = Peer::new(&request.to).map_err(|message| AgentError::BadRequest { message, hint: None })?;
+    let hello = peer.hello().await?;
+    let markers = disks::Markers::put(&vm.spec, id)?;
+    let offer = Offer {
+        id,
+        from: agent.config.name.clone(),
+        spec: vm.spec.clone(),
+        ram_bytes: vm.facts.ram_bytes,
+        machine: vm.facts.machine.clone(),
+        accelerator: vm.accelerator.clone(),
+        running: run_state == RunState::Running,
+        disks: markers.disks(),
+        disks_are_shared: request.disks_are_shared,
+        setup: Setup::default(),
+    };
+    let there = peer.check(&offer).await?;
+    let features = Features::probe(&vm.qmp).await?;
+    let mut notes = Vec::new();
+    if request.post_copy && !there.capabilities.contains("postcopy-ram") {
+        notes.push(
+            "Post-copy is not possible: the destination's QEMU lacks it; the guest is throttled if it must be.".into(),
+        );
+    }
+    if run_state != RunState::Running {
+        notes.push("The guest is paused and will be paused there.".into());
+    }
+    let view = PlanView {
+        vm: vm.name().into(),
+        to: hello.name,
+        engine: qemu::NAME.into(),
+        ram_bytes: vm.facts.ram_bytes,
+        ram_used_bytes: disks::resident_memory(vm.pid).min(vm.facts.ram_bytes),
+        link_rate: 0,
+        first_round_ms: 0,
+        source_qemu: vm.facts.qemu_version.clone(),
+        destination_qemu: there.qemu_version.clone(),
+        machine: vm.facts.machine.clone(),
+        accelerator: vm.accelerator.clone(),
+        capabilities: there.capabilities.iter().filter(|name| features.has_capability(name)).cloned().collect(),
+        notes,
+    };
+    Ok(Plan { view, offer, there, features, peer })
+}
+
+/// The VM's run state, if it is one in which it can move, and nothing about it stands in the way.
+async fn movable(vm: &Vm) -> Result<RunState, AgentError> {
+    let refuse = |reason: String, hint: &str| AgentError::NotMigratable {
+        name: vm.name().into(),
+        reason,
+        hint: (!hint.is_empty()).then(|| hint.into()),
+    };
+    let info = vm.qmp.execute(commands::QueryMigrate {}).await?;
+    if let Some(reasons) = info.blocked_reasons.filter(|reasons| !reasons.is_empty()) {
+        return Err(refuse(format!("QEMU says: {}", reasons.join("; ")), "remove what blocks it from the VM"));
+    }
+    if !matches!(
+        info.status,
+        None | Some(
+            MigrationStatus::None | MigrationStatus::Completed | MigrationStatus::Failed | MigrationStatus::Cancelled
+        )
+    ) {
+        return Err(refuse("somebody else is migrating it already".into(), "see query-migrate in its monitor"));
+    }
+    if vmferry_qemu::CommandLine::parse(&vm.spec.argv)?.snapshot() {
+        return Err(refuse(
+            "its disks' changes are in a temporary file of this host".into(),
+            "run it without snapshot",
+        ));
+    }
+    match vm.run_state().await? {
+        state @ (RunState::Running | RunState::Paused) => Ok(state),
+        // A guest that was started with -S, or handed over and not taken: paused, with all its state.
+        RunState::Prelaunch | RunState::PostMigrate | RunState::Suspended => Ok(RunState::Paused),
+        other => Err(refuse(format!("it is {other}"), "only a running or paused guest can be migrated")),
+    }
+}
+
+/// Only for a dry run, since it uses the link.
+async fn predict(plan: &mut Plan) -> Result<(), AgentError> {
+    plan.view.link_rate = plan.peer.try_link().await?;
+    plan.view.first_round_ms = plan.view.ram_used_bytes * 1000 / plan.view.link_rate.max(1);
+    Ok(())
+}
+
+/// When each step began.
+struct Steps {
+    request: Instant,
+    begun: Vec<(Step, Instant)>,
+}
+
+impl Steps {
+    fn begin(request: Instant) -> Self {
+        Self { request, begun: vec![(Step::Plan, request)] }
+    }
+
+    fn now(&self) -> Step {
+        self.begun.last().map_or(Step::Plan, |(step, _)| *step)
+    }
+
+    fn next(&mut self, step: Step) {
+        self.begun.push((step, Instant::now()));
+    }
+
+    fn times(&self) -> Vec<StepTime> {
+        let ends = self.begun.iter().skip(1).map(|(_, at)| *at).chain([Instant::now()]);
+        let ms = |from: Instant, to: Instant| to.duration_since(from).as_secs_f64() * 1e3;
+        self.begun.iter().zip(ends).map(|((step, from), to)| StepTime { step: *step, ms: ms(*from, to) }).collect()
+    }
+}
+
+/// How a migration stopped short of its end.
+enum Halt {
+    /// Before the commit: all is undone and the guest runs on here.
+    Undo(AgentError),
+    /// After the commit there is no way back.
+    Lost(AgentError),
+}
+
+impl<E: Into<AgentError>> From<E> for Halt {
+    fn from(error: E) -> Self {
+        Self::Undo(error.into())
+    }
+}
+
+/// One migration, past its plan.
+struct Run {
+    agent: Arc<Agent>,
+    migration: Arc<Migration>,
+    vm: Arc<Vm>,
+    plan: Plan,
+    limits: Limits,
+    bandwidth: Option<u64>,
+    to: String,
+    steps: Steps,
+    downtime: Duration,
+    throttle: u8,
+}
+
+impl Run {
+    async fn to_the_end(mut self) {
+        let mut engine = None;
+        let last = match self.all_steps(&mut engine).await {
+            Ok(report) => MigrationEvent::Finished(Box::new(report)),
+            Err(Halt::Undo(error)) => MigrationEvent::Failed(self.undo(engine, error).await),
+            Err(Halt::Lost(error)) => MigrationEvent::Failed(Problem::from(&error)),
+        };
+        match &last {
+            MigrationEvent::Failed(problem) => {
+                tracing::warn!(vm = self.vm.name(), migration = %self.migration.id, "{}", problem.message);
+            }
+            _ => tracing::info!(vm = self.vm.name(), migration = %self.migration.id, to = self.to, "migrated"),
+        }
+        self.migration.tell(last);
+    }
+
+    async fn all_steps(&mut self, engine: &mut Option<Box<dyn RamEngine>>) -> Result<Report, Halt> {
+        let engine = engine.insert(self.prepare().await?);
+        let _keep = keep_alive(self.plan.peer.clone(), self.migration.id);
+        let switched = self.copy_ram(engine.as_mut()).await?;
+        self.commit(&switched).await?;
+        if !switched.complete {
+            self.post_copy(engine.as_mut()).await?;
+        }
+        self.retire(engine.totals(), !switched.complete).await
+    }
+
+    fn step(&mut self, step: Step) {
+        tracing::debug!(vm = self.vm.name(), migration = %self.migration.id, ?step, "next step");
+        self.steps.next(step);
+        self.migration.tell(MigrationEvent::Step { step });
+    }
+
+    /// The destination's QEMU waits, and ours is set to the same.
+    async fn prepare(&mut self) -> Result<Box<dyn RamEngine>, Halt> {
+        for note in self.plan.view.notes.clone() {
+            self.migration.note(note);
+        }
+        self.step(Step::Prepare);
+        let record = OutRecord {
+            id: self.migration.id,
+            vm: self.vm.name().into(),
+            peer: self.to.clone(),
+            running: self.plan.offer.running,
+            step: OutStep::Prepare,
+        };
+        self.agent.store.begin_out(&record)?;
+        let plan = &mut self.plan;
+        let has = |name: &str| plan.there.capabilities.contains(name);
+        plan.offer.setup = qemu::choose(&self.vm.qmp, &plan.features, has, self.limits.post_copy).await?;
+        let prepared = tokio::select! {
+            prepared = plan.peer.prepare(&plan.offer) => prepared?,
+            () = self.migration.cancel.cancelled() => return Err(self.cancelled()),
+        };
+        for note in &prepared.notes {
+            self.migration.note(note.clone());
+        }
+        if prepared.setup != plan.offer.setup {
+            let names: Vec<&str> = prepared.setup.capabilities.iter().map(String::as_str).collect();
+            qemu::set_capabilities(&self.vm.qmp, &plan.features, &names).await?;
+        }
+        self.limits.post_copy &= prepared.setup.has("postcopy-ram");
+        let wishes =
+            Wishes { uri: prepared.uri, limits: self.limits, bandwidth: self.bandwidth, setup: prepared.setup };
+        let engine = QemuEngine::new(self.vm.qmp.clone(), plan.features.clone(), plan.offer.running, wishes);
+        Ok(Box::new(engine))
+    }
+
+    /// Copies rounds of RAM, as the policy says, until the destination has what it needs to run the guest.
+    async fn copy_ram(&mut self, engine: &mut dyn RamEngine) -> Result<Seen, Halt> {
+        self.step(Step::CopyRam);
+        self.agent.store.step_out(self.migration.id, OutStep::CopyRam)?;
+        engine.start().await?;
+        let mut policy = Simple::default();
+        loop {
+            let seen = tokio::select! {
+                seen = engine.observe() => seen?,
+                () = self.migration.cancel.cancelled() => return Err(self.cancelled()),
+            };
+            self.tell_progress(&seen);
+            if seen.ready_to_commit {
+                return Ok(seen);
+            }
+            let action = policy.decide(&seen.observation);
+            match &action {
+                Action::Continue => {}
+                Action::PostCopy => self.migration.note("The guest writes faster than the link carries: post-copy."),
+                Action::Throttle(share) => {
+                    self.migration
+                        .note(format!("The guest writes faster than the link carries: slowed by {} %.", share.0));
+                }
+                Action::GiveUp(reason) => {
+                    let name = self.vm.name().into();
+                    return Err(Halt::Undo(AgentError::GaveUp { name, reason: reason.to_string() }));
+                }
+            }
+            engine.apply(&action).await?;
+        }
+    }
+
+    /// The destination takes the guest over. Until it has answered whether it did, the guest stays paused here.
+    async fn commit(&mut self, switched: &Seen) -> Result<(), Halt> {
+        let paused_at = switched.paused_at.unwrap_or_else(Instant::now);
+        self.steps.begun.push((Step::SwitchOver, paused_at));
+        self.steps.next(Step::Commit);
+        self.agent.store.step_out(self.migration.id, OutStep::Commit)?;
+        let settled =
+            settle_commit(&self.plan.peer, self.migration.id, &self.vm, |text| self.migration.note(text)).await;
+        self.downtime = paused_at.elapsed();
+        match settled {
+            Ok(()) => {
+                self.migration.tell(MigrationEvent::Step { step: Step::Commit });
+                let next = if switched.complete { OutStep::Retire } else { OutStep::PostCopy };
+                self.vm.set_stage(Stage::Left(self.migration.id));
+                self.agent.store.step_out(self.migration.id, next).map_err(|error| Halt::Lost(error.into()))
+            }
+            Err(why) => Err(Halt::Undo(AgentError::MigrationFailed {
+                name: self.vm.name().into(),
+                message: format!("the destination did not take the guest over: {why}"),
+            })),
+        }
+    }
+
+    /// The guest runs there; what it misses follows. A lost connection is made anew, for as long as it takes.
+    async fn post_copy(&mut self, engine: &mut dyn RamEngine) -> Result<(), Halt> {
+        self.step(Step::PostCopy);
+        let (told, peer) = (Arc::clone(&self.migration), self.plan.peer.clone());
+        let note = |text| told.note(text);
+        match follow_post_copy(engine, &peer, told.id, note, |seen| self.tell_progress(seen)).await {
+            Ok(()) => Ok(()),
+            Err(reason) => {
+                let outcome = format!("post-copy could not be finished: {reason}");
+                self.agent
+                    .store
+                    .end_out(self.migration.id, OutStep::Done, &outcome)
+                    .map_err(|e| Halt::Lost(e.into()))?;
+                let (name, to) = (self.vm.name().into(), self.to.clone());
+                Err(Halt::Lost(AgentError::GuestAtRisk { name, to, reason }))
+            }
+        }
+    }
+
+    /// What is left here goes.
+    async fn retire(&mut self, totals: Totals, post_copy: bool) -> Result<Report, Halt> {
+        self.step(Step::Retire);
+        retire(&self.agent, &self.vm, self.migration.id).await.map_err(Halt::Lost)?;
+        Ok(Report {
+            id: self.migration.id,
+            vm: self.vm.name().into(),
+            from: self.agent.config.name.clone(),
+            to: self.plan.view.to.clone(),
+            engine: qemu::NAME.into(),
+            post_copy,
+            total_ms: self.steps.request.elapsed().as_secs_f64() * 1e3,
+            downtime_ms: self.downtime.as_secs_f64() * 1e3,
+            qemu_downtime_ms: totals.downtime_ms,
+            sent: totals.sent,
+            rounds: totals.rounds,
+            dirty_rate: totals.dirty_rate,
+            throttle: self.throttle,
+            steps: self.steps.times(),
+        })
+    }
+
+    /// Brings everything back to what it was: the guest first, then the destination.
+    async fn undo(&mut self, engine: Option<Box<dyn RamEngine>>, error: AgentError) -> Problem {
+        let id = self.migration.id;
+        if let Some(mut engine) = engine
+            && let Err(error) = engine.abandon().await
+        {
+            tracing::error!(vm = self.vm.name(), error = in_one_line(&error), "cannot undo the copy");
+        }
+        let why = in_one_line(&error);
+        let there = self.plan.peer.abandon(id).await;
+        let error = match (error, there) {
+            // The destination often knows better why its QEMU went away.
+            (AgentError::Engine(error), there) => {
+                let detail = there.ok().and_then(|state| state.detail).filter(|detail| !detail.is_empty());
+                let message = match detail {
+                    Some(detail) => format!("{}; at the destination: {detail}", in_one_line(&error)),
+                    None => in_one_line(&error),
+                };
+                AgentError::MigrationFailed { name: self.vm.name().into(), message }
+            }
+            (error, _) => error,
+        };
+        self.vm.set_stage(Stage::Owned);
+        if let Err(error) = self.agent.store.end_out(id, OutStep::Abandoned, &why) {
+            tracing::error!(%error, "cannot write the journal");
+        }
+        if !self.vm.is_alive() {
+            return Problem {
+                code: Code::QemuFailed,
+                message: format!("{}'s own QEMU ended at the source while it was migrated ({why})", self.vm.name()),
+                hint: None,
+            };
+        }
+        Problem::from(&error)
+    }
+
+    fn cancelled(&self) -> Halt {
+        Halt::Undo(AgentError::Cancelled { name: self.vm.name().into() })
+    }
+
+    fn tell_progress(&mut self, seen: &Seen) {
+        let it = &seen.observation;
+        self.throttle = self.throttle.max(it.throttle.0);
+        let step = match it.phase {
+            vmferry_policy::Phase::SwitchOver => Step::SwitchOver,
+            _ => self.steps.now(),
+        };
+        self.migration.tell(MigrationEvent::Progress(Progress {
+            step,
+            elapsed_ms: it.elapsed.as_millis() as u64,
+            round: it.round,
+            total: it.total.0,
+            remaining: it.remaining.0,
+            sent: it.sent.0,
+            dirty_rate: it.dirty_rate.0,
+            link_rate: it.link_rate.0,
+            throttle: it.throttle.0,
+        }));
+    }
+}
+
+/// Tells the destination every now and then that the source is still there, until dropped.
+fn keep_alive(peer: Peer, id: Uuid) -> tokio_util::task::AbortOnDropHandle<()> {
+    tokio_util::task::AbortOnDropHandle::new(tokio::spawn(async move {
+        loop {
+            tokio::time::sleep(KEEP).await;
+            if let Err(error) = peer.keep(id).await {
+                tracing::debug!(migration = %id, error = in_one_line(&error), "the destination did not hear of us");
+            }
+        }
+    }))
+}
+
+/// Asks the destination to take the guest over until it has answered: `Err` says why it never will.
+pub(crate) async fn settle_commit(peer: &Peer, id: Uuid, vm: &Vm, note: impl Fn(String)) -> Result<(), String> {
+    let mut told = false;
+    loop {
+        match peer.commit(id).await {
+            Ok(state) => match state.step {
+                InStep::Committed => return Ok(()),
+                InStep::Abandoned | InStep::Prepared => {
+                    return Err(state.detail.unwrap_or_else(|| "it gives no reason".into()));
+                }
+            },
+            Err(error) => {
+                vm.set_stage(Stage::InDoubt(id));
+                if !std::mem::replace(&mut told, true) {
+                    note(format!(
+                        "Whether {} took the guest over is not known ({}). It stays paused here until that host answers.",
+                        peer.address(),
+                        in_one_line(&error)
+                    ));
+                }
+                tokio::time::sleep(RETRY).await;
+            }
+        }
+    }
+}
+
+/// Follows post-copy to its end: `Err` says why it has none.
+pub(crate) async fn follow_post_copy(
+    engine: &mut dyn RamEngine,
+    peer: &Peer,
+    id: Uuid,
+    note: impl Fn(String),
+    mut progress: impl FnMut(&Seen),
+) -> Result<(), String> {
+    loop {
+        let seen = engine.observe().await.map_err(|error| in_one_line(&error))?;
+        progress(&seen);
+        if seen.complete {
+            return Ok(());
+        }
+        if let Some(why) = seen.broken {
+            note(format!(
+                "The connection to {} broke ({why}); the guest waits for pages until it is back.",
+                peer.address()
+            ));
+            reconnect(engine, peer, id).await?;
+            note("The connection is back; post-copy goes on.".into());
+        }
+    }
+}
+
+async fn reconnect(engine: &mut dyn RamEngine, peer: &Peer, id: Uuid) -> Result<(), String> {
+    loop {
+        match peer.recover(id).await {
+            Ok(state) => {
+                if let Some(uri) = state.uri
+                    && engine.reconnect(&uri).await.is_ok()
+                {
+                    return Ok(());
+                }
+            }
+            Err(crate::peer::PeerError::Refused { problem }) if problem.code == Code::Conflict => {
+                return Err(problem.message);
+            }
+            Err(error) => tracing::debug!(error = in_one_line(&error), "cannot recover yet"),
+        }
+        tokio::time::sleep(RETRY).await;
+    }
+}
+
+/// Ends what is left of a guest that runs elsewhere.
+pub(crate) async fn retire(agent: &Agent, vm: &Vm, id: Uuid) -> Result<(), AgentError> {
+    vm.quit().await;
+    agent.forget_vm(vm)?;
+    agent.store.end_out(id, OutStep::Done, "the guest runs on the destination")?;
+    Ok(())
+}

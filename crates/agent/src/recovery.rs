@@ -1,0 +1,157 @@
+//! What an agent does, when it starts, with what its predecessor left: VMs that run on, and migrations in any step.
+//!
+//! The journal tells which step had begun. Before the commit everything is undone. In the commit only the destination
+//! knows who owns the guest, so it is asked until it answers. After the commit there is only forward.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use vmferry_policy::Limits;
+use vmferry_qemu::{Features, Qmp};
+
+use crate::Agent;
+use crate::engine::Setup;
+use crate::engine::qemu::{self, QemuEngine, Wishes};
+use crate::error::{AgentError, in_one_line};
+use crate::incoming::{Incoming, watch_lease};
+use crate::migration::{follow_post_copy, retire, settle_commit};
+use crate::peer::Peer;
+use crate::store::{OutRecord, OutStep, VmRecord};
+use crate::vm::{Stage, Vm, pid_from_file};
+
+/// How long the monitor of a QEMU that lives may take to answer.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// For how long the destination is asked to abandon; then its own lease must do it.
+const ABANDON_TRIES: u32 = 20;
+
+/// Finds the VMs again and goes on with what had begun.
+pub(crate) async fn recover(agent: &Arc<Agent>) -> Result<(), AgentError> {
+    for record in agent.store.vms()? {
+        let name = record.spec.name.clone();
+        if let Err(error) = find_again(agent, record).await {
+            tracing::error!(vm = name, error = in_one_line(&error), "runs, but cannot be taken hold of");
+        }
+    }
+    for record in agent.store.unfinished_out()? {
+        if let Ok(vm) = agent.vm(&record.vm) {
+            vm.set_stage(Stage::Migrating(record.id));
+        }
+        tracing::warn!(vm = record.vm, migration = %record.id, step = ?record.step, "was under way when the agent ended");
+        tokio::spawn(settle(Arc::clone(agent), record));
+    }
+    Ok(())
+}
+
+async fn find_again(agent: &Arc<Agent>, mut record: VmRecord) -> Result<(), AgentError> {
+    let name = record.spec.name.clone();
+    let dir = agent.config.vm_dir(&name);
+    if record.pid == 0 {
+        // The agent ended between writing the record and learning the process.
+        record.pid = pid_from_file(&dir).unwrap_or(0);
+        record.start_time = vmferry_qemu::process_start_time(record.pid).unwrap_or(0);
+    }
+    if record.pid == 0 || !vmferry_qemu::is_same_process(record.pid, record.start_time) {
+        tracing::warn!(vm = name, pid = record.pid, "ended while no agent was there");
+        if let Some(id) = record.incoming {
+            agent.store.abandon_in(id, &name, "", "its QEMU ended while no agent was there")?;
+        }
+        return Ok(agent.store.remove_vm(&name)?);
+    }
+    agent.store.put_vm(&record)?;
+    let qmp = Qmp::connect(Path::new(&record.qmp), CONNECT_TIMEOUT).await?;
+    let vm = agent.take(&record, qmp).await?;
+    match record.incoming {
+        Some(id) => {
+            tracing::warn!(vm = name, pid = record.pid, migration = %id, "still waits for a guest");
+            let incoming = Incoming::new(id, "its source".into(), vm);
+            agent.add_incoming(Arc::clone(&incoming));
+            tokio::spawn(watch_lease(Arc::clone(agent), incoming));
+        }
+        None => {
+            let state = vm.view().await.state;
+            tracing::info!(vm = name, pid = record.pid, state, "found again");
+        }
+    }
+    Ok(())
+}
+
+async fn settle(agent: Arc<Agent>, record: OutRecord) {
+    let outcome = match (agent.vm(&record.vm), Peer::new(&record.peer)) {
+        (Ok(vm), Ok(peer)) => settle_step(&agent, &vm, &peer, &record).await,
+        (Err(_), Ok(peer)) => settle_without_vm(&agent, &peer, &record).await,
+        (_, Err(message)) => Err(AgentError::BadRequest { message, hint: None }),
+    };
+    if let Err(error) = outcome {
+        tracing::error!(vm = record.vm, migration = %record.id, error = in_one_line(&error), "cannot be settled");
+    }
+}
+
+/// The source's QEMU is gone: nothing is left to hand over, and what was handed over stays where it is.
+async fn settle_without_vm(agent: &Agent, peer: &Peer, record: &OutRecord) -> Result<(), AgentError> {
+    let (step, outcome) = match record.step {
+        OutStep::PostCopy | OutStep::Retire => (OutStep::Done, "the guest was handed over; its QEMU here is gone"),
+        _ => {
+            abandon_there(peer, record).await;
+            (OutStep::Abandoned, "the guest's QEMU at the source ended while no agent was there")
+        }
+    };
+    Ok(agent.store.end_out(record.id, step, outcome)?)
+}
+
+async fn settle_step(agent: &Agent, vm: &Vm, peer: &Peer, record: &OutRecord) -> Result<(), AgentError> {
+    let note = |text: String| tracing::warn!(vm = vm.name(), migration = %record.id, "{text}");
+    match record.step {
+        OutStep::Prepare | OutStep::CopyRam => {
+            undo(agent, vm, peer, record, "the agent ended while it was under way").await
+        }
+        OutStep::Commit => match settle_commit(peer, record.id, vm, note).await {
+            Ok(()) => retire_after_post_copy(agent, vm, peer, record).await,
+            Err(why) => undo(agent, vm, peer, record, &why).await,
+        },
+        OutStep::PostCopy => retire_after_post_copy(agent, vm, peer, record).await,
+        OutStep::Retire => retire(agent, vm, record.id).await,
+        OutStep::Done | OutStep::Abandoned => Ok(()),
+    }
+}
+
+/// The guest runs on here; the destination forgets.
+async fn undo(agent: &Agent, vm: &Vm, peer: &Peer, record: &OutRecord, why: &str) -> Result<(), AgentError> {
+    qemu::abandon(&vm.qmp, record.running).await?;
+    vm.set_stage(Stage::Owned);
+    let there = match abandon_there(peer, record).await {
+        true => "what the destination had prepared is gone",
+        false => "the destination does not answer, but drops what it had prepared by itself",
+    };
+    let outcome = format!("{why}; undone: the guest runs on here, {there}");
+    tracing::warn!(vm = vm.name(), migration = %record.id, "{outcome}");
+    Ok(agent.store.end_out(record.id, OutStep::Abandoned, &outcome)?)
+}
+
+async fn abandon_there(peer: &Peer, record: &OutRecord) -> bool {
+    for _ in 0..ABANDON_TRIES {
+        if peer.abandon(record.id).await.is_ok() {
+            return true;
+        }
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+    false
+}
+
+async fn retire_after_post_copy(agent: &Agent, vm: &Vm, peer: &Peer, record: &OutRecord) -> Result<(), AgentError> {
+    vm.set_stage(Stage::Left(record.id));
+    agent.store.step_out(record.id, OutStep::PostCopy)?;
+    let note = |text: String| tracing::warn!(vm = vm.name(), migration = %record.id, "{text}");
+    let features = Features::probe(&vm.qmp).await?;
+    let limits = Limits { downtime: Duration::ZERO, max_time: None, post_copy: true };
+    let wishes = Wishes { uri: String::new(), limits, bandwidth: None, setup: Setup::default() };
+    let mut engine = QemuEngine::new(vm.qmp.clone(), features, record.running, wishes);
+    if let Err(why) = follow_post_copy(&mut engine, peer, record.id, note, |_| {}).await {
+        let outcome = format!("post-copy could not be finished: {why}");
+        return Ok(agent.store.end_out(record.id, OutStep::Done, &outcome)?);
+    }
+    agent.store.step_out(record.id, OutStep::Retire)?;
+    retire(agent, vm, record.id).await?;
+    tracing::info!(vm = vm.name(), migration = %record.id, "was handed over; what was left here is gone");
+    Ok(())
+}

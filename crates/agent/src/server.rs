@@ -1,0 +1,170 @@
+//! Serving: the agent from its start to its end.
+
+use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use axum::extract::connect_info::Connected;
+use axum::serve::{IncomingStream, Listener};
+use rustix::fs::{FlockOperation, flock};
+use tokio::net::{TcpListener, TcpStream, UnixListener};
+use tokio_util::sync::CancellationToken;
+
+use crate::config::Config;
+use crate::error::AgentError;
+use crate::store::Store;
+use crate::{Agent, api, recovery};
+
+/// How long requests under way may take when the agent is told to end.
+const FAREWELL: Duration = Duration::from_secs(2);
+
+/// Why an agent cannot serve.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// A folder cannot be made or used.
+    #[error("cannot use the folder {path}")]
+    Dir {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// Another agent has these folders.
+    #[error("another agent is running with the state folder {path}")]
+    AlreadyRunning {
+        /// Which.
+        path: PathBuf,
+    },
+    /// The journal cannot be used.
+    #[error("cannot use the journal in {path}")]
+    Journal {
+        /// Its folder.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: rusqlite::Error,
+    },
+    /// An address cannot be listened on.
+    #[error("cannot listen on {address}")]
+    Listen {
+        /// A path, or address and port.
+        address: String,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// What a predecessor left cannot be read.
+    #[error("cannot go on where the last agent ended")]
+    Recover(#[source] AgentError),
+}
+
+/// Serves until `end`. VMs run on afterwards.
+pub async fn serve(config: Config, end: CancellationToken) -> Result<(), ServeError> {
+    make_dir(&config.run_dir)?;
+    make_dir(&config.state_dir)?;
+    let _lock = lock(&config.state_dir)?;
+    let store = Store::open(&config.state_dir)
+        .map_err(|source| ServeError::Journal { path: config.state_dir.clone(), source })?;
+    let socket = config.socket();
+    let local = listen_local(&socket)?;
+    let peers = match config.insecure_peers {
+        Some(address) => Some(listen_peers(address).await?),
+        None => None,
+    };
+    let agent = Agent::new(config, store);
+    recovery::recover(&agent).await.map_err(ServeError::Recover)?;
+
+    let served = tokio::spawn(
+        axum::serve(local, api::local_router(&agent))
+            .with_graceful_shutdown(end.clone().cancelled_owned())
+            .into_future(),
+    );
+    if let Some(listener) = peers {
+        let address = listener.local_addr().map_or_else(|_| "?".into(), |address| address.to_string());
+        tracing::warn!(address, "other agents are served WITHOUT authentication and encryption (--insecure-peers)");
+        let service = api::peer_router(&agent).into_make_service_with_connect_info::<LocalAddress>();
+        let end = end.clone().cancelled_owned();
+        tokio::spawn(axum::serve(listener, service).with_graceful_shutdown(end).into_future());
+    }
+    tracing::info!(name = agent.config.name, socket = %socket.display(), version = env!("CARGO_PKG_VERSION"), "ready");
+    tell_systemd(&[sd_notify::NotifyState::Ready]);
+    end.cancelled().await;
+    tell_systemd(&[sd_notify::NotifyState::Stopping]);
+    // Consoles and event streams never end by themselves; they are cut.
+    let _ = tokio::time::timeout(FAREWELL, served).await;
+    let left = agent.vms().len();
+    tracing::info!(vms = left, "the agent ends; VMs run on");
+    if let Err(error) = std::fs::remove_file(&socket) {
+        tracing::debug!(%error, "the socket was gone already");
+    }
+    Ok(())
+}
+
+fn tell_systemd(state: &[sd_notify::NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(state) {
+        tracing::warn!(%error, "systemd could not be told");
+    }
+}
+
+fn make_dir(path: &Path) -> Result<(), ServeError> {
+    let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
+    made.map_err(|source| ServeError::Dir { path: path.into(), source })
+}
+
+/// Held for as long as the agent lives; the kernel lets go of it even when the agent is killed.
+fn lock(state_dir: &Path) -> Result<std::fs::File, ServeError> {
+    let file = std::fs::File::create(state_dir.join("agent.lock"))
+        .map_err(|source| ServeError::Dir { path: state_dir.into(), source })?;
+    flock(&file, FlockOperation::NonBlockingLockExclusive)
+        .map_err(|_| ServeError::AlreadyRunning { path: state_dir.into() })?;
+    Ok(file)
+}
+
+fn listen_local(socket: &Path) -> Result<UnixListener, ServeError> {
+    let failed = |source| ServeError::Listen { address: socket.display().to_string(), source };
+    match std::fs::remove_file(socket) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(failed(error)),
+        _ => {}
+    }
+    let listener = UnixListener::bind(socket).map_err(failed)?;
+    // The folder is private already; this says it again for one that was not made by us.
+    std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
+    Ok(listener)
+}
+
+async fn listen_peers(address: SocketAddr) -> Result<NoDelay, ServeError> {
+    let bound = TcpListener::bind(address).await;
+    bound.map(NoDelay).map_err(|source| ServeError::Listen { address: address.to_string(), source })
+}
+
+/// A listener whose connections send at once: a commit is a small message that a guest waits for.
+struct NoDelay(TcpListener);
+
+impl Listener for NoDelay {
+    type Io = TcpStream;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (TcpStream, SocketAddr) {
+        let (stream, address) = Listener::accept(&mut self.0).await;
+        if let Err(error) = stream.set_nodelay(true) {
+            tracing::debug!(%error, "cannot set TCP_NODELAY");
+        }
+        (stream, address)
+    }
+
+    fn local_addr(&self) -> std::io::Result<SocketAddr> {
+        self.0.local_addr()
+    }
+}
+
+/// At which of our addresses a peer reached us: where its guests can reach us too.
+#[derive(Clone, Copy)]
+pub(crate) struct LocalAddress(pub(crate) IpAddr);
+
+impl Connected<IncomingStream<'_, NoDelay>> for LocalAddress {
+    fn connect_info(stream: IncomingStream<'_, NoDelay>) -> Self {
+        Self(stream.io().local_addr().map_or(IpAddr::from([127, 0, 0, 1]), |address| address.ip()))
+    }
+}

@@ -1,0 +1,384 @@
+//! The journal: which VMs this host has, and every step of every migration, written before the step is done.
+//!
+//! SQLite in WAL mode with `synchronous=NORMAL`: a commit survives the death of the agent at any point, which is what
+//! the journal is for. It may not survive the death of the host, but neither do the QEMUs whose owner it records, and
+//! nothing here starts a guest at boot. In return a step costs some microseconds, not an fsync within the downtime.
+
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use rusqlite::{Connection, OptionalExtension, Row, params};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::api::types::{MigrationView, VmSpec};
+
+/// The first version of the tables; `PRAGMA user_version` tells which one a file has.
+const SCHEMA: &str = "
+CREATE TABLE vms (
+    name       TEXT PRIMARY KEY,
+    spec       TEXT NOT NULL,      -- VmSpec as JSON
+    pid        INTEGER NOT NULL,
+    start_time INTEGER NOT NULL,   -- of the process, in clock ticks since boot: tells a reused pid
+    qmp        TEXT NOT NULL,      -- path of the QMP socket
+    accelerator TEXT NOT NULL,
+    incoming   TEXT                -- the migration it waits for; NULL once this host owns the guest
+);
+CREATE TABLE migrations (
+    id         TEXT PRIMARY KEY,
+    direction  TEXT NOT NULL,      -- 'out' or 'in'
+    vm         TEXT NOT NULL,
+    peer       TEXT NOT NULL,      -- the other host
+    running    INTEGER NOT NULL,   -- the guest ran when the migration began
+    started    INTEGER NOT NULL,   -- seconds since 1970
+    step       TEXT NOT NULL,
+    outcome    TEXT                -- how it ended; NULL while it has not
+);
+";
+
+/// A step as the source's journal names it, written before it is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OutStep {
+    /// The destination is being asked to get ready. Undo: abandon there.
+    Prepare,
+    /// RAM is copied. Undo: cancel here, abandon there.
+    CopyRam,
+    /// The destination is being told that it owns the guest. Whether it does is known only there.
+    Commit,
+    /// The destination owns the guest; its RAM follows. No way back.
+    PostCopy,
+    /// The destination owns the guest and has all of it. What is left here goes.
+    Retire,
+    /// Over: the guest is there.
+    Done,
+    /// Over: the guest is here.
+    Abandoned,
+}
+
+/// Where an incoming migration stands, for the source that asks. This is what decides who owns the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum InStep {
+    /// QEMU waits or receives; the source owns the guest.
+    Prepared,
+    /// This host owns the guest.
+    Committed,
+    /// This host never will: whatever it had is gone.
+    Abandoned,
+}
+
+/// The word that stands for a step in the tables, as in JSON.
+fn word<T: Serialize>(step: T) -> String {
+    match serde_json::to_value(step) {
+        Ok(serde_json::Value::String(word)) => word,
+        other => unreachable!("a step is a word, not {other:?}"),
+    }
+}
+
+fn step_from<T: serde::de::DeserializeOwned>(word: String) -> Result<T> {
+    serde_json::from_value(serde_json::Value::String(word)).map_err(|error| unreadable(&error.to_string()))
+}
+
+fn unreadable(what: &str) -> rusqlite::Error {
+    rusqlite::Error::FromSqlConversionFailure(0, rusqlite::types::Type::Text, format!("cannot read {what:?}").into())
+}
+
+/// A VM as recorded.
+#[derive(Clone, Debug)]
+pub struct VmRecord {
+    /// How to start it.
+    pub spec: VmSpec,
+    /// Its QEMU.
+    pub pid: u32,
+    /// When that process started, in clock ticks since boot.
+    pub start_time: u64,
+    /// Its QMP socket.
+    pub qmp: String,
+    /// `kvm` or `tcg`.
+    pub accelerator: String,
+    /// The migration it waits for; `None` once this host owns the guest.
+    pub incoming: Option<Uuid>,
+}
+
+/// An outgoing migration as recorded.
+#[derive(Clone, Debug)]
+pub struct OutRecord {
+    /// Its id.
+    pub id: Uuid,
+    /// The VM.
+    pub vm: String,
+    /// The destination as the user gave it.
+    pub peer: String,
+    /// The guest ran when the migration began.
+    pub running: bool,
+    /// The last step begun.
+    pub step: OutStep,
+}
+
+/// See the module's text.
+pub struct Store {
+    connection: Mutex<Connection>,
+}
+
+type Result<T> = rusqlite::Result<T>;
+
+impl Store {
+    /// Opens the journal in this folder, or makes it.
+    pub fn open(state_dir: &Path) -> Result<Self> {
+        let connection = Connection::open(state_dir.join("agent.db"))?;
+        connection.pragma_update(None, "journal_mode", "WAL")?;
+        connection.pragma_update(None, "synchronous", "NORMAL")?;
+        let version: i64 = connection.query_row("PRAGMA user_version", [], |row| row.get(0))?;
+        match version {
+            0 => connection.execute_batch(&format!("BEGIN; {SCHEMA} PRAGMA user_version = 1; COMMIT;"))?,
+            1 => {}
+            newer => return Err(unreadable(&format!("a journal of version {newer}, made by a newer vmferry"))),
+        }
+        Ok(Self { connection: Mutex::new(connection) })
+    }
+
+    fn db(&self) -> MutexGuard<'_, Connection> {
+        self.connection.lock().expect("no holder of this lock panics")
+    }
+
+    /// Records a VM, in place of what was recorded under its name.
+    pub fn put_vm(&self, vm: &VmRecord) -> Result<()> {
+        self.db().execute(
+            "INSERT OR REPLACE INTO vms VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+            params![
+                vm.spec.name,
+                serde_json::to_string(&vm.spec).expect("a spec is plain data"),
+                vm.pid,
+                vm.start_time as i64,
+                vm.qmp,
+                vm.accelerator,
+                vm.incoming.map(|id| id.to_string()),
+            ],
+        )?;
+        Ok(())
+    }
+
+    /// Forgets a VM.
+    pub fn remove_vm(&self, name: &str) -> Result<()> {
+        self.db().execute("DELETE FROM vms WHERE name = ?1", [name])?;
+        Ok(())
+    }
+
+    /// Every VM on record.
+    pub fn vms(&self) -> Result<Vec<VmRecord>> {
+        self.db()
+            .prepare("SELECT spec, pid, start_time, qmp, accelerator, incoming FROM vms ORDER BY name")?
+            .query_map([], |row| {
+                Ok(VmRecord {
+                    spec: serde_json::from_str(&row.get::<_, String>(0)?).map_err(|e| unreadable(&e.to_string()))?,
+                    pid: row.get(1)?,
+                    start_time: row.get::<_, i64>(2)? as u64,
+                    qmp: row.get(3)?,
+                    accelerator: row.get(4)?,
+                    incoming: row.get::<_, Option<String>>(5)?.as_deref().map(parse_id).transpose()?,
+                })
+            })?
+            .collect()
+    }
+
+    /// Begins an outgoing migration.
+    pub fn begin_out(&self, record: &OutRecord) -> Result<()> {
+        self.db().execute(
+            "INSERT INTO migrations VALUES (?1, 'out', ?2, ?3, ?4, ?5, ?6, NULL)",
+            params![record.id.to_string(), record.vm, record.peer, record.running, now(), word(record.step)],
+        )?;
+        Ok(())
+    }
+
+    /// Writes that an outgoing migration is about to do this step.
+    pub fn step_out(&self, id: Uuid, step: OutStep) -> Result<()> {
+        self.db().execute("UPDATE migrations SET step = ?2 WHERE id = ?1", [id.to_string(), word(step)])?;
+        Ok(())
+    }
+
+    /// Ends an outgoing migration.
+    pub fn end_out(&self, id: Uuid, step: OutStep, outcome: &str) -> Result<()> {
+        assert!(matches!(step, OutStep::Done | OutStep::Abandoned), "a migration ends done or abandoned");
+        self.db().execute(
+            "UPDATE migrations SET step = ?2, outcome = ?3 WHERE id = ?1",
+            [&id.to_string(), &word(step), outcome],
+        )?;
+        Ok(())
+    }
+
+    /// Outgoing migrations that have not ended.
+    pub fn unfinished_out(&self) -> Result<Vec<OutRecord>> {
+        self.db()
+            .prepare("SELECT id, vm, peer, running, step FROM migrations WHERE direction = 'out' AND outcome IS NULL")?
+            .query_map([], |row| {
+                Ok(OutRecord {
+                    id: parse_id(&row.get::<_, String>(0)?)?,
+                    vm: row.get(1)?,
+                    peer: row.get(2)?,
+                    running: row.get(3)?,
+                    step: step_from(row.get(4)?)?,
+                })
+            })?
+            .collect()
+    }
+
+    /// The last outgoing migrations, newest first.
+    pub fn last_out(&self, most: u32) -> Result<Vec<MigrationView>> {
+        self.db()
+            .prepare(
+                "SELECT id, vm, peer, started, step, outcome FROM migrations WHERE direction = 'out'
+                 ORDER BY started DESC, rowid DESC LIMIT ?1",
+            )?
+            .query_map([most], migration_view)?
+            .collect()
+    }
+
+    /// Begins an incoming migration; the source still owns the guest. False when it is known already.
+    pub fn begin_in(&self, id: Uuid, vm: &str, peer: &str, running: bool) -> Result<bool> {
+        let added = self.db().execute(
+            "INSERT OR IGNORE INTO migrations VALUES (?1, 'in', ?2, ?3, ?4, ?5, 'prepared', NULL)",
+            params![id.to_string(), vm, peer, running, now()],
+        )?;
+        Ok(added == 1)
+    }
+
+    /// From here on this host owns the guest. False when the migration had been abandoned before: then it never will.
+    pub fn commit_in(&self, id: Uuid) -> Result<bool> {
+        let mut db = self.db();
+        let step = db.transaction()?;
+        let changed = step.execute(
+            "UPDATE migrations SET step = 'committed', outcome = 'committed' WHERE id = ?1 AND step != 'abandoned'",
+            [id.to_string()],
+        )?;
+        step.execute("UPDATE vms SET incoming = NULL WHERE incoming = ?1", [id.to_string()])?;
+        step.commit()?;
+        Ok(changed == 1)
+    }
+
+    /// This host will never own the guest of this migration, also when it hears of it only now. The first reason is
+    /// kept. False when it was committed before: then nothing is abandoned.
+    pub fn abandon_in(&self, id: Uuid, vm: &str, peer: &str, why: &str) -> Result<bool> {
+        let changed = self.db().execute(
+            "INSERT INTO migrations VALUES (?1, 'in', ?2, ?3, 0, ?4, 'abandoned', ?5)
+             ON CONFLICT (id) DO UPDATE SET step = 'abandoned', outcome = coalesce(outcome, ?5)
+             WHERE step != 'committed'",
+            params![id.to_string(), vm, peer, now(), why],
+        )?;
+        Ok(changed == 1)
+    }
+
+    /// Where an incoming migration stands, and why.
+    pub fn step_in(&self, id: Uuid) -> Result<Option<(InStep, Option<String>)>> {
+        self.db()
+            .query_row(
+                "SELECT step, outcome FROM migrations WHERE id = ?1 AND direction = 'in'",
+                [id.to_string()],
+                |row| Ok((step_from(row.get(0)?)?, row.get(1)?)),
+            )
+            .optional()
+    }
+
+    /// The VM of this migration.
+    pub fn vm_of(&self, id: Uuid) -> Result<String> {
+        self.db().query_row("SELECT vm FROM migrations WHERE id = ?1", [id.to_string()], |row| row.get(0))
+    }
+
+    /// The guest of this incoming migration ran when it began.
+    pub fn ran_at_source(&self, id: Uuid) -> Result<bool> {
+        self.db().query_row("SELECT running FROM migrations WHERE id = ?1", [id.to_string()], |row| row.get(0))
+    }
+}
+
+fn migration_view(row: &Row<'_>) -> Result<MigrationView> {
+    Ok(MigrationView {
+        id: parse_id(&row.get::<_, String>(0)?)?,
+        vm: row.get(1)?,
+        to: row.get(2)?,
+        started: row.get::<_, i64>(3)? as u64,
+        step: row.get(4)?,
+        outcome: row.get(5)?,
+    })
+}
+
+fn parse_id(text: &str) -> Result<Uuid> {
+    Uuid::parse_str(text).map_err(|_| unreadable(text))
+}
+
+fn now() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() as i64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn store() -> (tempfile::TempDir, Store) {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        (dir, store)
+    }
+
+    fn out(id: Uuid) -> OutRecord {
+        OutRecord { id, vm: "web1".into(), peer: "beta".into(), running: true, step: OutStep::Prepare }
+    }
+
+    #[test]
+    fn a_step_is_found_again_by_the_next_agent() {
+        let (dir, store) = store();
+        let id = Uuid::new_v4();
+        store.begin_out(&out(id)).unwrap();
+        store.step_out(id, OutStep::Commit).unwrap();
+        drop(store);
+        let found = Store::open(dir.path()).unwrap().unfinished_out().unwrap();
+        assert_eq!((found.len(), found[0].step, found[0].running), (1, OutStep::Commit, true));
+    }
+
+    #[test]
+    fn an_ended_migration_is_not_unfinished() {
+        let (_dir, store) = store();
+        let id = Uuid::new_v4();
+        store.begin_out(&out(id)).unwrap();
+        store.end_out(id, OutStep::Abandoned, "cancelled").unwrap();
+        assert!(store.unfinished_out().unwrap().is_empty());
+        assert_eq!(store.last_out(5).unwrap()[0].outcome.as_deref(), Some("cancelled"));
+    }
+
+    #[test]
+    fn what_was_abandoned_is_never_committed() {
+        let (_dir, store) = store();
+        let id = Uuid::new_v4();
+        store.begin_in(id, "web1", "alpha", true).unwrap();
+        assert!(store.abandon_in(id, "web1", "alpha", "lease ran out").unwrap());
+        assert!(!store.commit_in(id).unwrap());
+        assert_eq!(store.step_in(id).unwrap().unwrap().0, InStep::Abandoned);
+    }
+
+    #[test]
+    fn what_was_committed_is_never_abandoned() {
+        let (_dir, store) = store();
+        let id = Uuid::new_v4();
+        store.begin_in(id, "web1", "alpha", true).unwrap();
+        assert!(store.commit_in(id).unwrap());
+        assert!(!store.abandon_in(id, "web1", "alpha", "late").unwrap());
+        assert_eq!(store.step_in(id).unwrap().unwrap().0, InStep::Committed);
+    }
+
+    #[test]
+    fn a_commit_that_arrives_after_an_unknown_migration_was_abandoned_is_refused() {
+        let (_dir, store) = store();
+        let id = Uuid::new_v4();
+        assert!(store.abandon_in(id, "web1", "alpha", "never heard of it").unwrap());
+        assert!(!store.commit_in(id).unwrap());
+    }
+
+    #[test]
+    fn a_journal_of_a_newer_version_is_refused() {
+        let (dir, store) = store();
+        store.db().pragma_update(None, "user_version", 99).unwrap();
+        drop(store);
+        let Err(error) = Store::open(dir.path()) else { panic!("opened") };
+        assert!(error.to_string().contains("newer vmferry"), "{error}");
+    }
+}

@@ -1,0 +1,17 @@
+//! What migrations are measured with: the measuring guest and what is read from it.
+//!
+//! [`INITRD`] is a whole Linux guest but for its kernel: one program that rewrites memory in a known pattern, checks it,
+//! and beats every 5 ms on its serial port (`guest/`). [`GuestOptions`] says how it is to behave, [`GuestLog`] reads what
+//! it says, from both hosts of a migration, and tells how long the guest's users had to wait.
+
+#[cfg(test)]
+mod cpio;
+mod guest;
+mod log;
+pub mod testbed;
+
+pub use guest::{Fill, GuestOptions, Mode, ParseError};
+pub use log::{Beat, Gap, GuestLog, PERIOD, Ready, Switchover, Verified, Written};
+
+/// The measuring guest's first root file system, for `-initrd`: gzipped, with nothing in it but its static `/init`.
+pub const INITRD: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/initrd.gz"));

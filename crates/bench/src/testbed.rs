@@ -1,0 +1,454 @@
+//! Two hosts on one machine, each with an agent: what the demo, the tests and the benchmarks run on.
+//!
+//! As root, each host is a network namespace and a veth pair joins them, shaped by `tc tbf` when a rate is given;
+//! otherwise both live on the loopback address with a port each. Everything that a testbed starts or makes ends with
+//! it: agents, QEMUs, namespaces, files.
+
+mod network;
+
+use std::path::{Path, PathBuf};
+use std::process::{Output, Stdio};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::process::{Child, Command};
+use vmferry_agent::api::types::{RunRequest, Started, VmView};
+use vmferry_agent::client::{Client, ClientError, vm_path};
+
+use crate::{GuestLog, GuestOptions, INITRD};
+use network::Network;
+
+/// How long an agent may take to be ready.
+const AGENT_START: Duration = Duration::from_secs(20);
+/// How long a guest may take to boot and fill its memory.
+const GUEST_START: Duration = Duration::from_secs(60);
+
+/// Why a testbed could not be set up, or something on it did not work.
+#[derive(Debug, thiserror::Error)]
+pub enum TestbedError {
+    /// A command of the host failed.
+    #[error("`{command}` failed: {stderr}")]
+    Command {
+        /// What was run.
+        command: String,
+        /// What it said.
+        stderr: String,
+    },
+    /// Something that the testbed needs is missing.
+    #[error("{what} is missing: {hint}")]
+    Missing {
+        /// What.
+        what: String,
+        /// Where it comes from.
+        hint: &'static str,
+    },
+    /// An agent or guest was not ready in time.
+    #[error("{what} was not ready within {} s: {detail}", after.as_secs())]
+    Late {
+        /// What.
+        what: String,
+        /// The time it had.
+        after: Duration,
+        /// What is known about it.
+        detail: String,
+    },
+    /// An agent refused.
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    /// An input or output error.
+    #[error(transparent)]
+    Io(#[from] std::io::Error),
+}
+
+type Result<T> = std::result::Result<T, TestbedError>;
+
+/// How to set a testbed up.
+#[derive(Clone, Debug)]
+pub struct TestbedOptions {
+    /// The `vmferry` binary.
+    pub vmferry: PathBuf,
+    /// Hosts in namespaces; needs root.
+    pub namespaces: bool,
+    /// What the link between the namespaces carries, in bits a second; as fast as it can when absent.
+    pub link_bits: Option<u64>,
+    /// A folder searched for QEMU before `PATH`, for each host.
+    pub qemu_dirs: [Option<PathBuf>; 2],
+    /// More lines for each host's configuration.
+    pub config: [String; 2],
+}
+
+impl TestbedOptions {
+    /// Hosts on the loopback address, with the system's QEMU.
+    pub fn new(vmferry: impl Into<PathBuf>) -> Self {
+        Self {
+            vmferry: vmferry.into(),
+            namespaces: false,
+            link_bits: None,
+            qemu_dirs: [None, None],
+            config: [String::new(), String::new()],
+        }
+    }
+}
+
+/// See the module's text.
+pub struct Testbed {
+    // In the order in which they must end: agents, then QEMUs, then what they stand on.
+    hosts: [Host; 2],
+    network: Network,
+    dir: tempfile::TempDir,
+}
+
+/// One host.
+pub struct Host {
+    /// What it calls itself: `alpha` or `beta`.
+    pub name: &'static str,
+    /// Where its agent serves others.
+    pub address: std::net::SocketAddr,
+    /// Its agent's socket.
+    pub socket: PathBuf,
+    /// Its agent's run folder.
+    pub run_dir: PathBuf,
+    config: PathBuf,
+    log: PathBuf,
+    vmferry: PathBuf,
+    /// What a command on this host starts with.
+    enter: Vec<String>,
+    agent: Option<Child>,
+}
+
+impl Testbed {
+    /// Sets both hosts up and starts their agents.
+    pub async fn start(options: TestbedOptions) -> Result<Self> {
+        let dir = tempfile::Builder::new().prefix("vmferry-").tempdir()?;
+        std::fs::write(dir.path().join("initrd.gz"), INITRD)?;
+        let network = Network::set_up(options.namespaces, options.link_bits)?;
+        let host = |index: usize, name: &'static str| Host::new(index, name, dir.path(), &options, &network);
+        let hosts = [host(0, "alpha")?, host(1, "beta")?];
+        let mut testbed = Self { hosts, network, dir };
+        for host in &mut testbed.hosts {
+            host.start_agent().await?;
+        }
+        Ok(testbed)
+    }
+
+    /// The host that VMs start on.
+    pub fn alpha(&self) -> &Host {
+        &self.hosts[0]
+    }
+
+    /// The other one.
+    pub fn beta(&self) -> &Host {
+        &self.hosts[1]
+    }
+
+    /// A host, to start or kill its agent.
+    pub fn host_mut(&mut self, index: usize) -> &mut Host {
+        &mut self.hosts[index]
+    }
+
+    /// A folder that goes with the testbed.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// The link between the hosts stops carrying anything, or carries again. Only with namespaces.
+    pub fn set_link(&self, up: bool) -> Result<()> {
+        self.network.set_link(up)
+    }
+
+    /// A QEMU command line for the measuring guest, with RAM to spare for its kernel.
+    pub fn guest_command_line(&self, guest: &GuestOptions, ram_mib: u64, vcpus: u32) -> Result<Vec<String>> {
+        let kernel = kernel()?;
+        let initrd = self.dir.path().join("initrd.gz");
+        let words = format!(
+            "qemu-system-x86_64 -machine q35 -cpu max -smp {vcpus} -m {ram_mib} -serial stdio -kernel {} -initrd {} -append",
+            kernel.display(),
+            initrd.display()
+        );
+        Ok(words.split(' ').map(str::to_owned).chain([guest.kernel_command_line()]).collect())
+    }
+
+    /// Starts a measuring guest on the first host and waits until it writes.
+    pub async fn start_guest(&self, name: &str, argv: Vec<String>) -> Result<GuestWatch> {
+        let cwd = self.dir.path().to_owned();
+        let _: Started = self.alpha().client()?.post("/v1/vms", &RunRequest { name: name.into(), argv, cwd }).await?;
+        let watch = self.watch(name)?;
+        watch.wait("the guest", GUEST_START, |log| log.ready().is_some() && log.beats().len() > 20).await?;
+        Ok(watch)
+    }
+
+    /// Follows a guest's console on whichever host it is.
+    pub fn watch(&self, name: &str) -> Result<GuestWatch> {
+        let log = Arc::new(Mutex::new(GuestLog::new()));
+        let mut input = Vec::new();
+        let mut followers = Vec::new();
+        for (index, host) in self.hosts.iter().enumerate() {
+            let (sender, typed) = tokio::sync::mpsc::channel(4);
+            input.push(sender);
+            followers.push(tokio::spawn(follow(host.client()?, name.into(), index, Arc::clone(&log), typed)));
+        }
+        Ok(GuestWatch { log, input, followers })
+    }
+}
+
+impl Drop for Testbed {
+    fn drop(&mut self) {
+        for host in &mut self.hosts {
+            host.end_agent_now();
+        }
+        end_processes_of(self.dir.path());
+    }
+}
+
+impl Host {
+    fn new(index: usize, name: &'static str, dir: &Path, options: &TestbedOptions, network: &Network) -> Result<Self> {
+        let run_dir = dir.join(name);
+        let config = dir.join(format!("{name}.toml"));
+        let qemu_dirs: Vec<String> =
+            options.qemu_dirs[index].iter().map(|dir| format!("{:?}", dir.display().to_string())).collect();
+        let text = format!(
+            "name = {name:?}\nrun_dir = {run_dir:?}\nstate_dir = {:?}\nqemu_dirs = [{}]\n{}\n",
+            dir.join(format!("{name}-state")),
+            qemu_dirs.join(", "),
+            options.config[index]
+        );
+        std::fs::write(&config, text)?;
+        Ok(Self {
+            name,
+            address: network.address(index)?,
+            socket: run_dir.join("agent.sock"),
+            run_dir,
+            config,
+            log: dir.join(format!("{name}.log")),
+            vmferry: options.vmferry.clone(),
+            enter: network.enter(index),
+            agent: None,
+        })
+    }
+
+    /// Starts the host's agent and waits until it serves.
+    pub async fn start_agent(&mut self) -> Result<()> {
+        let log = std::fs::OpenOptions::new().create(true).append(true).open(&self.log)?;
+        let address = self.address.to_string();
+        let mut command = self.enter_with(&self.vmferry);
+        command.arg("agent").arg("--config").arg(&self.config).args(["--insecure-peers", &address]);
+        self.agent = Some(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn()?);
+        let client = self.client()?;
+        let deadline = Instant::now() + AGENT_START;
+        while client.get::<serde_json::Value>("/v1/host").await.is_err() {
+            if Instant::now() > deadline || self.agent.as_mut().is_none_or(|it| !matches!(it.try_wait(), Ok(None))) {
+                let what = format!("the agent of {}", self.name);
+                return Err(TestbedError::Late { what, after: AGENT_START, detail: self.agent_log() });
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        Ok(())
+    }
+
+    /// Ends the agent as a crash would.
+    pub async fn kill_agent(&mut self) -> Result<()> {
+        if let Some(mut agent) = self.agent.take() {
+            agent.kill().await?;
+        }
+        Ok(())
+    }
+
+    /// The agent's process.
+    pub fn agent_pid(&self) -> Option<u32> {
+        self.agent.as_ref().and_then(Child::id)
+    }
+
+    /// What the agent has logged.
+    pub fn agent_log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// The agent's client.
+    pub fn client(&self) -> Result<Client> {
+        Ok(Client::new(&self.socket)?)
+    }
+
+    /// `vmferry` with these arguments, on this host.
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = self.enter_with(&self.vmferry);
+        command.env("VMFERRY_SOCKET", &self.socket).args(arguments).stdin(Stdio::null()).kill_on_drop(true);
+        command
+    }
+
+    /// Runs `vmferry` with these arguments to its end.
+    pub async fn vmferry(&self, arguments: &[&str]) -> Result<Output> {
+        Ok(self.command(arguments).output().await?)
+    }
+
+    /// A VM as this host's agent sees it; `None` when it has none of that name.
+    pub async fn show(&self, vm: &str) -> Result<Option<VmView>> {
+        match self.client()?.get(&vm_path(vm)).await {
+            Ok(view) => Ok(Some(view)),
+            Err(ClientError::Problem(_)) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn enter_with(&self, program: &Path) -> Command {
+        let mut words = self.enter.iter().map(std::ffi::OsStr::new).chain([program.as_os_str()]);
+        let mut command = Command::new(words.next().unwrap_or(program.as_os_str()));
+        command.args(words);
+        command
+    }
+
+    fn end_agent_now(&mut self) {
+        if let Some(mut agent) = self.agent.take() {
+            // An error means that it has ended already.
+            let _ = agent.start_kill();
+            for _ in 0..200 {
+                if !matches!(agent.try_wait(), Ok(None)) {
+                    return;
+                }
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        }
+    }
+}
+
+/// Ends QEMUs that outlived their agents: those whose command line names the testbed's own folder.
+fn end_processes_of(dir: &Path) {
+    let Some(dir) = dir.to_str() else { return };
+    for _ in 0..100 {
+        let pids = processes_naming(dir);
+        if pids.is_empty() {
+            return;
+        }
+        for pid in pids {
+            if let Some(pid) = rustix::process::Pid::from_raw(pid) {
+                // An error means that it has ended already.
+                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+            }
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn processes_naming(dir: &str) -> Vec<i32> {
+    let Ok(processes) = std::fs::read_dir("/proc") else { return Vec::new() };
+    processes
+        .flatten()
+        .filter_map(|process| process.file_name().to_str()?.parse().ok())
+        .filter(|pid: &i32| {
+            let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            String::from_utf8_lossy(&line).contains(dir)
+        })
+        .collect()
+}
+
+/// The measuring guest's kernel, which `scripts/setup.sh` puts under target/.
+fn kernel() -> Result<PathBuf> {
+    let path = workspace().join("target/guest/vmlinuz");
+    match path.exists() {
+        true => Ok(path),
+        false => Err(TestbedError::Missing { what: path.display().to_string(), hint: "run scripts/setup.sh first" }),
+    }
+}
+
+/// A folder with a QEMU of another version than the system's, which `scripts/setup.sh --for-tests` puts under target/.
+pub fn second_qemu() -> Result<PathBuf> {
+    let dir = workspace().join("target/qemu-second/bin");
+    match dir.join("qemu-system-x86_64").exists() {
+        true => Ok(dir),
+        false => Err(TestbedError::Missing {
+            what: dir.display().to_string(),
+            hint: "run scripts/setup.sh --for-tests first",
+        }),
+    }
+}
+
+fn workspace() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+}
+
+/// A guest as it is heard on its consoles.
+pub struct GuestWatch {
+    log: Arc<Mutex<GuestLog>>,
+    input: Vec<tokio::sync::mpsc::Sender<&'static str>>,
+    followers: Vec<tokio::task::JoinHandle<()>>,
+}
+
+impl GuestWatch {
+    /// What was heard so far.
+    pub fn log(&self) -> MutexGuard<'_, GuestLog> {
+        self.log.lock().expect("no holder of this lock panics")
+    }
+
+    /// Waits until something was heard.
+    pub async fn wait(&self, what: &str, after: Duration, heard: impl Fn(&GuestLog) -> bool) -> Result<()> {
+        let deadline = Instant::now() + after;
+        while !heard(&self.log()) {
+            if Instant::now() > deadline {
+                let log = self.log();
+                let detail = format!(
+                    "{} beats, last {:?} ago, error {:?}, corrupt {:?}",
+                    log.beats().len(),
+                    log.silent_for(Instant::now()),
+                    log.error(),
+                    log.corrupt()
+                );
+                return Err(TestbedError::Late { what: what.into(), after, detail });
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        Ok(())
+    }
+
+    /// Has the guest verify all of its memory where it is now; the number of pages verified and of those corrupt.
+    pub async fn verify(&self, host: usize) -> Result<(u64, u64)> {
+        let before = self.log().verified().len();
+        self.say(host, "verify\n").await;
+        self.wait("the guest's verification", GUEST_START, |log| log.verified().len() > before).await?;
+        let log = self.log();
+        let verified = log.verified().last().expect("just waited for it");
+        Ok((verified.pages, verified.corrupt))
+    }
+
+    /// Types into the guest's console on this host.
+    pub async fn say(&self, host: usize, line: &'static str) {
+        // A follower that has ended has no console to type into; whoever waits for the answer notices.
+        let _ = self.input[host].send(line).await;
+    }
+}
+
+impl Drop for GuestWatch {
+    fn drop(&mut self) {
+        for follower in &self.followers {
+            follower.abort();
+        }
+    }
+}
+
+/// Feeds the log with what one host's console prints, from the moment the VM appears there, again and again.
+async fn follow(
+    client: Client,
+    vm: String,
+    host: usize,
+    log: Arc<Mutex<GuestLog>>,
+    mut typed: tokio::sync::mpsc::Receiver<&'static str>,
+) {
+    let mut buffer = vec![0; 64 << 10];
+    loop {
+        let Ok(mut console) = client.console(&vm).await else {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            continue;
+        };
+        loop {
+            tokio::select! {
+                read = console.read(&mut buffer) => match read {
+                    Ok(0) | Err(_) => break,
+                    Ok(count) => {
+                        let at = Instant::now();
+                        log.lock().expect("no holder of this lock panics").feed(host, at, &buffer[..count]);
+                    }
+                },
+                Some(line) = typed.recv() => if console.write_all(line.as_bytes()).await.is_err() { break },
+            }
+        }
+    }
+}

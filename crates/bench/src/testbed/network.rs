@@ -1,0 +1,92 @@
+//! The network between two hosts of a testbed: two namespaces and a veth pair, or the loopback address.
+
+use std::net::{IpAddr, SocketAddr};
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use super::{Result, TestbedError};
+
+/// Addresses reserved for documentation: they exist only inside our namespaces.
+const ADDRESSES: [[u8; 4]; 2] = [[192, 0, 2, 1], [192, 0, 2, 2]];
+const PORT: u16 = 7420;
+
+/// Testbeds of one process, told apart.
+static COUNT: AtomicU32 = AtomicU32::new(0);
+
+pub(super) struct Network {
+    /// Empty on the loopback address.
+    namespaces: Vec<String>,
+}
+
+impl Network {
+    pub(super) fn set_up(namespaces: bool, bits: Option<u64>) -> Result<Self> {
+        if !namespaces {
+            return Ok(Self { namespaces: Vec::new() });
+        }
+        let id = format!("{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        // Kept from the first namespace on, so that a failure half-way removes what there is.
+        let mut network = Self { namespaces: Vec::new() };
+        for host in ["a", "b"] {
+            let name = format!("vmferry-{id}-{host}");
+            ip(&format!("netns add {name}"))?;
+            network.namespaces.push(name);
+        }
+        let [a, b] = [&network.namespaces[0], &network.namespaces[1]];
+        ip(&format!("-n {a} link add link0 type veth peer name link0 netns {b}"))?;
+        for (name, address) in network.namespaces.iter().zip(ADDRESSES) {
+            ip(&format!("-n {name} address add {}/24 dev link0", IpAddr::from(address)))?;
+            ip(&format!("-n {name} link set lo up"))?;
+            ip(&format!("-n {name} link set link0 up"))?;
+            if let Some(bits) = bits {
+                run("tc", &format!("-n {name} qdisc add dev link0 root tbf rate {bits}bit burst 256kb latency 50ms"))?;
+            }
+        }
+        Ok(network)
+    }
+
+    pub(super) fn address(&self, index: usize) -> Result<SocketAddr> {
+        if !self.namespaces.is_empty() {
+            return Ok(SocketAddr::from((ADDRESSES[index], PORT)));
+        }
+        // The port is free until somebody takes it: the agent, within the next second.
+        Ok(std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?)
+    }
+
+    pub(super) fn enter(&self, index: usize) -> Vec<String> {
+        match self.namespaces.get(index) {
+            Some(name) => ["ip", "netns", "exec", name].map(str::to_owned).to_vec(),
+            None => Vec::new(),
+        }
+    }
+
+    pub(super) fn set_link(&self, up: bool) -> Result<()> {
+        let name = self.namespaces.first().ok_or(TestbedError::Missing {
+            what: "a link between namespaces".into(),
+            hint: "set the testbed up with namespaces",
+        })?;
+        ip(&format!("-n {name} link set link0 {}", if up { "up" } else { "down" }))
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        for name in &self.namespaces {
+            if let Err(error) = ip(&format!("netns delete {name}")) {
+                eprintln!("{error}");
+            }
+        }
+    }
+}
+
+fn ip(arguments: &str) -> Result<()> {
+    run("ip", arguments)
+}
+
+fn run(program: &str, arguments: &str) -> Result<()> {
+    let output = Command::new(program).args(arguments.split(' ')).output()?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let stderr = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    Err(TestbedError::Command { command: format!("{program} {arguments}"), stderr })
+}

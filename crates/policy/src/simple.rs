@@ -1,0 +1,234 @@
+//! The simple rule: pre-copy while each round shrinks what is left, else post-copy; where post-copy may not be used,
+//! throttle the guest step by step.
+//!
+//! Whether a round shrinks anything is judged when it begins: what it has to send is what the guest wrote while the
+//! round before was sent. If that is hardly less than the round before had to send, the rounds have met the guest's
+//! hot set and more rounds only send it again. The second round has no such predecessor (the first sends all RAM), so
+//! there the rates are compared.
+
+use crate::{Action, Bytes, Observation, Percent, Phase, Policy, Reason};
+
+/// A round counts as progress when it has at most this share of the round before to send.
+const PROGRESS: f64 = 0.8;
+/// The throttle begins here and grows by the step, as QEMU's auto-converge does by default.
+const THROTTLE_FIRST: u8 = 20;
+const THROTTLE_STEP: u8 = 10;
+const THROTTLE_MOST: u8 = 99;
+/// Fully throttled rounds without progress before giving up.
+const PATIENCE: u32 = 5;
+
+/// See the module's text.
+#[derive(Debug, Default)]
+pub struct Simple {
+    round: u32,
+    /// What the current round had to send when it began.
+    to_send: Bytes,
+    throttle: Percent,
+    /// Fully throttled rounds without progress.
+    stuck_rounds: u32,
+    asked_post_copy: bool,
+}
+
+impl Policy for Simple {
+    fn decide(&mut self, seen: &Observation) -> Action {
+        if seen.phase != Phase::PreCopy || self.asked_post_copy {
+            return Action::Continue;
+        }
+        if let Some(action) = self.mind_the_time(seen) {
+            return action;
+        }
+        if seen.round <= self.round {
+            return Action::Continue;
+        }
+        let before = std::mem::replace(&mut self.to_send, seen.remaining);
+        self.round = seen.round;
+        if seen.round < 2 || fits_the_downtime(seen) || progresses(seen, before) {
+            return Action::Continue;
+        }
+        if seen.limits.post_copy {
+            return self.post_copy();
+        }
+        self.throttle_more(seen)
+    }
+}
+
+impl Simple {
+    fn post_copy(&mut self) -> Action {
+        self.asked_post_copy = true;
+        Action::PostCopy
+    }
+
+    /// Post-copy needs about as long as the rest takes on the link, so it starts that much before the time is over.
+    fn mind_the_time(&mut self, seen: &Observation) -> Option<Action> {
+        let allowed = seen.limits.max_time?;
+        if seen.limits.post_copy {
+            let rest = seen.remaining.time_at(seen.link_rate).unwrap_or_default();
+            return (seen.elapsed + rest >= allowed && !fits_the_downtime(seen)).then(|| self.post_copy());
+        }
+        (seen.elapsed >= allowed).then_some(Action::GiveUp(Reason::OutOfTime { allowed }))
+    }
+
+    fn throttle_more(&mut self, seen: &Observation) -> Action {
+        if self.throttle.0 >= THROTTLE_MOST {
+            self.stuck_rounds += 1;
+            if self.stuck_rounds < PATIENCE {
+                return Action::Continue;
+            }
+            return Action::GiveUp(Reason::NotConverging { dirty_rate: seen.dirty_rate, link_rate: seen.link_rate });
+        }
+        self.throttle = match self.throttle {
+            Percent(0) => Percent(THROTTLE_FIRST),
+            Percent(now) => Percent((now + THROTTLE_STEP).min(THROTTLE_MOST)),
+        };
+        Action::Throttle(self.throttle)
+    }
+}
+
+fn fits_the_downtime(seen: &Observation) -> bool {
+    seen.remaining.time_at(seen.link_rate).is_some_and(|time| time <= seen.limits.downtime)
+}
+
+fn progresses(seen: &Observation, before: Bytes) -> bool {
+    if seen.round == 2 {
+        return seen.dirty_rate < seen.link_rate;
+    }
+    (seen.remaining.0 as f64) < before.0 as f64 * PROGRESS
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{BytesPerSec, Limits};
+    use std::time::Duration;
+
+    const MIB: u64 = 1 << 20;
+
+    /// A guest that rewrites a hot set in order, and a link: enough to play pre-copy rounds.
+    struct Model {
+        hot: u64,
+        write_rate: u64,
+        link_rate: u64,
+        limits: Limits,
+    }
+
+    #[derive(Debug, PartialEq)]
+    enum End {
+        SwitchedOver { rounds: u32, throttle: Percent },
+        PostCopy { at: Duration },
+        GaveUp(Reason),
+    }
+
+    impl Model {
+        fn play(&self, policy: &mut dyn Policy) -> End {
+            let (mut elapsed, mut remaining, mut throttle) = (0.0, 1024 * MIB, Percent(0));
+            let mut dirty_rate = 0;
+            for round in 1..1000 {
+                let round_time = remaining as f64 / self.link_rate as f64;
+                for step in 0..10 {
+                    let part = f64::from(step) / 10.0;
+                    let seen = Observation {
+                        elapsed: Duration::from_secs_f64(elapsed + round_time * part),
+                        phase: Phase::PreCopy,
+                        round,
+                        remaining: Bytes((remaining as f64 * (1.0 - part)) as u64),
+                        total: Bytes(1024 * MIB),
+                        sent: Bytes(0),
+                        dirty_rate: BytesPerSec(dirty_rate),
+                        link_rate: BytesPerSec(self.link_rate),
+                        throttle,
+                        limits: self.limits,
+                    };
+                    match policy.decide(&seen) {
+                        Action::Continue => {}
+                        Action::Throttle(by) => throttle = by,
+                        Action::PostCopy => return End::PostCopy { at: seen.elapsed },
+                        Action::GiveUp(reason) => return End::GaveUp(reason),
+                    }
+                }
+                elapsed += round_time;
+                let speed = self.write_rate as f64 * f64::from(100 - throttle.0) / 100.0;
+                remaining = ((speed * round_time) as u64).min(self.hot);
+                dirty_rate = (remaining as f64 / round_time) as u64;
+                if (remaining as f64 / self.link_rate as f64) <= self.limits.downtime.as_secs_f64() {
+                    return End::SwitchedOver { rounds: round, throttle };
+                }
+            }
+            panic!("the rule never ended the migration");
+        }
+    }
+
+    fn limits() -> Limits {
+        Limits { downtime: Duration::from_millis(300), max_time: None, post_copy: true }
+    }
+
+    fn model() -> Model {
+        Model { hot: 512 * MIB, write_rate: 1300 * MIB, link_rate: 119 * MIB, limits: limits() }
+    }
+
+    #[test]
+    fn a_guest_that_converges_needs_no_post_copy() {
+        let end = Model { write_rate: 40 * MIB, ..model() }.play(&mut Simple::default());
+        assert!(matches!(end, End::SwitchedOver { throttle: Percent(0), .. }), "{end:?}");
+    }
+
+    #[test]
+    fn a_guest_faster_than_the_link_goes_to_post_copy_within_three_rounds() {
+        let End::PostCopy { at } = model().play(&mut Simple::default()) else { panic!("no post-copy") };
+        assert!(at < Duration::from_secs(14), "{at:?}");
+    }
+
+    #[test]
+    fn a_small_hot_set_that_is_rewritten_all_the_time_is_seen_as_not_converging() {
+        let hot = Model { hot: 100 * MIB, ..model() };
+        assert!(matches!(hot.play(&mut Simple::default()), End::PostCopy { .. }));
+    }
+
+    #[test]
+    fn without_post_copy_the_guest_is_throttled_until_it_converges() {
+        let throttled = Model { limits: Limits { post_copy: false, ..limits() }, ..model() };
+        let end = throttled.play(&mut Simple::default());
+        assert!(matches!(end, End::SwitchedOver { throttle: Percent(90..), .. }), "{end:?}");
+    }
+
+    #[test]
+    fn without_post_copy_a_guest_that_no_throttle_tames_stays_where_it_is() {
+        let wild = Model { write_rate: 100_000 * MIB, limits: Limits { post_copy: false, ..limits() }, ..model() };
+        let end = wild.play(&mut Simple::default());
+        assert!(matches!(end, End::GaveUp(Reason::NotConverging { .. })), "{end:?}");
+    }
+
+    #[test]
+    fn post_copy_starts_early_enough_for_the_time_allowed() {
+        let allowed = Duration::from_secs(9);
+        let hasty = Model { limits: Limits { max_time: Some(allowed), ..limits() }, ..model() };
+        let End::PostCopy { at } = hasty.play(&mut Simple::default()) else { panic!("no post-copy") };
+        assert!(at < allowed, "{at:?}");
+    }
+
+    #[test]
+    fn without_post_copy_the_time_allowed_ends_the_migration() {
+        let allowed = Duration::from_secs(10);
+        let limits = Limits { max_time: Some(allowed), post_copy: false, ..limits() };
+        let end = Model { limits, ..model() }.play(&mut Simple::default());
+        assert_eq!(end, End::GaveUp(Reason::OutOfTime { allowed }));
+    }
+
+    #[test]
+    fn post_copy_is_asked_for_once() {
+        let mut policy = Simple::default();
+        assert!(matches!(model().play(&mut policy), End::PostCopy { .. }));
+        let seen = Observation {
+            elapsed: Duration::from_secs(60),
+            phase: Phase::PreCopy,
+            round: 9,
+            remaining: Bytes(512 * MIB),
+            total: Bytes(1024 * MIB),
+            sent: Bytes(0),
+            dirty_rate: BytesPerSec(500 * MIB),
+            link_rate: BytesPerSec(119 * MIB),
+            throttle: Percent(0),
+            limits: limits(),
+        };
+        assert_eq!(policy.decide(&seen), Action::Continue);
+    }
+}

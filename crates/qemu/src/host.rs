@@ -1,0 +1,260 @@
+//! What QEMU can do on this host: which binary, with which accelerator, which machines and CPU models.
+
+mod kvm_trial;
+
+pub use kvm_trial::try_kvm;
+
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::time::Duration;
+
+use rustix::fs::Access;
+use serde::{Deserialize, Serialize};
+use tokio::process::Command;
+
+use crate::launch::{in_words, last_lines, or_nothing};
+use crate::qmp::commands::{QueryCpuDefinitions, QueryMachines, QueryVersion, Quit};
+use crate::qmp::{Features, Qmp, QmpError};
+
+/// How long a QEMU may take to tell about itself.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What runs the guest's code.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "name")]
+pub enum Accel {
+    /// The processor itself.
+    Kvm,
+    /// QEMU, in software.
+    Tcg {
+        /// Why it is not KVM, in words that fit into a sentence.
+        why: String,
+    },
+}
+
+impl Accel {
+    /// QEMU's word for it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Kvm => "kvm",
+            Self::Tcg { .. } => "tcg",
+        }
+    }
+}
+
+impl std::fmt::Display for Accel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Kvm => f.write_str("KVM"),
+            Self::Tcg { why } => write!(f, "TCG, software emulation ({why})"),
+        }
+    }
+}
+
+/// One machine type.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Machine {
+    /// Its name, such as `pc-q35-7.2`.
+    pub name: String,
+    /// Another name that means it in this QEMU, such as `q35`.
+    pub alias: Option<String>,
+    /// What a command line without a machine type gets.
+    pub is_default: bool,
+    /// A future QEMU will lack it.
+    pub deprecated: bool,
+    /// How many CPUs it may have.
+    pub cpu_max: u32,
+}
+
+/// One CPU model.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CpuModel {
+    /// Its name.
+    pub name: String,
+    /// The features of it that this host lacks with this accelerator; empty when it can run here.
+    pub unavailable: Vec<String>,
+}
+
+/// What one QEMU binary can do on this host with one accelerator.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QemuInfo {
+    /// The binary.
+    pub binary: PathBuf,
+    /// Its version, such as `10.0.2`.
+    pub version: String,
+    /// Its machine types.
+    pub machines: Vec<Machine>,
+    /// Its CPU models.
+    pub cpus: Vec<CpuModel>,
+    /// The migration capabilities that it knows.
+    pub capabilities: BTreeSet<String>,
+    /// The migration parameters that it knows.
+    pub parameters: BTreeSet<String>,
+    /// It was built with TLS.
+    pub tls: bool,
+}
+
+/// Why a QEMU could not be asked what it can do.
+#[derive(Debug, thiserror::Error)]
+pub enum ProbeError {
+    /// It could not be started.
+    #[error("cannot start {binary}")]
+    Start {
+        /// The binary.
+        binary: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// It ended before it answered.
+    #[error("{binary} cannot be asked what it can do: it ended ({}): {}", in_words(*status), or_nothing(words))]
+    Exited {
+        /// The binary.
+        binary: PathBuf,
+        /// How.
+        status: ExitStatus,
+        /// What it said.
+        words: String,
+    },
+    /// It did not answer.
+    #[error("{binary} cannot be asked what it can do")]
+    Qmp {
+        /// The binary.
+        binary: PathBuf,
+        /// Why.
+        #[source]
+        source: QmpError,
+    },
+    /// It did not answer in time.
+    #[error("{binary} did not tell what it can do within {after:?}")]
+    Timeout {
+        /// The binary.
+        binary: PathBuf,
+        /// How long was waited.
+        after: Duration,
+    },
+}
+
+/// Asks a QEMU what it can do. Starts it without a guest; takes some tenths of a second, at most ten.
+pub async fn probe_qemu(binary: &Path, accel: &Accel) -> Result<QemuInfo, ProbeError> {
+    let start_error = |source| ProbeError::Start { binary: binary.into(), source };
+    let dir = tempfile::tempdir().map_err(start_error)?;
+    let socket = dir.path().join("qmp.sock");
+    let mut child = Command::new(binary)
+        .args(["-machine", &format!("none,accel={}", accel.name())])
+        .args(["-nodefaults", "-no-user-config", "-display", "none", "-S"])
+        .arg("-qmp")
+        .arg(format!("unix:{},server=on,wait=off", socket.display()))
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(start_error)?;
+    let stderr = child.stderr.take().expect("it was asked for");
+    let asked = async {
+        let answer = tokio::select! {
+            answer = ask(binary, &socket) => answer.map(Some),
+            _ = child.wait() => Ok(None),
+        };
+        let source = match answer {
+            Ok(Some(info)) => return Ok(info),
+            Ok(None) => QmpError::Closed,
+            Err(source) => source,
+        };
+        match tokio::time::timeout(Duration::from_millis(500), child.wait()).await {
+            Ok(Ok(status)) => {
+                Err(ProbeError::Exited { binary: binary.into(), status, words: read_words(stderr).await })
+            }
+            _ => Err(ProbeError::Qmp { binary: binary.into(), source }),
+        }
+    };
+    tokio::time::timeout(PROBE_TIMEOUT, asked)
+        .await
+        .unwrap_or_else(|_| Err(ProbeError::Timeout { binary: binary.into(), after: PROBE_TIMEOUT }))
+}
+
+async fn ask(binary: &Path, socket: &Path) -> Result<QemuInfo, QmpError> {
+    let qmp = Qmp::connect(socket, PROBE_TIMEOUT).await?;
+    let version = qmp.execute(QueryVersion {}).await?;
+    let features = Features::probe(&qmp).await?;
+    let machines = qmp.execute(QueryMachines {}).await?;
+    let cpus = qmp.execute(QueryCpuDefinitions {}).await?;
+    let credentials = qmp.execute_raw("qom-list-types", serde_json::json!({ "implements": "tls-creds-x509" })).await?;
+    let info = QemuInfo {
+        binary: binary.into(),
+        version: version.to_string(),
+        machines: machines
+            .into_iter()
+            .map(|machine| Machine {
+                name: machine.name,
+                alias: machine.alias,
+                is_default: machine.is_default,
+                deprecated: machine.deprecated,
+                cpu_max: machine.cpu_max,
+            })
+            .collect(),
+        cpus: cpus
+            .into_iter()
+            .map(|cpu| CpuModel { name: cpu.name, unavailable: cpu.unavailable_features.unwrap_or_default() })
+            .collect(),
+        capabilities: features.capabilities().clone(),
+        parameters: features.parameters(),
+        tls: credentials.as_array().is_some_and(|types| !types.is_empty()),
+    };
+    // It may be gone before its answer is read.
+    let _ = qmp.execute(Quit {}).await;
+    Ok(info)
+}
+
+/// What a QEMU that has ended wrote to its standard error.
+async fn read_words(stderr: tokio::process::ChildStderr) -> String {
+    use tokio::io::AsyncReadExt;
+    const MOST: u64 = 64 << 10;
+    let mut bytes = Vec::new();
+    // Whoever else holds the pipe must not keep us waiting.
+    let _ = tokio::time::timeout(Duration::from_millis(200), stderr.take(MOST).read_to_end(&mut bytes)).await;
+    last_lines(&String::from_utf8_lossy(&bytes))
+}
+
+/// Finds a binary as a shell would: a name with a slash is a path, any other is looked for in these folders, then in
+/// `PATH`.
+pub fn find_binary(argv0: &str, extra_dirs: &[PathBuf], path_env: &OsStr) -> Option<PathBuf> {
+    if argv0.contains('/') {
+        return Some(PathBuf::from(argv0)).filter(|path| is_executable(path));
+    }
+    let in_path = std::env::split_paths(path_env);
+    let dirs = extra_dirs.iter().cloned().chain(in_path);
+    (!argv0.is_empty()).then(|| dirs.map(|dir| dir.join(argv0)).find(|path| is_executable(path)))?
+}
+
+fn is_executable(path: &Path) -> bool {
+    path.is_file() && rustix::fs::access(path, Access::EXEC_OK).is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_binary_is_found_as_a_shell_would() {
+        let path = OsStr::new("/nowhere:/usr/bin:/bin");
+        let sh = find_binary("sh", &[], path).unwrap();
+        assert!(sh.ends_with("sh") && sh.is_absolute());
+        assert_eq!(find_binary("/bin/sh", &[], OsStr::new("")), Some("/bin/sh".into()));
+        assert_eq!(find_binary("sh", &["/bin".into()], OsStr::new("")), Some("/bin/sh".into()));
+        for nothing in ["no-such-program", "/bin/no-such-program", "", "/etc/passwd", "/bin"] {
+            assert_eq!(find_binary(nothing, &[], path), None, "{nothing}");
+        }
+    }
+
+    #[test]
+    fn an_accelerator_survives_json() {
+        for accel in [Accel::Kvm, Accel::Tcg { why: "there is no /dev/kvm".into() }] {
+            let json = serde_json::to_string(&accel).unwrap();
+            assert_eq!(serde_json::from_str::<Accel>(&json).unwrap(), accel, "{json}");
+        }
+    }
+}

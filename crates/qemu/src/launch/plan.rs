@@ -1,0 +1,289 @@
+//! From a VM's own command line to the one that is run: what we need is added, what would tie QEMU to a terminal is led
+//! to a socket, and everything else stays as it was written.
+
+use std::path::Path;
+
+use crate::command_line::{CommandLine, CommandLineError, CommandOption, Properties, escape_commas};
+use crate::host::Accel;
+
+/// The ids of what we add.
+const QMP: &str = "vmferry-qmp";
+const CONSOLE: &str = "vmferry-console";
+const RAM: &str = "vmferry-ram";
+
+/// What will be run, and what the user should know about it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LaunchPlan {
+    /// The command line; the first word is the binary as the user gave it.
+    pub argv: Vec<String>,
+    /// One plain sentence each.
+    pub notes: Vec<String>,
+    /// A serial port of the guest is on `console.sock`.
+    pub console: bool,
+}
+
+/// What a launch is planned for.
+#[derive(Clone, Debug)]
+pub struct LaunchSettings<'a> {
+    /// The VM's name.
+    pub name: &'a str,
+    /// A folder that exists; gets `qmp.sock`, `console.sock`, `qemu.pid` and `qemu.log`.
+    pub run_dir: &'a Path,
+    /// What the host can do.
+    pub accel: Accel,
+    /// Make the guest's RAM a shared memfd where the command line leaves that open. Source and destination must agree:
+    /// the RAM has another name in the migration then.
+    pub shared_ram: bool,
+    /// It waits for a guest.
+    pub incoming: Option<Incoming>,
+}
+
+/// What a QEMU that waits for a guest must be told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Incoming {
+    /// The exact machine type of the source, such as `pc-q35-7.2`: `q35` means another machine in every version.
+    pub machine_type: String,
+}
+
+/// The command line asks for RAM by `-m` alone, or not at all, so what it lies in may be chosen.
+pub fn wants_shared_ram(command: &CommandLine) -> bool {
+    let names_a_backend = command.all("machine").any(|option| option.properties().get("memory-backend").is_some());
+    let makes_a_backend = command
+        .all("object")
+        .any(|option| option.properties().get("qom-type").is_some_and(|kind| kind.starts_with("memory-backend")));
+    !(names_a_backend || makes_a_backend || command.has("numa") || command.has("mem-path"))
+}
+
+/// Plans a launch.
+pub fn plan_launch(command: &CommandLine, settings: &LaunchSettings<'_>) -> Result<LaunchPlan, CommandLineError> {
+    match settings.incoming {
+        Some(_) => command.check_incoming_runnable()?,
+        None => command.check_runnable()?,
+    }
+    let mut planner = Planner {
+        settings,
+        argv: vec![command.binary().to_owned()],
+        notes: Vec::new(),
+        console: Console::of(command),
+        accelerator: Accelerator::choose(command, &settings.accel),
+        placed: false,
+    };
+    for option in command.options() {
+        planner.take(option);
+    }
+    planner.add_ours(command)?;
+    Ok(LaunchPlan { argv: planner.argv, notes: planner.notes, console: planner.placed })
+}
+
+/// Who gets the console's socket. One only: a socket has one user inside QEMU.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Console {
+    /// The first `-chardev stdio`, under its own id.
+    Chardev,
+    /// The first serial port that was to be on the terminal.
+    Serial,
+    /// The serial port that QEMU gives to a guest for which none was asked for.
+    Default,
+    Nobody,
+}
+
+impl Console {
+    fn of(command: &CommandLine) -> Self {
+        let has_serial = command.has("serial")
+            || command.all("device").any(|option| option.properties().get("driver") == Some("isa-serial"));
+        if command.all("chardev").any(is_stdio_chardev) {
+            Self::Chardev
+        } else if command.values("serial").any(is_stdio) {
+            Self::Serial
+        } else if has_serial || command.has("nodefaults") {
+            Self::Nobody
+        } else {
+            Self::Default
+        }
+    }
+}
+
+fn is_stdio(backend: &str) -> bool {
+    matches!(backend, "stdio" | "mon:stdio")
+}
+
+fn is_stdio_chardev(option: &CommandOption) -> bool {
+    option.properties().get("backend") == Some("stdio")
+}
+
+/// The accelerator that will be used.
+struct Accelerator {
+    /// The argument of `-accel`; none to leave what the user wrote.
+    option: Option<String>,
+    /// KVM was wanted, or nothing was, and it does not work: `-cpu host` cannot be had then.
+    without_kvm: bool,
+}
+
+impl Accelerator {
+    fn choose(command: &CommandLine, host: &Accel) -> Self {
+        let wanted = command.accelerators();
+        let kvm_works = matches!(host, Accel::Kvm);
+        let usable = |name: &&&str| **name == "tcg" || (**name == "kvm" && kvm_works);
+        let known = |name: &&str| matches!(*name, "tcg" | "kvm");
+        let (chosen, without_kvm) = match wanted.first() {
+            None if kvm_works => ("kvm", false),
+            None => ("tcg", true),
+            // Something else than KVM or TCG first: for QEMU to judge.
+            Some(first) if !known(first) => return Self { option: None, without_kvm: false },
+            Some(first) => match wanted.iter().find(usable) {
+                Some(name) => (*name, *first == "kvm" && *name == "tcg"),
+                None => ("tcg", true),
+            },
+        };
+        let given = command.values("accel").find(|value| {
+            let name = Properties::parse(value, Some("accel"));
+            name.get("accel") == Some(chosen)
+        });
+        Self { option: Some(given.unwrap_or(chosen).to_owned()), without_kvm }
+    }
+}
+
+struct Planner<'a> {
+    settings: &'a LaunchSettings<'a>,
+    argv: Vec<String>,
+    notes: Vec<String>,
+    console: Console,
+    accelerator: Accelerator,
+    /// The console has its user.
+    placed: bool,
+}
+
+impl Planner<'_> {
+    fn add(&mut self, flag: &str, value: &str) {
+        self.argv.extend([flag.to_owned(), value.to_owned()]);
+    }
+
+    fn path_in_run_dir(&self, file: &str) -> String {
+        self.settings.run_dir.join(file).display().to_string()
+    }
+
+    /// Takes over one of the user's options, as it is or as it must be here.
+    fn take(&mut self, option: &CommandOption) {
+        let incoming = self.settings.incoming.is_some();
+        match option.name.as_str() {
+            "daemonize" => {}
+            // Added again below, or replaced.
+            "accel" | "enable-kvm" if self.accelerator.option.is_some() => {}
+            "incoming" | "loadvm" | "S" if incoming => {}
+            "pidfile" => self.notes.push(format!(
+                "The pidfile is {} instead of the one given by -pidfile.",
+                self.path_in_run_dir("qemu.pid")
+            )),
+            "machine" => self.take_machine(option),
+            "cpu" => self.take_cpu(option),
+            // What -nographic means to the guest: its firmware writes to the serial port.
+            "nographic" => {
+                self.add("-display", "none");
+                self.add("-machine", "graphics=off");
+            }
+            "monitor" | "qmp" | "qmp-pretty" if is_stdio(option.value()) => {
+                self.notes.push(format!("{} is left out: there is no terminal.", option.words.join(" ")));
+            }
+            "serial" if is_stdio(option.value()) => {
+                let free = self.console == Console::Serial && !self.placed;
+                let backend = if free { self.place_console(CONSOLE, "") } else { "null".into() };
+                self.add("-serial", &backend);
+            }
+            "chardev" if is_stdio_chardev(option) => self.take_stdio_chardev(option),
+            _ => self.argv.extend(option.words.iter().cloned()),
+        }
+    }
+
+    fn take_machine(&mut self, option: &CommandOption) {
+        let mut machine = option.properties();
+        let written = machine.clone();
+        if self.accelerator.option.is_some() {
+            machine.remove("accel");
+        }
+        if self.settings.incoming.is_some() {
+            machine.remove("type");
+        }
+        if machine == written {
+            self.argv.extend(option.words.iter().cloned());
+        } else if !machine.is_empty() {
+            self.add("-machine", &machine.to_string());
+        }
+    }
+
+    fn take_cpu(&mut self, option: &CommandOption) {
+        match option.value().strip_prefix("host") {
+            Some(features) if self.accelerator.without_kvm && (features.is_empty() || features.starts_with(',')) => {
+                self.add("-cpu", &format!("max{features}"));
+            }
+            _ => self.argv.extend(option.words.iter().cloned()),
+        }
+    }
+
+    /// The socket takes the place of the terminal; who uses it by its id does not notice.
+    fn take_stdio_chardev(&mut self, option: &CommandOption) {
+        let mut rest = option.properties();
+        let id = rest.get("id").unwrap_or_default().to_owned();
+        for key in ["backend", "id", "signal"] {
+            rest.remove(key);
+        }
+        if self.placed {
+            rest.put_first("id", &id);
+            self.add("-chardev", &format!("null,{rest}"));
+        } else {
+            drop(self.place_console(&id, &rest.to_string()))
+        }
+    }
+
+    /// Adds the console's socket; the answer is how to use it.
+    fn place_console(&mut self, id: &str, more: &str) -> String {
+        self.placed = true;
+        let more = if more.is_empty() { String::new() } else { format!(",{more}") };
+        let socket = self.socket(id, "console.sock");
+        self.add("-chardev", &format!("{socket}{more}"));
+        format!("chardev:{id}")
+    }
+
+    fn socket(&self, id: &str, file: &str) -> String {
+        let path = escape_commas(&self.path_in_run_dir(file));
+        format!("socket,id={},path={path},server=on,wait=off", escape_commas(id))
+    }
+
+    /// Adds what we need beside what the user wrote.
+    fn add_ours(&mut self, command: &CommandLine) -> Result<(), CommandLineError> {
+        if let Some(option) = self.accelerator.option.clone() {
+            self.add("-accel", &option);
+        }
+        if let (true, Accel::Tcg { why }) = (self.accelerator.without_kvm, &self.settings.accel) {
+            self.notes
+                .push(format!("KVM does not work here ({why}): running under TCG, software emulation, much slower."));
+        }
+        if !command.has("name") {
+            self.add("-name", &format!("guest={}", escape_commas(self.settings.name)));
+        }
+        if self.settings.shared_ram && wants_shared_ram(command) {
+            let size = command.memory_size()?;
+            self.add("-object", &format!("memory-backend-memfd,id={RAM},size={size},share=on"));
+            self.add("-machine", &format!("memory-backend={RAM}"));
+        }
+        if self.console == Console::Default {
+            let backend = self.place_console(CONSOLE, "");
+            self.add("-serial", &backend);
+        }
+        if !["display", "vnc", "spice", "nographic"].iter().any(|option| command.has(option)) {
+            self.add("-display", "none");
+        }
+        let qmp = self.socket(QMP, "qmp.sock");
+        self.add("-chardev", &qmp);
+        self.add("-mon", &format!("chardev={QMP},mode=control"));
+        self.add("-pidfile", &self.path_in_run_dir("qemu.pid"));
+        if let Some(incoming) = &self.settings.incoming {
+            self.add("-machine", &format!("type={}", escape_commas(&incoming.machine_type)));
+            self.argv.push("-S".into());
+            self.add("-incoming", "defer");
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,207 @@
+//! Launches as they are planned; `tests/real_qemu.rs` starts them.
+
+use super::*;
+
+const RUN_DIR: &str = "/run/v,m";
+
+fn settings(accel: Accel) -> LaunchSettings<'static> {
+    LaunchSettings { name: "web1", run_dir: Path::new(RUN_DIR), accel, shared_ram: false, incoming: None }
+}
+
+fn no_kvm() -> Accel {
+    Accel::Tcg { why: "there is no /dev/kvm".into() }
+}
+
+fn plan_with(line: &str, settings: &LaunchSettings<'_>) -> LaunchPlan {
+    let argv: Vec<String> = format!("qemu {line}").split_whitespace().map(str::to_owned).collect();
+    plan_launch(&CommandLine::parse(&argv).unwrap(), settings).unwrap()
+}
+
+fn plan(line: &str) -> LaunchPlan {
+    plan_with(line, &settings(Accel::Kvm))
+}
+
+fn text(plan: &LaunchPlan) -> String {
+    plan.argv.join(" ")
+}
+
+/// What stands between the binary and our own QMP, which always comes last.
+fn before_qmp(plan: &LaunchPlan) -> String {
+    let text = text(plan);
+    let (before, after) = text.split_once(" -chardev socket,id=vmferry-qmp,").unwrap();
+    assert_eq!(
+        after,
+        "path=/run/v,,m/qmp.sock,server=on,wait=off -mon chardev=vmferry-qmp,mode=control -pidfile /run/v,m/qemu.pid"
+    );
+    before.strip_prefix("qemu").unwrap().trim_start().to_owned()
+}
+
+const CONSOLE_SOCKET: &str = "path=/run/v,,m/console.sock,server=on,wait=off";
+
+#[test]
+fn a_bare_command_line_gets_what_we_need() {
+    let plan = plan("-m 64");
+    assert_eq!(
+        before_qmp(&plan),
+        format!(
+            "-m 64 -accel kvm -name guest=web1 -chardev socket,id=vmferry-console,{CONSOLE_SOCKET} \
+             -serial chardev:vmferry-console -display none"
+        )
+    );
+    assert!(plan.console);
+    assert_eq!(plan.notes, [""; 0]);
+}
+
+#[test]
+fn what_the_user_chose_stays() {
+    let line = "-accel kvm -name mine -nodefaults -vnc :7 -device virtio-net-pci -qmp unix:/x,server";
+    let plan = plan(line);
+    let rest = before_qmp(&plan);
+    assert_eq!(rest, "-name mine -nodefaults -vnc :7 -device virtio-net-pci -qmp unix:/x,server -accel kvm");
+    assert!(!plan.console, "-nodefaults gives no serial port");
+}
+
+#[test]
+fn a_terminal_becomes_a_socket() {
+    let socket = format!("-chardev socket,id=vmferry-console,{CONSOLE_SOCKET} -serial chardev:vmferry-console");
+    for (line, expected) in [
+        ("-serial stdio", socket.clone()),
+        ("-serial mon:stdio", socket.clone()),
+        ("-serial null -serial stdio", format!("-serial null {socket}")),
+        ("-serial stdio -monitor stdio", socket.clone()),
+        ("-nodefaults -serial stdio", format!("-nodefaults {socket}")),
+        (
+            "-chardev stdio,id=c,signal=off,mux=on,logfile=a,,b -serial chardev:c",
+            format!("-chardev socket,id=c,{CONSOLE_SOCKET},mux=on,logfile=a,,b -serial chardev:c"),
+        ),
+        (
+            "-nodefaults -chardev stdio,id=c -device virtconsole,chardev=c",
+            format!("-nodefaults -chardev socket,id=c,{CONSOLE_SOCKET} -device virtconsole,chardev=c"),
+        ),
+    ] {
+        let plan = plan(&format!("{line} -accel kvm -name a -display none"));
+        assert_eq!(before_qmp(&plan), format!("{expected} -name a -display none -accel kvm"), "{line}");
+        assert!(plan.console, "{line}");
+        assert!(!text(&plan).contains("stdio"), "{line}");
+    }
+}
+
+#[test]
+fn nographic_keeps_what_it_means_to_the_guest() {
+    let plan = plan("-nographic -name a");
+    assert_eq!(
+        before_qmp(&plan),
+        format!(
+            "-display none -machine graphics=off -name a -accel kvm \
+             -chardev socket,id=vmferry-console,{CONSOLE_SOCKET} -serial chardev:vmferry-console"
+        )
+    );
+}
+
+#[test]
+fn a_serial_port_that_goes_elsewhere_is_not_ours() {
+    for line in ["-serial file:/log", "-serial none", "-device isa-serial,chardev=c -chardev null,id=c", "-nodefaults"]
+    {
+        let plan = plan(line);
+        assert!(!plan.console, "{line}");
+        assert!(!text(&plan).contains("console.sock"), "{line}");
+    }
+}
+
+#[test]
+fn what_is_dropped_or_replaced_is_told_when_it_matters() {
+    let plan = plan("-daemonize -pidfile /x -monitor stdio -m 64");
+    assert!(!text(&plan).contains("daemonize") && !text(&plan).contains("-monitor") && !text(&plan).contains("/x"));
+    assert_eq!(plan.notes.len(), 2, "{:?}", plan.notes);
+    assert!(plan.notes[0].contains("qemu.pid") && plan.notes[1].contains("-monitor stdio"), "{:?}", plan.notes);
+}
+
+#[test]
+fn the_accelerator_is_the_best_of_those_that_are_wanted_and_work() {
+    for (line, with_kvm, without) in [
+        ("", "-accel kvm", "-accel tcg"),
+        ("-accel kvm", "-accel kvm", "-accel tcg"),
+        ("-enable-kvm", "-accel kvm", "-accel tcg"),
+        ("-accel kvm,dirty-ring-size=4096", "-accel kvm,dirty-ring-size=4096", "-accel tcg"),
+        ("-accel tcg,thread=single", "-accel tcg,thread=single", "-accel tcg,thread=single"),
+        ("-accel kvm -accel tcg,thread=single", "-accel kvm", "-accel tcg,thread=single"),
+        ("-M q35,accel=kvm", "-machine type=q35 -accel kvm", "-machine type=q35 -accel tcg"),
+        ("-M accel=kvm:tcg", "-accel kvm", "-accel tcg"),
+        ("-M q35", "-M q35 -accel kvm", "-M q35 -accel tcg"),
+        ("-accel xen", "-accel xen", "-accel xen"),
+        ("-accel kvm -cpu host,-avx", "-cpu host,-avx -accel kvm", "-cpu max,-avx -accel tcg"),
+        ("-cpu host", "-cpu host -accel kvm", "-cpu max -accel tcg"),
+        ("-cpu hostess", "-cpu hostess -accel kvm", "-cpu hostess -accel tcg"),
+    ] {
+        let rest = " -name a -nodefaults -display none";
+        for (accel, expected) in [(Accel::Kvm, with_kvm), (no_kvm(), without)] {
+            let plan = plan_with(&format!("{line} {rest}"), &settings(accel));
+            let got = before_qmp(&plan).replace(rest, "");
+            assert_eq!(got.trim_start(), expected.trim_start(), "{line}");
+        }
+    }
+}
+
+#[test]
+fn the_loss_of_kvm_is_told_once_and_with_its_reason() {
+    for line in ["-m 64", "-enable-kvm -cpu host", "-accel kvm -accel tcg"] {
+        let plan = plan_with(line, &settings(no_kvm()));
+        assert_eq!(
+            plan.notes,
+            ["KVM does not work here (there is no /dev/kvm): running under TCG, software emulation, much slower."],
+            "{line}"
+        );
+    }
+    assert_eq!(plan_with("-accel tcg", &settings(no_kvm())).notes, [""; 0], "TCG is what was asked for");
+}
+
+#[test]
+fn ram_becomes_shared_where_the_command_line_leaves_it_open() {
+    let shared = LaunchSettings { shared_ram: true, ..settings(Accel::Kvm) };
+    for line in ["-m 64", "", "-m 4G,slots=2,maxmem=8G -M q35"] {
+        let plan = plan_with(line, &shared);
+        let size = CommandLine::parse(&plan.argv).unwrap().memory_size().unwrap();
+        let wanted = format!(
+            "-object memory-backend-memfd,id=vmferry-ram,size={size},share=on -machine memory-backend=vmferry-ram"
+        );
+        assert!(text(&plan).contains(&wanted), "{line}: {}", text(&plan));
+        assert!(!text(&plan_with(line, &settings(Accel::Kvm))).contains("memfd"));
+    }
+    for line in [
+        "-mem-path /x",
+        "-numa node,memdev=m",
+        "-M q35,memory-backend=m",
+        "-object memory-backend-ram,id=m,size=64M",
+        r#"-object {"qom-type":"memory-backend-file","id":"m"}"#,
+    ] {
+        assert!(!text(&plan_with(line, &shared)).contains("vmferry-ram"), "{line}");
+    }
+}
+
+#[test]
+fn a_waiting_qemu_has_the_sources_machine_and_nothing_of_its_past() {
+    for (line, expected) in [
+        ("-M q35", ""),
+        ("-machine q35,smm=off,accel=kvm", "-machine smm=off "),
+        ("", ""),
+        ("-M type=pc -machine smm=off", "-machine smm=off "),
+        ("-incoming tcp:0:4444 -loadvm a -S", ""),
+    ] {
+        let incoming = Some(Incoming { machine_type: "pc-q35-7.2".into() });
+        let plan = plan_with(
+            &format!("{line} -nodefaults -name a -display none"),
+            &LaunchSettings { incoming, ..settings(Accel::Kvm) },
+        );
+        let all = text(&plan);
+        assert!(all.starts_with(&format!("qemu {expected}-nodefaults")), "{line}: {all}");
+        assert!(all.ends_with(" -machine type=pc-q35-7.2 -S -incoming defer"), "{line}: {all}");
+        assert_eq!(all.matches("-incoming").count() + all.matches("-S").count() + all.matches("-loadvm").count(), 2);
+    }
+}
+
+#[test]
+fn a_planned_command_line_can_be_planned_again() {
+    let first = plan("-nographic -m 64 -M q35,accel=kvm");
+    let again = plan_launch(&CommandLine::parse(&first.argv).unwrap(), &settings(Accel::Kvm));
+    assert!(again.is_ok());
+}

@@ -1,0 +1,322 @@
+//! The commands that we use, each with its arguments and what we read of its answer; migration is in a file of its own.
+//!
+//! What a QEMU may leave out is an `Option`; what we do not read is not named. QEMU describes all of it in qapi/*.json.
+
+mod block;
+mod migration;
+
+pub use block::*;
+pub use migration::*;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::{Command, RunState};
+
+/// Declares commands: `Type { arguments } = "name" -> Reply;`.
+macro_rules! commands {
+    ($($(#[$about:meta])* $name:ident {
+        $($(#[$doc:meta])* $field:ident: $type:ty,)*
+    } = $word:literal -> $reply:ty;)*) => {$(
+        $(#[$about])*
+        #[derive(Clone, Debug, serde::Serialize)]
+        #[serde(rename_all = "kebab-case")]
+        pub struct $name {
+            $(
+                $(#[$doc])*
+                pub $field: $type,
+            )*
+        }
+
+        impl $crate::qmp::Command for $name {
+            const NAME: &'static str = $word;
+            type Reply = $reply;
+        }
+    )*};
+}
+use commands;
+
+commands! {
+    /// Ends the greeting; [`Qmp::connect`](super::Qmp::connect) does it.
+    QmpCapabilities {} = "qmp_capabilities" -> Nothing;
+    /// What QEMU does with the guest.
+    QueryStatus {} = "query-status" -> Status;
+    /// QEMU's version.
+    QueryVersion {} = "query-version" -> Version;
+    /// The name given by `-name`.
+    QueryName {} = "query-name" -> Name;
+    /// The guest's UUID.
+    QueryUuid {} = "query-uuid" -> Uuid;
+    /// Whether KVM is there and used.
+    QueryKvm {} = "query-kvm" -> Kvm;
+    /// Pauses the guest.
+    Stop {} = "stop" -> Nothing;
+    /// Sets the guest running.
+    Cont {} = "cont" -> Nothing;
+    /// Ends QEMU.
+    Quit {} = "quit" -> Nothing;
+    /// Presses the power button.
+    SystemPowerdown {} = "system_powerdown" -> Nothing;
+    /// The machine types that this QEMU has.
+    QueryMachines {} = "query-machines" -> Vec<MachineInfo>;
+    /// What the machine that runs can do.
+    QueryCurrentMachine {} = "query-current-machine" -> CurrentMachine;
+    /// The CPU models that this QEMU has.
+    QueryCpuDefinitions {} = "query-cpu-definitions" -> Vec<CpuDefinition>;
+    /// The guest's CPUs.
+    QueryCpusFast {} = "query-cpus-fast" -> Vec<CpuInfo>;
+    /// How much memory the guest has.
+    QueryMemorySizeSummary {} = "query-memory-size-summary" -> MemorySizeSummary;
+    /// The memory backends; a machine that was only given `-m` has none.
+    QueryMemdev {} = "query-memdev" -> Vec<Memdev>;
+    /// The character devices.
+    QueryChardev {} = "query-chardev" -> Vec<ChardevInfo>;
+    /// Everything that this QEMU's QMP has.
+    QueryQmpSchema {} = "query-qmp-schema" -> Vec<SchemaEntry>;
+    /// A property of one of QEMU's objects.
+    QomGet {
+        /// Where the object is, such as `/machine`.
+        path: String,
+        /// The property.
+        property: String,
+    } = "qom-get" -> Value;
+    /// The properties and children of one of QEMU's objects.
+    QomList {
+        /// Where the object is, such as `/objects`.
+        path: String,
+    } = "qom-list" -> Vec<QomProperty>;
+    /// Keeps the descriptor that is sent along, under this name. To be sent by
+    /// [`execute_with_fds`](super::Qmp::execute_with_fds).
+    Getfd {
+        /// What it will be called.
+        fdname: String,
+    } = "getfd" -> Nothing;
+    /// Closes a descriptor that `getfd` kept.
+    Closefd {
+        /// What it is called.
+        fdname: String,
+    } = "closefd" -> Nothing;
+    /// Puts the descriptor that is sent along into a set, which opens as `/dev/fdset/N`. To be sent by
+    /// [`execute_with_fds`](super::Qmp::execute_with_fds).
+    AddFd {
+        /// The set; a new one when absent.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        fdset_id: Option<u64>,
+        /// A word for whoever lists the sets.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        opaque: Option<String>,
+    } = "add-fd" -> AddedFd;
+    /// Takes a descriptor, or all, out of a set.
+    RemoveFd {
+        /// The set.
+        fdset_id: u64,
+        /// The descriptor, by QEMU's number; all when absent.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        fd: Option<u64>,
+    } = "remove-fd" -> Nothing;
+}
+
+/// An answer that says no more than that it was done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+pub struct Nothing {}
+
+/// Answer to [`QueryStatus`].
+#[derive(Clone, Debug, Deserialize)]
+pub struct Status {
+    /// Whether the guest's CPUs run.
+    pub running: bool,
+    /// What QEMU does with the guest.
+    pub status: RunState,
+}
+
+/// Answer to [`QueryVersion`]; displays as `10.0.2`.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Version {
+    /// The three numbers.
+    pub qemu: VersionTriple,
+    /// The packager's word, or empty.
+    #[serde(default)]
+    pub package: String,
+}
+
+/// A version's numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+pub struct VersionTriple {
+    /// The first.
+    pub major: u32,
+    /// The second.
+    pub minor: u32,
+    /// The third.
+    pub micro: u32,
+}
+
+impl std::fmt::Display for Version {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}.{}.{}", self.qemu.major, self.qemu.minor, self.qemu.micro)
+    }
+}
+
+/// Answer to [`QueryName`].
+#[derive(Clone, Debug, Deserialize)]
+pub struct Name {
+    /// What `-name` said.
+    pub name: Option<String>,
+}
+
+/// Answer to [`QueryUuid`].
+#[derive(Clone, Debug, Deserialize)]
+pub struct Uuid {
+    /// All zero when none was given.
+    #[serde(rename = "UUID")]
+    pub uuid: String,
+}
+
+/// Answer to [`QueryKvm`].
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub struct Kvm {
+    /// It is used.
+    pub enabled: bool,
+    /// This QEMU was built with it.
+    pub present: bool,
+}
+
+/// One machine type.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct MachineInfo {
+    /// Its name, such as `pc-q35-7.2`.
+    pub name: String,
+    /// Another name that means it in this version of QEMU, such as `q35`.
+    pub alias: Option<String>,
+    /// It is what a command line without a machine type gets.
+    #[serde(default)]
+    pub is_default: bool,
+    /// A future QEMU will lack it.
+    #[serde(default)]
+    pub deprecated: bool,
+    /// How many CPUs it may have.
+    pub cpu_max: u32,
+    /// What its RAM is called in a migration when `-m` alone was given.
+    pub default_ram_id: Option<String>,
+}
+
+/// Answer to [`QueryCurrentMachine`].
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct CurrentMachine {
+    /// A suspended guest can be woken up.
+    pub wakeup_suspend_support: bool,
+}
+
+/// One CPU model.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct CpuDefinition {
+    /// Its name.
+    pub name: String,
+    /// What keeps it from running with this accelerator on this host; absent when QEMU cannot tell.
+    pub unavailable_features: Option<Vec<String>>,
+    /// It means the same in every version of QEMU of this machine type, on every host.
+    pub migration_safe: Option<bool>,
+    /// Another name that means it.
+    pub alias_of: Option<String>,
+}
+
+/// One of the guest's CPUs.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct CpuInfo {
+    /// Counted from 0.
+    pub cpu_index: u32,
+    /// The thread that runs it.
+    pub thread_id: u32,
+    /// Where it is among QEMU's objects.
+    pub qom_path: String,
+}
+
+/// Answer to [`QueryMemorySizeSummary`], in bytes.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct MemorySizeSummary {
+    /// What the guest started with.
+    pub base_memory: u64,
+    /// What was plugged in; absent when this machine cannot.
+    pub plugged_memory: Option<u64>,
+}
+
+/// One memory backend.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Memdev {
+    /// Its id; absent for one without.
+    pub id: Option<String>,
+    /// In bytes.
+    pub size: u64,
+    /// Other processes see what the guest writes; absent in older QEMUs.
+    pub share: Option<bool>,
+}
+
+/// One character device.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ChardevInfo {
+    /// Its id.
+    pub label: String,
+    /// What it is, such as `unix:/run/x.sock,server=on`.
+    pub filename: String,
+    /// Something in the guest holds it open.
+    pub frontend_open: bool,
+}
+
+/// A property or child of one of QEMU's objects.
+#[derive(Clone, Debug, Deserialize)]
+pub struct QomProperty {
+    /// Its name.
+    pub name: String,
+    /// Its type; `child<...>` for children.
+    #[serde(rename = "type")]
+    pub kind: String,
+}
+
+/// Answer to [`AddFd`].
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct AddedFd {
+    /// The set that it is in.
+    pub fdset_id: u64,
+    /// Its number in QEMU.
+    pub fd: u64,
+}
+
+/// A command, event or type of QMP. Types have numbers for names.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct SchemaEntry {
+    /// Its name.
+    pub name: String,
+    /// `command`, `event`, `object`, `enum`, ...
+    pub meta_type: String,
+    /// A command's arguments: the name of an object.
+    pub arg_type: Option<String>,
+    /// What an object has, or an enum's values.
+    #[serde(default)]
+    pub members: Vec<SchemaMember>,
+    /// What an object has for some values of one of its members.
+    #[serde(default)]
+    pub variants: Vec<SchemaVariant>,
+}
+
+/// See [`SchemaEntry`].
+#[derive(Clone, Debug, Deserialize)]
+pub struct SchemaMember {
+    /// Its name; those of an alternate have none.
+    pub name: Option<String>,
+}
+
+/// See [`SchemaEntry`].
+#[derive(Clone, Debug, Deserialize)]
+pub struct SchemaVariant {
+    /// The name of an object.
+    #[serde(rename = "type")]
+    pub kind: String,
+}

@@ -1,0 +1,202 @@
+//! The command line: what can be said, and the help that teaches it.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0    done
+  1    an unexpected error
+  2    the command line could not be understood
+  3    refused; nothing was touched
+  4    the migration failed; the guest runs on at the source
+  5    gave up within the given limits; the guest runs on at the source
+  6    the outcome is not known here, or the guest needs attention
+  7    no agent answers on this host
+  130  cancelled; the guest runs on at the source";
+
+/// Hands-off live migration for QEMU/KVM guests.
+#[derive(Parser)]
+#[command(name = "vmferry", version, after_long_help = EXIT_CODES)]
+pub(crate) struct Cli {
+    /// This host's agent [default: the one in the agent's run folder]
+    #[arg(long, global = true, env = "VMFERRY_SOCKET", value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum Command {
+    /// Serve this host: the daemon that everything else talks to
+    Agent(AgentOptions),
+    /// Start a VM from a QEMU command line
+    #[command(after_long_help = "\
+Example:
+  vmferry run web1 -- qemu-system-x86_64 -m 4G -drive file=/srv/web1.qcow2,if=virtio
+
+vmferry adds what it needs: a monitor, a pidfile, the name, a serial console when the command line leaves it open, and
+shared memory for RAM when only -m is given. The VM outlives the agent.")]
+    Run {
+        /// Its name, one a host
+        name: String,
+        /// The QEMU command line, after --
+        #[arg(last = true, required = true, value_name = "QEMU COMMAND LINE")]
+        argv: Vec<String>,
+    },
+    /// Take over a QEMU that somebody else started
+    Adopt {
+        /// The name to give it
+        name: String,
+        /// Its QMP socket (-qmp unix:PATH,server=on,wait=off); nobody else may be connected to it
+        #[arg(long, value_name = "SOCKET")]
+        qmp: PathBuf,
+    },
+    /// List the VMs of this host
+    List {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show one VM
+    Show {
+        /// Its name
+        name: String,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Shut a VM down
+    Stop {
+        /// Its name
+        name: String,
+        /// End it like a power cut
+        #[arg(long)]
+        force: bool,
+        /// How long the guest may take to shut down
+        #[arg(long, value_name = "TIME", default_value = "60s")]
+        timeout: humantime::Duration,
+    },
+    /// Attach to a VM's serial console; Ctrl-] detaches
+    Console {
+        /// Its name
+        name: String,
+    },
+    /// Move a running VM to another host
+    #[command(after_long_help = EXIT_CODES)]
+    Migrate(MigrateOptions),
+    /// Cancel the migration of a VM; the guest runs on here
+    Cancel {
+        /// The VM's name
+        name: String,
+    },
+    /// List the last migrations away from this host, and how they ended
+    Migrations {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print a completion script for a shell
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
+}
+
+#[derive(Args)]
+pub(crate) struct AgentOptions {
+    /// The configuration [default: /etc/vmferry/agent.toml, if it exists]
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Talk to other agents here WITHOUT authentication or encryption: only on a network that nobody else can reach
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub insecure_peers: Option<SocketAddr>,
+}
+
+#[derive(Args)]
+pub(crate) struct MigrateOptions {
+    /// The VM's name
+    pub name: String,
+    /// The destination
+    #[arg(long, value_name = "HOST[:PORT]")]
+    pub to: String,
+    /// Check everything and say what would be done; touch nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Print JSON, one event a line; the last one is the report
+    #[arg(long)]
+    pub json: bool,
+    /// For how long nobody may run the guest at switchover
+    #[arg(long, value_name = "TIME", default_value = "300ms", allow_hyphen_values = true, value_parser = duration)]
+    pub downtime: std::time::Duration,
+    /// Be done by then: post-copy starts early enough; without post-copy, give up
+    #[arg(long, value_name = "TIME", allow_hyphen_values = true, value_parser = duration)]
+    pub max_time: Option<std::time::Duration>,
+    /// Send no faster than this [default: as fast as the link carries]
+    #[arg(long, value_name = "RATE", allow_hyphen_values = true, value_parser = rate)]
+    pub bandwidth: Option<u64>,
+    /// Never run the guest on the destination before all of its memory is there
+    #[arg(long)]
+    pub no_post_copy: bool,
+    /// I know that the VM's disks are the same on both hosts, also where vmferry cannot tell
+    #[arg(long)]
+    pub disks_are_shared: bool,
+}
+
+fn duration(text: &str) -> Result<std::time::Duration, String> {
+    humantime::parse_duration(text).map_err(|error| format!("{error}; give a time such as 300ms, 10s or 5m"))
+}
+
+/// A rate in bytes a second, from `100MiB/s`, `1Gbit/s`, `1gbit` and the like.
+fn rate(text: &str) -> Result<u64, String> {
+    let bad = || format!("{text:?} is no rate; give one such as 100MiB/s or 1Gbit/s");
+    let lower = text.trim().to_ascii_lowercase();
+    let amount = lower.strip_suffix("/s").unwrap_or(&lower);
+    if let Some(bits) = amount.strip_suffix("bit") {
+        let (number, factor) = match bits.chars().last() {
+            Some('k') => (&bits[..bits.len() - 1], 1e3),
+            Some('m') => (&bits[..bits.len() - 1], 1e6),
+            Some('g') => (&bits[..bits.len() - 1], 1e9),
+            _ => (bits, 1.0),
+        };
+        let number: f64 = number.trim().parse().map_err(|_| bad())?;
+        return if number >= 0.0 { Ok((number * factor / 8.0) as u64) } else { Err(bad()) };
+    }
+    amount.parse::<bytesize::ByteSize>().map(|size| size.as_u64()).map_err(|_| bad())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn rates_may_be_given_in_bits_or_bytes() {
+        for (text, bytes) in [
+            ("1Gbit/s", 125_000_000),
+            ("1gbit", 125_000_000),
+            ("8kbit", 1000),
+            ("100MiB/s", 100 << 20),
+            ("5000000", 5_000_000),
+        ] {
+            assert_eq!(rate(text), Ok(bytes), "{text}");
+        }
+        for bad in ["", "fast", "-1gbit", "-5", "1 parsec", "gbit"] {
+            assert!(rate(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_negative_or_unreadable_time_is_refused_with_an_example() {
+        for bad in ["-5ms", "soon", ""] {
+            assert!(duration(bad).unwrap_err().contains("300ms"), "{bad}");
+        }
+    }
+}

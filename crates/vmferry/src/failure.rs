@@ -1,0 +1,73 @@
+//! How a command fails: one line in plain words, what to do next, and an exit code.
+
+use vmferry_agent::api::types::Code;
+use vmferry_agent::client::ClientError;
+use vmferry_agent::error::in_one_line;
+
+/// Why a command did not do what it was asked. The exit codes are listed in the help (`cli.rs`).
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Failure {
+    /// In the agent's words, or for want of an agent.
+    #[error(transparent)]
+    Agent(#[from] ClientError),
+    #[error("stopped looking; the migration was asked to cancel and may still be under way")]
+    StoppedLooking,
+    #[error("cannot run the agent")]
+    Serve(#[source] Box<dyn std::error::Error + Send + Sync>),
+    #[error("cannot use the terminal")]
+    Terminal(#[source] std::io::Error),
+    #[error("cannot tell the current folder")]
+    NoFolder(#[source] std::io::Error),
+}
+
+impl Failure {
+    pub(crate) fn tell(&self) {
+        eprintln!("vmferry: {}", in_one_line(self));
+        if let Some(hint) = self.hint() {
+            eprintln!("  hint: {hint}");
+        }
+    }
+
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::Agent(ClientError::NoAgent { .. }) => Some("start it with `vmferry agent`, as the same user".into()),
+            Self::Agent(ClientError::Problem(problem)) => problem.hint.clone(),
+            Self::Agent(ClientError::LostSight) | Self::StoppedLooking => {
+                Some("the guest runs on; `vmferry migrations` tells what became of the migration".into())
+            }
+            _ => None,
+        }
+    }
+
+    pub(crate) fn exit_code(&self) -> u8 {
+        match self {
+            Self::Agent(ClientError::NoAgent { .. }) => 7,
+            Self::Agent(ClientError::Problem(problem)) => exit_code(problem.code),
+            Self::Agent(ClientError::LostSight) | Self::StoppedLooking => 6,
+            Self::Agent(ClientError::Lost(_)) | Self::Serve(_) | Self::Terminal(_) | Self::NoFolder(_) => 1,
+        }
+    }
+}
+
+fn exit_code(code: Code) -> u8 {
+    match code {
+        Code::Internal | Code::QemuFailed | Code::Other => 1,
+        Code::MigrationFailed => 4,
+        Code::GaveUp => 5,
+        Code::GuestAtRisk => 6,
+        Code::Cancelled => 130,
+        _ => 3,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_exit_code_of_the_help_is_given_for_something() {
+        let given =
+            [Code::Internal, Code::NoMemory, Code::MigrationFailed, Code::GaveUp, Code::GuestAtRisk, Code::Cancelled];
+        assert_eq!(given.map(exit_code), [1, 3, 4, 5, 6, 130]);
+    }
+}

@@ -1,0 +1,69 @@
+//! vmferry: hands-off live migration for QEMU/KVM guests.
+//!
+//! One binary: `vmferry agent` is the daemon, everything else talks to this host's agent over its Unix socket.
+
+mod agent;
+mod cli;
+mod console;
+mod failure;
+mod migrate;
+mod vms;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser};
+use vmferry_agent::client::Client;
+use vmferry_agent::config::Config;
+
+use crate::cli::{Cli, Command};
+use crate::failure::Failure;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .expect("a runtime needs only threads and an epoll descriptor");
+    let result = runtime.block_on(run(cli));
+    // A thread may still be reading the terminal.
+    runtime.shutdown_background();
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            failure.tell();
+            ExitCode::from(failure.exit_code())
+        }
+    }
+}
+
+async fn run(cli: Cli) -> Result<(), Failure> {
+    // The agent and the completions need no agent.
+    let client = || client(cli.socket);
+    match cli.command {
+        Command::Agent(options) => agent::run(options).await,
+        Command::Run { name, argv } => vms::run(&client()?, name, argv).await,
+        Command::Adopt { name, qmp } => vms::adopt(&client()?, name, qmp).await,
+        Command::List { json } => vms::list(&client()?, json).await,
+        Command::Show { name, json } => vms::show(&client()?, &name, json).await,
+        Command::Stop { name, force, timeout } => vms::stop(&client()?, &name, force, timeout.into()).await,
+        Command::Console { name } => console::run(&client()?, &name).await,
+        Command::Migrate(options) => migrate::run(&client()?, options).await,
+        Command::Cancel { name } => migrate::cancel(&client()?, &name).await,
+        Command::Migrations { json } => migrate::list(&client()?, json).await,
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "vmferry", &mut std::io::stdout());
+            Ok(())
+        }
+    }
+}
+
+/// This host's agent: at the socket given, or at the one that its configuration names.
+fn client(socket: Option<PathBuf>) -> Result<Client, Failure> {
+    let socket = match socket {
+        Some(socket) => socket,
+        None => Config::load(None).map_err(|error| Failure::Serve(error.into()))?.socket(),
+    };
+    Ok(Client::new(&socket)?)
+}

@@ -1,0 +1,266 @@
+//! `migrate`, `cancel`, `migrations`: a migration as its user sees it.
+
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use vmferry_agent::api::local::Begun;
+use vmferry_agent::api::types::{MigrateRequest, MigrationEvent, MigrationView, PlanView, Progress, Report, Step};
+use vmferry_agent::client::{Client, ClientError, vm_path};
+
+use crate::cli::MigrateOptions;
+use crate::failure::Failure;
+use crate::vms::{memory, print_json, print_table};
+
+/// Between two lines of progress where there is no terminal.
+const LINE_EVERY: Duration = Duration::from_secs(1);
+
+pub(crate) async fn run(client: &Client, options: MigrateOptions) -> Result<(), Failure> {
+    let path = format!("{}/migration", vm_path(&options.name));
+    let request = MigrateRequest {
+        to: options.to,
+        dry_run: options.dry_run,
+        downtime_ms: options.downtime.as_millis() as u64,
+        max_time_ms: options.max_time.map(|time| time.as_millis() as u64),
+        bandwidth: options.bandwidth,
+        post_copy: !options.no_post_copy,
+        disks_are_shared: options.disks_are_shared,
+    };
+    let begun: Begun = client.post(&path, &request).await?;
+    let Some(id) = begun.id else {
+        if options.json {
+            print_json(&begun.plan)
+        } else {
+            tell_plan(&begun.plan)
+        }
+        return Ok(());
+    };
+    let mut view: Box<dyn View> = match (options.json, std::io::stderr().is_terminal()) {
+        (true, _) => Box::new(JsonView),
+        (false, true) => Box::new(BarView::new()),
+        (false, false) => Box::new(LineView::default()),
+    };
+    let events = format!("/v1/migrations/{id}/events");
+    let follow = client.follow(&events, |event| {
+        view.show(&event);
+        match event {
+            MigrationEvent::Finished(report) => Some(Ok(report)),
+            MigrationEvent::Failed(problem) => Some(Err(ClientError::Problem(problem))),
+            _ => None,
+        }
+    });
+    let report = cancel_on_interrupt(client, &path, follow).await??;
+    if !options.json {
+        tell_report(&report);
+    }
+    Ok(())
+}
+
+/// Ctrl-C asks the agent to cancel and waits for what comes of it; a second one stops waiting.
+async fn cancel_on_interrupt<T>(
+    client: &Client,
+    path: &str,
+    follow: impl Future<Output = Result<T, ClientError>>,
+) -> Result<T, Failure> {
+    tokio::pin!(follow);
+    let mut cancelling = false;
+    loop {
+        tokio::select! {
+            done = &mut follow => return Ok(done?),
+            _ = tokio::signal::ctrl_c() => {
+                if std::mem::replace(&mut cancelling, true) {
+                    return Err(Failure::StoppedLooking);
+                }
+                eprintln!("\ncancelling; once more to stop looking");
+                if let Err(failure) = client.delete(path).await {
+                    Failure::from(failure).tell();
+                }
+            }
+        }
+    }
+}
+
+pub(crate) async fn cancel(client: &Client, name: &str) -> Result<(), Failure> {
+    let path = format!("{}/migration", vm_path(name));
+    client.delete(&path).await?;
+    println!("the migration of {name} was asked to stop; `vmferry migrations` tells how it ended");
+    Ok(())
+}
+
+pub(crate) async fn list(client: &Client, json: bool) -> Result<(), Failure> {
+    let migrations: Vec<MigrationView> = client.get("/v1/migrations").await?;
+    if json {
+        print_json(&migrations);
+        return Ok(());
+    }
+    let rows = migrations.into_iter().map(|it| {
+        let when = humantime::format_rfc3339_seconds(std::time::UNIX_EPOCH + Duration::from_secs(it.started));
+        let outcome = it.outcome.unwrap_or_else(|| "under way".into());
+        [when.to_string(), it.vm, it.to, it.step, outcome]
+    });
+    print_table(["STARTED", "VM", "TO", "STEP", "OUTCOME"], rows);
+    Ok(())
+}
+
+fn tell_plan(plan: &PlanView) {
+    println!("{} can move to {}; nothing was touched.", plan.vm, plan.to);
+    println!("  memory       {}, of which the guest uses {}", memory(plan.ram_bytes), memory(plan.ram_used_bytes));
+    println!("  link         {} in a short trial", rate(plan.link_rate));
+    println!(
+        "  first round  about {} at that rate; later rounds depend on how fast the guest writes",
+        seconds(plan.first_round_ms as f64)
+    );
+    println!("  qemu         {} here, {} there", plan.source_qemu, plan.destination_qemu);
+    println!("  machine      {}, {}", plan.machine, plan.accelerator);
+    println!("  RAM engine   {} ({})", plan.engine, plan.capabilities.join(", "));
+    for note in &plan.notes {
+        println!("  note         {note}");
+    }
+}
+
+fn tell_report(report: &Report) {
+    println!("{} runs on {} now.", report.vm, report.to);
+    println!("  total        {}", seconds(report.total_ms));
+    println!("  downtime     {:.0} ms", report.downtime_ms);
+    println!("  sent         {}", memory(report.sent));
+    let by = if report.post_copy { "pre-copy, then post-copy" } else { "pre-copy" };
+    println!("  how          {by}, {} {}", report.rounds, if report.rounds == 1 { "round" } else { "rounds" });
+    println!("  dirty rate   {}", rate(report.dirty_rate));
+    if report.throttle > 1 {
+        println!("  slowed       the guest, by up to {} %", report.throttle);
+    }
+}
+
+fn rate(bytes_a_second: u64) -> String {
+    format!("{}/s", memory(bytes_a_second))
+}
+
+fn seconds(ms: f64) -> String {
+    format!("{:.1} s", ms / 1e3)
+}
+
+fn gib(bytes: u64) -> f64 {
+    bytes as f64 / (1u64 << 30) as f64
+}
+
+fn step_in_words(step: Step) -> &'static str {
+    match step {
+        Step::Plan => "plan",
+        Step::Prepare => "prepare",
+        Step::CopyRam => "copy RAM",
+        Step::SwitchOver => "switch over",
+        Step::Commit => "commit",
+        Step::PostCopy => "post-copy",
+        Step::Retire => "retire",
+    }
+}
+
+/// Time for what is left of this round, or of post-copy.
+fn eta(progress: &Progress) -> String {
+    match progress.remaining.checked_div(progress.link_rate) {
+        Some(seconds) if progress.link_rate > 1 << 20 => {
+            format!("{}", humantime::format_duration(Duration::from_secs(seconds)))
+        }
+        _ => "?".into(),
+    }
+}
+
+fn figures(progress: &Progress) -> String {
+    format!(
+        "{:.2}/{:.2} GiB  link {}  dirty {}  round {}  ETA {}",
+        gib(progress.total.saturating_sub(progress.remaining)),
+        gib(progress.total),
+        rate(progress.link_rate),
+        rate(progress.dirty_rate),
+        progress.round,
+        eta(progress)
+    )
+}
+
+/// Shows a migration's events as they come.
+trait View {
+    fn show(&mut self, event: &MigrationEvent);
+}
+
+/// For programs.
+struct JsonView;
+
+impl View for JsonView {
+    fn show(&mut self, event: &MigrationEvent) {
+        println!("{}", serde_json::to_string(event).expect("an event is plain data"));
+    }
+}
+
+/// For a terminal.
+struct BarView {
+    bar: ProgressBar,
+}
+
+impl BarView {
+    fn new() -> Self {
+        let style = ProgressStyle::with_template("{prefix:<12} [{bar:24}] {msg}").expect("the template is valid");
+        Self { bar: ProgressBar::new(1).with_style(style.progress_chars("=> ")) }
+    }
+}
+
+impl View for BarView {
+    fn show(&mut self, event: &MigrationEvent) {
+        match event {
+            MigrationEvent::Step { step } => self.bar.set_prefix(step_in_words(*step)),
+            MigrationEvent::Note { text } => self.bar.println(format!("note: {text}")),
+            MigrationEvent::Progress(progress) => {
+                self.bar.set_prefix(step_in_words(progress.step));
+                self.bar.set_length(progress.total.max(1));
+                self.bar.set_position(progress.total.saturating_sub(progress.remaining));
+                self.bar.set_message(figures(progress));
+            }
+            MigrationEvent::Finished(_) | MigrationEvent::Failed(_) => self.bar.finish_and_clear(),
+        }
+    }
+}
+
+/// For a log.
+#[derive(Default)]
+struct LineView {
+    last_line: Option<Instant>,
+}
+
+impl View for LineView {
+    fn show(&mut self, event: &MigrationEvent) {
+        match event {
+            MigrationEvent::Step { step } => eprintln!("{}", step_in_words(*step)),
+            MigrationEvent::Note { text } => eprintln!("note: {text}"),
+            MigrationEvent::Progress(progress) => {
+                if self.last_line.is_none_or(|at| at.elapsed() >= LINE_EVERY) {
+                    self.last_line = Some(Instant::now());
+                    eprintln!("{:<12} {}", step_in_words(progress.step), figures(progress));
+                }
+            }
+            MigrationEvent::Finished(_) | MigrationEvent::Failed(_) => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_time_is_promised_while_the_link_carries_nothing() {
+        let mut progress = Progress {
+            step: Step::CopyRam,
+            elapsed_ms: 0,
+            round: 1,
+            total: 4 << 30,
+            remaining: 1 << 30,
+            sent: 0,
+            dirty_rate: 0,
+            link_rate: 0,
+            throttle: 0,
+        };
+        assert_eq!(eta(&progress), "?");
+        progress.link_rate = 128 << 20;
+        assert_eq!(eta(&progress), "8s");
+        assert!(figures(&progress).starts_with("3.00/4.00 GiB"), "{}", figures(&progress));
+    }
+}

@@ -1,0 +1,109 @@
+//! `run`, `adopt`, `list`, `show`, `stop`.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use bytesize::ByteSize;
+use vmferry_agent::api::types::{AdoptRequest, RunRequest, Started, StopRequest, VmView};
+use vmferry_agent::client::{Client, vm_path};
+
+use crate::failure::Failure;
+
+pub(crate) async fn run(client: &Client, name: String, argv: Vec<String>) -> Result<(), Failure> {
+    let cwd = std::env::current_dir().map_err(Failure::NoFolder)?;
+    let started: Started = client.post("/v1/vms", &RunRequest { name, argv, cwd }).await?;
+    tell_started(&started);
+    Ok(())
+}
+
+pub(crate) async fn adopt(client: &Client, name: String, qmp: PathBuf) -> Result<(), Failure> {
+    let qmp = std::path::absolute(qmp).map_err(Failure::NoFolder)?;
+    let started: Started = client.post("/v1/adopt", &AdoptRequest { name, qmp }).await?;
+    tell_started(&started);
+    Ok(())
+}
+
+fn tell_started(started: &Started) {
+    for note in &started.notes {
+        eprintln!("note: {note}");
+    }
+    println!("{} is {} (pid {})", started.vm.name, started.vm.state, started.vm.pid);
+}
+
+pub(crate) async fn list(client: &Client, json: bool) -> Result<(), Failure> {
+    let vms: Vec<VmView> = client.get("/v1/vms").await?;
+    if json {
+        print_json(&vms);
+        return Ok(());
+    }
+    let rows = vms.iter().map(|vm| {
+        let machine = vm.machine.clone().unwrap_or_default();
+        let accelerator = vm.accelerator.clone().unwrap_or_default();
+        [vm.name.clone(), vm.state.clone(), memory(vm.ram_bytes), vm.pid.to_string(), machine, accelerator]
+    });
+    print_table(["NAME", "STATE", "MEMORY", "PID", "MACHINE", "ACCEL"], rows);
+    Ok(())
+}
+
+pub(crate) async fn show(client: &Client, name: &str, json: bool) -> Result<(), Failure> {
+    let vm: VmView = client.get(&vm_path(name)).await?;
+    if json {
+        print_json(&vm);
+        return Ok(());
+    }
+    let yes_no = |it: bool| if it { "yes" } else { "no" }.to_owned();
+    let state = match &vm.detail {
+        Some(detail) => format!("{} ({detail})", vm.state),
+        None => vm.state.clone(),
+    };
+    let rows = [
+        ("name", Some(vm.name.clone())),
+        ("state", Some(state)),
+        ("migration", vm.migration.map(|id| id.to_string())),
+        ("memory", Some(memory(vm.ram_bytes))),
+        ("pid", Some(vm.pid.to_string())),
+        ("qemu", vm.qemu_version.clone()),
+        ("machine", vm.machine.clone()),
+        ("accelerator", vm.accelerator.clone()),
+        ("RAM engine", Some(vm.engine.clone())),
+        ("console", Some(yes_no(vm.console))),
+        ("adopted", Some(yes_no(vm.adopted))),
+        ("command line", Some(vm.argv.join(" "))),
+    ];
+    for (key, value) in rows {
+        if let Some(value) = value {
+            println!("{key:<13} {value}");
+        }
+    }
+    Ok(())
+}
+
+pub(crate) async fn stop(client: &Client, name: &str, force: bool, timeout: Duration) -> Result<(), Failure> {
+    let request = StopRequest { force, timeout_ms: timeout.as_millis() as u64 };
+    client.tell(&format!("{}/stop", vm_path(name)), &request).await?;
+    println!("{name} is stopped");
+    Ok(())
+}
+
+/// Bytes as people say them.
+pub(crate) fn memory(bytes: u64) -> String {
+    ByteSize::b(bytes).display().iec().to_string()
+}
+
+pub(crate) fn print_json<T: serde::Serialize>(value: &T) {
+    println!("{}", serde_json::to_string_pretty(value).expect("the API's types are plain data"));
+}
+
+/// Columns as wide as they need to be.
+pub(crate) fn print_table<const N: usize>(head: [&str; N], rows: impl Iterator<Item = [String; N]>) {
+    let rows: Vec<[String; N]> = rows.collect();
+    let width = |column: usize| rows.iter().map(|row| row[column].len()).chain([head[column].len()]).max().unwrap_or(0);
+    let print = |row: [&str; N]| {
+        let cells: Vec<String> = row.iter().enumerate().map(|(i, cell)| format!("{cell:<w$}", w = width(i))).collect();
+        println!("{}", cells.join("  ").trim_end());
+    };
+    print(head);
+    for row in &rows {
+        print(row.each_ref().map(String::as_str));
+    }
+}

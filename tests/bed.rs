@@ -1,0 +1,151 @@
+//! What the tests stand on: two hosts with a guest on the first, and what can be said of both afterwards.
+
+use std::ops::Deref;
+use std::process::Output;
+use std::time::{Duration, Instant};
+
+use vmferry_agent::api::types::VmView;
+use vmferry_bench::testbed::{GuestWatch, Testbed, TestbedOptions};
+use vmferry_bench::{Fill, GuestOptions, Mode};
+
+/// The VM of every test.
+pub(crate) const VM: &str = "web1";
+/// A pause that a guest which was never stopped does not show, even on a busy machine.
+const NO_STOP: Duration = Duration::from_millis(700);
+/// RAM of the test guest, in MiB: its kernel and what it writes.
+pub(crate) const RAM_MIB: u64 = 384;
+
+/// Hosts on the loopback address with the system's QEMU.
+pub(crate) fn options() -> TestbedOptions {
+    TestbedOptions::new(env!("CARGO_BIN_EXE_vmferry"))
+}
+
+/// A guest that does this with 128 MiB.
+pub(crate) fn guest(mode: Mode) -> GuestOptions {
+    GuestOptions { mem: 128 << 20, threads: 1, mode, rate: None, fill: Fill::Random }
+}
+
+/// Two hosts and a running guest.
+pub(crate) struct Bed {
+    pub testbed: Testbed,
+    pub watch: GuestWatch,
+    begun: Instant,
+}
+
+impl Deref for Bed {
+    type Target = Testbed;
+    fn deref(&self) -> &Testbed {
+        &self.testbed
+    }
+}
+
+pub(crate) async fn start(options: TestbedOptions, guest: GuestOptions) -> Bed {
+    start_with(options, guest, &[]).await
+}
+
+/// With more words at the end of QEMU's command line.
+pub(crate) async fn start_with(options: TestbedOptions, guest: GuestOptions, more: &[&str]) -> Bed {
+    start_changed(options, guest, |argv| argv.extend(more.iter().map(ToString::to_string))).await
+}
+
+/// With another name for QEMU.
+pub(crate) async fn start_as(options: TestbedOptions, guest: GuestOptions, binary: &str) -> Bed {
+    start_changed(options, guest, |argv| argv[0] = binary.into()).await
+}
+
+async fn start_changed(options: TestbedOptions, guest: GuestOptions, change: impl FnOnce(&mut Vec<String>)) -> Bed {
+    let testbed = Testbed::start(options).await.expect("the testbed starts");
+    let mut argv = testbed.guest_command_line(&guest, RAM_MIB, 1).expect("the guest's kernel is there");
+    change(&mut argv);
+    let watch = match testbed.start_guest(VM, argv).await {
+        Ok(watch) => watch,
+        Err(error) => panic!("{error}\nthe agent's log:\n{}", testbed.alpha().agent_log()),
+    };
+    Bed { testbed, watch, begun: Instant::now() }
+}
+
+impl Bed {
+    pub(crate) fn to(&self) -> String {
+        self.beta().address.to_string()
+    }
+
+    /// `vmferry migrate web1 --to beta` with more arguments, on alpha.
+    pub(crate) async fn migrate(&self, more: &[&str]) -> Output {
+        let to = self.to();
+        let arguments: Vec<&str> = ["migrate", VM, "--to", &to].iter().chain(more).copied().collect();
+        self.alpha().vmferry(&arguments).await.expect("vmferry runs")
+    }
+
+    /// The guest runs on this host, and only there.
+    pub(crate) async fn assert_runs_only_on(&self, host: usize) {
+        let hosts = [self.alpha(), self.beta()];
+        let view = self.view(host).await;
+        assert_eq!(view.state, "running", "{view:?}\n{}", self.logs());
+        let other = hosts[1 - host].show(VM).await.expect("the agent answers");
+        assert!(other.is_none(), "it is on both hosts: {other:?}\n{}", self.logs());
+        let from = Instant::now();
+        let beats = |log: &vmferry_bench::GuestLog| log.beats().iter().filter(|beat| beat.at > from).count();
+        self.watch.wait("the guest's heart", Duration::from_secs(10), |log| beats(log) > 20).await.expect("it beats");
+        let log = self.watch.log();
+        assert!(log.beats().iter().filter(|beat| beat.at > from).all(|beat| beat.host == host), "it beats elsewhere");
+    }
+
+    pub(crate) async fn view(&self, host: usize) -> VmView {
+        let host = [self.alpha(), self.beta()][host];
+        let view = host.show(VM).await.expect("the agent answers");
+        view.unwrap_or_else(|| panic!("{} has no {VM}\n{}", host.name, self.logs()))
+    }
+
+    /// Not a heartbeat was missed since the guest started.
+    pub(crate) fn assert_never_stopped(&self) {
+        let gap = self.watch.log().longest_gap(self.begun, Instant::now()).expect("it beats");
+        assert!(gap.length < NO_STOP, "the guest stood still for {:?}", gap.length);
+    }
+
+    /// Every page is as the guest wrote it.
+    pub(crate) async fn assert_intact(&self, host: usize) {
+        let (pages, corrupt) = self.watch.verify(host).await.expect("the guest verifies its memory");
+        let log = self.watch.log();
+        assert!(corrupt == 0 && log.corrupt().is_empty(), "{corrupt} of {pages} pages: {:?}", log.corrupt());
+        assert!(pages >= 32_000, "only {pages} pages were verified");
+    }
+
+    pub(crate) fn logs(&self) -> String {
+        format!("alpha:\n{}\nbeta:\n{}", self.alpha().agent_log(), self.beta().agent_log())
+    }
+
+    /// Waits until this is so.
+    pub(crate) async fn eventually<F: Future<Output = bool>>(&self, what: &str, mut is_so: impl FnMut() -> F) {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while !is_so().await {
+            assert!(Instant::now() < deadline, "not within 30 s: {what}\n{}", self.logs());
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// Begins a migration that takes some seconds and waits until its copy is under way.
+    pub(crate) async fn begin_slow_migration(&self) -> tokio::process::Child {
+        let to = self.to();
+        let mut command = self.alpha().command(&["migrate", VM, "--to", &to, "--bandwidth", "20MiB/s", "--json"]);
+        let mut child = command.stdout(std::process::Stdio::piped()).spawn().expect("vmferry runs");
+        let mut lines = tokio::io::AsyncBufReadExt::lines(tokio::io::BufReader::new(child.stdout.take().expect("piped")));
+        loop {
+            let line = lines.next_line().await.expect("readable").expect("it ended before it copied");
+            let event: serde_json::Value = serde_json::from_str(&line).expect("JSON");
+            if event["event"] == "progress" && event["sent"].as_u64() > Some(4 << 20) {
+                break;
+            }
+        }
+        // Whoever wants the rest asks the agent.
+        tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
+        child
+    }
+}
+
+pub(crate) fn text(output: &Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+}
+
+pub(crate) fn assert_success(output: &Output, bed: &Bed) {
+    assert!(output.status.success(), "{}\n{}", text(output), bed.logs());
+}

@@ -1,0 +1,130 @@
+//! Agents and QEMUs that die in the middle: the guest is never lost, and never runs twice.
+
+use std::time::Duration;
+
+use vmferry_bench::Mode;
+
+use crate::bed::{self, Bed, VM, guest, options, text};
+
+async fn busy_guest() -> Bed {
+    bed::start(options(), guest(Mode::Write)).await
+}
+
+fn kill(pid: u32) {
+    let pid = rustix::process::Pid::from_raw(pid as i32).expect("a pid");
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("it can be killed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn when_the_destinations_qemu_is_killed_mid_copy_the_guest_runs_on() {
+    let bed = busy_guest().await;
+    let mut migrate = bed.begin_slow_migration().await;
+    kill(bed.view(1).await.pid);
+    let status = migrate.wait().await.expect("it ends");
+    assert_eq!(status.code(), Some(4), "{}", bed.logs());
+    bed.assert_runs_only_on(0).await;
+    bed.assert_never_stopped();
+    bed.assert_intact(0).await;
+    let (_, list) = migrations(&bed).await;
+    assert!(list.contains("abandoned") && list.contains("copying the RAM failed"), "{list}");
+    crate::bed::assert_success(&bed.migrate(&[]).await, &bed);
+    bed.assert_runs_only_on(1).await;
+}
+
+async fn migrations(bed: &Bed) -> (Option<i32>, String) {
+    let output = bed.alpha().vmferry(&["migrations"]).await.expect("vmferry runs");
+    (output.status.code(), text(&output))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn when_the_sources_agent_is_killed_mid_copy_the_guest_runs_on_and_the_next_agent_cleans_up() {
+    let mut bed = busy_guest().await;
+    let mut migrate = bed.begin_slow_migration().await;
+    bed.testbed.host_mut(0).kill_agent().await.expect("killed");
+    let status = migrate.wait().await.expect("it ends");
+    assert_eq!(status.code(), Some(6), "the command line lost sight of it");
+    assert_eq!(bed.view(1).await.state, "incoming");
+    bed.testbed.host_mut(0).start_agent().await.expect("starts");
+    bed.eventually("the other side is cleaned up", async || bed.beta().show(VM).await.expect("answers").is_none()).await;
+    bed.assert_runs_only_on(0).await;
+    bed.assert_intact(0).await;
+    let (_, list) = migrations(&bed).await;
+    assert!(list.contains("abandoned") && list.contains("the agent ended while it was under way"), "{list}");
+    assert!(bed.alpha().agent_log().contains("the guest runs on here"), "{}", bed.logs());
+    crate::bed::assert_success(&bed.migrate(&[]).await, &bed);
+    bed.assert_runs_only_on(1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn when_the_sources_agent_stays_away_the_destination_drops_what_it_prepared() {
+    let mut bed = busy_guest().await;
+    let mut migrate = bed.begin_slow_migration().await;
+    bed.testbed.host_mut(0).kill_agent().await.expect("killed");
+    migrate.wait().await.expect("it ends");
+    bed.eventually("the lease ran out", async || bed.beta().show(VM).await.expect("answers").is_none()).await;
+    assert!(bed.beta().agent_log().contains("was not heard of for 15 s"), "{}", bed.logs());
+    bed.testbed.host_mut(0).start_agent().await.expect("starts");
+    bed.assert_runs_only_on(0).await;
+    bed.assert_intact(0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn when_the_destinations_agent_is_killed_mid_copy_and_comes_back_the_migration_goes_on() {
+    let mut bed = busy_guest().await;
+    let mut migrate = bed.begin_slow_migration().await;
+    bed.testbed.host_mut(1).kill_agent().await.expect("killed");
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    bed.testbed.host_mut(1).start_agent().await.expect("starts");
+    let status = migrate.wait().await.expect("it ends");
+    assert!(status.success(), "{}", bed.logs());
+    bed.assert_runs_only_on(1).await;
+    bed.assert_intact(1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wherever_an_agent_is_killed_the_guest_ends_up_running_once() {
+    let mut bed = bed::start(options(), guest(Mode::Random)).await;
+    let mut host = 0;
+    // From the first step to after the last one; which agent dies alternates.
+    for (round, delay_ms) in [20, 120, 250, 350, 450, 600, 800, 1000, 1300, 1700].into_iter().enumerate() {
+        let to = [bed.alpha(), bed.beta()][1 - host].address.to_string();
+        let arguments = ["migrate", VM, "--to", &to, "--bandwidth", "150MiB/s"];
+        let mut migrate = [bed.alpha(), bed.beta()][host]
+            .command(&arguments)
+            .stderr(std::process::Stdio::null())
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .expect("vmferry runs");
+        tokio::time::sleep(Duration::from_millis(delay_ms)).await;
+        let victim = if round % 2 == 0 { host } else { 1 - host };
+        bed.testbed.host_mut(victim).kill_agent().await.expect("killed");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        bed.testbed.host_mut(victim).start_agent().await.expect("starts");
+        migrate.wait().await.expect("it ends");
+        bed.eventually("one host has the guest, running", async || {
+            let views = [bed.alpha().show(VM).await.expect("answers"), bed.beta().show(VM).await.expect("answers")];
+            let running = views.iter().flatten().filter(|view| view.state == "running").count();
+            running == 1 && views.iter().flatten().count() == 1
+        })
+        .await;
+        host = usize::from(bed.beta().show(VM).await.expect("answers").is_some());
+        bed.assert_runs_only_on(host).await;
+    }
+    bed.assert_intact(host).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn when_the_guest_powers_off_mid_copy_both_hosts_forget_it() {
+    let bed = busy_guest().await;
+    let mut migrate = bed.begin_slow_migration().await;
+    bed.watch.say(0, "poweroff\n").await;
+    let status = migrate.wait().await.expect("it ends");
+    assert!(!status.success());
+    bed.eventually("both forgot it", async || {
+        bed.beta().show(VM).await.expect("answers").is_none() && {
+            let here = bed.alpha().show(VM).await.expect("answers");
+            here.is_none_or(|view| view.state == "ended" || view.state == "shutdown")
+        }
+    })
+    .await;
+}

@@ -1,0 +1,12 @@
+//! Whole-system tests: real QEMU, a real Linux guest that writes to its memory, two agents, the real command line.
+//!
+//! They run on the loopback address with a capped bandwidth where that is enough, so that they need no root; those that
+//! need a real link between two hosts make network namespaces and say so in their name.
+
+mod api;
+mod bed;
+mod crashes;
+mod docs;
+mod migrate;
+mod refusals;
+mod vms;

@@ -1,0 +1,237 @@
+//! What cannot be done is refused with words that name it, and the guest never notices.
+
+use std::process::Output;
+use std::time::{Duration, Instant};
+
+use vmferry_bench::Mode;
+use vmferry_bench::testbed::{TestbedOptions, second_qemu};
+
+use crate::bed::{self, Bed, VM, guest, options, text};
+
+/// Refused with this exit code and these words, and the guest at the source never stopped.
+async fn assert_refused(bed: &Bed, output: &Output, code: i32, words: &[&str]) {
+    let said = text(output);
+    assert_eq!(output.status.code(), Some(code), "{said}\n{}", bed.logs());
+    for word in words {
+        assert!(said.contains(word), "{word:?} is not in: {said}");
+    }
+    assert_eq!(bed.view(0).await.state, "running");
+    bed.assert_never_stopped();
+}
+
+async fn busy_guest() -> Bed {
+    bed::start(options(), guest(Mode::Write)).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unknown_vm_is_refused() {
+    let bed = busy_guest().await;
+    let output = bed.alpha().vmferry(&["migrate", "web2", "--to", &bed.to()]).await.expect("runs");
+    assert_refused(&bed, &output, 3, &["no VM named web2", "vmferry list"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_destination_that_does_not_answer_is_refused() {
+    let bed = busy_guest().await;
+    let nobody = std::net::TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address");
+    let output = bed.alpha().vmferry(&["migrate", VM, "--to", &nobody.to_string()]).await.expect("runs");
+    assert_refused(&bed, &output, 3, &["cannot reach an agent at", &nobody.to_string(), "--insecure-peers"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_destination_whose_name_is_nonsense_is_refused() {
+    let bed = busy_guest().await;
+    let output = bed.alpha().vmferry(&["migrate", VM, "--to", "not a host"]).await.expect("runs");
+    assert_refused(&bed, &output, 3, &["names no host", "HOST:PORT"]).await;
+    let output = bed.alpha().vmferry(&["migrate", VM, "--to", "no-such-host.invalid"]).await.expect("runs");
+    assert_refused(&bed, &output, 3, &["cannot reach an agent at no-such-host.invalid:7420"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_destination_that_is_not_an_agent_is_refused() {
+    let bed = busy_guest().await;
+    for reply in ["HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello", "SSH-2.0-OpenSSH_9.2\r\n"] {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        let address = listener.local_addr().expect("an address").to_string();
+        let stranger = std::thread::spawn(move || {
+            use std::io::{Read, Write};
+            let (mut stream, _) = listener.accept().expect("somebody calls");
+            let mut request = [0; 1024];
+            let _ = stream.read(&mut request);
+            let _ = stream.write_all(reply.as_bytes());
+            std::thread::sleep(Duration::from_millis(200));
+        });
+        let output = bed.alpha().vmferry(&["migrate", VM, "--to", &address]).await.expect("runs");
+        assert_refused(&bed, &output, 3, &["is not a vmferry agent", &address]).await;
+        stranger.join().expect("the stranger ends");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_destination_with_a_vm_of_that_name_is_refused() {
+    let bed = busy_guest().await;
+    let there = ["run", VM, "--", "qemu-system-x86_64", "-machine", "q35", "-m", "64", "-S"];
+    let output = bed.beta().vmferry(&there).await.expect("runs");
+    assert!(output.status.success(), "{}", text(&output));
+    let output = bed.migrate(&[]).await;
+    assert_refused(&bed, &output, 3, &["a VM named web1 exists on beta"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_destination_with_too_little_memory_is_refused() {
+    let config = [String::new(), "reserved_memory = \"1TiB\"".into()];
+    let bed = bed::start(TestbedOptions { config, ..options() }, guest(Mode::Write)).await;
+    let output = bed.migrate(&[]).await;
+    assert_refused(&bed, &output, 3, &["beta cannot take web1", "MiB", "reserved_memory"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_destination_without_that_qemu_is_refused() {
+    // The guest's QEMU has a name of its own, which only alpha's folder knows.
+    let dir = tempfile::tempdir().expect("a folder");
+    let system = "/usr/bin/qemu-system-x86_64";
+    std::os::unix::fs::symlink(system, dir.path().join("qemu-special")).expect("a link");
+    let options = TestbedOptions { qemu_dirs: [Some(dir.path().into()), None], ..options() };
+    let bed = bed::start_as(options, guest(Mode::Write), "qemu-special").await;
+    let output = bed.migrate(&[]).await;
+    assert_refused(&bed, &output, 3, &["qemu-special was not found on beta", "qemu_dirs"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_destination_whose_qemu_lacks_the_cpu_model_is_refused() {
+    // A model that only the newer of the two QEMUs has; which one that is depends on the system.
+    let second = second_qemu().expect("the second QEMU");
+    let second_binary = second.join("qemu-system-x86_64");
+    let models = |binary: &std::path::Path| {
+        let output = std::process::Command::new(binary).args(["-cpu", "help"]).output().expect("QEMU runs");
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let names = text.lines().filter_map(|line| line.strip_prefix("x86 ").or(line.strip_prefix("  ")));
+        names.filter_map(|rest| rest.split_whitespace().next().map(str::to_owned)).collect::<Vec<_>>()
+    };
+    let (here, there) = (models(std::path::Path::new("/usr/bin/qemu-system-x86_64")), models(&second_binary));
+    let only_in = |some: &[String], others: &[String]| {
+        some.iter().find(|name| name.contains("-v") && !others.contains(name)).cloned()
+    };
+    let (qemu_dirs, model) = match (only_in(&there, &here), only_in(&here, &there)) {
+        (Some(model), _) => ([Some(second), None], model),
+        (None, Some(model)) => ([None, Some(second)], model),
+        (None, None) => panic!("both QEMUs have the same CPU models"),
+    };
+    // The older machine type is in both, so that only the CPU model stands in the way.
+    let bed = bed::start_with(
+        TestbedOptions { qemu_dirs, ..options() },
+        guest(Mode::Write),
+        &["-machine", "pc-q35-7.2", "-cpu", &model],
+    )
+    .await;
+    let output = bed.migrate(&[]).await;
+    assert_refused(&bed, &output, 3, &["lacks the CPU model", &model]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_is_missing_at_the_destination_is_refused() {
+    // The hosts share a file system, so the file goes after the VM has opened it.
+    let dir = tempfile::tempdir().expect("a folder");
+    let cdrom = dir.path().join("tools.iso");
+    std::fs::write(&cdrom, vec![0; 1 << 20]).expect("written");
+    let drive = format!("file={},media=cdrom,readonly=on,format=raw", cdrom.display());
+    let bed = bed::start_with(options(), guest(Mode::Write), &["-drive", &drive]).await;
+    std::fs::remove_file(&cdrom).expect("removed");
+    let output = bed.migrate(&[]).await;
+    assert_refused(&bed, &output, 3, &["beta cannot take web1", &cdrom.display().to_string(), "-drive"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_cannot_be_proven_to_be_shared_is_refused_unless_vouched_for() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let disk = dir.path().join("disk.raw");
+    std::fs::write(&disk, vec![0; 1 << 20]).expect("written");
+    let drive = format!("file={},format=raw,if=virtio", disk.display());
+    let bed = bed::start_with(options(), guest(Mode::Write), &["-drive", &drive]).await;
+    // On one machine the disk is the same, and the marker proves it.
+    let output = bed.migrate(&["--dry-run"]).await;
+    assert!(output.status.success(), "{}", text(&output));
+    assert_eq!(std::fs::read_dir(dir.path()).expect("readable").count(), 1, "the marker is gone again");
+    // The same path leading elsewhere, as on a host with a disk of its own there, is no proof.
+    let elsewhere = tempfile::tempdir().expect("a folder");
+    let other = elsewhere.path().join("disk.raw");
+    std::fs::write(&other, vec![0; 1 << 20]).expect("written");
+    let offer = crate::api::offer_with_disk(&bed, &other).await;
+    let refusal = crate::api::check(&bed, &offer).await.expect_err("there is no marker beside it");
+    assert!(refusal.message.contains("is not the same file on both hosts"), "{}", refusal.message);
+    let vouched = vmferry_agent::incoming::Offer { disks_are_shared: true, ..offer };
+    crate::api::check(&bed, &vouched).await.expect("the user vouches for it");
+    bed.assert_never_stopped();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_whose_disk_changes_are_temporary_is_refused() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let disk = dir.path().join("disk.raw");
+    std::fs::write(&disk, vec![0; 1 << 20]).expect("written");
+    let drive = format!("file={},format=raw,if=virtio", disk.display());
+    let bed = bed::start_with(options(), guest(Mode::Write), &["-snapshot", "-drive", &drive]).await;
+    let output = bed.migrate(&[]).await;
+    assert_refused(&bed, &output, 3, &["cannot be migrated", "temporary file", "snapshot"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_migration_of_the_same_vm_is_refused_and_the_first_goes_on() {
+    let bed = busy_guest().await;
+    let mut first = bed.begin_slow_migration().await;
+    let output = bed.migrate(&[]).await;
+    let said = text(&output);
+    assert_eq!(output.status.code(), Some(3), "{said}");
+    assert!(said.contains("web1 is being migrated") && said.contains("vmferry cancel web1"), "{said}");
+    let output = bed.alpha().vmferry(&["stop", VM, "--force"]).await.expect("runs");
+    assert_eq!(output.status.code(), Some(3), "{}", text(&output));
+    bed.assert_never_stopped();
+    assert!(first.wait().await.expect("it ends").success(), "{}", bed.logs());
+    bed.assert_runs_only_on(1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn limits_that_make_no_sense_are_refused() {
+    let bed = busy_guest().await;
+    for (limit, code, word) in [
+        (["--downtime", "0"], 3, "1 ms to 60 s"),
+        (["--downtime", "-5ms"], 2, "300ms"),
+        (["--downtime", "soon"], 2, "300ms"),
+        (["--downtime", "3h"], 3, "1 ms to 60 s"),
+        (["--max-time", "0"], 3, "1 s to 7 days"),
+        (["--max-time", "1000years"], 3, "1 s to 7 days"),
+        (["--bandwidth", "-1gbit"], 2, "1Gbit/s"),
+        (["--bandwidth", "5kbit"], 3, "at least 1 MiB/s"),
+    ] {
+        let output = bed.migrate(&limit).await;
+        assert_refused(&bed, &output, code, &[word]).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_may_not_talk_to_others_says_so() {
+    // An agent without --insecure-peers beside the testbed's own.
+    let bed = busy_guest().await;
+    let dir = tempfile::tempdir().expect("a folder");
+    let config = dir.path().join("agent.toml");
+    let text_of = format!("run_dir = {:?}\nstate_dir = {:?}\n", dir.path().join("run"), dir.path().join("state"));
+    std::fs::write(&config, text_of).expect("written");
+    let mut agent = bed.alpha().command(&["agent", "--config", &config.display().to_string()]).spawn().expect("starts");
+    let socket = dir.path().join("run/agent.sock").display().to_string();
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let vm = ["--socket", &socket, "run", "lonely", "--", "qemu-system-x86_64", "-m", "64", "-S"];
+    loop {
+        let output = bed.alpha().vmferry(&vm).await.expect("runs");
+        if output.status.success() {
+            break;
+        }
+        assert!(output.status.code() == Some(7) && Instant::now() < deadline, "{}", text(&output));
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let output = bed.alpha().vmferry(&["--socket", &socket, "migrate", "lonely", "--to", &bed.to()]).await.expect("runs");
+    assert_eq!(output.status.code(), Some(3), "{}", text(&output));
+    assert!(text(&output).contains("--insecure-peers"), "{}", text(&output));
+    let output = bed.alpha().vmferry(&["--socket", &socket, "stop", "lonely", "--force"]).await.expect("runs");
+    assert!(output.status.success(), "{}", text(&output));
+    agent.kill().await.expect("it ends");
+}
