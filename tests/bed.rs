@@ -128,7 +128,8 @@ impl Bed {
         let to = self.to();
         let mut command = self.alpha().command(&["migrate", VM, "--to", &to, "--bandwidth", "20MiB/s", "--json"]);
         let mut child = command.stdout(std::process::Stdio::piped()).spawn().expect("vmferry runs");
-        let mut lines = tokio::io::AsyncBufReadExt::lines(tokio::io::BufReader::new(child.stdout.take().expect("piped")));
+        let mut lines =
+            tokio::io::AsyncBufReadExt::lines(tokio::io::BufReader::new(child.stdout.take().expect("piped")));
         loop {
             let line = lines.next_line().await.expect("readable").expect("it ended before it copied");
             let event: serde_json::Value = serde_json::from_str(&line).expect("JSON");

@@ -45,7 +45,8 @@ async fn when_the_sources_agent_is_killed_mid_copy_the_guest_runs_on_and_the_nex
     assert_eq!(status.code(), Some(6), "the command line lost sight of it");
     assert_eq!(bed.view(1).await.state, "incoming");
     bed.testbed.host_mut(0).start_agent().await.expect("starts");
-    bed.eventually("the other side is cleaned up", async || bed.beta().show(VM).await.expect("answers").is_none()).await;
+    bed.eventually("the other side is cleaned up", async || bed.beta().show(VM).await.expect("answers").is_none())
+        .await;
     bed.assert_runs_only_on(0).await;
     bed.assert_intact(0).await;
     let (_, list) = migrations(&bed).await;

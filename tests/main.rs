@@ -6,7 +6,6 @@
 mod api;
 mod bed;
 mod crashes;
-mod docs;
 mod migrate;
 mod refusals;
 mod vms;

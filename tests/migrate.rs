@@ -89,7 +89,8 @@ async fn a_guest_moves_from_this_qemu_to_one_of_another_version_and_never_to_an_
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_moves_between_two_of_the_second_qemu() {
     let second = second_qemu().expect("the second QEMU");
-    let options = vmferry_bench::testbed::TestbedOptions { qemu_dirs: [Some(second.clone()), Some(second)], ..options() };
+    let options =
+        vmferry_bench::testbed::TestbedOptions { qemu_dirs: [Some(second.clone()), Some(second)], ..options() };
     let bed = bed::start(options, guest(Mode::Write)).await;
     let report = report(&bed, &["--bandwidth", "60MiB/s"]).await;
     assert!(report.post_copy, "{report:?}");
@@ -147,7 +148,8 @@ async fn the_time_allowed_makes_post_copy_start_early() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_paused_guest_arrives_paused() {
     let bed = bed::start_with(options(), guest(Mode::Write), &["-qmp", "unix:user.sock,server=on,wait=off"]).await;
-    let user = vmferry_qemu::Qmp::connect(&bed.dir().join("user.sock"), Duration::from_secs(5)).await.expect("connects");
+    let user =
+        vmferry_qemu::Qmp::connect(&bed.dir().join("user.sock"), Duration::from_secs(5)).await.expect("connects");
     user.execute(vmferry_qemu::qmp::commands::Stop {}).await.expect("stops");
     let output = bed.migrate(&[]).await;
     assert_success(&output, &bed);
@@ -237,11 +239,8 @@ async fn a_guest_that_was_adopted_moves_too() {
     argv.extend(["-accel", "tcg", "-display", "none", "-qmp", "unix:theirs.sock,server=on,wait=off"].map(String::from));
     let serial = argv.iter().position(|word| word == "stdio").expect("serial");
     argv[serial] = "file:serial.log".into();
-    let mut qemu = std::process::Command::new(&argv[0])
-        .args(&argv[1..])
-        .current_dir(testbed.dir())
-        .spawn()
-        .expect("QEMU starts");
+    let mut qemu =
+        std::process::Command::new(&argv[0]).args(&argv[1..]).current_dir(testbed.dir()).spawn().expect("QEMU starts");
     let socket = testbed.dir().join("theirs.sock").display().to_string();
     let mut adopted = None;
     for _ in 0..50 {

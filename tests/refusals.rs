@@ -228,7 +228,8 @@ async fn an_agent_that_may_not_talk_to_others_says_so() {
         assert!(output.status.code() == Some(7) && Instant::now() < deadline, "{}", text(&output));
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    let output = bed.alpha().vmferry(&["--socket", &socket, "migrate", "lonely", "--to", &bed.to()]).await.expect("runs");
+    let output =
+        bed.alpha().vmferry(&["--socket", &socket, "migrate", "lonely", "--to", &bed.to()]).await.expect("runs");
     assert_eq!(output.status.code(), Some(3), "{}", text(&output));
     assert!(text(&output).contains("--insecure-peers"), "{}", text(&output));
     let output = bed.alpha().vmferry(&["--socket", &socket, "stop", "lonely", "--force"]).await.expect("runs");

@@ -36,7 +36,8 @@ async fn a_vm_is_listed_and_shown_with_what_the_agent_made_of_it() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_accelerator_that_does_not_work_is_replaced_and_said_in_one_line() {
     let bed = Testbed::start(options()).await.expect("starts");
-    let run = ["run", VM, "--", "qemu-system-x86_64", "-machine", "q35", "-enable-kvm", "-cpu", "host", "-m", "64", "-S"];
+    let run =
+        ["run", VM, "--", "qemu-system-x86_64", "-machine", "q35", "-enable-kvm", "-cpu", "host", "-m", "64", "-S"];
     let (code, said) = vmferry(&bed, &run).await;
     assert_eq!(code, Some(0), "{said}");
     let accelerator = bed.alpha().show(VM).await.expect("answers").expect("is there").accelerator;
@@ -60,7 +61,8 @@ async fn the_power_button_shuts_a_guest_down_and_nothing_is_left_of_it() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_that_ignores_its_power_button_can_be_forced() {
     let bed = Testbed::start(options()).await.expect("starts");
-    let (code, said) = vmferry(&bed, &["run", VM, "--", "qemu-system-x86_64", "-machine", "q35", "-m", "64", "-S"]).await;
+    let (code, said) =
+        vmferry(&bed, &["run", VM, "--", "qemu-system-x86_64", "-machine", "q35", "-m", "64", "-S"]).await;
     assert_eq!(code, Some(0), "{said}");
     let (code, said) = vmferry(&bed, &["stop", VM, "--timeout", "1s"]).await;
     assert_eq!(code, Some(3), "{said}");
@@ -87,7 +89,8 @@ async fn a_qemu_that_was_killed_is_shown_as_ended_and_its_name_can_be_used_again
     let (code, said) = vmferry(&bed, &["migrate", VM, "--to", &bed.to()]).await;
     assert_eq!(code, Some(3), "{said}");
     assert!(said.contains("does not run any more"), "{said}");
-    let (code, said) = vmferry(&bed, &["run", VM, "--", "qemu-system-x86_64", "-machine", "q35", "-m", "64", "-S"]).await;
+    let (code, said) =
+        vmferry(&bed, &["run", VM, "--", "qemu-system-x86_64", "-machine", "q35", "-m", "64", "-S"]).await;
     assert_eq!(code, Some(0), "{said}");
     let (code, said) = vmferry(&bed, &["stop", VM, "--force"]).await;
     assert_eq!(code, Some(0), "{said}");

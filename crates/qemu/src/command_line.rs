@@ -126,14 +126,13 @@ impl CommandOption {
 /// The key of an argument's first part when it has none.
 fn implied_key(option: &str) -> Option<&'static str> {
     Some(match option {
-        "machine" => "type",
+        "machine" | "netdev" => "type",
         "accel" => "accel",
         "m" => "size",
         "device" | "blockdev" => "driver",
         "object" => "qom-type",
         "chardev" => "backend",
         "name" => "guest",
-        "netdev" => "type",
         "fsdev" | "virtfs" => "fsdriver",
         "fw_cfg" => "name",
         "mon" => "chardev",

@@ -230,7 +230,7 @@ impl Planner<'_> {
             rest.put_first("id", &id);
             self.add("-chardev", &format!("null,{rest}"));
         } else {
-            drop(self.place_console(&id, &rest.to_string()))
+            self.place_console(&id, &rest.to_string());
         }
     }
 
