@@ -206,9 +206,12 @@ impl Agent {
             }
         });
         let gone = gone.await.is_ok();
-        let is_current = self.state().vms.get(vm.name()).is_some_and(|it| Arc::ptr_eq(it, &vm));
-        if !is_current || vm.stage() != Stage::Owned {
-            return;
+        // A migration under way has the first word: it may be what ended QEMU, or must undo what it did elsewhere.
+        while vm.stage() != Stage::Owned {
+            if !self.state().vms.get(vm.name()).is_some_and(|it| Arc::ptr_eq(it, &vm)) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
         }
         match asked_for {
             Some(reason) if gone => {

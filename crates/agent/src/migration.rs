@@ -121,7 +121,7 @@ pub(crate) async fn begin(
     let id = Uuid::new_v4();
     let limits = limits(&request)?;
     let vm = agent.vm(name)?;
-    let claim = Claim::take(&vm, id)?;
+    let claim = Claim::take(&vm)?;
     let mut plan = plan(agent, &vm, id, &request).await?;
     if request.dry_run {
         predict(&mut plan).await?;
@@ -129,7 +129,7 @@ pub(crate) async fn begin(
     }
     let migration = Migration::new(id, name);
     agent.add_migration(Arc::clone(&migration));
-    claim.keep();
+    claim.keep_for(id);
     let view = plan.view.clone();
     let run = Run {
         agent: Arc::clone(agent),
@@ -150,13 +150,13 @@ pub(crate) async fn begin(
 /// The VM is claimed for a migration that is not certain to happen: given back unless kept.
 struct Claim<'a> {
     vm: &'a Vm,
-    keep: bool,
+    then: Stage,
 }
 
 impl<'a> Claim<'a> {
-    fn take(vm: &'a Vm, id: Uuid) -> Result<Self, AgentError> {
-        match vm.begin_migrating(id) {
-            Ok(()) => Ok(Self { vm, keep: false }),
+    fn take(vm: &'a Vm) -> Result<Self, AgentError> {
+        match vm.begin_planning() {
+            Ok(()) => Ok(Self { vm, then: Stage::Owned }),
             Err(Stage::Ended(why)) => Err(AgentError::NotMigratable {
                 name: vm.name().into(),
                 reason: format!("it does not run any more ({why})"),
@@ -166,16 +166,14 @@ impl<'a> Claim<'a> {
         }
     }
 
-    fn keep(mut self) {
-        self.keep = true;
+    fn keep_for(mut self, id: Uuid) {
+        self.then = Stage::Migrating(id);
     }
 }
 
 impl Drop for Claim<'_> {
     fn drop(&mut self) {
-        if !self.keep {
-            self.vm.set_stage(Stage::Owned);
-        }
+        self.vm.set_stage(self.then.clone());
     }
 }
 

@@ -24,6 +24,8 @@ pub(crate) enum Stage {
     Owned,
     /// It receives a guest that the source still owns.
     Incoming(Uuid),
+    /// A migration is planned, which touches nothing.
+    Planning,
     /// It is being migrated away.
     Migrating(Uuid),
     /// It was handed over, but the destination could not be asked whether it took it; the guest is paused.
@@ -111,12 +113,12 @@ impl Vm {
         *self.lock_stage() = stage;
     }
 
-    /// Claims an idle VM for this migration; otherwise tells what it is doing.
-    pub(crate) fn begin_migrating(&self, id: Uuid) -> Result<(), Stage> {
+    /// Claims an idle VM for a migration; otherwise tells what it is doing.
+    pub(crate) fn begin_planning(&self) -> Result<(), Stage> {
         let mut stage = self.lock_stage();
         match &*stage {
             Stage::Owned => {
-                *stage = Stage::Migrating(id);
+                *stage = Stage::Planning;
                 Ok(())
             }
             other => Err(other.clone()),
@@ -146,7 +148,7 @@ impl Vm {
     /// The VM as a user sees it now.
     pub(crate) async fn view(&self) -> VmView {
         let (state, detail, migration) = match self.stage() {
-            Stage::Owned => {
+            Stage::Owned | Stage::Planning => {
                 let (state, detail) = self.run_state_in_words().await;
                 (state, detail, None)
             }

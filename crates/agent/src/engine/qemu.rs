@@ -3,8 +3,8 @@
 //! Which of QEMU's means are used is decided before the start, because QEMU fixes them then:
 //! - post-copy (and its preempt channel) whenever it is allowed and both sides have it, since it is what makes every
 //!   migration end;
-//! - multifd when QEMU takes it together with post-copy (10.1 and newer do) or post-copy is not used. Older QEMUs take
-//!   only one of the two; whether this one takes both is found out by trying;
+//! - multifd otherwise. QEMU does both together only since 10.1. Between 8.0 and 10.0 it refuses to; 7.2 accepts, mixes
+//!   its connections up and waits for ever, so trying tells nothing and they are never combined;
 //! - auto-converge, held at one percent until the policy asks for more.
 //!
 //! QEMU switches over by itself once what is left fits the downtime limit; the policy only has to act when that will
@@ -27,6 +27,8 @@ const UNLIMITED: u64 = 1 << 50;
 const TICK: Duration = Duration::from_millis(100);
 /// A pause at switchover is not an end: QEMU gets this long to be done with a cancelled migration.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(20);
+/// A copy that sends nothing for this long will not go on by itself.
+const STALLED: Duration = Duration::from_secs(30);
 /// Weight of the newest sample in the link rate, at ten samples a second.
 const RATE_WEIGHT: f64 = 0.3;
 
@@ -46,6 +48,7 @@ pub struct QemuEngine {
     post_copy: bool,
     rate: RateMeter,
     last: MigrationInfo,
+    last_sent: Instant,
 }
 
 /// What one migration with this engine is started with.
@@ -69,17 +72,11 @@ pub async fn choose(
     post_copy: bool,
 ) -> Result<Setup, QmpError> {
     let both = |name: &&str| here.has_capability(name) && there(name);
-    let mut wanted: Vec<&str> = ["events", "return-path", "auto-converge"].into_iter().filter(both).collect();
-    if post_copy && both(&"postcopy-ram") {
-        wanted.extend(["postcopy-ram", "postcopy-preempt"].iter().filter(|name| both(name)));
-    }
-    if both(&"multifd") {
-        wanted.push("multifd");
-        if set_capabilities(qmp, here, &wanted).await.is_ok() {
-            return Ok(setup(&wanted));
-        }
-        wanted.pop();
-    }
+    let copy: &[&str] = match post_copy && both(&"postcopy-ram") {
+        true => &["postcopy-ram", "postcopy-preempt"],
+        false => &["multifd"],
+    };
+    let wanted: Vec<&str> = ["events", "return-path", "auto-converge"].iter().chain(copy).copied().filter(both).collect();
     set_capabilities(qmp, here, &wanted).await?;
     Ok(setup(&wanted))
 }
@@ -121,6 +118,7 @@ impl QemuEngine {
             post_copy: false,
             rate: RateMeter::default(),
             last: MigrationInfo::default(),
+            last_sent: Instant::now(),
         }
     }
 
@@ -199,6 +197,13 @@ impl QemuEngine {
             _ => Phase::PreCopy,
         };
         let ram = info.ram.clone().unwrap_or_default();
+        if phase != Phase::PreCopy || self.last.ram.as_ref().is_none_or(|last| last.transferred != ram.transferred) {
+            self.last_sent = Instant::now();
+        }
+        if self.last_sent.elapsed() > STALLED {
+            let reason = format!("nothing could be sent for {} s (QEMU's migration is {status})", STALLED.as_secs());
+            return Err(EngineError::Failed { reason });
+        }
         let observation = Observation {
             elapsed: self.started.elapsed(),
             phase,
@@ -221,6 +226,7 @@ impl RamEngine for QemuEngine {
     async fn start(&mut self) -> Result<(), EngineError> {
         self.set_parameters().await?;
         self.started = Instant::now();
+        self.last_sent = self.started;
         self.qmp.execute(commands::Migrate { uri: self.uri.clone(), resume: None }).await?;
         Ok(())
     }
