@@ -201,6 +201,8 @@ try_second_qemu() {
         # shellcheck disable=SC2016 # $here is the wrapper's.
         libraries='"$here/libraries/lib/x86_64-linux-gnu:$here/libraries/usr/lib/x86_64-linux-gnu"'
     fi
+    # Modules of the system's QEMU are of another build, which aborts this one when it finds them.
+    LC_ALL=C sed -i 's#/usr/lib/x86_64-linux-gnu/qemu#/usr/lib/x86_64-linux-gnu/none#g' $binary
     rm -rf "$apt" $SECOND/usr/share/{doc,man,icons,applications,lintian,doc-base}
 
     mkdir -p $SECOND/bin

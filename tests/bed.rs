@@ -5,7 +5,7 @@ use std::process::Output;
 use std::time::{Duration, Instant};
 
 use vmferry_agent::api::types::VmView;
-use vmferry_bench::testbed::{GuestWatch, Testbed, TestbedOptions};
+use vmferry_bench::testbed::{GuestWatch, Testbed, TestbedOptions, two_qemus};
 use vmferry_bench::{Fill, GuestOptions, Mode};
 
 /// The VM of every test.
@@ -15,9 +15,16 @@ const NO_STOP: Duration = Duration::from_millis(700);
 /// RAM of the test guest, in MiB: its kernel and what it writes.
 pub(crate) const RAM_MIB: u64 = 384;
 
-/// Hosts on the loopback address with the system's QEMU.
+/// Hosts on the loopback address with the newer of the two QEMUs: the older one, without KVM, can do only post-copy.
 pub(crate) fn options() -> TestbedOptions {
-    TestbedOptions::new(env!("CARGO_BIN_EXE_vmferry"))
+    with_qemus(1, 1)
+}
+
+/// With one of the two QEMUs (0 is the older one) on each host.
+pub(crate) fn with_qemus(alpha: usize, beta: usize) -> TestbedOptions {
+    let qemus = two_qemus().expect("two QEMUs");
+    let qemu_dirs = [qemus[alpha].clone(), qemus[beta].clone()];
+    TestbedOptions { qemu_dirs, ..TestbedOptions::new(env!("CARGO_BIN_EXE_vmferry")) }
 }
 
 /// A guest that does this with 128 MiB.
@@ -87,6 +94,7 @@ impl Bed {
         let beats = |log: &vmferry_bench::GuestLog| log.beats().iter().filter(|beat| beat.at > from).count();
         self.watch.wait("the guest's heart", Duration::from_secs(10), |log| beats(log) > 20).await.expect("it beats");
         let log = self.watch.log();
+        assert!(!log.restarted(), "the guest's kernel crashed and rebooted");
         assert!(log.beats().iter().filter(|beat| beat.at > from).all(|beat| beat.host == host), "it beats elsewhere");
     }
 

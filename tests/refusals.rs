@@ -4,7 +4,7 @@ use std::process::Output;
 use std::time::{Duration, Instant};
 
 use vmferry_bench::Mode;
-use vmferry_bench::testbed::{TestbedOptions, second_qemu};
+use vmferry_bench::testbed::{TestbedOptions, two_qemus};
 
 use crate::bed::{self, Bed, VM, guest, options, text};
 
@@ -99,33 +99,21 @@ async fn a_destination_without_that_qemu_is_refused() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_destination_whose_qemu_lacks_the_cpu_model_is_refused() {
-    // A model that only the newer of the two QEMUs has; which one that is depends on the system.
-    let second = second_qemu().expect("the second QEMU");
-    let second_binary = second.join("qemu-system-x86_64");
-    let models = |binary: &std::path::Path| {
+    let models = |dir: &Option<std::path::PathBuf>| {
+        let binary = dir.as_ref().map_or("qemu-system-x86_64".into(), |dir| dir.join("qemu-system-x86_64"));
         let output = std::process::Command::new(binary).args(["-cpu", "help"]).output().expect("QEMU runs");
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         let names = text.lines().filter_map(|line| line.strip_prefix("x86 ").or(line.strip_prefix("  ")));
         names.filter_map(|rest| rest.split_whitespace().next().map(str::to_owned)).collect::<Vec<_>>()
     };
-    let (here, there) = (models(std::path::Path::new("/usr/bin/qemu-system-x86_64")), models(&second_binary));
-    let only_in = |some: &[String], others: &[String]| {
-        some.iter().find(|name| name.contains("-v") && !others.contains(name)).cloned()
-    };
-    let (qemu_dirs, model) = match (only_in(&there, &here), only_in(&here, &there)) {
-        (Some(model), _) => ([Some(second), None], model),
-        (None, Some(model)) => ([None, Some(second)], model),
-        (None, None) => panic!("both QEMUs have the same CPU models"),
-    };
+    let [older, newer] = two_qemus().expect("two QEMUs");
+    let (known, all) = (models(&older), models(&newer));
+    let model = all.iter().find(|name| name.contains("-v") && !known.contains(name)).expect("a newer model");
     // The older machine type is in both, so that only the CPU model stands in the way.
-    let bed = bed::start_with(
-        TestbedOptions { qemu_dirs, ..options() },
-        guest(Mode::Write),
-        &["-machine", "pc-q35-7.2", "-cpu", &model],
-    )
-    .await;
+    let options = TestbedOptions { qemu_dirs: [newer, older], ..options() };
+    let bed = bed::start_with(options, guest(Mode::Write), &["-machine", "pc-q35-7.2", "-cpu", model]).await;
     let output = bed.migrate(&[]).await;
-    assert_refused(&bed, &output, 3, &["lacks the CPU model", &model]).await;
+    assert_refused(&bed, &output, 3, &["lacks the CPU model", model]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

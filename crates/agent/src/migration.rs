@@ -202,6 +202,8 @@ struct Plan {
     there: CheckReply,
     features: Features,
     peer: Peer,
+    /// The guest is paused before anything is copied.
+    post_copy_first: bool,
 }
 
 /// Refuses everything that can be refused; nothing is touched, here or there.
@@ -233,7 +235,16 @@ async fn plan(agent: &Agent, vm: &Vm, id: Uuid, request: &MigrateRequest) -> Res
             "Post-copy is not possible: the destination's QEMU lacks it; the guest is throttled if it must be.".into(),
         );
     }
-    if run_state != RunState::Running {
+    let running = run_state == RunState::Running;
+    let post_copy_first = running && qemu::loses_writes(&features, &vm.accelerator);
+    if post_copy_first {
+        let both = features.has_capability("postcopy-ram") && there.capabilities.contains("postcopy-ram");
+        if !request.post_copy || !both {
+            return Err(only_by_post_copy(vm));
+        }
+        notes.push(format!("{}: it goes first, and its memory follows by post-copy.", loses_writes(vm)));
+    }
+    if !running {
         notes.push("The guest is paused and will be paused there.".into());
     }
     let view = PlanView {
@@ -251,7 +262,19 @@ async fn plan(agent: &Agent, vm: &Vm, id: Uuid, request: &MigrateRequest) -> Res
         capabilities: there.capabilities.iter().filter(|name| features.has_capability(name)).cloned().collect(),
         notes,
     };
-    Ok(Plan { view, offer, there, features, peer })
+    Ok(Plan { view, offer, there, features, peer, post_copy_first })
+}
+
+fn loses_writes(vm: &Vm) -> String {
+    format!("QEMU {} loses track of what a guest writes under TCG while its RAM is copied", vm.facts.qemu_version)
+}
+
+fn only_by_post_copy(vm: &Vm) -> AgentError {
+    AgentError::NotMigratable {
+        name: vm.name().into(),
+        reason: format!("{}, so that a running guest could only move by post-copy", loses_writes(vm)),
+        hint: Some("allow post-copy on both hosts, pause the guest first, or use QEMU 9.0 or newer".into()),
+    }
 }
 
 /// The VM's run state, if it is one in which it can move, and nothing about it stands in the way.
@@ -411,8 +434,16 @@ impl Run {
             qemu::set_capabilities(&self.vm.qmp, &plan.features, &names).await?;
         }
         self.limits.post_copy &= prepared.setup.has("postcopy-ram");
-        let wishes =
-            Wishes { uri: prepared.uri, limits: self.limits, bandwidth: self.bandwidth, setup: prepared.setup };
+        if plan.post_copy_first && !self.limits.post_copy {
+            return Err(Halt::Undo(only_by_post_copy(&self.vm)));
+        }
+        let wishes = Wishes {
+            uri: prepared.uri,
+            limits: self.limits,
+            bandwidth: self.bandwidth,
+            setup: prepared.setup,
+            post_copy_first: plan.post_copy_first,
+        };
         let engine = QemuEngine::new(self.vm.qmp.clone(), plan.features.clone(), plan.offer.running, wishes);
         Ok(Box::new(engine))
     }

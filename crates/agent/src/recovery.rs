@@ -144,7 +144,8 @@ async fn retire_after_post_copy(agent: &Agent, vm: &Vm, peer: &Peer, record: &Ou
     let note = |text: String| tracing::warn!(vm = vm.name(), migration = %record.id, "{text}");
     let features = Features::probe(&vm.qmp).await?;
     let limits = Limits { downtime: Duration::ZERO, max_time: None, post_copy: true };
-    let wishes = Wishes { uri: String::new(), limits, bandwidth: None, setup: Setup::default() };
+    let wishes =
+        Wishes { uri: String::new(), limits, bandwidth: None, setup: Setup::default(), post_copy_first: false };
     let mut engine = QemuEngine::new(vm.qmp.clone(), features, record.running, wishes);
     if let Err(why) = follow_post_copy(&mut engine, peer, record.id, note, |_| {}).await {
         let outcome = format!("post-copy could not be finished: {why}");

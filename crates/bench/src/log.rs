@@ -26,6 +26,7 @@ pub struct GuestLog {
     written: Vec<Written>,
     verified: Vec<Verified>,
     corrupt: Vec<String>,
+    restarted: bool,
     unread: u64,
 }
 
@@ -152,7 +153,10 @@ impl GuestLog {
         // A line may come after the remains of one that was cut off, so each start of an object is tried.
         let read = line.match_indices("{\"").find_map(|(start, _)| serde_json::from_str(&line[start..]).ok());
         match read {
-            Some(Line::Beat(n)) => self.beats.push(Beat { at, host, n }),
+            Some(Line::Beat(n)) => {
+                self.restarted |= self.beats.last().is_some_and(|last| n < last.n);
+                self.beats.push(Beat { at, host, n });
+            }
             Some(Line::Written { thread, n, ms, pass }) => {
                 self.written.push(Written { at, host, thread, n, ms, pass });
             }
@@ -176,6 +180,12 @@ impl GuestLog {
     /// The guest's lines about damaged pages. It prints the first 64 only; [`Verified::total`] counts on.
     pub fn corrupt(&self) -> &[String] {
         &self.corrupt
+    }
+
+    /// The heartbeats began anew: the guest's kernel crashed, as it does when its memory is damaged, and it rebooted.
+    /// Nothing that it says of its pages afterwards tells anything about those it had before.
+    pub fn restarted(&self) -> bool {
+        self.restarted
     }
 
     /// The answers to `verify`, oldest first.

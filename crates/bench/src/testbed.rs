@@ -350,16 +350,27 @@ fn kernel() -> Result<PathBuf> {
     }
 }
 
-/// A folder with a QEMU of another version than the system's, which `scripts/setup.sh --for-tests` puts under target/.
-pub fn second_qemu() -> Result<PathBuf> {
-    let dir = workspace().join("target/qemu-second/bin");
-    match dir.join("qemu-system-x86_64").exists() {
-        true => Ok(dir),
-        false => Err(TestbedError::Missing {
-            what: dir.display().to_string(),
-            hint: "run scripts/setup.sh --for-tests first",
-        }),
+/// The folders of the two QEMUs that tests run on, the older one first; `None` stands for the system's, wherever that
+/// is. The other one is put under target/ by `scripts/setup.sh --for-tests`.
+pub fn two_qemus() -> Result<[Option<PathBuf>; 2]> {
+    let binary = "qemu-system-x86_64";
+    let second = workspace().join("target/qemu-second/bin");
+    if !second.join(binary).exists() {
+        let what = second.display().to_string();
+        return Err(TestbedError::Missing { what, hint: "run scripts/setup.sh --for-tests first" });
     }
+    let system_is_older = qemu_major(Path::new(binary))? < qemu_major(&second.join(binary))?;
+    Ok(if system_is_older { [None, Some(second)] } else { [Some(second), None] })
+}
+
+fn qemu_major(binary: &Path) -> Result<u32> {
+    let output = std::process::Command::new(binary).arg("--version").output()?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let version = said.split("version ").nth(1).and_then(|rest| rest.split('.').next());
+    version.and_then(|major| major.parse().ok()).ok_or_else(|| TestbedError::Command {
+        command: format!("{} --version", binary.display()),
+        stderr: format!("no version is in {said:?}"),
+    })
 }
 
 fn workspace() -> PathBuf {

@@ -84,6 +84,9 @@ async fn demo() -> Result<(), Error> {
     let (pages, corrupt) = watch.verify(1).await?;
     print_table(&report, &watch, booted, begun, over);
     let log = watch.log();
+    if log.restarted() {
+        return Err("the guest's kernel crashed and rebooted".into());
+    }
     if corrupt > 0 || !log.corrupt().is_empty() {
         return Err(format!("{corrupt} of {pages} pages are stale or torn: {:?}", log.corrupt()).into());
     }

@@ -7,6 +7,8 @@
 //!   its connections up and waits for ever, so trying tells nothing and they are never combined;
 //! - auto-converge, held at one percent until the policy asks for more.
 //!
+//! One QEMU cannot copy a guest that runs at all; see [`loses_writes`].
+//!
 //! QEMU switches over by itself once what is left fits the downtime limit; the policy only has to act when that will
 //! not happen.
 
@@ -41,6 +43,7 @@ pub struct QemuEngine {
     limits: Limits,
     bandwidth: Option<u64>,
     setup: Setup,
+    post_copy_first: bool,
     /// The guest ran when the migration began: it must run again when it is abandoned.
     was_running: bool,
     started: Instant,
@@ -61,6 +64,8 @@ pub struct Wishes {
     pub bandwidth: Option<u64>,
     /// As chosen by [`choose`] and taken by the destination.
     pub setup: Setup,
+    /// Pause the guest and switch to post-copy at once.
+    pub post_copy_first: bool,
 }
 
 /// Chooses QEMU's means for one migration; `there` tells which capabilities the destination's QEMU has. Leaves the
@@ -76,7 +81,8 @@ pub async fn choose(
         true => &["postcopy-ram", "postcopy-preempt"],
         false => &["multifd"],
     };
-    let wanted: Vec<&str> = ["events", "return-path", "auto-converge"].iter().chain(copy).copied().filter(both).collect();
+    let wanted: Vec<&str> =
+        ["events", "return-path", "auto-converge"].iter().chain(copy).copied().filter(both).collect();
     set_capabilities(qmp, here, &wanted).await?;
     Ok(setup(&wanted))
 }
@@ -87,6 +93,17 @@ fn setup(wanted: &[&str]) -> Setup {
         false => 0,
     };
     Setup { capabilities: wanted.iter().map(ToString::to_string).collect(), channels }
+}
+
+/// Whether this QEMU fails to notice some of what a running guest writes while its RAM is copied.
+///
+/// Under TCG, before 9.0: reading the dirty bitmap left translations in place that write without marking the page, so
+/// from the second round on a destination can get stale pages, and its guest kernel crashes within a second (seen with
+/// 7.2.22; fixed upstream in March 2024, "Fix migration dirty bitmap coherency with TCG memory access"). The same
+/// release brought `mapped-ram`, which is how it is told apart. What does not run writes nothing: such a guest is paused
+/// first and moves by post-copy from the first byte.
+pub fn loses_writes(features: &Features, accelerator: &str) -> bool {
+    accelerator == "tcg" && !features.has_capability("mapped-ram")
 }
 
 /// Switches these capabilities on and all others that we ever use off, in one command, as QEMU checks them together.
@@ -112,6 +129,7 @@ impl QemuEngine {
             limits: wishes.limits,
             bandwidth: wishes.bandwidth,
             setup: wishes.setup,
+            post_copy_first: wishes.post_copy_first,
             was_running,
             started: Instant::now(),
             paused_at: None,
@@ -225,9 +243,15 @@ impl QemuEngine {
 impl RamEngine for QemuEngine {
     async fn start(&mut self) -> Result<(), EngineError> {
         self.set_parameters().await?;
+        if self.post_copy_first {
+            self.qmp.execute(commands::Stop {}).await?;
+        }
         self.started = Instant::now();
         self.last_sent = self.started;
         self.qmp.execute(commands::Migrate { uri: self.uri.clone(), resume: None }).await?;
+        if self.post_copy_first {
+            self.qmp.execute(commands::MigrateStartPostcopy {}).await?;
+        }
         Ok(())
     }
 
