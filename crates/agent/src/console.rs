@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use axum::body::Bytes;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -21,13 +21,14 @@ const VIEWER_LAG: usize = 1024;
 /// See the module's text. Cheap to clone.
 #[derive(Clone)]
 pub(crate) struct Console {
-    shared: Arc<Shared>,
+    shared: Arc<Mutex<Shared>>,
     input: mpsc::Sender<Bytes>,
 }
 
 struct Shared {
-    past: Mutex<VecDeque<u8>>,
-    output: broadcast::Sender<Bytes>,
+    past: VecDeque<u8>,
+    /// None when QEMU has ended.
+    output: Option<broadcast::Sender<Bytes>>,
 }
 
 /// One viewer's end.
@@ -44,7 +45,8 @@ impl Console {
     /// Connects to the console's socket; the connection lasts until QEMU ends.
     pub(crate) async fn open(socket: &Path) -> std::io::Result<Self> {
         let stream = UnixStream::connect(socket).await?;
-        let shared = Arc::new(Shared { past: Mutex::new(VecDeque::new()), output: broadcast::channel(VIEWER_LAG).0 });
+        let shared =
+            Arc::new(Mutex::new(Shared { past: VecDeque::new(), output: Some(broadcast::channel(VIEWER_LAG).0) }));
         let (input, typed) = mpsc::channel(16);
         tokio::spawn(pump(stream, Arc::clone(&shared), typed, socket.into()));
         Ok(Self { shared, input })
@@ -52,24 +54,26 @@ impl Console {
 
     /// A new viewer, with the past and without a gap after it.
     pub(crate) fn view(&self) -> Viewer {
-        let past = self.past();
-        let output = self.shared.output.subscribe();
-        let past = past.iter().copied().collect();
-        Viewer { past, output, input: self.input.clone() }
-    }
-
-    fn past(&self) -> std::sync::MutexGuard<'_, VecDeque<u8>> {
-        self.shared.past.lock().expect("no holder of this lock panics")
+        let shared = lock(&self.shared);
+        Viewer {
+            past: shared.past.iter().copied().collect(),
+            output: shared.output.as_ref().map_or_else(|| broadcast::channel(1).1, broadcast::Sender::subscribe),
+            input: self.input.clone(),
+        }
     }
 }
 
-async fn pump(mut stream: UnixStream, shared: Arc<Shared>, mut typed: mpsc::Receiver<Bytes>, socket: PathBuf) {
+fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
+    shared.lock().expect("no holder of this lock panics")
+}
+
+async fn pump(mut stream: UnixStream, shared: Arc<Mutex<Shared>>, mut typed: mpsc::Receiver<Bytes>, socket: PathBuf) {
     let mut buffer = vec![0; 16 << 10];
     loop {
         tokio::select! {
             read = stream.read(&mut buffer) => match read {
                 Ok(0) => break,
-                Ok(count) => shared.print(&buffer[..count]),
+                Ok(count) => lock(&shared).print(&buffer[..count]),
                 Err(error) => {
                     tracing::warn!(socket = %socket.display(), %error, "the console broke");
                     break;
@@ -83,17 +87,20 @@ async fn pump(mut stream: UnixStream, shared: Arc<Shared>, mut typed: mpsc::Rece
             }
         }
     }
+    // Whoever still holds the VM, viewers see its end now.
+    lock(&shared).output = None;
 }
 
 impl Shared {
-    fn print(&self, bytes: &[u8]) {
-        // Under one lock with the scrollback, so that a viewer who joins now misses nothing and sees nothing twice.
-        let mut past = self.past.lock().expect("no holder of this lock panics");
-        past.extend(bytes);
-        let surplus = past.len().saturating_sub(SCROLLBACK);
-        past.drain(..surplus);
-        // An error means that nobody looks.
-        let _ = self.output.send(Bytes::copy_from_slice(bytes));
+    // Under one lock with the scrollback, so that a viewer who joins now misses nothing and sees nothing twice.
+    fn print(&mut self, bytes: &[u8]) {
+        self.past.extend(bytes);
+        let surplus = self.past.len().saturating_sub(SCROLLBACK);
+        self.past.drain(..surplus);
+        if let Some(output) = &self.output {
+            // An error means that nobody looks.
+            let _ = output.send(Bytes::copy_from_slice(bytes));
+        }
     }
 }
 
@@ -121,6 +128,17 @@ mod tests {
         assert_eq!(late.past, "boot\n");
         guest.write_all(b"login:").await.unwrap();
         assert_eq!(late.output.recv().await.unwrap(), "login:");
+    }
+
+    #[tokio::test]
+    async fn viewers_see_the_end_while_somebody_still_holds_the_console() {
+        let (_dir, guest, console) = guest_and_console().await;
+        let mut viewer = console.view();
+        drop(guest);
+        for viewer in [&mut viewer, &mut console.view()] {
+            let end = tokio::time::timeout(std::time::Duration::from_secs(5), viewer.output.recv());
+            assert!(matches!(end.await, Ok(Err(broadcast::error::RecvError::Closed))));
+        }
     }
 
     #[tokio::test]

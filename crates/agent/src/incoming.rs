@@ -404,7 +404,6 @@ impl Agent {
         if !self.store.abandon_in(incoming.id, vm.name(), &incoming.from, &why)? {
             return Ok(());
         }
-        self.forget_incoming(incoming.id);
         vmferry_qemu::kill_process(vm.pid, vm.start_time, Duration::from_secs(1)).await;
         self.forget_vm(vm)?;
         tracing::info!(vm = vm.name(), migration = %incoming.id, why, "abandoned");
@@ -421,6 +420,11 @@ impl Incoming {
     /// Guest RAM that is promised to it, in bytes.
     pub(crate) fn ram_bytes(&self) -> u64 {
         self.vm.facts.ram_bytes
+    }
+
+    /// This VM came with it.
+    pub(crate) fn brought(&self, vm: &Vm) -> bool {
+        self.vm.pid == vm.pid && self.vm.start_time == vm.start_time
     }
 
     /// The source still owns the guest.

@@ -133,10 +133,6 @@ impl Agent {
         self.state().incoming.get(&id).cloned()
     }
 
-    fn forget_incoming(&self, id: Uuid) {
-        self.state().incoming.remove(&id);
-    }
-
     /// Memory that incoming VMs will still fill, at most, in bytes.
     fn promised_memory(&self) -> u64 {
         self.state().incoming.values().filter(|it| it.is_open()).map(|it| it.ram_bytes()).sum()

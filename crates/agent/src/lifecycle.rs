@@ -246,6 +246,7 @@ impl Agent {
         let mut state = self.state();
         if state.vms.get(vm.name()).is_some_and(|it| it.pid == vm.pid && it.start_time == vm.start_time) {
             state.vms.remove(vm.name());
+            state.incoming.retain(|_, incoming| !incoming.brought(vm));
             self.store.remove_vm(vm.name())?;
             if let Err(error) = std::fs::remove_dir_all(&vm.dir)
                 && error.kind() != std::io::ErrorKind::NotFound
