@@ -31,6 +31,11 @@ async fn when_the_destinations_qemu_is_killed_mid_copy_the_guest_runs_on() {
     bed.assert_runs_only_on(1).await;
 }
 
+/// The source's agent, started again, is done with what its predecessor left behind.
+async fn settled(bed: &Bed) {
+    bed.eventually("the migration is settled", async || bed.view(0).await.state != "migrating").await;
+}
+
 async fn migrations(bed: &Bed) -> (Option<i32>, String) {
     let output = bed.alpha().vmferry(&["migrations"]).await.expect("vmferry runs");
     (output.status.code(), text(&output))
@@ -47,6 +52,7 @@ async fn when_the_sources_agent_is_killed_mid_copy_the_guest_runs_on_and_the_nex
     bed.testbed.host_mut(0).start_agent().await.expect("starts");
     bed.eventually("the other side is cleaned up", async || bed.beta().show(VM).await.expect("answers").is_none())
         .await;
+    settled(&bed).await;
     bed.assert_runs_only_on(0).await;
     bed.assert_intact(0).await;
     let (_, list) = migrations(&bed).await;
@@ -65,6 +71,7 @@ async fn when_the_sources_agent_stays_away_the_destination_drops_what_it_prepare
     bed.eventually("the lease ran out", async || bed.beta().show(VM).await.expect("answers").is_none()).await;
     assert!(bed.beta().agent_log().contains("was not heard of for 15 s"), "{}", bed.logs());
     bed.testbed.host_mut(0).start_agent().await.expect("starts");
+    settled(&bed).await;
     bed.assert_runs_only_on(0).await;
     bed.assert_intact(0).await;
 }

@@ -444,8 +444,19 @@ async fn follow(
     mut typed: tokio::sync::mpsc::Receiver<&'static str>,
 ) {
     let mut buffer = vec![0; 64 << 10];
+    // The QEMU whose console was read to its end: read again, it would show its past again.
+    let mut read_to_its_end = None;
     loop {
-        let Ok(mut console) = client.console(&vm).await else {
+        let pid = client.get::<VmView>(&vm_path(&vm)).await.map(|view| view.pid);
+        if pid.is_err() {
+            // No VM, or no agent: the next one has no past to show.
+            read_to_its_end = None;
+        }
+        let console = match pid {
+            Ok(pid) if read_to_its_end != Some(pid) => client.console(&vm).await.ok().map(|console| (pid, console)),
+            _ => None,
+        };
+        let Some((pid, mut console)) = console else {
             tokio::time::sleep(Duration::from_millis(10)).await;
             continue;
         };
@@ -461,5 +472,6 @@ async fn follow(
                 Some(line) = typed.recv() => if console.write_all(line.as_bytes()).await.is_err() { break },
             }
         }
+        read_to_its_end = Some(pid);
     }
 }

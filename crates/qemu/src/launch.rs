@@ -60,8 +60,10 @@ pub enum LaunchError {
         source: std::io::Error,
     },
     /// It ended before it answered.
-    #[error("QEMU ended at once ({}): {}", in_words(*status), or_nothing(words))]
+    #[error("{} ended at once ({}): {}", binary.display(), in_words(*status), or_nothing(words))]
     Exited {
+        /// Which.
+        binary: PathBuf,
         /// How.
         status: ExitStatus,
         /// The last lines that it wrote.
@@ -111,14 +113,14 @@ pub async fn launch(
         connected = Qmp::connect(&socket, deadline) => connected,
         status = starting.child().wait() => {
             let status = status.map_err(|source| LaunchError::Start { binary: binary.into(), source })?;
-            return Err(LaunchError::Exited { status, words: words() });
+            return Err(LaunchError::Exited { binary: binary.into(), status, words: words() });
         }
     };
     let qmp = match connected {
         Ok(qmp) => qmp,
         Err(source) => {
             return Err(match tokio::time::timeout(LAST_GASP, starting.child().wait()).await {
-                Ok(Ok(status)) => LaunchError::Exited { status, words: words() },
+                Ok(Ok(status)) => LaunchError::Exited { binary: binary.into(), status, words: words() },
                 _ => LaunchError::NotAnswering { source, words: words() },
             });
         }

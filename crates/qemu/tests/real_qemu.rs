@@ -108,7 +108,8 @@ async fn every_command_of_ours_is_understood_and_its_answer_too() {
         assert!(!qmp.execute(QueryKvm {}).await.unwrap().enabled);
         assert_eq!(qmp.execute(QueryMemorySizeSummary {}).await.unwrap().base_memory, 16 << 20);
         assert_eq!(qmp.execute(QueryCpusFast {}).await.unwrap().len(), 2);
-        assert_eq!(qmp.execute(QueryMemdev {}).await.unwrap().len(), 0);
+        let backends = qmp.execute(QueryMemdev {}).await.unwrap();
+        assert!(backends.iter().all(|it| it.id.as_deref() != Some("vmferry-ram")), "{backends:?}");
         assert!(qmp.execute(QueryMachines {}).await.unwrap().iter().any(|machine| machine.is_default));
         qmp.execute(QueryCurrentMachine {}).await.unwrap();
         assert!(qmp.execute(QueryCpuDefinitions {}).await.unwrap().iter().any(|cpu| cpu.name == "qemu64"));
