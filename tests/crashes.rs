@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use vmferry_bench::Mode;
+use vmferry_bench::testbed::TestbedOptions;
 
 use crate::bed::{self, Bed, VM, guest, options, text};
 
@@ -135,4 +136,49 @@ async fn when_the_guest_powers_off_mid_copy_both_hosts_forget_it() {
         }
     })
     .await;
+}
+
+/// The guest writes, runs on the destination already, and most of its memory is still to come.
+async fn in_post_copy(bed: &Bed) -> tokio::process::Child {
+    let to = bed.to();
+    let mut command = bed.alpha().command(&["migrate", VM, "--to", &to, "--bandwidth", "20MiB/s", "--max-time", "1s"]);
+    let migrate = command.stderr(std::process::Stdio::piped()).spawn().expect("vmferry runs");
+    bed.eventually("it is in post-copy", async || {
+        bed.alpha().show(VM).await.expect("answers").is_some_and(|view| view.state == "leaving")
+    })
+    .await;
+    migrate
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn when_post_copy_loses_its_connection_the_guest_waits_and_goes_on_over_a_new_one() {
+    let bed = bed::start_with(options(), guest(Mode::Write), &["-qmp", "unix:user.sock,server=on,wait=off"]).await;
+    let user =
+        vmferry_qemu::Qmp::connect(&bed.dir().join("user.sock"), Duration::from_secs(5)).await.expect("connects");
+    let migrate = in_post_copy(&bed).await;
+    user.execute(vmferry_qemu::qmp::commands::MigratePause {}).await.expect("the connection is cut");
+    let output = migrate.wait_with_output().await.expect("it ends");
+    crate::bed::assert_success(&output, &bed);
+    let said = text(&output);
+    assert!(said.contains("broke") && said.contains("The connection is back"), "{said}");
+    bed.assert_runs_only_on(1).await;
+    bed.assert_intact(1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn when_the_link_is_cut_for_three_seconds_in_post_copy_in_namespaces_the_guest_goes_on() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("not run: only root can make network namespaces");
+        return;
+    }
+    let bed = bed::start(TestbedOptions { namespaces: true, ..options() }, guest(Mode::Write)).await;
+    let migrate = in_post_copy(&bed).await;
+    bed.set_link(false).expect("cut");
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert!(bed.alpha().show(VM).await.expect("answers").is_some(), "the source keeps what the guest still needs");
+    bed.set_link(true).expect("mended");
+    let output = migrate.wait_with_output().await.expect("it ends");
+    crate::bed::assert_success(&output, &bed);
+    bed.assert_runs_only_on(1).await;
+    bed.assert_intact(1).await;
 }

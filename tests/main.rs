@@ -6,6 +6,8 @@
 mod api;
 mod bed;
 mod crashes;
+mod demo;
+mod docs;
 mod migrate;
 mod refusals;
 mod vms;

@@ -87,7 +87,7 @@ async fn a_guest_goes_there_and_back_and_there_again() {
     for round in 0..6 {
         let (from, to) = (round % 2, 1 - round % 2);
         let address = hosts[to].address.to_string();
-        let arguments = ["migrate", VM, "--to", &address, "--bandwidth", "100MiB/s"];
+        let arguments = ["migrate", VM, "--to", &address, "--bandwidth", "250MiB/s"];
         let output = hosts[from].vmferry(&arguments).await.expect("vmferry runs");
         assert!(output.status.success(), "round {round}: {}\n{}", text(&output), bed.logs());
         bed.assert_runs_only_on(to).await;

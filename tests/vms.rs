@@ -54,7 +54,8 @@ async fn the_power_button_shuts_a_guest_down_and_nothing_is_left_of_it() {
     let (code, said) = vmferry(&bed, &["stop", VM, "--timeout", "30s"]).await;
     assert_eq!(code, Some(0), "{said}\n{}", bed.logs());
     assert!(bed.alpha().show(VM).await.expect("answers").is_none());
-    assert!(!std::path::Path::new(&format!("/proc/{pid}")).exists(), "its QEMU is gone");
+    let process = std::path::PathBuf::from(format!("/proc/{pid}"));
+    bed.eventually("its QEMU is gone", async || !process.exists()).await;
     assert!(!bed.alpha().run_dir.join("vms").join(VM).exists(), "its folder is gone");
 }
 

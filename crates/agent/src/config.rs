@@ -127,11 +127,11 @@ mod tests {
     #[test]
     fn the_example_configuration_is_valid_and_shows_every_default() {
         let example = include_str!("../../../packaging/agent.toml");
-        let uncommented: String = example
+        let uncommented: Vec<&str> = example
             .lines()
             .map(|line| line.strip_prefix("#: ").unwrap_or(if line.starts_with('#') { "" } else { line }))
-            .map(|line| format!("{line}\n"))
             .collect();
+        let uncommented = uncommented.join("\n");
         let config: Config = toml::from_str(&uncommented).unwrap();
         assert_eq!(config.reserved_memory, Config::default().reserved_memory);
         assert_eq!(config.run_dir, Path::new("/run/vmferry"));

@@ -397,7 +397,7 @@ impl Agent {
     /// Writes that this migration is abandoned and, unless it was committed before, ends its QEMU.
     async fn drop_incoming(&self, incoming: &Incoming, why: &str) -> Result<(), AgentError> {
         let vm = &incoming.vm;
-        let why = match self.last_words(vm) {
+        let why = match vm.last_words() {
             Some(words) if vm.qmp.is_closed() => format!("{why} ({words})"),
             _ => why.into(),
         };

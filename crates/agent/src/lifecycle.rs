@@ -20,8 +20,6 @@ const START_TIMEOUT: Duration = Duration::from_secs(20);
 const ADOPT_TIMEOUT: Duration = Duration::from_secs(3);
 /// How often a guest that does not react to its power button is asked again.
 const ASK_AGAIN: Duration = Duration::from_secs(10);
-/// How much of QEMU's log tells why it ended, in bytes.
-const LAST_WORDS: usize = 600;
 
 fn check_name(name: &str) -> Result<(), AgentError> {
     if is_valid_name(name) {
@@ -221,7 +219,7 @@ impl Agent {
                 }
             }
             _ if gone => {
-                let words = self.last_words(&vm).unwrap_or_else(|| "killed, or crashed without a word".into());
+                let words = vm.last_words().unwrap_or_else(|| "killed, or crashed without a word".into());
                 tracing::error!(vm = vm.name(), pid = vm.pid, words, "its QEMU ended unexpectedly");
                 vm.set_stage(Stage::Ended(format!("its QEMU ended unexpectedly: {words}")));
             }
@@ -231,14 +229,6 @@ impl Agent {
                 "its monitor closed, but its QEMU runs on; restart the agent"
             ),
         }
-    }
-
-    /// The end of what QEMU wrote to its log, in one line.
-    pub(crate) fn last_words(&self, vm: &Vm) -> Option<String> {
-        let log = std::fs::read(vm.dir.join("qemu.log")).ok()?;
-        let tail = String::from_utf8_lossy(&log[log.len().saturating_sub(LAST_WORDS)..]).into_owned();
-        let lines: Vec<&str> = tail.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-        (!lines.is_empty()).then(|| lines[lines.len().saturating_sub(3)..].join("; "))
     }
 
     /// Forgets a VM whose QEMU is gone, and its folder with it.

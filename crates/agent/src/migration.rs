@@ -143,7 +143,7 @@ pub(crate) async fn begin(
         downtime: Duration::ZERO,
         throttle: 0,
     };
-    tokio::spawn(run.to_the_end());
+    tokio::spawn(run.run());
     Ok((view, Some(migration)))
 }
 
@@ -202,6 +202,8 @@ struct Plan {
     there: CheckReply,
     features: Features,
     peer: Peer,
+    /// Until the destination has looked for them for the last time.
+    markers: Option<disks::Markers>,
     /// The guest is paused before anything is copied.
     post_copy_first: bool,
 }
@@ -262,7 +264,7 @@ async fn plan(agent: &Agent, vm: &Vm, id: Uuid, request: &MigrateRequest) -> Res
         capabilities: there.capabilities.iter().filter(|name| features.has_capability(name)).cloned().collect(),
         notes,
     };
-    Ok(Plan { view, offer, there, features, peer, post_copy_first })
+    Ok(Plan { view, offer, there, features, peer, markers: Some(markers), post_copy_first })
 }
 
 fn loses_writes(vm: &Vm) -> String {
@@ -372,18 +374,17 @@ struct Run {
 }
 
 impl Run {
-    async fn to_the_end(mut self) {
+    async fn run(mut self) {
         let mut engine = None;
         let last = match self.all_steps(&mut engine).await {
             Ok(report) => MigrationEvent::Finished(Box::new(report)),
             Err(Halt::Undo(error)) => MigrationEvent::Failed(self.undo(engine, error).await),
             Err(Halt::Lost(error)) => MigrationEvent::Failed(Problem::from(&error)),
         };
-        match &last {
-            MigrationEvent::Failed(problem) => {
-                tracing::warn!(vm = self.vm.name(), migration = %self.migration.id, "{}", problem.message);
-            }
-            _ => tracing::info!(vm = self.vm.name(), migration = %self.migration.id, to = self.to, "migrated"),
+        if let MigrationEvent::Failed(problem) = &last {
+            tracing::warn!(vm = self.vm.name(), migration = %self.migration.id, "{}", problem.message);
+        } else {
+            tracing::info!(vm = self.vm.name(), migration = %self.migration.id, to = self.to, "migrated");
         }
         self.migration.tell(last);
     }
@@ -426,6 +427,7 @@ impl Run {
             prepared = plan.peer.prepare(&plan.offer) => prepared?,
             () = self.migration.cancel.cancelled() => return Err(self.cancelled()),
         };
+        plan.markers = None;
         for note in &prepared.notes {
             self.migration.note(note.clone());
         }
@@ -533,6 +535,7 @@ impl Run {
             to: self.plan.view.to.clone(),
             engine: qemu::NAME.into(),
             post_copy,
+            paused_first: self.plan.post_copy_first,
             total_ms: self.steps.request.elapsed().as_secs_f64() * 1e3,
             downtime_ms: self.downtime.as_secs_f64() * 1e3,
             qemu_downtime_ms: totals.downtime_ms,

@@ -184,9 +184,8 @@ impl Peer {
         }
         // A peer that talks but not HTTP fails in decoding, not in connecting.
         let reply = request.send().await.map_err(|source| match source.is_connect() || source.is_timeout() {
-            true => self.unreachable(source),
             false if is_not_http(&source) => self.not_an_agent(),
-            false => self.unreachable(source),
+            _ => self.unreachable(source),
         })?;
         let status = reply.status();
         let text = reply.bytes().await.map_err(|source| self.unreachable(source))?;

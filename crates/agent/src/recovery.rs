@@ -17,13 +17,15 @@ use crate::error::{AgentError, in_one_line};
 use crate::incoming::{Incoming, watch_lease};
 use crate::migration::{follow_post_copy, retire, settle_commit};
 use crate::peer::Peer;
-use crate::store::{OutRecord, OutStep, VmRecord};
+use crate::store::{InStep, OutRecord, OutStep, VmRecord};
 use crate::vm::{Stage, Vm, pid_from_file};
 
 /// How long the monitor of a QEMU that lives may take to answer.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// For how long the destination is asked to abandon; then its own lease must do it.
 const ABANDON_TRIES: u32 = 20;
+/// Between two tries to settle a migration.
+const SETTLE_AGAIN: Duration = Duration::from_secs(5);
 
 /// Finds the VMs again and goes on with what had begun.
 pub(crate) async fn recover(agent: &Arc<Agent>) -> Result<(), AgentError> {
@@ -61,40 +63,47 @@ async fn find_again(agent: &Arc<Agent>, mut record: VmRecord) -> Result<(), Agen
     agent.store.put_vm(&record)?;
     let qmp = Qmp::connect(Path::new(&record.qmp), CONNECT_TIMEOUT).await?;
     let vm = agent.take(&record, qmp).await?;
-    match record.incoming {
-        Some(id) => {
-            tracing::warn!(vm = name, pid = record.pid, migration = %id, "still waits for a guest");
-            let incoming = Incoming::new(id, "its source".into(), vm);
-            agent.add_incoming(Arc::clone(&incoming));
-            tokio::spawn(watch_lease(Arc::clone(agent), incoming));
-        }
-        None => {
-            let state = vm.view().await.state;
-            tracing::info!(vm = name, pid = record.pid, state, "found again");
-        }
+    if let Some(id) = record.incoming {
+        tracing::warn!(vm = name, pid = record.pid, migration = %id, "still waits for a guest");
+        let incoming = Incoming::new(id, "its source".into(), vm);
+        agent.add_incoming(Arc::clone(&incoming));
+        tokio::spawn(watch_lease(Arc::clone(agent), incoming));
+    } else {
+        let state = vm.view().await.state;
+        tracing::info!(vm = name, pid = record.pid, state, "found again");
     }
     Ok(())
 }
 
+/// Tries until it is settled: the guest must not stay half-way because its QEMU was slow to answer once.
 async fn settle(agent: Arc<Agent>, record: OutRecord) {
-    let outcome = match (agent.vm(&record.vm), Peer::new(&record.peer)) {
-        (Ok(vm), Ok(peer)) => settle_step(&agent, &vm, &peer, &record).await,
-        (Err(_), Ok(peer)) => settle_without_vm(&agent, &peer, &record).await,
-        (_, Err(message)) => Err(AgentError::BadRequest { message, hint: None }),
+    let peer = match Peer::new(&record.peer) {
+        Ok(peer) => peer,
+        Err(error) => return tracing::error!(vm = record.vm, migration = %record.id, error, "cannot be settled"),
     };
-    if let Err(error) = outcome {
-        tracing::error!(vm = record.vm, migration = %record.id, error = in_one_line(&error), "cannot be settled");
+    let mut told = false;
+    loop {
+        let outcome = match agent.vm(&record.vm) {
+            Ok(vm) if vm.is_alive() => settle_step(&agent, &vm, &peer, &record).await,
+            _ => settle_without_vm(&agent, &peer, &record).await,
+        };
+        let Err(error) = outcome else { return };
+        if !std::mem::replace(&mut told, true) {
+            tracing::error!(vm = record.vm, migration = %record.id, error = in_one_line(&error), "cannot be settled yet");
+        }
+        tokio::time::sleep(SETTLE_AGAIN).await;
     }
 }
 
 /// The source's QEMU is gone: nothing is left to hand over, and what was handed over stays where it is.
 async fn settle_without_vm(agent: &Agent, peer: &Peer, record: &OutRecord) -> Result<(), AgentError> {
-    let (step, outcome) = match record.step {
-        OutStep::PostCopy | OutStep::Retire => (OutStep::Done, "the guest was handed over; its QEMU here is gone"),
-        _ => {
-            abandon_there(peer, record).await;
-            (OutStep::Abandoned, "the guest's QEMU at the source ended while no agent was there")
-        }
+    let handed_over = match record.step {
+        OutStep::PostCopy | OutStep::Retire => true,
+        _ => abandon_there(peer, record).await == Some(InStep::Committed),
+    };
+    let (step, outcome) = match handed_over {
+        true => (OutStep::Done, "the guest was handed over; its QEMU here is gone"),
+        false => (OutStep::Abandoned, "the guest's QEMU at the source ended while no agent was there"),
     };
     Ok(agent.store.end_out(record.id, step, outcome)?)
 }
@@ -120,22 +129,23 @@ async fn undo(agent: &Agent, vm: &Vm, peer: &Peer, record: &OutRecord, why: &str
     qemu::abandon(&vm.qmp, record.running).await?;
     vm.set_stage(Stage::Owned);
     let there = match abandon_there(peer, record).await {
-        true => "what the destination had prepared is gone",
-        false => "the destination does not answer, but drops what it had prepared by itself",
+        Some(_) => "what the destination had prepared is gone",
+        None => "the destination does not answer, but drops what it had prepared by itself",
     };
     let outcome = format!("{why}; undone: the guest runs on here, {there}");
     tracing::warn!(vm = vm.name(), migration = %record.id, "{outcome}");
     Ok(agent.store.end_out(record.id, OutStep::Abandoned, &outcome)?)
 }
 
-async fn abandon_there(peer: &Peer, record: &OutRecord) -> bool {
+/// How the migration stands at the destination then; none when that does not answer.
+async fn abandon_there(peer: &Peer, record: &OutRecord) -> Option<InStep> {
     for _ in 0..ABANDON_TRIES {
-        if peer.abandon(record.id).await.is_ok() {
-            return true;
+        if let Ok(state) = peer.abandon(record.id).await {
+            return Some(state.step);
         }
         tokio::time::sleep(Duration::from_millis(500)).await;
     }
-    false
+    None
 }
 
 async fn retire_after_post_copy(agent: &Agent, vm: &Vm, peer: &Peer, record: &OutRecord) -> Result<(), AgentError> {

@@ -1,6 +1,6 @@
 //! The journal: which VMs this host has, and every step of every migration, written before the step is done.
 //!
-//! SQLite in WAL mode with `synchronous=NORMAL`: a commit survives the death of the agent at any point, which is what
+//! `SQLite` in WAL mode with `synchronous=NORMAL`: a commit survives the death of the agent at any point, which is what
 //! the journal is for. It may not survive the death of the host, but neither do the QEMUs whose owner it records, and
 //! nothing here starts a guest at boot. In return a step costs some microseconds, not an fsync within the downtime.
 

@@ -14,6 +14,8 @@ use crate::store::VmRecord;
 
 /// How long a QEMU that was told to quit, or to end, may take before it is killed.
 pub(crate) const GRACE: Duration = Duration::from_secs(5);
+/// How much of QEMU's log tells why it ended, in bytes.
+const LAST_WORDS: usize = 600;
 /// How long QMP may take to answer when a VM is only looked at.
 const GLANCE: Duration = Duration::from_secs(1);
 
@@ -132,6 +134,14 @@ impl Vm {
     /// The process is still the one that was started.
     pub(crate) fn is_alive(&self) -> bool {
         vmferry_qemu::is_same_process(self.pid, self.start_time)
+    }
+
+    /// The end of what QEMU wrote to its log, in one line.
+    pub(crate) fn last_words(&self) -> Option<String> {
+        let log = std::fs::read(self.dir.join("qemu.log")).ok()?;
+        let tail = String::from_utf8_lossy(&log[log.len().saturating_sub(LAST_WORDS)..]).into_owned();
+        let lines: Vec<&str> = tail.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+        (!lines.is_empty()).then(|| lines[lines.len().saturating_sub(3)..].join("; "))
     }
 
     /// Tells QEMU to quit, and ends it when it does not.

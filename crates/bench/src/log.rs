@@ -14,6 +14,8 @@ pub const PERIOD: Duration = Duration::from_millis(5);
 
 /// Longer than any line of the guest's: what comes without an end up to here is no line of it.
 const LONGEST_LINE: usize = 4096;
+/// A beat of the host that the guest left can be read this many beats late; a kernel that rebooted is further back.
+const LATE: u64 = 100;
 
 /// Everything a guest said so far.
 #[derive(Debug, Default)]
@@ -154,7 +156,13 @@ impl GuestLog {
         let read = line.match_indices("{\"").find_map(|(start, _)| serde_json::from_str(&line[start..]).ok());
         match read {
             Some(Line::Beat(n)) => {
-                self.restarted |= self.beats.last().is_some_and(|last| n < last.n);
+                if let Some(last) = self.beats.last().filter(|last| n < last.n) {
+                    if last.host != host && last.n - n < LATE {
+                        self.unread += 1;
+                        return;
+                    }
+                    self.restarted = true;
+                }
                 self.beats.push(Beat { at, host, n });
             }
             Some(Line::Written { thread, n, ms, pass }) => {
@@ -303,6 +311,17 @@ mod tests {
             log.feed(host, start + ms(at), text.as_bytes());
         }
         log
+    }
+
+    #[test]
+    fn a_kernel_that_reboots_is_told_from_a_beat_that_is_read_late() {
+        let start = Instant::now();
+        let late = log(start, &[(0, 0, "{\"beat\":7}\n"), (5, 1, "{\"beat\":9}\n"), (6, 0, "{\"beat\":8}\n")]);
+        assert!(!late.restarted());
+        assert_eq!(late.switchovers().count(), 1);
+        let same_host = log(start, &[(0, 0, "{\"beat\":7}\n"), (5, 0, "{\"beat\":1}\n")]);
+        let other_host = log(start, &[(0, 0, "{\"beat\":500}\n"), (5, 1, "{\"beat\":1}\n")]);
+        assert!(same_host.restarted() && other_host.restarted());
     }
 
     #[test]

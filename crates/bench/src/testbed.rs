@@ -11,7 +11,7 @@ use std::process::{Output, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::process::{Child, Command};
 use vmferry_agent::api::types::{RunRequest, Started, VmView};
 use vmferry_agent::client::{Client, ClientError, vm_path};
@@ -208,8 +208,9 @@ impl Host {
         let qemu_dirs: Vec<String> =
             options.qemu_dirs[index].iter().map(|dir| format!("{:?}", dir.display().to_string())).collect();
         let text = format!(
-            "name = {name:?}\nrun_dir = {run_dir:?}\nstate_dir = {:?}\nqemu_dirs = [{}]\n{}\n",
-            dir.join(format!("{name}-state")),
+            "name = {name:?}\nrun_dir = {:?}\nstate_dir = {:?}\nqemu_dirs = [{}]\n{}\n",
+            run_dir.display().to_string(),
+            dir.join(format!("{name}-state")).display().to_string(),
             qemu_dirs.join(", "),
             options.config[index]
         );
@@ -231,7 +232,7 @@ impl Host {
     pub async fn start_agent(&mut self) -> Result<()> {
         let log = std::fs::OpenOptions::new().create(true).append(true).open(&self.log)?;
         let address = self.address.to_string();
-        let mut command = self.enter_with(&self.vmferry);
+        let mut command = self.process(&self.vmferry);
         command.arg("agent").arg("--config").arg(&self.config).args(["--insecure-peers", &address]);
         self.agent = Some(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn()?);
         let client = self.client()?;
@@ -271,7 +272,7 @@ impl Host {
 
     /// `vmferry` with these arguments, on this host.
     pub fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = self.enter_with(&self.vmferry);
+        let mut command = self.process(&self.vmferry);
         command.env("VMFERRY_SOCKET", &self.socket).args(arguments).stdin(Stdio::null()).kill_on_drop(true);
         command
     }
@@ -290,7 +291,8 @@ impl Host {
         }
     }
 
-    fn enter_with(&self, program: &Path) -> Command {
+    /// A program on this host.
+    pub fn process(&self, program: &Path) -> Command {
         let mut words = self.enter.iter().map(std::ffi::OsStr::new).chain([program.as_os_str()]);
         let mut command = Command::new(words.next().unwrap_or(program.as_os_str()));
         command.args(words);
@@ -420,6 +422,16 @@ impl GuestWatch {
         Ok((verified.pages, verified.corrupt))
     }
 
+    /// Listens to a console that no agent serves as well, and types there from now on.
+    pub async fn follow_socket(&mut self, host: usize, socket: &Path) -> Result<()> {
+        let console = tokio::net::UnixStream::connect(socket).await?;
+        let (sender, mut typed) = tokio::sync::mpsc::channel(4);
+        let log = Arc::clone(&self.log);
+        self.input[host] = sender;
+        self.followers.push(tokio::spawn(async move { listen(console, host, &log, &mut typed).await }));
+        Ok(())
+    }
+
     /// Types into the guest's console on this host.
     pub async fn say(&self, host: usize, line: &'static str) {
         // A follower that has ended has no console to type into; whoever waits for the answer notices.
@@ -443,7 +455,6 @@ async fn follow(
     log: Arc<Mutex<GuestLog>>,
     mut typed: tokio::sync::mpsc::Receiver<&'static str>,
 ) {
-    let mut buffer = vec![0; 64 << 10];
     // The QEMU whose console was read to its end: read again, it would show its past again.
     let mut read_to_its_end = None;
     loop {
@@ -456,22 +467,33 @@ async fn follow(
             Ok(pid) if read_to_its_end != Some(pid) => client.console(&vm).await.ok().map(|console| (pid, console)),
             _ => None,
         };
-        let Some((pid, mut console)) = console else {
+        let Some((pid, console)) = console else {
             tokio::time::sleep(Duration::from_millis(10)).await;
             continue;
         };
-        loop {
-            tokio::select! {
-                read = console.read(&mut buffer) => match read {
-                    Ok(0) | Err(_) => break,
-                    Ok(count) => {
-                        let at = Instant::now();
-                        log.lock().expect("no holder of this lock panics").feed(host, at, &buffer[..count]);
-                    }
-                },
-                Some(line) = typed.recv() => if console.write_all(line.as_bytes()).await.is_err() { break },
-            }
-        }
+        listen(console, host, &log, &mut typed).await;
         read_to_its_end = Some(pid);
+    }
+}
+
+/// Feeds the log with what one console prints until it ends.
+async fn listen(
+    mut console: impl AsyncRead + AsyncWrite + Unpin,
+    host: usize,
+    log: &Mutex<GuestLog>,
+    typed: &mut tokio::sync::mpsc::Receiver<&'static str>,
+) {
+    let mut buffer = vec![0; 64 << 10];
+    loop {
+        tokio::select! {
+            read = console.read(&mut buffer) => match read {
+                Ok(0) | Err(_) => return,
+                Ok(count) => {
+                    let at = Instant::now();
+                    log.lock().expect("no holder of this lock panics").feed(host, at, &buffer[..count]);
+                }
+            },
+            Some(line) = typed.recv() => if console.write_all(line.as_bytes()).await.is_err() { return },
+        }
     }
 }

@@ -124,6 +124,10 @@ fn print_table(report: &Report, watch: &GuestWatch, booted: Instant, begun: Inst
     let ms = |it: Option<Duration>| it.map_or("?".into(), |it| format!("{:.0} ms", it.as_secs_f64() * 1e3));
     let mib = |bytes: u64| format!("{:.0} MiB", bytes as f64 / f64::from(1 << 20));
     let after = over + Duration::from_secs(60);
+    let dirty_rate = match report.dirty_rate {
+        0 => "not measured".into(),
+        rate => format!("{}/s", mib(rate)),
+    };
     let rows = [
         ("total time", format!("{:.1} s", report.total_ms / 1e3)),
         ("downtime, as the guest felt it", ms(log.downtime_felt())),
@@ -131,12 +135,12 @@ fn print_table(report: &Report, watch: &GuestWatch, booted: Instant, begun: Inst
         ("64 MiB rewritten, before", ms(log.median_64_mib(booted, begun))),
         ("64 MiB rewritten, worst", ms(log.worst_64_mib(begun, after))),
         ("bytes sent", mib(report.sent)),
-        ("dirty rate", format!("{}/s", mib(report.dirty_rate))),
-        ("how", if report.post_copy { "pre-copy, then post-copy" } else { "pre-copy" }.into()),
+        ("dirty rate", dirty_rate),
+        ("how", report.method().into()),
     ];
     println!();
     for (what, figure) in rows {
-        println!("  {what:<34} {figure:>14}");
+        println!("  {what:<34} {figure:>29}");
     }
     println!();
 }

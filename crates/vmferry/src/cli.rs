@@ -108,7 +108,7 @@ shared memory for RAM when only -m is given. The VM outlives the agent.")]
 #[derive(Args)]
 pub(crate) struct AgentOptions {
     /// The configuration [default: /etc/vmferry/agent.toml, if it exists]
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, env = "VMFERRY_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// Talk to other agents here WITHOUT authentication or encryption: only on a network that nobody else can reach
     #[arg(long, value_name = "ADDRESS:PORT")]

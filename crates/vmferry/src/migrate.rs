@@ -29,9 +29,9 @@ pub(crate) async fn run(client: &Client, options: MigrateOptions) -> Result<(), 
     let begun: Begun = client.post(&path, &request).await?;
     let Some(id) = begun.id else {
         if options.json {
-            print_json(&begun.plan)
+            print_json(&begun.plan);
         } else {
-            tell_plan(&begun.plan)
+            tell_plan(&begun.plan);
         }
         return Ok(());
     };
@@ -123,9 +123,15 @@ fn tell_report(report: &Report) {
     println!("  total        {}", seconds(report.total_ms));
     println!("  downtime     {:.0} ms", report.downtime_ms);
     println!("  sent         {}", memory(report.sent));
-    let by = if report.post_copy { "pre-copy, then post-copy" } else { "pre-copy" };
-    println!("  how          {by}, {} {}", report.rounds, if report.rounds == 1 { "round" } else { "rounds" });
-    println!("  dirty rate   {}", rate(report.dirty_rate));
+    println!(
+        "  how          {}, {} {}",
+        report.method(),
+        report.rounds,
+        if report.rounds == 1 { "round" } else { "rounds" }
+    );
+    if report.dirty_rate > 0 {
+        println!("  dirty rate   {}", rate(report.dirty_rate));
+    }
     if report.throttle > 1 {
         println!("  slowed       the guest, by up to {} %", report.throttle);
     }
@@ -231,7 +237,8 @@ impl View for LineView {
             MigrationEvent::Step { step } => eprintln!("{}", step_in_words(*step)),
             MigrationEvent::Note { text } => eprintln!("note: {text}"),
             MigrationEvent::Progress(progress) => {
-                if self.last_line.is_none_or(|at| at.elapsed() >= LINE_EVERY) {
+                // Before QEMU has counted its RAM there is nothing to tell.
+                if progress.total > 0 && self.last_line.is_none_or(|at| at.elapsed() >= LINE_EVERY) {
                     self.last_line = Some(Instant::now());
                     eprintln!("{:<12} {}", step_in_words(progress.step), figures(progress));
                 }

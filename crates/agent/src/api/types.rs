@@ -306,6 +306,8 @@ pub struct Report {
     pub engine: String,
     /// Post-copy was used.
     pub post_copy: bool,
+    /// The guest was paused before the first byte, since its QEMU loses track of what a running guest writes.
+    pub paused_first: bool,
     /// From the request to the source's end, in ms.
     pub total_ms: f64,
     /// Nobody ran the guest, in ms: from the source's pause to the destination's word that it runs.
@@ -316,12 +318,23 @@ pub struct Report {
     pub sent: u64,
     /// Pre-copy rounds.
     pub rounds: u32,
-    /// The dirty rate last seen, in bytes a second.
+    /// The highest dirty rate of a round, in bytes a second; 0 when no round was completed while the guest ran.
     pub dirty_rate: u64,
     /// The most the guest was slowed down, in percent.
     pub throttle: u8,
     /// How long each step took.
     pub steps: Vec<StepTime>,
+}
+
+impl Report {
+    /// How the RAM was copied, in the field's words.
+    pub fn method(&self) -> &'static str {
+        match (self.post_copy, self.paused_first) {
+            (false, _) => "pre-copy",
+            (true, false) => "pre-copy, then post-copy",
+            (true, true) => "post-copy from the first byte",
+        }
+    }
 }
 
 /// A migration as the source's agent knows it.

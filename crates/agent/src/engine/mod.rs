@@ -51,7 +51,7 @@ pub struct Totals {
     pub sent: u64,
     /// Pre-copy rounds.
     pub rounds: u32,
-    /// The last dirty rate seen, in bytes a second.
+    /// The highest dirty rate of a round, in bytes a second; 0 when no round was completed while the guest ran.
     pub dirty_rate: u64,
     /// The downtime as the engine reckons it, in ms.
     pub downtime_ms: Option<u64>,

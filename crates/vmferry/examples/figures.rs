@@ -1,0 +1,309 @@
+//! `make bench`: the figures of docs/FIGURES.md, measured side by side in one run and printed as medians.
+//!
+//! Needs root (the hosts are network namespaces) and both QEMUs (`scripts/setup.sh --for-tests`). What is compared is
+//! alternated, so that a machine that gets slower does so for both.
+
+use std::path::{Path, PathBuf};
+use std::process::{ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use tokio::io::AsyncReadExt;
+use vmferry_agent::api::types::{MigrationEvent, Report};
+use vmferry_bench::testbed::{GuestWatch, Testbed, TestbedOptions, two_qemus};
+use vmferry_bench::{Fill, GuestOptions, Mode};
+use vmferry_qemu::qmp::commands::{
+    CapabilityState, Migrate, MigrateIncoming, MigrateSetCapabilities, MigrationParameters, QueryMigrate,
+};
+use vmferry_qemu::{MigrationStatus, Qmp};
+
+const RUNS: usize = 5;
+const RAM_MIB: u64 = 1024;
+const WRITTEN_MIB: u64 = 512;
+const GIGABIT: u64 = 1_000_000_000;
+const SOON: Duration = Duration::from_secs(10);
+const VM: &str = "figures";
+
+type Error = Box<dyn std::error::Error>;
+
+fn main() -> ExitCode {
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime needs only threads and an epoll descriptor");
+    let figures = async {
+        tokio::select! {
+            done = figures() => done,
+            _ = tokio::signal::ctrl_c() => Err("interrupted; nothing is left running".into()),
+        }
+    };
+    match runtime.block_on(figures) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("figures: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn figures() -> Result<(), Error> {
+    let [older, newer] = two_qemus()?;
+    idle(newer.clone()).await?;
+    writing("the newer QEMU", newer).await?;
+    writing("the older QEMU", older).await
+}
+
+/// What one migration did.
+struct Run {
+    /// From the wish to the source's end, in ms.
+    total: f64,
+    /// Of that, copying the RAM and switching over.
+    copy: f64,
+    downtime_felt: f64,
+    worst_stall: f64,
+    worst_64_mib: f64,
+    sent_mib: f64,
+    how: &'static str,
+    /// Of the source's agent, in MiB: before, and the most while it migrated.
+    rss: (f64, f64),
+}
+
+/// An idle guest over a link that is as fast as it gets: vmferry beside the same two QEMUs driven by hand.
+async fn idle(qemu: Option<PathBuf>) -> Result<(), Error> {
+    let guest = GuestOptions { mem: WRITTEN_MIB << 20, threads: 1, mode: Mode::Idle, rate: None, fill: Fill::Random };
+    let (mut ours, mut by_hand, mut multifd) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..RUNS {
+        ours.push(migrate(qemu.clone(), None, &guest, &[]).await?);
+        by_hand.push(drive_by_hand(qemu.clone(), &guest).await?);
+        multifd.push(migrate(qemu.clone(), None, &guest, &["--no-post-copy"]).await?);
+    }
+    println!(
+        "\nIdle guest of {RAM_MIB} MiB, {WRITTEN_MIB} MiB of it random, unshaped link; medians of {RUNS} (lowest to highest)\n"
+    );
+    println!("| | total | RAM and switchover | downtime felt |");
+    println!("| --- | --- | --- | --- |");
+    for (name, runs) in [("by hand over QMP", &by_hand), ("vmferry", &ours), ("vmferry, multifd", &multifd)] {
+        println!(
+            "| {name} | {} | {} | {} |",
+            ms(runs, |it| it.total),
+            ms(runs, |it| it.copy),
+            ms(runs, |it| it.downtime_felt)
+        );
+    }
+    println!(
+        "\nvmferry / by hand: total {:.2}, downtime felt {:.2}",
+        median(&ours, |it| it.total) / median(&by_hand, |it| it.total),
+        median(&ours, |it| it.downtime_felt) / median(&by_hand, |it| it.downtime_felt)
+    );
+    memory(&ours);
+    Ok(())
+}
+
+/// A guest that writes faster than the link carries.
+async fn writing(which: &str, qemu: Option<PathBuf>) -> Result<(), Error> {
+    let guest = GuestOptions { mem: WRITTEN_MIB << 20, threads: 1, mode: Mode::Write, rate: None, fill: Fill::Random };
+    let mut runs = Vec::new();
+    for _ in 0..RUNS {
+        runs.push(migrate(qemu.clone(), Some(GIGABIT), &guest, &[]).await?);
+    }
+    println!(
+        "\nGuest of {RAM_MIB} MiB that rewrites {WRITTEN_MIB} MiB at full speed, 1 Gbit/s, {which}; medians of {RUNS} (lowest to highest)\n"
+    );
+    println!("| total | downtime felt | worst stall | 64 MiB rewritten, worst | sent (MiB) | how |");
+    println!("| --- | --- | --- | --- | --- | --- |");
+    println!(
+        "| {} | {} | {} | {} | {:.0} | {} |",
+        ms(&runs, |it| it.total),
+        ms(&runs, |it| it.downtime_felt),
+        ms(&runs, |it| it.worst_stall),
+        ms(&runs, |it| it.worst_64_mib),
+        median(&runs, |it| it.sent_mib),
+        runs[0].how
+    );
+    memory(&runs);
+    Ok(())
+}
+
+fn memory(runs: &[Run]) {
+    println!(
+        "\nMemory of the source's agent (RSS): {:.1} MiB idle, {:.1} MiB migrating",
+        median(runs, |it| it.rss.0),
+        median(runs, |it| it.rss.1)
+    );
+}
+
+fn sorted(runs: &[Run], figure: impl Fn(&Run) -> f64) -> Vec<f64> {
+    let mut figures: Vec<f64> = runs.iter().map(figure).collect();
+    figures.sort_by(f64::total_cmp);
+    figures
+}
+
+fn median(runs: &[Run], figure: impl Fn(&Run) -> f64) -> f64 {
+    sorted(runs, figure)[runs.len() / 2]
+}
+
+fn ms(runs: &[Run], figure: impl Fn(&Run) -> f64) -> String {
+    let figures = sorted(runs, figure);
+    format!("{:.0} ms ({:.0} to {:.0})", figures[figures.len() / 2], figures[0], figures[figures.len() - 1])
+}
+
+async fn testbed(qemu: Option<PathBuf>, link_bits: Option<u64>) -> Result<Testbed, Error> {
+    let here = std::env::current_exe()?;
+    let binary = here.parent().and_then(Path::parent).ok_or("this is in no folder")?.join("vmferry");
+    let options =
+        TestbedOptions { namespaces: true, link_bits, qemu_dirs: [qemu.clone(), qemu], ..TestbedOptions::new(binary) };
+    Ok(Testbed::start(options).await?)
+}
+
+async fn migrate(
+    qemu: Option<PathBuf>,
+    link_bits: Option<u64>,
+    guest: &GuestOptions,
+    more: &[&str],
+) -> Result<Run, Error> {
+    let bed = testbed(qemu, link_bits).await?;
+    let watch = bed.start_guest(VM, bed.guest_command_line(guest, RAM_MIB, 1)?).await?;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let agent = bed.alpha().agent_pid().ok_or("the agent ended")?;
+    let idle_rss = rss_mib(agent);
+
+    let to = bed.beta().address.to_string();
+    let arguments: Vec<&str> = ["migrate", VM, "--to", &to, "--json"].iter().chain(more).copied().collect();
+    let begun = Instant::now();
+    let mut command = bed.alpha().command(&arguments).stdout(Stdio::piped()).spawn()?;
+    let mut said = command.stdout.take().ok_or("no output")?;
+    let mut text = String::new();
+    let reading = said.read_to_string(&mut text);
+    tokio::pin!(reading);
+    let mut most_rss = idle_rss;
+    loop {
+        tokio::select! {
+            read = &mut reading => { read?; break }
+            () = tokio::time::sleep(Duration::from_millis(20)) => most_rss = most_rss.max(rss_mib(agent)),
+        }
+    }
+    command.wait().await?;
+    let total = begun.elapsed();
+    let report = report(&text)?;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    verify(&watch).await?;
+    let copy: f64 = report
+        .steps
+        .iter()
+        .filter(|it| {
+            it.step != vmferry_agent::api::types::Step::Plan && it.step != vmferry_agent::api::types::Step::Prepare
+        })
+        .map(|it| it.ms)
+        .sum();
+    Ok(Run {
+        sent_mib: report.sent as f64 / f64::from(1 << 20),
+        how: report.method(),
+        rss: (idle_rss, most_rss),
+        ..felt(&watch, begun, total, copy)
+    })
+}
+
+fn report(events: &str) -> Result<Report, Error> {
+    match serde_json::from_str(events.lines().last().ok_or("the migration said nothing")?)? {
+        MigrationEvent::Finished(report) => Ok(*report),
+        other => Err(format!("the migration did not finish: {other:?}").into()),
+    }
+}
+
+async fn verify(watch: &GuestWatch) -> Result<(), Error> {
+    let (pages, corrupt) = watch.verify(1).await?;
+    if corrupt > 0 || watch.log().restarted() {
+        return Err(format!("{corrupt} of {pages} pages are stale or torn, or the kernel crashed").into());
+    }
+    Ok(())
+}
+
+fn felt(watch: &GuestWatch, begun: Instant, total: Duration, copy: f64) -> Run {
+    let log = watch.log();
+    let ms = |time: Option<Duration>| time.map_or(f64::NAN, |time| time.as_secs_f64() * 1e3);
+    let end = Instant::now();
+    Run {
+        total: total.as_secs_f64() * 1e3,
+        copy,
+        downtime_felt: ms(log.downtime_felt()),
+        worst_stall: ms(log.worst_stall(begun, end)),
+        worst_64_mib: ms(log.worst_64_mib(begun, end)),
+        sent_mib: f64::NAN,
+        how: "by hand",
+        rss: (f64::NAN, f64::NAN),
+    }
+}
+
+/// The same migration as somebody who knows QEMU well would do it in a script: the destination's QEMU with the source's
+/// command line, the same capabilities, no cap on the bandwidth, and nothing in between.
+async fn drive_by_hand(qemu: Option<PathBuf>, guest: &GuestOptions) -> Result<Run, Error> {
+    let bed = testbed(qemu, None).await?;
+    let mut argv = bed.guest_command_line(guest, RAM_MIB, 1)?;
+    argv.extend(["-qmp", "unix:hand.sock,server=on,wait=off"].map(str::to_owned));
+    let mut watch = bed.start_guest(VM, argv).await?;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let source = Qmp::connect(&bed.dir().join("hand.sock"), SOON).await?;
+    let pid = bed.alpha().show(VM).await?.ok_or("the VM is gone")?.pid;
+    let argv = vmferry_qemu::process_command_line(pid);
+    let binary = std::fs::read_link(format!("/proc/{pid}/exe"))?;
+    let environment = std::fs::read(format!("/proc/{pid}/environ"))?;
+    let dir = bed.dir().join("by-hand");
+    std::fs::create_dir(&dir)?;
+    let theirs = bed.alpha().run_dir.join("vms").join(VM).display().to_string();
+    let begun = Instant::now();
+
+    let mut command = bed.beta().process(&binary);
+    command
+        .args(argv.iter().skip(1).map(|word| word.replace(&theirs, &dir.display().to_string())))
+        .args(["-incoming", "defer"])
+        .envs(environment_of(&environment))
+        .current_dir(&dir)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .kill_on_drop(true);
+    let mut there = command.spawn()?;
+    let destination = Qmp::connect(&dir.join("qmp.sock"), SOON).await?;
+    watch.follow_socket(1, &dir.join("console.sock")).await?;
+    let copying = Instant::now();
+    let states =
+        |names: &[&str]| names.iter().map(|name| CapabilityState { capability: (*name).into(), state: true }).collect();
+    let capabilities = ["events", "return-path", "auto-converge", "postcopy-ram", "postcopy-preempt"];
+    for qmp in [&source, &destination] {
+        qmp.execute(MigrateSetCapabilities { capabilities: states(&capabilities) }).await?;
+    }
+    let parameters = MigrationParameters {
+        max_bandwidth: Some(1 << 50),
+        downtime_limit: Some(300),
+        ..MigrationParameters::default()
+    };
+    source.execute(parameters).await?;
+    let address = bed.beta().address.ip();
+    destination.execute(MigrateIncoming { uri: format!("tcp:{address}:0") }).await?;
+    let listening = destination.execute(QueryMigrate {}).await?.socket_address.ok_or("it does not listen")?;
+    let port = listening[0].tcp_port().ok_or("it listens on no port")?;
+    let mut events = source.events();
+    source.execute(Migrate { uri: format!("tcp:{address}:{port}"), resume: None }).await?;
+    loop {
+        match events.next().await.ok_or("the source's QEMU ended")?.as_migration_status() {
+            Some(MigrationStatus::Completed) => break,
+            Some(MigrationStatus::Failed) => return Err("QEMU's migration failed".into()),
+            _ => {}
+        }
+    }
+    let (copy, total) = (copying.elapsed().as_secs_f64() * 1e3, begun.elapsed());
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    verify(&watch).await?;
+    let run = felt(&watch, begun, total, copy);
+    there.kill().await?;
+    Ok(run)
+}
+
+fn environment_of(bytes: &[u8]) -> impl Iterator<Item = (String, String)> {
+    let text = String::from_utf8_lossy(bytes).into_owned();
+    let pairs: Vec<(String, String)> =
+        text.split('\0').filter_map(|pair| pair.split_once('=').map(|(k, v)| (k.into(), v.into()))).collect();
+    pairs.into_iter()
+}
+
+/// Resident memory of a process, in MiB.
+fn rss_mib(pid: u32) -> f64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let kib = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    kib.and_then(|kib| kib.trim().trim_end_matches(" kB").parse::<f64>().ok()).unwrap_or(f64::NAN) / 1024.0
+}
