@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
 use vmferry_qemu::qmp::commands;
-use vmferry_qemu::{Accel, CommandLine, Features, Incoming as IncomingLaunch, MigrationStatus, QemuInfo, RunState};
+use vmferry_qemu::{Accel, CommandLine, Incoming as IncomingLaunch, MigrationStatus, QemuInfo, RunState};
 
 use crate::Agent;
 use crate::api::types::VmSpec;
@@ -123,7 +123,11 @@ impl Incoming {
 /// Whether this host could take the VM; touches nothing.
 pub async fn check(agent: &Agent, offer: &Offer) -> Result<CheckReply, AgentError> {
     let (_, _, info) = suitable(agent, offer).await?;
-    Ok(CheckReply { host: agent.config.name.clone(), qemu_version: info.version, capabilities: info.capabilities })
+    Ok(CheckReply {
+        host: agent.config.name.clone(),
+        qemu_version: info.version,
+        capabilities: info.features.capabilities().clone(),
+    })
 }
 
 async fn suitable(agent: &Agent, offer: &Offer) -> Result<(CommandLine, Accel, QemuInfo), AgentError> {
@@ -154,7 +158,7 @@ async fn suitable(agent: &Agent, offer: &Offer) -> Result<(CommandLine, Accel, Q
 pub async fn prepare(agent: &Arc<Agent>, mut offer: Offer, address: IpAddr) -> Result<Prepared, AgentError> {
     let name = offer.spec.name.clone();
     let _name = agent.reserve_name(&name)?;
-    let (command, accel, _) = suitable(agent, &offer).await?;
+    let (command, accel, info) = suitable(agent, &offer).await?;
     if offer.spec.cwd.metadata().is_err() {
         // Nothing on the command line is relative to it, or it would have been missed above.
         offer.spec.cwd = "/".into();
@@ -173,7 +177,7 @@ pub async fn prepare(agent: &Arc<Agent>, mut offer: Offer, address: IpAddr) -> R
     };
     let incoming = Incoming::new(offer.id, offer.from.clone(), Arc::clone(&vm));
     agent.add_incoming(Arc::clone(&incoming));
-    match receive(&vm, offer.setup, address).await {
+    match receive(&vm, info.features.capabilities(), offer.setup, address).await {
         Ok(prepared) => {
             tracing::info!(vm = name, migration = %offer.id, from = offer.from, uri = prepared.uri, "waits for a guest");
             tokio::spawn(watch_lease(Arc::clone(agent), incoming));
@@ -187,16 +191,15 @@ pub async fn prepare(agent: &Arc<Agent>, mut offer: Offer, address: IpAddr) -> R
 }
 
 /// Sets QEMU up to receive. Post-copy may be refused by the host (userfaultfd); the migration can do without it.
-async fn receive(vm: &Vm, mut setup: Setup, address: IpAddr) -> Result<Prepared, AgentError> {
-    let features = Features::probe(&vm.qmp).await?;
+async fn receive(vm: &Vm, known: &BTreeSet<String>, mut setup: Setup, address: IpAddr) -> Result<Prepared, AgentError> {
     let mut notes = Vec::new();
-    if let Err(error) = set_capabilities(&vm.qmp, &features, &as_strs(&setup.capabilities)).await {
+    if let Err(error) = set_capabilities(&vm.qmp, known, &as_strs(&setup.capabilities)).await {
         if !setup.has("postcopy-ram") {
             return Err(error.into());
         }
         notes.push(format!("Post-copy is not possible: the destination's QEMU says: {error}."));
         setup.capabilities.retain(|name| !name.starts_with("postcopy"));
-        set_capabilities(&vm.qmp, &features, &as_strs(&setup.capabilities)).await?;
+        set_capabilities(&vm.qmp, known, &as_strs(&setup.capabilities)).await?;
     }
     if setup.channels > 0 {
         let channels = commands::MigrationParameters {

@@ -29,7 +29,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::SystemTime;
 
 use uuid::Uuid;
-use vmferry_qemu::{Accel, CommandLine, QemuInfo};
+use vmferry_qemu::{Accel, CommandLine, Features, QemuInfo};
 
 use crate::config::Config;
 use crate::error::AgentError;
@@ -139,9 +139,39 @@ impl Agent {
     }
 
     fn find_qemu(&self, command: &CommandLine) -> Result<PathBuf, AgentError> {
+        self.find_binary(command.binary())
+    }
+
+    fn find_binary(&self, binary: &str) -> Result<PathBuf, AgentError> {
         let path = std::env::var_os("PATH").unwrap_or_else(|| OsString::from("/usr/local/bin:/usr/bin:/bin"));
-        vmferry_qemu::find_binary(command.binary(), &self.config.qemu_dirs, &path)
-            .ok_or_else(|| AgentError::NoQemu { binary: command.binary().into(), host: self.config.name.clone() })
+        vmferry_qemu::find_binary(binary, &self.config.qemu_dirs, &path)
+            .ok_or_else(|| AgentError::NoQemu { binary: binary.into(), host: self.config.name.clone() })
+    }
+
+    /// Asks this architecture's QEMU before it is needed, or the first migration would wait for it.
+    async fn learn_qemu(&self) {
+        let binary = format!("qemu-system-{}", std::env::consts::ARCH);
+        let learned = async {
+            let binary = self.find_binary(&binary)?;
+            self.qemu_info(&binary, &self.accelerator(&binary).await).await
+        };
+        if let Err(error) = learned.await {
+            tracing::warn!(error = error::in_one_line(&error), "cannot tell what QEMU can do here");
+        }
+    }
+
+    /// What a VM's QEMU can do. It is asked itself only when its binary was replaced since: the answer is so long that
+    /// QEMU leaves its guest waiting for some tenths of a second.
+    async fn features_of(&self, vm: &Vm) -> Result<Features, AgentError> {
+        let same_build = async {
+            let binary = self.find_qemu(&CommandLine::parse(&vm.spec.argv)?)?;
+            let info = self.qemu_info(&binary, &self.accelerator(&binary).await).await?;
+            Ok::<_, AgentError>(Some(info).filter(|info| info.build == vm.facts.qemu_build))
+        };
+        match same_build.await {
+            Ok(Some(info)) => Ok(info.features),
+            _ => Ok(Features::probe(&vm.qmp).await?),
+        }
     }
 
     /// Whether KVM works with this QEMU, tried once.

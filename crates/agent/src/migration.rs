@@ -230,7 +230,7 @@ async fn plan(agent: &Agent, vm: &Vm, id: Uuid, request: &MigrateRequest) -> Res
         setup: Setup::default(),
     };
     let there = peer.check(&offer).await?;
-    let features = Features::probe(&vm.qmp).await?;
+    let features = agent.features_of(vm).await?;
     let mut notes = Vec::new();
     if request.post_copy && !there.capabilities.contains("postcopy-ram") {
         notes.push(
@@ -433,7 +433,7 @@ impl Run {
         }
         if prepared.setup != plan.offer.setup {
             let names: Vec<&str> = prepared.setup.capabilities.iter().map(String::as_str).collect();
-            qemu::set_capabilities(&self.vm.qmp, &plan.features, &names).await?;
+            qemu::set_capabilities(&self.vm.qmp, plan.features.capabilities(), &names).await?;
         }
         self.limits.post_copy &= prepared.setup.has("postcopy-ram");
         if plan.post_copy_first && !self.limits.post_copy {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use vmferry_policy::Limits;
-use vmferry_qemu::{Features, Qmp};
+use vmferry_qemu::Qmp;
 
 use crate::Agent;
 use crate::engine::Setup;
@@ -152,7 +152,7 @@ async fn retire_after_post_copy(agent: &Agent, vm: &Vm, peer: &Peer, record: &Ou
     vm.set_stage(Stage::Left(record.id));
     agent.store.step_out(record.id, OutStep::PostCopy)?;
     let note = |text: String| tracing::warn!(vm = vm.name(), migration = %record.id, "{text}");
-    let features = Features::probe(&vm.qmp).await?;
+    let features = agent.features_of(vm).await?;
     let limits = Limits { downtime: Duration::ZERO, max_time: None, post_copy: true };
     let wishes =
         Wishes { uri: String::new(), limits, bandwidth: None, setup: Setup::default(), post_copy_first: false };

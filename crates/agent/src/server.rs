@@ -3,6 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::connect_info::Connected;
@@ -90,6 +91,8 @@ pub async fn serve(config: Config, end: CancellationToken) -> Result<(), ServeEr
     }
     tracing::info!(name = agent.config.name, socket = %socket.display(), version = env!("CARGO_PKG_VERSION"), "ready");
     tell_systemd(&[sd_notify::NotifyState::Ready]);
+    let learning = Arc::clone(&agent);
+    tokio::spawn(async move { learning.learn_qemu().await });
     end.cancelled().await;
     tell_systemd(&[sd_notify::NotifyState::Stopping]);
     // Consoles and event streams never end by themselves; they are cut.

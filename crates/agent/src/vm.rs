@@ -43,6 +43,8 @@ pub(crate) enum Stage {
 pub(crate) struct Facts {
     /// QEMU's version.
     pub(crate) qemu_version: String,
+    /// The same with what its distribution adds: tells one build from another.
+    pub(crate) qemu_build: String,
     /// The exact machine type, such as `pc-q35-7.2`.
     pub(crate) machine: String,
     /// Guest RAM, in bytes, with what was plugged in later.
@@ -215,6 +217,7 @@ impl Facts {
             .to_owned();
         Ok(Self {
             qemu_version: version.to_string(),
+            qemu_build: version.build(),
             machine,
             ram_bytes: memory.base_memory + memory.plugged_memory.unwrap_or(0),
         })

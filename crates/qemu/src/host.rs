@@ -4,7 +4,6 @@ mod kvm_trial;
 
 pub use kvm_trial::try_kvm;
 
-use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
@@ -15,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use tokio::process::Command;
 
 use crate::launch::{in_words, last_lines, or_nothing};
+use crate::process::end_with_us;
 use crate::qmp::commands::{QueryCpuDefinitions, QueryMachines, QueryVersion, Quit};
 use crate::qmp::{Features, Qmp, QmpError};
 
@@ -84,14 +84,14 @@ pub struct QemuInfo {
     pub binary: PathBuf,
     /// Its version, such as `10.0.2`.
     pub version: String,
+    /// The version and what its distribution adds to it: tells one build from another.
+    pub build: String,
     /// Its machine types.
     pub machines: Vec<Machine>,
     /// Its CPU models.
     pub cpus: Vec<CpuModel>,
-    /// The migration capabilities that it knows.
-    pub capabilities: BTreeSet<String>,
-    /// The migration parameters that it knows.
-    pub parameters: BTreeSet<String>,
+    /// Its commands and migration capabilities.
+    pub features: Features,
     /// It was built with TLS.
     pub tls: bool,
 }
@@ -142,7 +142,9 @@ pub async fn probe_qemu(binary: &Path, accel: &Accel) -> Result<QemuInfo, ProbeE
     let start_error = |source| ProbeError::Start { binary: binary.into(), source };
     let dir = tempfile::tempdir().map_err(start_error)?;
     let socket = dir.path().join("qmp.sock");
-    let mut child = Command::new(binary)
+    let mut command = Command::new(binary);
+    end_with_us(&mut command);
+    let mut child = command
         .args(["-machine", &format!("none,accel={}", accel.name())])
         .args(["-nodefaults", "-no-user-config", "-display", "none", "-S"])
         .arg("-qmp")
@@ -186,6 +188,7 @@ async fn ask(binary: &Path, socket: &Path) -> Result<QemuInfo, QmpError> {
     let info = QemuInfo {
         binary: binary.into(),
         version: version.to_string(),
+        build: version.build(),
         machines: machines
             .into_iter()
             .map(|machine| Machine {
@@ -200,8 +203,7 @@ async fn ask(binary: &Path, socket: &Path) -> Result<QemuInfo, QmpError> {
             .into_iter()
             .map(|cpu| CpuModel { name: cpu.name, unavailable: cpu.unavailable_features.unwrap_or_default() })
             .collect(),
-        capabilities: features.capabilities().clone(),
-        parameters: features.parameters(),
+        features,
         tls: credentials.as_array().is_some_and(|types| !types.is_empty()),
     };
     // It may be gone before its answer is read.

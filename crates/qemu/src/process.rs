@@ -36,6 +36,15 @@ pub fn process_cwd(pid: u32) -> Option<PathBuf> {
     std::fs::read_link(format!("/proc/{pid}/cwd")).ok()
 }
 
+/// Has the kernel kill what is started when we are: for a QEMU that only answers questions.
+pub(crate) fn end_with_us(command: &mut tokio::process::Command) {
+    // SAFETY: between fork and exec only async-signal-safe calls may be made; this is one system call.
+    #[expect(unsafe_code)]
+    unsafe {
+        command.pre_exec(|| Ok(rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?));
+    }
+}
+
 /// Ends a process: asks it to, and after this long makes it. Returns when it has ended, which, for a child of ours, is
 /// before it is waited for. Another process that has its pid by now is left alone.
 pub async fn kill_process(pid: u32, start_time: u64, grace: Duration) {

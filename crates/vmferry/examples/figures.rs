@@ -8,11 +8,11 @@ use std::process::{ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use tokio::io::AsyncReadExt;
-use vmferry_agent::api::types::{MigrationEvent, Report};
+use vmferry_agent::api::types::{MigrationEvent, Report, Step, StepTime};
 use vmferry_bench::testbed::{GuestWatch, Testbed, TestbedOptions, two_qemus};
 use vmferry_bench::{Fill, GuestOptions, Mode};
 use vmferry_qemu::qmp::commands::{
-    CapabilityState, Migrate, MigrateIncoming, MigrateSetCapabilities, MigrationParameters, QueryMigrate,
+    CapabilityState, Migrate, MigrateIncoming, MigrateSetCapabilities, MigrationParameters, QueryMigrate, Quit,
 };
 use vmferry_qemu::{MigrationStatus, Qmp};
 
@@ -44,9 +44,16 @@ fn main() -> ExitCode {
 
 async fn figures() -> Result<(), Error> {
     let [older, newer] = two_qemus()?;
-    idle(newer.clone()).await?;
-    writing("the newer QEMU", newer).await?;
-    writing("the older QEMU", older).await
+    let wanted: Vec<String> = std::env::args().skip(1).collect();
+    let wants = |part: &str| wanted.is_empty() || wanted.iter().any(|it| it == part);
+    if wants("idle") {
+        idle(newer.clone()).await?;
+    }
+    if wants("writing") {
+        writing("the newer QEMU", newer).await?;
+        writing("the older QEMU", older).await?;
+    }
+    Ok(())
 }
 
 /// What one migration did.
@@ -60,6 +67,7 @@ struct Run {
     worst_64_mib: f64,
     sent_mib: f64,
     how: &'static str,
+    steps: Vec<StepTime>,
     /// Of the source's agent, in MiB: before, and the most while it migrated.
     rss: (f64, f64),
 }
@@ -91,6 +99,7 @@ async fn idle(qemu: Option<PathBuf>) -> Result<(), Error> {
         median(&ours, |it| it.total) / median(&by_hand, |it| it.total),
         median(&ours, |it| it.downtime_felt) / median(&by_hand, |it| it.downtime_felt)
     );
+    steps(&ours);
     memory(&ours);
     Ok(())
 }
@@ -118,6 +127,13 @@ async fn writing(which: &str, qemu: Option<PathBuf>) -> Result<(), Error> {
     );
     memory(&runs);
     Ok(())
+}
+
+fn steps(runs: &[Run]) {
+    let words: Vec<String> = (0..runs[0].steps.len())
+        .map(|index| format!("{:?} {:.0}", runs[0].steps[index].step, median(runs, |it| it.steps[index].ms)))
+        .collect();
+    println!("\nSteps of vmferry, in ms: {}", words.join(", "));
 }
 
 fn memory(runs: &[Run]) {
@@ -183,17 +199,12 @@ async fn migrate(
     let report = report(&text)?;
     tokio::time::sleep(Duration::from_secs(1)).await;
     verify(&watch).await?;
-    let copy: f64 = report
-        .steps
-        .iter()
-        .filter(|it| {
-            it.step != vmferry_agent::api::types::Step::Plan && it.step != vmferry_agent::api::types::Step::Prepare
-        })
-        .map(|it| it.ms)
-        .sum();
+    let before_or_after = [Step::Plan, Step::Prepare, Step::Retire];
+    let copy: f64 = report.steps.iter().filter(|it| !before_or_after.contains(&it.step)).map(|it| it.ms).sum();
     Ok(Run {
         sent_mib: report.sent as f64 / f64::from(1 << 20),
         how: report.method(),
+        steps: report.steps,
         rss: (idle_rss, most_rss),
         ..felt(&watch, begun, total, copy)
     })
@@ -226,6 +237,7 @@ fn felt(watch: &GuestWatch, begun: Instant, total: Duration, copy: f64) -> Run {
         worst_64_mib: ms(log.worst_64_mib(begun, end)),
         sent_mib: f64::NAN,
         how: "by hand",
+        steps: Vec::new(),
         rss: (f64::NAN, f64::NAN),
     }
 }
@@ -286,7 +298,10 @@ async fn drive_by_hand(qemu: Option<PathBuf>, guest: &GuestOptions) -> Result<Ru
             _ => {}
         }
     }
-    let (copy, total) = (copying.elapsed().as_secs_f64() * 1e3, begun.elapsed());
+    let copy = copying.elapsed().as_secs_f64() * 1e3;
+    source.execute(Quit {}).await?;
+    source.closed().await;
+    let total = begun.elapsed();
     tokio::time::sleep(Duration::from_secs(1)).await;
     verify(&watch).await?;
     let run = felt(&watch, begun, total, copy);

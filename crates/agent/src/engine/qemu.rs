@@ -12,6 +12,7 @@
 //! QEMU switches over by itself once what is left fits the downtime limit; the policy only has to act when that will
 //! not happen.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
@@ -26,7 +27,9 @@ pub const NAME: &str = "qemu";
 
 /// QEMU's own default is 128 MiB/s; this is as good as none and fits its signed arithmetic.
 const UNLIMITED: u64 = 1 << 50;
-const TICK: Duration = Duration::from_millis(100);
+/// As good as never, while QEMU cannot tell what switching over would cost: zero would mean without a last look.
+const NO_SWITCHOVER_MS: u64 = 1;
+const TICK: Duration = Duration::from_millis(250);
 /// A pause at switchover is not an end: QEMU gets this long to be done with a cancelled migration.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(20);
 /// A copy that sends nothing for this long will not go on by itself.
@@ -46,6 +49,8 @@ pub struct QemuEngine {
     post_copy_first: bool,
     /// The guest ran when the migration began: it must run again when it is abandoned.
     was_running: bool,
+    /// QEMU was told a downtime that it cannot keep.
+    holds_switchover: bool,
     started: Instant,
     paused_at: Option<Instant>,
     post_copy: bool,
@@ -85,7 +90,7 @@ pub async fn choose(
     };
     let wanted: Vec<&str> =
         ["events", "return-path", "auto-converge"].iter().chain(copy).copied().filter(both).collect();
-    set_capabilities(qmp, here, &wanted).await?;
+    set_capabilities(qmp, here.capabilities(), &wanted).await?;
     Ok(setup(&wanted))
 }
 
@@ -109,11 +114,11 @@ pub fn loses_writes(features: &Features, accelerator: &str) -> bool {
 }
 
 /// Switches these capabilities on and all others that we ever use off, in one command, as QEMU checks them together.
-pub(crate) async fn set_capabilities(qmp: &Qmp, features: &Features, wanted: &[&str]) -> Result<(), QmpError> {
+pub(crate) async fn set_capabilities(qmp: &Qmp, known: &BTreeSet<String>, wanted: &[&str]) -> Result<(), QmpError> {
     const OURS: [&str; 6] = ["events", "return-path", "auto-converge", "postcopy-ram", "postcopy-preempt", "multifd"];
     let capabilities = OURS
         .iter()
-        .filter(|name| features.has_capability(name))
+        .filter(|name| known.contains(**name))
         .map(|name| commands::CapabilityState { capability: (*name).into(), state: wanted.contains(name) })
         .collect();
     qmp.execute(commands::MigrateSetCapabilities { capabilities }).await?;
@@ -133,6 +138,7 @@ impl QemuEngine {
             setup: wishes.setup,
             post_copy_first: wishes.post_copy_first,
             was_running,
+            holds_switchover: was_running && !wishes.post_copy_first,
             started: Instant::now(),
             paused_at: None,
             post_copy: false,
@@ -143,10 +149,23 @@ impl QemuEngine {
         }
     }
 
+    fn downtime_ms(&self) -> u64 {
+        self.limits.downtime.as_millis() as u64
+    }
+
+    /// QEMU may switch over from the second round on. In the first it takes its rate for pages of zeroes, which cost it
+    /// almost nothing, for the rate of all, and then pauses the guest for as long as the rest of its RAM takes.
+    async fn permit_switchover(&mut self) -> Result<(), QmpError> {
+        self.holds_switchover = false;
+        let downtime_limit = Some(self.downtime_ms());
+        self.qmp.execute(MigrationParameters { downtime_limit, ..MigrationParameters::default() }).await?;
+        Ok(())
+    }
+
     async fn set_parameters(&self) -> Result<(), QmpError> {
         let mut parameters = MigrationParameters {
             max_bandwidth: Some(self.bandwidth.unwrap_or(UNLIMITED)),
-            downtime_limit: Some(self.limits.downtime.as_millis() as u64),
+            downtime_limit: Some(if self.holds_switchover { NO_SWITCHOVER_MS } else { self.downtime_ms() }),
             ..MigrationParameters::default()
         };
         if self.features.has_parameter("max-postcopy-bandwidth") {
@@ -187,7 +206,7 @@ impl QemuEngine {
         match event.name.as_str() {
             "STOP" => self.paused_at = Some(event.at),
             "RESUME" => self.paused_at = None,
-            "MIGRATION" => return true,
+            "MIGRATION" | "MIGRATION_PASS" => return true,
             _ => {}
         }
         false
@@ -263,6 +282,9 @@ impl RamEngine for QemuEngine {
     async fn observe(&mut self) -> Result<Seen, EngineError> {
         self.next_news().await;
         let info = self.qmp.execute(commands::QueryMigrate {}).await?;
+        if self.holds_switchover && info.ram.as_ref().is_some_and(|ram| ram.dirty_sync_count > 1) {
+            self.permit_switchover().await?;
+        }
         self.see(info)
     }
 

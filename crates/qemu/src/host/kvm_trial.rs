@@ -15,6 +15,7 @@ use tokio::process::Command;
 
 use super::Accel;
 use crate::launch::{in_words, last_lines};
+use crate::process::end_with_us;
 
 /// How long the trial guest may take; it needs a tenth of a second.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -84,7 +85,9 @@ async fn run_trial(binary: &Path, accel: &str, cpu: &str) -> Result<(), String> 
     let cannot = |error: std::io::Error| format!("{} cannot be tried: {error}", binary.display());
     let rom = tempfile::NamedTempFile::new().map_err(cannot)?;
     std::fs::write(rom.path(), rom_image()).map_err(cannot)?;
-    let trial = Command::new(binary)
+    let mut command = Command::new(binary);
+    end_with_us(&mut command);
+    let trial = command
         .args(["-accel", accel, "-cpu", cpu, "-machine", "pc", "-m", "16", "-bios"])
         .arg(rom.path())
         .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])

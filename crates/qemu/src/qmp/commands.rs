@@ -139,6 +139,13 @@ pub struct Version {
     pub package: String,
 }
 
+impl Version {
+    /// The version and the packager's word: what tells one build from another.
+    pub fn build(&self) -> String {
+        format!("{self} {}", self.package).trim_end().to_owned()
+    }
+}
+
 /// A version's numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 pub struct VersionTriple {

@@ -3,11 +3,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use serde::{Deserialize, Serialize};
+
 use super::commands::{QueryMigrateCapabilities, QueryQmpSchema, SchemaEntry};
 use super::{Qmp, QmpError};
 
 /// See the module's text.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Features {
     /// Every command with its arguments.
     commands: BTreeMap<String, BTreeSet<String>>,
@@ -17,8 +19,8 @@ pub struct Features {
 impl Features {
     /// Asks a QEMU.
     pub async fn probe(qmp: &Qmp) -> Result<Self, QmpError> {
-        let (schema, capabilities) =
-            tokio::try_join!(qmp.execute(QueryQmpSchema {}), qmp.execute(QueryMigrateCapabilities {}))?;
+        let schema = qmp.execute(QueryQmpSchema {}).await?;
+        let capabilities = qmp.execute(QueryMigrateCapabilities {}).await?;
         Ok(Self {
             commands: commands_of(&schema),
             capabilities: capabilities.into_iter().map(|known| known.capability).collect(),
@@ -48,11 +50,6 @@ impl Features {
     /// All migration capabilities that it knows.
     pub fn capabilities(&self) -> &BTreeSet<String> {
         &self.capabilities
-    }
-
-    /// All migration parameters that it knows.
-    pub fn parameters(&self) -> BTreeSet<String> {
-        self.commands.get("migrate-set-parameters").cloned().unwrap_or_default()
     }
 }
 
