@@ -91,8 +91,7 @@ impl Bed {
         let other = hosts[1 - host].show(VM).await.expect("the agent answers");
         assert!(other.is_none(), "it is on both hosts: {other:?}\n{}", self.logs());
         let from = Instant::now();
-        let beats = |log: &vmferry_bench::GuestLog| log.beats().iter().filter(|beat| beat.at > from).count();
-        self.watch.wait("the guest's heart", Duration::from_secs(10), |log| beats(log) > 20).await.expect("it beats");
+        self.beats_on().await;
         let log = self.watch.log();
         assert!(!log.restarted(), "the guest's kernel crashed and rebooted");
         assert!(log.beats().iter().filter(|beat| beat.at > from).all(|beat| beat.host == host), "it beats elsewhere");
@@ -104,8 +103,16 @@ impl Bed {
         view.unwrap_or_else(|| panic!("{} has no {VM}\n{}", host.name, self.logs()))
     }
 
-    /// Not a heartbeat was missed since the guest started.
-    pub(crate) fn assert_never_stopped(&self) {
+    /// The guest's heart beats from now on.
+    async fn beats_on(&self) {
+        let from = Instant::now();
+        let beats = |log: &vmferry_bench::GuestLog| log.beats().iter().filter(|beat| beat.at > from).count();
+        self.watch.wait("the guest's heart", Duration::from_secs(10), |log| beats(log) > 20).await.expect("it beats");
+    }
+
+    /// No heartbeat was missed since the guest started, and it still beats.
+    pub(crate) async fn assert_never_stopped(&self) {
+        self.beats_on().await;
         let gap = self.watch.log().longest_gap(self.begun, Instant::now()).expect("it beats");
         assert!(gap.length < NO_STOP, "the guest stood still for {:?}", gap.length);
     }

@@ -24,7 +24,7 @@ async fn when_the_destinations_qemu_is_killed_mid_copy_the_guest_runs_on() {
     let status = migrate.wait().await.expect("it ends");
     assert_eq!(status.code(), Some(4), "{}", bed.logs());
     bed.assert_runs_only_on(0).await;
-    bed.assert_never_stopped();
+    bed.assert_never_stopped().await;
     bed.assert_intact(0).await;
     let (_, list) = migrations(&bed).await;
     assert!(list.contains("abandoned") && list.contains("copying the RAM failed"), "{list}");

@@ -62,7 +62,7 @@ async fn a_guest_does_not_move_to_an_older_qemu_that_lacks_its_machine_type() {
     assert_eq!(output.status.code(), Some(3), "{}", text(&output));
     assert!(text(&output).contains("lacks the machine type"), "{}", text(&output));
     bed.assert_runs_only_on(0).await;
-    bed.assert_never_stopped();
+    bed.assert_never_stopped().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -72,7 +72,7 @@ async fn a_guest_moves_whole_between_two_older_qemus_that_lose_writes_under_tcg(
         let output = bed.migrate(&["--no-post-copy"]).await;
         assert_eq!(output.status.code(), Some(3), "{}", text(&output));
         assert!(text(&output).contains("loses track of what a guest writes"), "{}", text(&output));
-        bed.assert_never_stopped();
+        bed.assert_never_stopped().await;
     }
     let report = report(&bed, &["--bandwidth", "60MiB/s"]).await;
     assert!(report.post_copy, "{report:?}");
@@ -114,7 +114,7 @@ async fn without_post_copy_the_time_allowed_is_kept_and_the_guest_stays() {
     assert!(begun.elapsed() < Duration::from_secs(8));
     assert!(text(&output).contains("gave up"), "{}", text(&output));
     bed.assert_runs_only_on(0).await;
-    bed.assert_never_stopped();
+    bed.assert_never_stopped().await;
     bed.assert_intact(0).await;
 }
 
@@ -148,7 +148,7 @@ async fn a_dry_run_tells_what_would_be_done_and_touches_nothing() {
         assert!(said.contains(word), "{word:?} is not in: {said}");
     }
     bed.assert_runs_only_on(0).await;
-    bed.assert_never_stopped();
+    bed.assert_never_stopped().await;
     let json = bed.migrate(&["--dry-run", "--json"]).await;
     let plan: vmferry_agent::api::types::PlanView = serde_json::from_slice(&json.stdout).expect("a plan");
     assert_eq!((plan.vm.as_str(), plan.to.as_str(), plan.ram_bytes), (VM, "beta", bed::RAM_MIB << 20));
@@ -164,7 +164,7 @@ async fn ctrl_c_cancels_and_the_guest_runs_on_at_the_source() {
     let status = migrate.wait().await.expect("it ends");
     assert_eq!(status.code(), Some(130), "{}", bed.logs());
     bed.assert_runs_only_on(0).await;
-    bed.assert_never_stopped();
+    bed.assert_never_stopped().await;
     bed.assert_intact(0).await;
     // And nothing is left that would stand in the way of the next one.
     assert_success(&bed.migrate(&[]).await, &bed);

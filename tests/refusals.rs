@@ -16,7 +16,7 @@ async fn assert_refused(bed: &Bed, output: &Output, code: i32, words: &[&str]) {
         assert!(said.contains(word), "{word:?} is not in: {said}");
     }
     assert_eq!(bed.view(0).await.state, "running");
-    bed.assert_never_stopped();
+    bed.assert_never_stopped().await;
 }
 
 async fn busy_guest() -> Bed {
@@ -149,7 +149,7 @@ async fn a_disk_that_cannot_be_proven_to_be_shared_is_refused_unless_vouched_for
     assert!(refusal.message.contains("is not the same file on both hosts"), "{}", refusal.message);
     let vouched = vmferry_agent::incoming::Offer { disks_are_shared: true, ..offer };
     crate::api::check(&bed, &vouched).await.expect("the user vouches for it");
-    bed.assert_never_stopped();
+    bed.assert_never_stopped().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -173,7 +173,7 @@ async fn a_second_migration_of_the_same_vm_is_refused_and_the_first_goes_on() {
     assert!(said.contains("web1 is being migrated") && said.contains("vmferry cancel web1"), "{said}");
     let output = bed.alpha().vmferry(&["stop", VM, "--force"]).await.expect("runs");
     assert_eq!(output.status.code(), Some(3), "{}", text(&output));
-    bed.assert_never_stopped();
+    bed.assert_never_stopped().await;
     assert!(first.wait().await.expect("it ends").success(), "{}", bed.logs());
     bed.assert_runs_only_on(1).await;
 }

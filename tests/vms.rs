@@ -152,7 +152,7 @@ async fn a_console_shows_what_was_printed_and_takes_what_is_typed() {
     answered.await.expect("the guest answers");
     assert!(seen.contains("\"beat\""), "it shows what was printed");
     console.kill().await.expect("it ends");
-    bed.assert_never_stopped();
+    bed.assert_never_stopped().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

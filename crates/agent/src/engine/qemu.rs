@@ -402,7 +402,7 @@ mod tests {
         for tick in 0..20 {
             rate = meter.update(tick * 10_000_000, begin + TICK * tick as u32);
         }
-        assert_eq!(rate, 100_000_000);
+        assert!(rate.abs_diff(40_000_000) < 10, "{rate}");
     }
 
     #[test]
