@@ -64,6 +64,84 @@ async fn when_the_sources_agent_is_killed_mid_copy_the_guest_runs_on_and_the_nex
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_is_told_to_end_undoes_what_it_has_under_way() {
+    let mut bed = busy_guest().await;
+    let mut migrate = bed.begin_slow_migration().await;
+    bed.testbed.host_mut(0).stop_agent().await.expect("ends");
+    let status = migrate.wait().await.expect("it ends");
+    assert_eq!(status.code(), Some(130), "{}", bed.logs());
+    assert!(bed.beta().show(VM).await.expect("answers").is_none(), "what was prepared is gone");
+    bed.testbed.host_mut(0).start_agent().await.expect("starts");
+    bed.assert_runs_only_on(0).await;
+    bed.assert_never_stopped().await;
+    bed.assert_intact(0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wherever_post_copy_is_cancelled_the_guest_ends_up_running_once() {
+    // Between two older QEMUs under TCG post-copy begins with the first byte, and cancelling meets every moment of it.
+    let bed = bed::start(bed::with_qemus(0, 0), guest(Mode::Write)).await;
+    let mut host = 0;
+    let mut moved = 0;
+    for delay_ms in [60, 120, 160, 200, 240, 280, 330, 400, 600] {
+        let hosts = [bed.alpha(), bed.beta()];
+        let to = hosts[1 - host].address.to_string();
+        let mut migrate = hosts[host].command(&["migrate", VM, "--to", &to]).spawn().expect("vmferry runs");
+        tokio::time::sleep(Duration::from_millis(delay_ms)).await;
+        // It may have ended by itself.
+        let _ = hosts[host].vmferry(&["cancel", VM]).await.expect("vmferry runs");
+        let code = migrate.wait().await.expect("it ends").code();
+        assert!(matches!(code, Some(0 | 130)), "{code:?} after {delay_ms} ms\n{}", bed.logs());
+        if code == Some(0) {
+            host = 1 - host;
+            moved += 1;
+        }
+        bed.assert_runs_only_on(host).await;
+    }
+    eprintln!("{moved} of 9 were too far to be cancelled");
+    bed.assert_intact(host).await;
+}
+
+/// A folder with a QEMU that is slow to start when it is to wait for a guest.
+fn slow_qemu(bed_dir: &std::path::Path, seconds: u32) -> std::path::PathBuf {
+    let real = vmferry_bench::testbed::two_qemus().expect("two QEMUs")[1].clone();
+    let real = real.map_or("/usr/bin/qemu-system-x86_64".into(), |dir| dir.join("qemu-system-x86_64"));
+    let script =
+        format!("#!/bin/sh\ncase \"$*\" in *-incoming*) sleep {seconds};; esac\nexec {} \"$@\"\n", real.display());
+    let path = bed_dir.join("qemu-system-x86_64");
+    std::fs::write(&path, script).expect("written");
+    std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("executable");
+    bed_dir.into()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_migration_that_is_cancelled_while_the_destination_prepares_leaves_nothing_there() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let mut options = options();
+    options.qemu_dirs[1] = Some(slow_qemu(dir.path(), 2));
+    let bed = bed::start(options, guest(Mode::Write)).await;
+    let to = bed.to();
+    let mut migrate = bed.alpha().command(&["migrate", VM, "--to", &to]).spawn().expect("vmferry runs");
+    bed.eventually("it prepares", async || {
+        bed.alpha().show(VM).await.expect("answers").is_some_and(|view| view.state == "migrating")
+    })
+    .await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    bed.alpha().vmferry(&["cancel", VM]).await.expect("vmferry runs");
+    assert_eq!(migrate.wait().await.expect("it ends").code(), Some(130), "{}", bed.logs());
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let run_dir = bed.beta().run_dir.display().to_string();
+    bed.eventually("its QEMU is gone", async || {
+        !vmferry_bench::testbed::is_named_by_a_process(&format!("{run_dir}/vms"))
+    })
+    .await;
+    bed.assert_runs_only_on(0).await;
+    bed.assert_never_stopped().await;
+    crate::bed::assert_success(&bed.migrate(&[]).await, &bed);
+    bed.assert_runs_only_on(1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn when_the_sources_agent_stays_away_the_destination_drops_what_it_prepared() {
     let mut bed = busy_guest().await;
     let mut migrate = bed.begin_slow_migration().await;

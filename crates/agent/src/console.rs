@@ -67,26 +67,32 @@ fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
     shared.lock().expect("no holder of this lock panics")
 }
 
-async fn pump(mut stream: UnixStream, shared: Arc<Mutex<Shared>>, mut typed: mpsc::Receiver<Bytes>, socket: PathBuf) {
-    let mut buffer = vec![0; 16 << 10];
-    loop {
-        tokio::select! {
-            read = stream.read(&mut buffer) => match read {
+async fn pump(stream: UnixStream, shared: Arc<Mutex<Shared>>, mut typed: mpsc::Receiver<Bytes>, socket: PathBuf) {
+    let (mut output, mut input) = stream.into_split();
+    // A guest that does not take what is typed must still be heard.
+    let typing = async {
+        while let Some(bytes) = typed.recv().await {
+            if let Err(error) = input.write_all(&bytes).await {
+                tracing::warn!(socket = %socket.display(), %error, "the console takes no input");
+                break;
+            }
+        }
+        std::future::pending::<()>().await;
+    };
+    let hearing = async {
+        let mut buffer = vec![0; 16 << 10];
+        loop {
+            match output.read(&mut buffer).await {
                 Ok(0) => break,
                 Ok(count) => lock(&shared).print(&buffer[..count]),
                 Err(error) => {
                     tracing::warn!(socket = %socket.display(), %error, "the console broke");
                     break;
                 }
-            },
-            Some(bytes) = typed.recv() => {
-                if let Err(error) = stream.write_all(&bytes).await {
-                    tracing::warn!(socket = %socket.display(), %error, "the console takes no input");
-                    break;
-                }
             }
         }
-    }
+    };
+    tokio::select! { () = typing => {}, () = hearing => {} }
     // Whoever still holds the VM, viewers see its end now.
     lock(&shared).output = None;
 }

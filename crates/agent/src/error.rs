@@ -116,6 +116,22 @@ pub enum AgentError {
         /// Why.
         reason: String,
     },
+    /// The source's own QEMU ended.
+    #[error("{name}'s own QEMU ended at the source while it was migrated ({why})")]
+    SourceEnded {
+        /// The VM.
+        name: String,
+        /// What was seen of it.
+        why: String,
+    },
+    /// A migration was to be undone, but could not be yet.
+    #[error("{name} may stand still here: its QEMU does not stop copying ({reason}); the agent goes on trying")]
+    Unsettled {
+        /// The VM.
+        name: String,
+        /// Why.
+        reason: String,
+    },
     /// No QEMU of that name.
     #[error("{binary} was not found on {host}")]
     NoQemu {
@@ -175,9 +191,9 @@ impl AgentError {
             Self::MigrationFailed { .. } | Self::Engine(_) => Code::MigrationFailed,
             Self::GaveUp { .. } => Code::GaveUp,
             Self::Cancelled { .. } => Code::Cancelled,
-            Self::GuestAtRisk { .. } => Code::GuestAtRisk,
+            Self::GuestAtRisk { .. } | Self::Unsettled { .. } => Code::GuestAtRisk,
             Self::NoQemu { .. } => Code::NoQemu,
-            Self::Launch(_) | Self::Probe(_) | Self::Qmp(_) => Code::QemuFailed,
+            Self::Launch(_) | Self::Probe(_) | Self::Qmp(_) | Self::SourceEnded { .. } => Code::QemuFailed,
             Self::Store(_) | Self::Io { .. } => Code::Internal,
         }
     }

@@ -24,6 +24,7 @@ use crate::api::types::VmSpec;
 use crate::engine::Setup;
 use crate::engine::qemu::set_capabilities;
 use crate::error::{AgentError, in_one_line};
+use crate::lifecycle::check_name;
 use crate::store::InStep;
 use crate::vm::{Stage, Vm};
 
@@ -91,6 +92,8 @@ pub struct IncomingState {
     pub detail: Option<String>,
     /// Where to reconnect to, when post-copy waits for that.
     pub uri: Option<String>,
+    /// Post-copy was to be recovered, but all memory is here.
+    pub complete: bool,
 }
 
 /// One incoming migration that this agent serves.
@@ -132,6 +135,7 @@ pub async fn check(agent: &Agent, offer: &Offer) -> Result<CheckReply, AgentErro
 
 async fn suitable(agent: &Agent, offer: &Offer) -> Result<(CommandLine, Accel, QemuInfo), AgentError> {
     let name = &offer.spec.name;
+    check_name(name)?;
     if agent.has_vm(name) {
         return Err(AgentError::VmExists { name: name.clone(), host: agent.config.name.clone() });
     }
@@ -157,6 +161,7 @@ async fn suitable(agent: &Agent, offer: &Offer) -> Result<(CommandLine, Accel, Q
 /// Starts a QEMU that waits for the VM at this address of ours.
 pub async fn prepare(agent: &Arc<Agent>, mut offer: Offer, address: IpAddr) -> Result<Prepared, AgentError> {
     let name = offer.spec.name.clone();
+    check_name(&name)?;
     let _name = agent.reserve_name(&name)?;
     let (command, accel, info) = suitable(agent, &offer).await?;
     if offer.spec.cwd.metadata().is_err() {
@@ -177,10 +182,10 @@ pub async fn prepare(agent: &Arc<Agent>, mut offer: Offer, address: IpAddr) -> R
     };
     let incoming = Incoming::new(offer.id, offer.from.clone(), Arc::clone(&vm));
     agent.add_incoming(Arc::clone(&incoming));
+    tokio::spawn(watch_lease(Arc::clone(agent), incoming));
     match receive(&vm, info.features.capabilities(), offer.setup, address).await {
         Ok(prepared) => {
             tracing::info!(vm = name, migration = %offer.id, from = offer.from, uri = prepared.uri, "waits for a guest");
-            tokio::spawn(watch_lease(Arc::clone(agent), incoming));
             Ok(prepared)
         }
         Err(error) => {
@@ -249,20 +254,16 @@ pub fn state(agent: &Agent, id: Uuid) -> Result<IncomingState, AgentError> {
         message: format!("this host knows no incoming migration {id}"),
         hint: None,
     })?;
-    Ok(IncomingState { step, detail: detail.filter(|_| step == InStep::Abandoned), uri: None })
+    Ok(IncomingState { step, detail: detail.filter(|_| step == InStep::Abandoned), uri: None, complete: false })
 }
 
 /// Makes this host the owner of the guest, if it can run it, and sets it running. May be asked again: the answer stays
 /// the same. The answer is final either way.
 pub async fn commit(agent: &Arc<Agent>, id: Uuid) -> Result<IncomingState, AgentError> {
     let Some(incoming) = agent.incoming(id) else {
-        match agent.store.step_in(id)? {
-            None => {
-                agent.store.abandon_in(id, "", "", "this host knows nothing of it")?;
-            }
-            // This agent was started again between owning the guest and setting it running.
-            Some((InStep::Committed, _)) if agent.store.ran_at_source(id)? => run(&*owned_vm(agent, id)?).await?,
-            Some(_) => {}
+        // It never came this far; or its VM is gone again; or this agent was started since, and has seen to it then.
+        if agent.store.step_in(id)?.is_none() {
+            agent.store.abandon_in(id, "", "", "this host knows nothing of it")?;
         }
         return state(agent, id);
     };
@@ -280,12 +281,23 @@ pub async fn commit(agent: &Arc<Agent>, id: Uuid) -> Result<IncomingState, Agent
         }
         vm.set_stage(Stage::Owned);
     }
-    if agent.store.ran_at_source(id)? {
-        run(vm).await?;
-    }
+    set_running(agent, vm).await?;
     tracing::info!(vm = vm.name(), migration = %id, took_us = begun.elapsed().as_micros() as u64, "owns the guest now");
     tokio::spawn(announce(Arc::clone(vm)));
     state(agent, id)
+}
+
+/// Sets a guest running that this host owns, once: its user may pause it afterwards.
+pub(crate) async fn set_running(agent: &Agent, vm: &Vm) -> Result<(), AgentError> {
+    if !agent.store.must_run(vm.name())? {
+        return Ok(());
+    }
+    match run(vm).await {
+        Err(error) if vm.is_alive() => return Err(error),
+        Err(error) => tracing::error!(vm = vm.name(), %error, "its QEMU ended before it could be set running"),
+        Ok(()) => {}
+    }
+    Ok(agent.store.did_run(vm.name())?)
 }
 
 /// Waits until QEMU has what it needs to run the guest.
@@ -298,7 +310,10 @@ async fn loaded(vm: &Vm) -> Result<(), String> {
         };
         let (info, run_state) = told.await.map_err(|error| format!("its QEMU does not answer: {error}"))?;
         match info.status.unwrap_or(MigrationStatus::None) {
-            MigrationStatus::Completed | MigrationStatus::PostcopyActive if run_state != RunState::InMigrate => {
+            status
+                if (status == MigrationStatus::Completed || status.is_post_copy())
+                    && run_state != RunState::InMigrate =>
+            {
                 return Ok(());
             }
             MigrationStatus::Failed => {
@@ -347,37 +362,52 @@ pub async fn abandon(agent: &Arc<Agent>, id: Uuid, why: &str) -> Result<Incoming
     state(agent, id)
 }
 
-/// The VM that came with a committed migration.
-fn owned_vm(agent: &Agent, id: Uuid) -> Result<Arc<Vm>, AgentError> {
-    agent.vm(&agent.store.vm_of(id)?)
-}
-
 /// After a broken connection in post-copy: listens again, at this address of ours.
 pub async fn recover(agent: &Agent, id: Uuid, address: IpAddr) -> Result<IncomingState, AgentError> {
+    let conflict = |message: String| AgentError::Conflict { message, hint: None };
     if !matches!(agent.store.step_in(id)?, Some((InStep::Committed, _))) {
-        return Err(AgentError::Conflict { message: format!("no post-copy to recover in migration {id}"), hint: None });
+        return Err(conflict(format!("no post-copy to recover in migration {id}")));
     }
-    let vm = owned_vm(agent, id)?;
+    let name = agent.store.vm_of(id)?;
+    let vm = agent.vm(&name).ok().filter(|vm| vm.is_alive() && vm.stage() == Stage::Owned);
+    let vm = vm.ok_or_else(|| conflict(format!("{name} does not run on {} any more", agent.config.name)))?;
+    let mut state = state(agent, id)?;
     match vm.qmp.execute(commands::QueryMigrate {}).await?.status {
         Some(MigrationStatus::PostcopyPaused) => {
             vm.qmp.execute(commands::MigrateRecover { uri: tcp_uri(address, 0) }).await?;
+            state.uri = Some(listening_uri(&vm, address).await?);
         }
         // This side has not noticed yet that the connection is gone.
         Some(MigrationStatus::PostcopyActive) => {
             vm.qmp.execute(commands::MigratePause {}).await?;
-            return state(agent, id);
         }
-        _ => {}
+        Some(status) if status.is_post_copy() => state.uri = listening_uri(&vm, address).await.ok(),
+        Some(MigrationStatus::Completed) => state.complete = true,
+        other => {
+            let status = other.unwrap_or(MigrationStatus::None);
+            return Err(conflict(format!("{name}'s QEMU on {} cannot go on: it is {status}", agent.config.name)));
+        }
     }
-    Ok(IncomingState { uri: Some(listening_uri(&vm, address).await?), ..state(agent, id)? })
+    Ok(state)
 }
 
 /// Abandons what was prepared when its source falls silent, or its QEMU ends.
+///
+/// Not in post-copy: there the source's QEMU has let go of the guest and could not take it back, so only the source
+/// may say that it is over.
 pub(crate) async fn watch_lease(agent: Arc<Agent>, incoming: Arc<Incoming>) {
     loop {
+        // It may have been abandoned while it was being prepared.
+        let is_abandoned = matches!(agent.store.step_in(incoming.id), Ok(Some((InStep::Abandoned, _))));
+        if is_abandoned && agent.incoming(incoming.id).is_some() {
+            let _turn = incoming.turn.lock().await;
+            if let Err(error) = agent.drop_incoming(&incoming, "the source asked for it").await {
+                tracing::error!(error = in_one_line(&error), "cannot drop it");
+            }
+        }
         let left = LEASE.saturating_sub(incoming.silent_for());
         let why = tokio::select! {
-            () = tokio::time::sleep(left.max(Duration::from_millis(200))) => {
+            () = tokio::time::sleep(left.max(Duration::from_secs(1))) => {
                 format!("the source's agent ({}) was not heard of for {} s", incoming.from, LEASE.as_secs())
             }
             () = incoming.vm.qmp.closed() => "its QEMU ended".into(),
@@ -385,7 +415,8 @@ pub(crate) async fn watch_lease(agent: Arc<Agent>, incoming: Arc<Incoming>) {
         if !matches!(agent.store.step_in(incoming.id), Ok(Some((InStep::Prepared, _)))) {
             return;
         }
-        if incoming.silent_for() < LEASE && !incoming.vm.qmp.is_closed() {
+        let is_closed = incoming.vm.qmp.is_closed();
+        if !is_closed && (incoming.silent_for() < LEASE || in_post_copy(&incoming.vm).await) {
             continue;
         }
         tracing::warn!(vm = incoming.vm.name(), migration = %incoming.id, why, "abandons an incoming migration");
@@ -394,6 +425,11 @@ pub(crate) async fn watch_lease(agent: Arc<Agent>, incoming: Arc<Incoming>) {
             Err(error) => tracing::error!(error = in_one_line(&error), "cannot abandon it"),
         }
     }
+}
+
+async fn in_post_copy(vm: &Vm) -> bool {
+    let info = vm.qmp.execute(commands::QueryMigrate {}).await;
+    info.is_ok_and(|info| info.status.is_some_and(|status| status.is_post_copy()))
 }
 
 impl Agent {

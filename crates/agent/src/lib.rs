@@ -26,7 +26,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
 use uuid::Uuid;
 use vmferry_qemu::{Accel, CommandLine, Features, QemuInfo};
@@ -36,10 +36,15 @@ use crate::error::AgentError;
 use crate::incoming::Incoming;
 use crate::migration::Migration;
 use crate::store::Store;
-use crate::vm::Vm;
+use crate::vm::{Stage, Vm};
 
 /// How many ended migrations can still be looked at in full.
 const KEPT_MIGRATIONS: usize = 32;
+
+/// A trial of KVM can fail because the host was busy.
+const TRY_KVM_AGAIN: Duration = Duration::from_secs(300);
+/// How long migrations may take to be undone when the agent ends.
+const FAREWELL: Duration = Duration::from_secs(20);
 
 /// One host's agent: what it knows and has under way.
 pub struct Agent {
@@ -62,7 +67,7 @@ struct State {
 /// What QEMU binaries turned out to be able to do; asked once a binary and version of it.
 #[derive(Default)]
 struct Probed {
-    accelerators: HashMap<PathBuf, Accel>,
+    accelerators: HashMap<PathBuf, (Accel, Instant)>,
     infos: HashMap<(PathBuf, Option<SystemTime>, bool), QemuInfo>,
 }
 
@@ -125,6 +130,22 @@ impl Agent {
         self.state().outgoing.iter().find(|migration| migration.vm == vm && !migration.is_over()).cloned()
     }
 
+    /// Before the agent ends: what is not committed is undone, or QEMU would go on alone and nobody would commit.
+    async fn cancel_migrations(&self) {
+        let under_way: Vec<Arc<Migration>> =
+            self.state().outgoing.iter().filter(|migration| !migration.is_over()).cloned().collect();
+        for migration in &under_way {
+            migration.cancel();
+        }
+        let is_settled = |it: &Arc<Migration>| {
+            it.is_over() || self.vm(&it.vm).is_ok_and(|vm| matches!(vm.stage(), Stage::Left(_) | Stage::InDoubt(_)))
+        };
+        let deadline = Instant::now() + FAREWELL;
+        while !under_way.iter().all(is_settled) && Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
     fn add_incoming(&self, incoming: Arc<Incoming>) {
         self.state().incoming.insert(incoming.id(), incoming);
     }
@@ -174,15 +195,17 @@ impl Agent {
         }
     }
 
-    /// Whether KVM works with this QEMU, tried once.
+    /// Whether KVM works with this QEMU; where it did not, that is tried again after a while.
     async fn accelerator(&self, binary: &Path) -> Accel {
         let mut probed = self.probed.lock().await;
-        if let Some(known) = probed.accelerators.get(binary) {
+        if let Some((known, tried)) = probed.accelerators.get(binary)
+            && (*known == Accel::Kvm || tried.elapsed() < TRY_KVM_AGAIN)
+        {
             return known.clone();
         }
         let found = vmferry_qemu::try_kvm(binary).await;
         tracing::info!(binary = %binary.display(), accelerator = %found, "tried KVM");
-        probed.accelerators.insert(binary.into(), found.clone());
+        probed.accelerators.insert(binary.into(), (found.clone(), Instant::now()));
         found
     }
 

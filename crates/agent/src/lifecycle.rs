@@ -12,7 +12,7 @@ use crate::Agent;
 use crate::api::types::{AdoptRequest, RunRequest, Started, StopRequest, VmSpec};
 use crate::error::AgentError;
 use crate::store::VmRecord;
-use crate::vm::{GRACE, Stage, Vm, is_valid_name};
+use crate::vm::{Claim, GRACE, Stage, Vm, is_valid_name};
 
 /// How long a QEMU may take until its monitor answers.
 const START_TIMEOUT: Duration = Duration::from_secs(20);
@@ -21,7 +21,7 @@ const ADOPT_TIMEOUT: Duration = Duration::from_secs(3);
 /// How often a guest that does not react to its power button is asked again.
 const ASK_AGAIN: Duration = Duration::from_secs(10);
 
-fn check_name(name: &str) -> Result<(), AgentError> {
+pub(crate) fn check_name(name: &str) -> Result<(), AgentError> {
     if is_valid_name(name) {
         return Ok(());
     }
@@ -83,6 +83,8 @@ pub(crate) async fn adopt(agent: &Arc<Agent>, request: AdoptRequest) -> Result<S
         qmp: request.qmp.to_string_lossy().into_owned(),
         accelerator: accelerator.into(),
         incoming: None,
+        must_run: false,
+        stranded: false,
     };
     let vm = agent.take(&record, qmp).await?;
     agent.store.put_vm(&record)?;
@@ -93,11 +95,22 @@ pub(crate) async fn adopt(agent: &Arc<Agent>, request: AdoptRequest) -> Result<S
 /// Stops a VM: asks the guest to shut down, or ends its QEMU.
 pub(crate) async fn stop(agent: &Arc<Agent>, name: &str, request: &StopRequest) -> Result<(), AgentError> {
     let vm = agent.vm(name)?;
-    match vm.stage() {
-        Stage::Ended(_) => return agent.forget_vm(&vm),
-        Stage::Owned => {}
-        _ => return Err(AgentError::MigrationRuns { name: name.into() }),
-    }
+    let conflict = |message: String, hint: String| AgentError::Conflict { message, hint: Some(hint) };
+    let _claim = match Claim::take(&vm, Stage::Stopping) {
+        Ok(claim) => Some(claim),
+        Err(Stage::Ended(_)) => return agent.forget_vm(&vm),
+        Err(Stage::Stopping) => {
+            return Err(conflict(format!("{name} is being stopped already"), "wait for it".into()));
+        }
+        Err(Stage::Stranded) if request.force => None,
+        Err(Stage::Stranded) => {
+            return Err(conflict(
+                format!("{name} runs on the destination, and only the QEMU here has the rest of its memory"),
+                format!("`vmferry stop {name} --force` ends the QEMU here"),
+            ));
+        }
+        Err(_) => return Err(AgentError::MigrationRuns { name: name.into() }),
+    };
     if !request.force && !shut_down(&vm, Duration::from_millis(request.timeout_ms)).await? {
         return Err(AgentError::Conflict {
             message: format!("{name} did not shut down within {} s", request.timeout_ms / 1000),
@@ -136,6 +149,28 @@ async fn shut_down(vm: &Vm, timeout: Duration) -> Result<bool, AgentError> {
     }
 }
 
+/// A guest that this host may not own any more was set running: QEMU does so by itself when a migration fails at its
+/// very end. It must not run on two hosts.
+async fn mind_the_owner(vm: &Vm) {
+    match vm.stage() {
+        Stage::Left(_) | Stage::Stranded => {
+            tracing::error!(
+                vm = vm.name(),
+                pid = vm.pid,
+                "its QEMU set it running although it was handed over: killed"
+            );
+            vmferry_qemu::kill_process(vm.pid, vm.start_time, Duration::ZERO).await;
+        }
+        Stage::InDoubt(_) => {
+            tracing::error!(vm = vm.name(), "its QEMU set it running although it may be on the destination: paused");
+            if vm.qmp.execute(commands::Stop {}).await.is_err() {
+                vmferry_qemu::kill_process(vm.pid, vm.start_time, Duration::ZERO).await;
+            }
+        }
+        _ => {}
+    }
+}
+
 impl Agent {
     /// Starts a QEMU for this VM, to run it or to wait for it, and records it.
     pub(crate) async fn launch(
@@ -160,6 +195,8 @@ impl Agent {
             qmp: dir.join("qmp.sock").to_string_lossy().into_owned(),
             accelerator: accelerator.into(),
             incoming: id,
+            must_run: false,
+            stranded: false,
         };
         self.store.put_vm(&record)?;
         let started = async {
@@ -193,8 +230,10 @@ impl Agent {
     async fn watch(self: Arc<Self>, vm: Arc<Vm>, mut events: EventStream) {
         let mut asked_for = None;
         while let Some(event) = events.next().await {
-            if event.name == "SHUTDOWN" {
-                asked_for = event.data["reason"].as_str().map(str::to_owned);
+            match event.name.as_str() {
+                "SHUTDOWN" => asked_for = event.data["reason"].as_str().map(str::to_owned),
+                "RESUME" => mind_the_owner(&vm).await,
+                _ => {}
             }
         }
         // The monitor closes a little before the process is gone.
@@ -205,7 +244,7 @@ impl Agent {
         });
         let gone = gone.await.is_ok();
         // A migration under way has the first word: it may be what ended QEMU, or must undo what it did elsewhere.
-        while vm.stage() != Stage::Owned {
+        while vm.stage().is_migration() {
             if !self.state().vms.get(vm.name()).is_some_and(|it| Arc::ptr_eq(it, &vm)) {
                 return;
             }

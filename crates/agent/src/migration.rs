@@ -19,23 +19,25 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use vmferry_policy::{Action, Limits, Policy, Simple};
 use vmferry_qemu::qmp::commands;
-use vmferry_qemu::{Features, MigrationStatus, RunState};
+use vmferry_qemu::{Features, MigrationStatus, QmpError, RunState};
 
 use crate::Agent;
 use crate::api::types::{Code, MigrateRequest, MigrationEvent, PlanView, Problem, Progress, Report, Step, StepTime};
 use crate::disks;
 use crate::engine::qemu::{self, QemuEngine, Wishes};
-use crate::engine::{RamEngine, Seen, Setup, Totals};
+use crate::engine::{EngineError, RamEngine, Seen, Setup, Totals};
 use crate::error::{AgentError, in_one_line};
 use crate::incoming::{CheckReply, Offer};
-use crate::peer::Peer;
+use crate::peer::{Peer, PeerError};
 use crate::store::{InStep, OutRecord, OutStep};
-use crate::vm::{Stage, Vm};
+use crate::vm::{Claim, Stage, Vm};
 
 /// How often the destination is told that the source is still there.
 const KEEP: Duration = Duration::from_secs(3);
 /// How long to wait between two tries of something that must not be given up.
 const RETRY: Duration = Duration::from_secs(1);
+/// How often a QEMU that does not do as told is asked to stop copying before the user is told.
+const ABANDON_TRIES: u32 = 3;
 /// Limits a user may set.
 const DOWNTIME_MS: std::ops::RangeInclusive<u64> = 1..=60_000;
 const LEAST_BANDWIDTH: u64 = 1 << 20;
@@ -121,7 +123,7 @@ pub(crate) async fn begin(
     let id = Uuid::new_v4();
     let limits = limits(&request)?;
     let vm = agent.vm(name)?;
-    let claim = Claim::take(&vm)?;
+    let claim = claim(&vm)?;
     let mut plan = plan(agent, &vm, id, &request).await?;
     if request.dry_run {
         predict(&mut plan).await?;
@@ -129,7 +131,7 @@ pub(crate) async fn begin(
     }
     let migration = Migration::new(id, name);
     agent.add_migration(Arc::clone(&migration));
-    claim.keep_for(id);
+    claim.keep(Stage::Migrating(id));
     let view = plan.view.clone();
     let run = Run {
         agent: Arc::clone(agent),
@@ -142,39 +144,22 @@ pub(crate) async fn begin(
         steps: Steps::begin(begun),
         downtime: Duration::ZERO,
         throttle: 0,
+        keep: None,
     };
     tokio::spawn(run.run());
     Ok((view, Some(migration)))
 }
 
-/// The VM is claimed for a migration that is not certain to happen: given back unless kept.
-struct Claim<'a> {
-    vm: &'a Vm,
-    then: Stage,
-}
-
-impl<'a> Claim<'a> {
-    fn take(vm: &'a Vm) -> Result<Self, AgentError> {
-        match vm.begin_planning() {
-            Ok(()) => Ok(Self { vm, then: Stage::Owned }),
-            Err(Stage::Ended(why)) => Err(AgentError::NotMigratable {
-                name: vm.name().into(),
-                reason: format!("it does not run any more ({why})"),
-                hint: None,
-            }),
-            Err(_) => Err(AgentError::MigrationRuns { name: vm.name().into() }),
-        }
-    }
-
-    fn keep_for(mut self, id: Uuid) {
-        self.then = Stage::Migrating(id);
-    }
-}
-
-impl Drop for Claim<'_> {
-    fn drop(&mut self) {
-        self.vm.set_stage(self.then.clone());
-    }
+/// Claims a VM for a migration that may yet be refused.
+fn claim(vm: &Vm) -> Result<Claim<'_>, AgentError> {
+    let name = || vm.name().to_owned();
+    let refuse = |reason: String| AgentError::NotMigratable { name: name(), reason, hint: None };
+    Claim::take(vm, Stage::Planning).map_err(|doing| match doing {
+        Stage::Ended(why) => refuse(format!("it does not run any more ({why})")),
+        Stage::Stranded => refuse("it runs on another host; this is what an unfinished post-copy left".into()),
+        Stage::Stopping => refuse("it is being stopped".into()),
+        _ => AgentError::MigrationRuns { name: name() },
+    })
 }
 
 fn limits(request: &MigrateRequest) -> Result<Limits, AgentError> {
@@ -261,7 +246,10 @@ async fn plan(agent: &Agent, vm: &Vm, id: Uuid, request: &MigrateRequest) -> Res
         destination_qemu: there.qemu_version.clone(),
         machine: vm.facts.machine.clone(),
         accelerator: vm.accelerator.clone(),
-        capabilities: there.capabilities.iter().filter(|name| features.has_capability(name)).cloned().collect(),
+        capabilities: qemu::means(&features, |name| there.capabilities.contains(name), request.post_copy)
+            .into_iter()
+            .map(str::to_owned)
+            .collect(),
         notes,
     };
     Ok(Plan { view, offer, there, features, peer, markers: Some(markers), post_copy_first })
@@ -306,8 +294,12 @@ async fn movable(vm: &Vm) -> Result<RunState, AgentError> {
     }
     match vm.run_state().await? {
         state @ (RunState::Running | RunState::Paused) => Ok(state),
-        // A guest that was started with -S, or handed over and not taken: paused, with all its state.
-        RunState::Prelaunch | RunState::PostMigrate | RunState::Suspended => Ok(RunState::Paused),
+        // A guest that was started with -S: paused, with all its state.
+        RunState::Prelaunch | RunState::Suspended => Ok(RunState::Paused),
+        RunState::PostMigrate => Err(refuse(
+            "it is paused since a migration that was undone, and QEMU moves such a guest only after it ran".into(),
+            "let it run for a moment (`cont` in its monitor)",
+        )),
         other => Err(refuse(format!("it is {other}"), "only a running or paused guest can be migrated")),
     }
 }
@@ -371,15 +363,22 @@ struct Run {
     steps: Steps,
     downtime: Duration,
     throttle: u8,
+    keep: Option<tokio_util::task::AbortOnDropHandle<()>>,
 }
 
 impl Run {
     async fn run(mut self) {
         let mut engine = None;
-        let last = match self.all_steps(&mut engine).await {
+        let outcome = match self.all_steps(&mut engine).await {
+            Err(Halt::Undo(error)) => self.undo(engine.as_deref_mut(), error).await,
+            other => other,
+        };
+        let last = match outcome {
             Ok(report) => MigrationEvent::Finished(Box::new(report)),
-            Err(Halt::Undo(error)) => MigrationEvent::Failed(self.undo(engine, error).await),
-            Err(Halt::Lost(error)) => MigrationEvent::Failed(Problem::from(&error)),
+            Err(Halt::Undo(error)) => MigrationEvent::Failed(undone(self.vm.name(), &error)),
+            Err(Halt::Lost(error)) => {
+                MigrationEvent::Failed(Problem { code: Code::GuestAtRisk, ..Problem::from(&error) })
+            }
         };
         if let MigrationEvent::Failed(problem) = &last {
             tracing::warn!(vm = self.vm.name(), migration = %self.migration.id, "{}", problem.message);
@@ -390,12 +389,17 @@ impl Run {
     }
 
     async fn all_steps(&mut self, engine: &mut Option<Box<dyn RamEngine>>) -> Result<Report, Halt> {
-        let engine = engine.insert(self.prepare().await?);
-        let _keep = keep_alive(self.plan.peer.clone(), self.migration.id);
-        let switched = self.copy_ram(engine.as_mut()).await?;
-        self.commit(&switched).await?;
+        let engine = engine.insert(self.prepare().await?).as_mut();
+        self.keep = Some(keep_alive(self.plan.peer.clone(), self.migration.id));
+        let switched = self.copy_ram(engine).await?;
+        self.hand_over(engine, &switched).await
+    }
+
+    /// From here on there is only forward, unless the destination says no.
+    async fn hand_over(&mut self, engine: &mut dyn RamEngine, switched: &Seen) -> Result<Report, Halt> {
+        self.commit(switched).await?;
         if !switched.complete {
-            self.post_copy(engine.as_mut()).await?;
+            self.post_copy(engine).await?;
         }
         self.retire(engine.totals(), !switched.complete).await
     }
@@ -488,8 +492,8 @@ impl Run {
         self.steps.begun.push((Step::SwitchOver, paused_at));
         self.steps.next(Step::Commit);
         self.agent.store.step_out(self.migration.id, OutStep::Commit)?;
-        let settled =
-            settle_commit(&self.plan.peer, self.migration.id, &self.vm, |text| self.migration.note(text)).await;
+        self.vm.set_stage(Stage::InDoubt(self.migration.id));
+        let settled = settle_commit(&self.plan.peer, self.migration.id, |text| self.migration.note(text)).await;
         self.downtime = paused_at.elapsed();
         match settled {
             Ok(()) => {
@@ -513,11 +517,7 @@ impl Run {
         match follow_post_copy(engine, &peer, told.id, note, |seen| self.tell_progress(seen)).await {
             Ok(()) => Ok(()),
             Err(reason) => {
-                let outcome = format!("post-copy could not be finished: {reason}");
-                self.agent
-                    .store
-                    .end_out(self.migration.id, OutStep::Done, &outcome)
-                    .map_err(|e| Halt::Lost(e.into()))?;
+                strand(&self.agent, &self.vm, self.migration.id, &reason).map_err(Halt::Lost)?;
                 let (name, to) = (self.vm.name().into(), self.to.clone());
                 Err(Halt::Lost(AgentError::GuestAtRisk { name, to, reason }))
             }
@@ -547,13 +547,21 @@ impl Run {
         })
     }
 
-    /// Brings everything back to what it was: the guest first, then the destination.
-    async fn undo(&mut self, engine: Option<Box<dyn RamEngine>>, error: AgentError) -> Problem {
+    /// Brings everything back to what it was: the guest first, then the destination. When QEMU has let go of the guest
+    /// in the meantime, there is only forward.
+    async fn undo(
+        &mut self,
+        engine: Option<&mut (dyn RamEngine + 'static)>,
+        error: AgentError,
+    ) -> Result<Report, Halt> {
         let id = self.migration.id;
-        if let Some(mut engine) = engine
-            && let Err(error) = engine.abandon().await
-        {
-            tracing::error!(vm = self.vm.name(), error = in_one_line(&error), "cannot undo the copy");
+        self.vm.set_stage(Stage::Migrating(id));
+        if let Some(engine) = engine {
+            match self.abandon_copy(engine).await {
+                Ok(()) => {}
+                Err(EngineError::TooLate) => return self.forward(engine, &error).await,
+                Err(stuck) => return Err(self.undo_later(&stuck)),
+            }
         }
         let why = in_one_line(&error);
         let there = self.plan.peer.abandon(id).await;
@@ -574,13 +582,56 @@ impl Run {
             tracing::error!(%error, "cannot write the journal");
         }
         if !self.vm.is_alive() {
-            return Problem {
-                code: Code::QemuFailed,
-                message: format!("{}'s own QEMU ended at the source while it was migrated ({why})", self.vm.name()),
-                hint: None,
-            };
+            return Err(Halt::Undo(AgentError::SourceEnded { name: self.vm.name().into(), why }));
         }
-        Problem::from(&error)
+        Err(Halt::Undo(error))
+    }
+
+    async fn abandon_copy(&self, engine: &mut dyn RamEngine) -> Result<(), EngineError> {
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            match engine.abandon().await {
+                Err(EngineError::TooLate) => return Err(EngineError::TooLate),
+                Err(_) if !self.vm.is_alive() => return Ok(()),
+                Err(_) if tries < ABANDON_TRIES => tokio::time::sleep(RETRY).await,
+                outcome => return outcome,
+            }
+        }
+    }
+
+    /// It was to be undone, but QEMU has let go of the guest: only the destination can have it now.
+    async fn forward(&mut self, engine: &mut dyn RamEngine, error: &AgentError) -> Result<Report, Halt> {
+        self.migration.note(format!(
+            "Too late to undo it ({}): the guest is on its way and goes on by post-copy.",
+            in_one_line(error)
+        ));
+        let forward = async {
+            let switched = engine.observe().await?;
+            self.hand_over(engine, &switched).await
+        };
+        match forward.await {
+            Err(Halt::Undo(refused)) => {
+                let reason = format!("QEMU here had let go of it, and {}", in_one_line(&refused));
+                strand(&self.agent, &self.vm, self.migration.id, &reason).map_err(Halt::Lost)?;
+                let (name, to) = (self.vm.name().into(), self.to.clone());
+                Err(Halt::Lost(AgentError::GuestAtRisk { name, to, reason }))
+            }
+            other => other,
+        }
+    }
+
+    /// Its QEMU does not do as told; whoever settles what a crashed agent left goes on trying.
+    fn undo_later(&self, stuck: &EngineError) -> Halt {
+        let record = OutRecord {
+            id: self.migration.id,
+            vm: self.vm.name().into(),
+            peer: self.to.clone(),
+            running: self.plan.offer.running,
+            step: OutStep::CopyRam,
+        };
+        tokio::spawn(crate::recovery::settle(Arc::clone(&self.agent), record));
+        Halt::Lost(AgentError::Unsettled { name: self.vm.name().into(), reason: in_one_line(stuck) })
     }
 
     fn cancelled(&self) -> Halt {
@@ -620,8 +671,29 @@ fn keep_alive(peer: Peer, id: Uuid) -> tokio_util::task::AbortOnDropHandle<()> {
     }))
 }
 
+/// What the user is told of a migration that was undone.
+fn undone(name: &str, error: &AgentError) -> Problem {
+    let problem = Problem::from(error);
+    if !matches!(problem.code, Code::Internal | Code::QemuFailed | Code::Other) {
+        return problem;
+    }
+    let message = match error {
+        AgentError::SourceEnded { .. } => return problem,
+        AgentError::Peer(_) => format!("at the destination: {}", problem.message),
+        _ => problem.message,
+    };
+    Problem { hint: problem.hint, ..Problem::from(&AgentError::MigrationFailed { name: name.into(), message }) }
+}
+
+/// The guest is elsewhere, or nowhere, and what is left of it here may be all that there is of some of its memory.
+pub(crate) fn strand(agent: &Agent, vm: &Vm, id: Uuid, reason: &str) -> Result<(), AgentError> {
+    vm.set_stage(Stage::Stranded);
+    agent.store.strand(vm.name())?;
+    Ok(agent.store.end_out(id, OutStep::Done, &format!("post-copy could not be finished: {reason}"))?)
+}
+
 /// Asks the destination to take the guest over until it has answered: `Err` says why it never will.
-pub(crate) async fn settle_commit(peer: &Peer, id: Uuid, vm: &Vm, note: impl Fn(String)) -> Result<(), String> {
+pub(crate) async fn settle_commit(peer: &Peer, id: Uuid, note: impl Fn(String)) -> Result<(), String> {
     let mut told = false;
     loop {
         match peer.commit(id).await {
@@ -632,7 +704,6 @@ pub(crate) async fn settle_commit(peer: &Peer, id: Uuid, vm: &Vm, note: impl Fn(
                 }
             },
             Err(error) => {
-                vm.set_stage(Stage::InDoubt(id));
                 if !std::mem::replace(&mut told, true) {
                     note(format!(
                         "Whether {} took the guest over is not known ({}). It stays paused here until that host answers.",
@@ -646,7 +717,7 @@ pub(crate) async fn settle_commit(peer: &Peer, id: Uuid, vm: &Vm, note: impl Fn(
     }
 }
 
-/// Follows post-copy to its end: `Err` says why it has none.
+/// Follows post-copy to its end, over new connections when one is lost: `Err` says why it has no end.
 pub(crate) async fn follow_post_copy(
     engine: &mut dyn RamEngine,
     peer: &Peer,
@@ -654,40 +725,58 @@ pub(crate) async fn follow_post_copy(
     note: impl Fn(String),
     mut progress: impl FnMut(&Seen),
 ) -> Result<(), String> {
+    let mut is_broken = false;
     loop {
-        let seen = engine.observe().await.map_err(|error| in_one_line(&error))?;
+        let seen = match engine.observe().await {
+            Ok(seen) => seen,
+            // QEMU may be busy, or stand still with its connection.
+            Err(EngineError::Qmp(QmpError::Timeout { .. })) => continue,
+            // The last words between the two can get lost when all memory is there.
+            Err(error) => match peer.recover(id).await {
+                Ok(state) if state.complete => return Ok(()),
+                _ => return Err(in_one_line(&error)),
+            },
+        };
         progress(&seen);
         if seen.complete {
             return Ok(());
         }
-        if let Some(why) = seen.broken {
-            note(format!(
-                "The connection to {} broke ({why}); the guest waits for pages until it is back.",
-                peer.address()
-            ));
-            reconnect(engine, peer, id).await?;
-            note("The connection is back; post-copy goes on.".into());
+        match seen.broken {
+            Some(why) => {
+                if !std::mem::replace(&mut is_broken, true) {
+                    note(format!(
+                        "The connection to {} broke ({why}); the guest waits for pages until it is back.",
+                        peer.address()
+                    ));
+                }
+                if reconnect(engine, peer, id).await? {
+                    return Ok(());
+                }
+                tokio::time::sleep(RETRY).await;
+            }
+            None if std::mem::replace(&mut is_broken, false) => {
+                note("The connection is back; post-copy goes on.".into());
+            }
+            None => {}
         }
     }
 }
 
-async fn reconnect(engine: &mut dyn RamEngine, peer: &Peer, id: Uuid) -> Result<(), String> {
-    loop {
-        match peer.recover(id).await {
-            Ok(state) => {
-                if let Some(uri) = state.uri
-                    && engine.reconnect(&uri).await.is_ok()
-                {
-                    return Ok(());
-                }
+/// Tries once to make the connection anew. True when that is not needed: the destination has all memory.
+async fn reconnect(engine: &mut dyn RamEngine, peer: &Peer, id: Uuid) -> Result<bool, String> {
+    match peer.recover(id).await {
+        Ok(state) if state.complete => return Ok(true),
+        Ok(state) => {
+            if let Some(uri) = state.uri
+                && let Err(error) = engine.reconnect(&uri).await
+            {
+                tracing::debug!(error = in_one_line(&error), "cannot reconnect yet");
             }
-            Err(crate::peer::PeerError::Refused { problem }) if problem.code == Code::Conflict => {
-                return Err(problem.message);
-            }
-            Err(error) => tracing::debug!(error = in_one_line(&error), "cannot recover yet"),
         }
-        tokio::time::sleep(RETRY).await;
+        Err(PeerError::Refused { problem }) if problem.code == Code::Conflict => return Err(problem.message),
+        Err(error) => tracing::debug!(error = in_one_line(&error), "cannot recover yet"),
     }
+    Ok(false)
 }
 
 /// Ends what is left of a guest that runs elsewhere.

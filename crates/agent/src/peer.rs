@@ -18,6 +18,8 @@ pub const DEFAULT_PORT: u16 = 7420;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
+/// A sign of life that is not answered must not keep the next one from being sent.
+const KEEP_TIMEOUT: Duration = Duration::from_secs(3);
 /// Preparing starts a QEMU there.
 const PREPARE_TIMEOUT: Duration = Duration::from_secs(60);
 /// The destination has everything by then and only has to be set running.
@@ -139,12 +141,7 @@ impl Peer {
 
     /// Tells it that the source is still there.
     pub async fn keep(&self, id: Uuid) -> Result<IncomingState, PeerError> {
-        self.ask(Method::POST, &format!("/v1/incoming/{id}/keep"), None::<&()>, ANSWER_TIMEOUT).await
-    }
-
-    /// How the incoming migration stands there.
-    pub async fn incoming(&self, id: Uuid) -> Result<IncomingState, PeerError> {
-        self.ask(Method::GET, &format!("/v1/incoming/{id}"), None::<&()>, ANSWER_TIMEOUT).await
+        self.ask(Method::POST, &format!("/v1/incoming/{id}/keep"), None::<&()>, KEEP_TIMEOUT).await
     }
 
     /// Makes it the owner of the guest and sets it running.

@@ -9,15 +9,16 @@ use std::time::Duration;
 
 use vmferry_policy::Limits;
 use vmferry_qemu::Qmp;
+use vmferry_qemu::qmp::commands::QueryMigrate;
 
 use crate::Agent;
-use crate::engine::Setup;
 use crate::engine::qemu::{self, QemuEngine, Wishes};
+use crate::engine::{EngineError, Setup};
 use crate::error::{AgentError, in_one_line};
-use crate::incoming::{Incoming, watch_lease};
-use crate::migration::{follow_post_copy, retire, settle_commit};
+use crate::incoming::{Incoming, set_running, watch_lease};
+use crate::migration::{follow_post_copy, retire, settle_commit, strand};
 use crate::peer::Peer;
-use crate::store::{InStep, OutRecord, OutStep, VmRecord};
+use crate::store::{OutRecord, OutStep, VmRecord};
 use crate::vm::{Stage, Vm, pid_from_file};
 
 /// How long the monitor of a QEMU that lives may take to answer.
@@ -31,8 +32,9 @@ const SETTLE_AGAIN: Duration = Duration::from_secs(5);
 pub(crate) async fn recover(agent: &Arc<Agent>) -> Result<(), AgentError> {
     for record in agent.store.vms()? {
         let name = record.spec.name.clone();
-        if let Err(error) = find_again(agent, record).await {
-            tracing::error!(vm = name, error = in_one_line(&error), "runs, but cannot be taken hold of");
+        if let Err(error) = find_again(agent, record.clone()).await {
+            tracing::error!(vm = name, error = in_one_line(&error), "runs, but does not answer yet");
+            tokio::spawn(find_later(Arc::clone(agent), record));
         }
     }
     for record in agent.store.unfinished_out()? {
@@ -43,6 +45,18 @@ pub(crate) async fn recover(agent: &Arc<Agent>) -> Result<(), AgentError> {
         tokio::spawn(settle(Arc::clone(agent), record));
     }
     Ok(())
+}
+
+/// A QEMU whose migration stands still may not answer for long.
+async fn find_later(agent: Arc<Agent>, record: VmRecord) {
+    let Ok(_name) = agent.reserve_name(&record.spec.name) else { return };
+    loop {
+        tokio::time::sleep(SETTLE_AGAIN).await;
+        match find_again(&agent, record.clone()).await {
+            Ok(()) => return,
+            Err(error) => tracing::debug!(vm = record.spec.name, error = in_one_line(&error), "does not answer yet"),
+        }
+    }
 }
 
 async fn find_again(agent: &Arc<Agent>, mut record: VmRecord) -> Result<(), AgentError> {
@@ -69,6 +83,7 @@ async fn find_again(agent: &Arc<Agent>, mut record: VmRecord) -> Result<(), Agen
         agent.add_incoming(Arc::clone(&incoming));
         tokio::spawn(watch_lease(Arc::clone(agent), incoming));
     } else {
+        set_running(agent, &vm).await?;
         let state = vm.view().await.state;
         tracing::info!(vm = name, pid = record.pid, state, "found again");
     }
@@ -76,7 +91,7 @@ async fn find_again(agent: &Arc<Agent>, mut record: VmRecord) -> Result<(), Agen
 }
 
 /// Tries until it is settled: the guest must not stay half-way because its QEMU was slow to answer once.
-async fn settle(agent: Arc<Agent>, record: OutRecord) {
+pub(crate) async fn settle(agent: Arc<Agent>, record: OutRecord) {
     let peer = match Peer::new(&record.peer) {
         Ok(peer) => peer,
         Err(error) => return tracing::error!(vm = record.vm, migration = %record.id, error, "cannot be settled"),
@@ -85,7 +100,10 @@ async fn settle(agent: Arc<Agent>, record: OutRecord) {
     loop {
         let outcome = match agent.vm(&record.vm) {
             Ok(vm) if vm.is_alive() => settle_step(&agent, &vm, &peer, &record).await,
-            _ => settle_without_vm(&agent, &peer, &record).await,
+            Err(_) if lives(&agent, &record.vm) => {
+                Err(AgentError::Conflict { message: format!("{}'s QEMU does not answer", record.vm), hint: None })
+            }
+            vm => settle_without_vm(&agent, vm.ok().as_deref(), &peer, &record).await,
         };
         let Err(error) = outcome else { return };
         if !std::mem::replace(&mut told, true) {
@@ -95,57 +113,94 @@ async fn settle(agent: Arc<Agent>, record: OutRecord) {
     }
 }
 
+/// A QEMU of that name is on record and lives, whether or not it answers.
+fn lives(agent: &Agent, name: &str) -> bool {
+    let records = agent.store.vms().unwrap_or_default();
+    records.iter().any(|it| it.spec.name == name && vmferry_qemu::is_same_process(it.pid, it.start_time))
+}
+
 /// The source's QEMU is gone: nothing is left to hand over, and what was handed over stays where it is.
-async fn settle_without_vm(agent: &Agent, peer: &Peer, record: &OutRecord) -> Result<(), AgentError> {
+async fn settle_without_vm(agent: &Agent, vm: Option<&Vm>, peer: &Peer, record: &OutRecord) -> Result<(), AgentError> {
+    let note = |text: String| tracing::warn!(vm = record.vm, migration = %record.id, "{text}");
     let handed_over = match record.step {
         OutStep::PostCopy | OutStep::Retire => true,
-        _ => abandon_there(peer, record).await == Some(InStep::Committed),
+        // The destination may have all of the guest.
+        OutStep::Commit => settle_commit(peer, record.id, note).await.is_ok(),
+        _ => {
+            abandon_there(peer, record).await;
+            false
+        }
     };
     let (step, outcome) = match handed_over {
         true => (OutStep::Done, "the guest was handed over; its QEMU here is gone"),
         false => (OutStep::Abandoned, "the guest's QEMU at the source ended while no agent was there"),
     };
-    Ok(agent.store.end_out(record.id, step, outcome)?)
+    agent.store.end_out(record.id, step, outcome)?;
+    match vm {
+        Some(vm) if handed_over => agent.forget_vm(vm),
+        // Whoever watches it has waited for this to tell its end.
+        Some(vm) => {
+            vm.set_stage(Stage::Owned);
+            Ok(())
+        }
+        None => Ok(()),
+    }
 }
 
 async fn settle_step(agent: &Agent, vm: &Vm, peer: &Peer, record: &OutRecord) -> Result<(), AgentError> {
     let note = |text: String| tracing::warn!(vm = vm.name(), migration = %record.id, "{text}");
     match record.step {
-        OutStep::Prepare | OutStep::CopyRam => {
+        OutStep::Prepare | OutStep::CopyRam if !has_let_go(vm).await? => {
             undo(agent, vm, peer, record, "the agent ended while it was under way").await
         }
-        OutStep::Commit => match settle_commit(peer, record.id, vm, note).await {
-            Ok(()) => retire_after_post_copy(agent, vm, peer, record).await,
-            Err(why) => undo(agent, vm, peer, record, &why).await,
-        },
+        OutStep::Prepare | OutStep::CopyRam | OutStep::Commit => {
+            vm.set_stage(Stage::InDoubt(record.id));
+            agent.store.step_out(record.id, OutStep::Commit)?;
+            match settle_commit(peer, record.id, note).await {
+                Ok(()) => retire_after_post_copy(agent, vm, peer, record).await,
+                Err(why) => undo(agent, vm, peer, record, &why).await,
+            }
+        }
         OutStep::PostCopy => retire_after_post_copy(agent, vm, peer, record).await,
         OutStep::Retire => retire(agent, vm, record.id).await,
         OutStep::Done | OutStep::Abandoned => Ok(()),
     }
 }
 
+/// QEMU has let go of the guest for post-copy: only the destination can have it.
+async fn has_let_go(vm: &Vm) -> Result<bool, AgentError> {
+    let status = vm.qmp.execute(QueryMigrate {}).await?.status;
+    Ok(status.is_some_and(|status| status.is_post_copy()))
+}
+
 /// The guest runs on here; the destination forgets.
 async fn undo(agent: &Agent, vm: &Vm, peer: &Peer, record: &OutRecord, why: &str) -> Result<(), AgentError> {
-    qemu::abandon(&vm.qmp, record.running).await?;
+    vm.set_stage(Stage::Migrating(record.id));
+    match qemu::abandon(&vm.qmp, record.running).await {
+        Err(EngineError::TooLate) => {
+            return strand(agent, vm, record.id, &format!("QEMU here had let go of it, and {why}"));
+        }
+        other => other?,
+    }
     vm.set_stage(Stage::Owned);
     let there = match abandon_there(peer, record).await {
-        Some(_) => "what the destination had prepared is gone",
-        None => "the destination does not answer, but drops what it had prepared by itself",
+        true => "what the destination had prepared is gone",
+        false => "the destination does not answer, but drops what it had prepared by itself",
     };
     let outcome = format!("{why}; undone: the guest runs on here, {there}");
     tracing::warn!(vm = vm.name(), migration = %record.id, "{outcome}");
     Ok(agent.store.end_out(record.id, OutStep::Abandoned, &outcome)?)
 }
 
-/// How the migration stands at the destination then; none when that does not answer.
-async fn abandon_there(peer: &Peer, record: &OutRecord) -> Option<InStep> {
+/// False when the destination does not answer.
+async fn abandon_there(peer: &Peer, record: &OutRecord) -> bool {
     for _ in 0..ABANDON_TRIES {
-        if let Ok(state) = peer.abandon(record.id).await {
-            return Some(state.step);
+        if peer.abandon(record.id).await.is_ok() {
+            return true;
         }
         tokio::time::sleep(Duration::from_millis(500)).await;
     }
-    None
+    false
 }
 
 async fn retire_after_post_copy(agent: &Agent, vm: &Vm, peer: &Peer, record: &OutRecord) -> Result<(), AgentError> {
@@ -158,8 +213,7 @@ async fn retire_after_post_copy(agent: &Agent, vm: &Vm, peer: &Peer, record: &Ou
         Wishes { uri: String::new(), limits, bandwidth: None, setup: Setup::default(), post_copy_first: false };
     let mut engine = QemuEngine::new(vm.qmp.clone(), features, record.running, wishes);
     if let Err(why) = follow_post_copy(&mut engine, peer, record.id, note, |_| {}).await {
-        let outcome = format!("post-copy could not be finished: {why}");
-        return Ok(agent.store.end_out(record.id, OutStep::Done, &outcome)?);
+        return strand(agent, vm, record.id, &why);
     }
     agent.store.step_out(record.id, OutStep::Retire)?;
     retire(agent, vm, record.id).await?;

@@ -95,6 +95,7 @@ pub async fn serve(config: Config, end: CancellationToken) -> Result<(), ServeEr
     tokio::spawn(async move { learning.learn_qemu().await });
     end.cancelled().await;
     tell_systemd(&[sd_notify::NotifyState::Stopping]);
+    agent.cancel_migrations().await;
     // Consoles and event streams never end by themselves; they are cut.
     let _ = tokio::time::timeout(FAREWELL, served).await;
     let left = agent.vms().len();

@@ -1,8 +1,7 @@
 //! The journal: which VMs this host has, and every step of every migration, written before the step is done.
 //!
-//! `SQLite` in WAL mode with `synchronous=NORMAL`: a commit survives the death of the agent at any point, which is what
-//! the journal is for. It may not survive the death of the host, but neither do the QEMUs whose owner it records, and
-//! nothing here starts a guest at boot. In return a step costs some microseconds, not an fsync within the downtime.
+//! `SQLite` in WAL mode with `synchronous=FULL`: what was written is there also after the host lost power. It must be:
+//! the other host may have acted on it. A step costs an fsync, two of them within the downtime.
 
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard};
@@ -23,7 +22,9 @@ CREATE TABLE vms (
     start_time INTEGER NOT NULL,   -- of the process, in clock ticks since boot: tells a reused pid
     qmp        TEXT NOT NULL,      -- path of the QMP socket
     accelerator TEXT NOT NULL,
-    incoming   TEXT                -- the migration it waits for; NULL once this host owns the guest
+    incoming   TEXT,               -- the migration it waits for; NULL once this host owns the guest
+    must_run   INTEGER NOT NULL,   -- this host owns the guest and has not set it running yet
+    stranded   INTEGER NOT NULL    -- the guest is elsewhere, but what is left here may still be wanted
 );
 CREATE TABLE migrations (
     id         TEXT PRIMARY KEY,
@@ -100,6 +101,10 @@ pub struct VmRecord {
     pub accelerator: String,
     /// The migration it waits for; `None` once this host owns the guest.
     pub incoming: Option<Uuid>,
+    /// This host owns the guest and has not set it running yet.
+    pub must_run: bool,
+    /// The guest is elsewhere, but its post-copy could not be finished.
+    pub stranded: bool,
 }
 
 /// An outgoing migration as recorded.
@@ -129,7 +134,7 @@ impl Store {
     pub fn open(state_dir: &Path) -> Result<Self> {
         let connection = Connection::open(state_dir.join("agent.db"))?;
         connection.pragma_update(None, "journal_mode", "WAL")?;
-        connection.pragma_update(None, "synchronous", "NORMAL")?;
+        connection.pragma_update(None, "synchronous", "FULL")?;
         let version: i64 = connection.query_row("PRAGMA user_version", [], |row| row.get(0))?;
         match version {
             0 => connection.execute_batch(&format!("BEGIN; {SCHEMA} PRAGMA user_version = 1; COMMIT;"))?,
@@ -146,7 +151,7 @@ impl Store {
     /// Records a VM, in place of what was recorded under its name.
     pub fn put_vm(&self, vm: &VmRecord) -> Result<()> {
         self.db().execute(
-            "INSERT OR REPLACE INTO vms VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+            "INSERT OR REPLACE INTO vms VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)",
             params![
                 vm.spec.name,
                 serde_json::to_string(&vm.spec).expect("a spec is plain data"),
@@ -155,6 +160,8 @@ impl Store {
                 vm.qmp,
                 vm.accelerator,
                 vm.incoming.map(|id| id.to_string()),
+                vm.must_run,
+                vm.stranded,
             ],
         )?;
         Ok(())
@@ -169,7 +176,9 @@ impl Store {
     /// Every VM on record.
     pub fn vms(&self) -> Result<Vec<VmRecord>> {
         self.db()
-            .prepare("SELECT spec, pid, start_time, qmp, accelerator, incoming FROM vms ORDER BY name")?
+            .prepare(
+                "SELECT spec, pid, start_time, qmp, accelerator, incoming, must_run, stranded FROM vms ORDER BY name",
+            )?
             .query_map([], |row| {
                 Ok(VmRecord {
                     spec: serde_json::from_str(&row.get::<_, String>(0)?).map_err(|e| unreadable(&e.to_string()))?,
@@ -178,9 +187,29 @@ impl Store {
                     qmp: row.get(3)?,
                     accelerator: row.get(4)?,
                     incoming: row.get::<_, Option<String>>(5)?.as_deref().map(parse_id).transpose()?,
+                    must_run: row.get(6)?,
+                    stranded: row.get(7)?,
                 })
             })?
             .collect()
+    }
+
+    /// This host owns the guest of this VM and has yet to set it running.
+    pub fn must_run(&self, name: &str) -> Result<bool> {
+        let must = self.db().query_row("SELECT must_run FROM vms WHERE name = ?1", [name], |row| row.get(0)).optional();
+        Ok(must?.unwrap_or(false))
+    }
+
+    /// The guest of this VM was set running.
+    pub fn did_run(&self, name: &str) -> Result<()> {
+        self.db().execute("UPDATE vms SET must_run = 0 WHERE name = ?1", [name])?;
+        Ok(())
+    }
+
+    /// The guest of this VM is elsewhere, but its post-copy could not be finished.
+    pub fn strand(&self, name: &str) -> Result<()> {
+        self.db().execute("UPDATE vms SET stranded = 1 WHERE name = ?1", [name])?;
+        Ok(())
     }
 
     /// Begins an outgoing migration.
@@ -252,7 +281,11 @@ impl Store {
             "UPDATE migrations SET step = 'committed', outcome = 'committed' WHERE id = ?1 AND step != 'abandoned'",
             [id.to_string()],
         )?;
-        step.execute("UPDATE vms SET incoming = NULL WHERE incoming = ?1", [id.to_string()])?;
+        step.execute(
+            "UPDATE vms SET incoming = NULL, must_run = (SELECT running FROM migrations WHERE id = ?1)
+             WHERE incoming = ?1",
+            [id.to_string()],
+        )?;
         step.commit()?;
         Ok(changed == 1)
     }
@@ -283,11 +316,6 @@ impl Store {
     /// The VM of this migration.
     pub fn vm_of(&self, id: Uuid) -> Result<String> {
         self.db().query_row("SELECT vm FROM migrations WHERE id = ?1", [id.to_string()], |row| row.get(0))
-    }
-
-    /// The guest of this incoming migration ran when it began.
-    pub fn ran_at_source(&self, id: Uuid) -> Result<bool> {
-        self.db().query_row("SELECT running FROM migrations WHERE id = ?1", [id.to_string()], |row| row.get(0))
     }
 }
 
@@ -353,6 +381,32 @@ mod tests {
         assert!(store.abandon_in(id, "web1", "alpha", "lease ran out").unwrap());
         assert!(!store.commit_in(id).unwrap());
         assert_eq!(store.step_in(id).unwrap().unwrap().0, InStep::Abandoned);
+    }
+
+    #[test]
+    fn a_guest_that_ran_at_the_source_is_set_running_once_and_a_paused_one_never() {
+        let (_dir, store) = store();
+        for (running, name) in [(true, "web1"), (false, "web2")] {
+            let id = Uuid::new_v4();
+            let spec = VmSpec { name: name.into(), argv: vec![], cwd: "/".into(), shared_ram: false, adopted: false };
+            let record = VmRecord {
+                spec,
+                pid: 1,
+                start_time: 1,
+                qmp: String::new(),
+                accelerator: "tcg".into(),
+                incoming: Some(id),
+                must_run: false,
+                stranded: false,
+            };
+            store.put_vm(&record).unwrap();
+            store.begin_in(id, name, "alpha", running).unwrap();
+            assert!(!store.must_run(name).unwrap());
+            assert!(store.commit_in(id).unwrap());
+            assert_eq!(store.must_run(name).unwrap(), running);
+            store.did_run(name).unwrap();
+            assert!(!store.must_run(name).unwrap());
+        }
     }
 
     #[test]

@@ -28,14 +28,26 @@ pub(crate) enum Stage {
     Incoming(Uuid),
     /// A migration is planned, which touches nothing.
     Planning,
+    /// It is being shut down.
+    Stopping,
     /// It is being migrated away.
     Migrating(Uuid),
     /// It was handed over, but the destination could not be asked whether it took it; the guest is paused.
     InDoubt(Uuid),
     /// The guest runs on the destination; what is left here serves post-copy or is about to go.
     Left(Uuid),
+    /// The guest was handed over, but its post-copy could not be finished: the destination may lack memory that only
+    /// this QEMU has.
+    Stranded,
     /// Its QEMU ended without being asked to.
     Ended(String),
+}
+
+impl Stage {
+    /// A migration has the say over it.
+    pub(crate) fn is_migration(&self) -> bool {
+        matches!(self, Self::Incoming(_) | Self::Planning | Self::Migrating(_) | Self::InDoubt(_) | Self::Left(_))
+    }
 }
 
 /// What does not change while a VM lives.
@@ -83,7 +95,11 @@ impl Vm {
                 .ok(),
             false => None,
         };
-        let stage = record.incoming.map_or(Stage::Owned, Stage::Incoming);
+        let stage = match record.incoming {
+            Some(id) => Stage::Incoming(id),
+            None if record.stranded => Stage::Stranded,
+            None => Stage::Owned,
+        };
         Ok(Self {
             spec: record.spec.clone(),
             pid: record.pid,
@@ -117,18 +133,6 @@ impl Vm {
         *self.lock_stage() = stage;
     }
 
-    /// Claims an idle VM for a migration; otherwise tells what it is doing.
-    pub(crate) fn begin_planning(&self) -> Result<(), Stage> {
-        let mut stage = self.lock_stage();
-        match &*stage {
-            Stage::Owned => {
-                *stage = Stage::Planning;
-                Ok(())
-            }
-            other => Err(other.clone()),
-        }
-    }
-
     fn lock_stage(&self) -> std::sync::MutexGuard<'_, Stage> {
         self.stage.lock().expect("no holder of this lock panics")
     }
@@ -160,7 +164,7 @@ impl Vm {
     /// The VM as a user sees it now.
     pub(crate) async fn view(&self) -> VmView {
         let (state, detail, migration) = match self.stage() {
-            Stage::Owned | Stage::Planning => {
+            Stage::Owned | Stage::Planning | Stage::Stopping => {
                 let (state, detail) = self.run_state_in_words().await;
                 (state, detail, None)
             }
@@ -171,6 +175,11 @@ impl Vm {
                 "in-doubt".into(),
                 Some("handed over, but the destination does not answer whether it took it; paused here".into()),
                 Some(id),
+            ),
+            Stage::Stranded => (
+                "stranded".into(),
+                Some("the guest runs on the destination, but not all of its memory could follow".into()),
+                None,
             ),
             Stage::Ended(why) => ("ended".into(), Some(why), None),
         };
@@ -221,6 +230,35 @@ impl Facts {
             machine,
             ram_bytes: memory.base_memory + memory.plugged_memory.unwrap_or(0),
         })
+    }
+}
+
+/// A VM that is claimed for something that may not come off: given back when this goes, unless it is kept.
+pub(crate) struct Claim<'a> {
+    vm: &'a Vm,
+    then: Stage,
+}
+
+impl<'a> Claim<'a> {
+    /// Claims an idle VM to do this with it; otherwise tells what is being done already.
+    pub(crate) fn take(vm: &'a Vm, what: Stage) -> Result<Self, Stage> {
+        let mut stage = vm.lock_stage();
+        if *stage != Stage::Owned {
+            return Err(stage.clone());
+        }
+        *stage = what;
+        Ok(Self { vm, then: Stage::Owned })
+    }
+
+    /// It came off: this is what is done with it from now on.
+    pub(crate) fn keep(mut self, stage: Stage) {
+        self.then = stage;
+    }
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        self.vm.set_stage(self.then.clone());
     }
 }
 

@@ -255,6 +255,17 @@ impl Host {
         Ok(())
     }
 
+    /// Has the agent end in its own time, as a service manager does.
+    pub async fn stop_agent(&mut self) -> Result<()> {
+        if let Some(mut agent) = self.agent.take() {
+            if let Some(pid) = agent.id().and_then(|pid| rustix::process::Pid::from_raw(pid as i32)) {
+                rustix::process::kill_process(pid, rustix::process::Signal::TERM).map_err(std::io::Error::from)?;
+            }
+            agent.wait().await?;
+        }
+        Ok(())
+    }
+
     /// The agent's process.
     pub fn agent_pid(&self) -> Option<u32> {
         self.agent.as_ref().and_then(Child::id)
@@ -329,6 +340,11 @@ fn end_processes_of(dir: &Path) {
         }
         std::thread::sleep(Duration::from_millis(20));
     }
+}
+
+/// Some process has these words on its command line.
+pub fn is_named_by_a_process(words: &str) -> bool {
+    !processes_naming(words).is_empty()
 }
 
 fn processes_naming(dir: &str) -> Vec<i32> {

@@ -6,6 +6,8 @@
 //! hot set and more rounds only send it again. The second round has no such predecessor (the first sends all RAM), so
 //! there the rates are compared.
 
+use std::time::Duration;
+
 use crate::{Action, Bytes, Observation, Percent, Phase, Policy, Reason};
 
 /// A round counts as progress when it has at most this share of the round before to send.
@@ -43,6 +45,7 @@ impl Policy for Simple {
         let before = std::mem::replace(&mut self.to_send, seen.remaining);
         self.round = seen.round;
         if seen.round < 2 || fits_the_downtime(seen) || progresses(seen, before) {
+            self.stuck_rounds = 0;
             return Action::Continue;
         }
         if seen.limits.post_copy {
@@ -62,7 +65,7 @@ impl Simple {
     fn mind_the_time(&mut self, seen: &Observation) -> Option<Action> {
         let allowed = seen.limits.max_time?;
         if seen.limits.post_copy {
-            let rest = seen.remaining.time_at(seen.link_rate).unwrap_or_default();
+            let rest = time_for_the_rest(seen);
             return (seen.elapsed + rest >= allowed && !fits_the_downtime(seen)).then(|| self.post_copy());
         }
         (seen.elapsed >= allowed).then_some(Action::GiveUp(Reason::OutOfTime { allowed }))
@@ -82,6 +85,17 @@ impl Simple {
         };
         Action::Throttle(self.throttle)
     }
+}
+
+/// How long what is left needs on the link. In the first round pages of zeroes count, but cost next to nothing, so
+/// there the pace so far tells more.
+fn time_for_the_rest(seen: &Observation) -> Duration {
+    let by_rate = seen.remaining.time_at(seen.link_rate).unwrap_or_default();
+    let done = seen.total.0.saturating_sub(seen.remaining.0);
+    if seen.round > 1 || done == 0 {
+        return by_rate;
+    }
+    by_rate.min(seen.elapsed.mul_f64(seen.remaining.0 as f64 / done as f64))
 }
 
 fn fits_the_downtime(seen: &Observation) -> bool {
@@ -163,6 +177,25 @@ mod tests {
 
     fn model() -> Model {
         Model { hot: 512 * MIB, write_rate: 1300 * MIB, link_rate: 119 * MIB, limits: limits() }
+    }
+
+    #[test]
+    fn pages_of_zeroes_in_the_first_round_do_not_make_the_time_seem_short() {
+        let seen = Observation {
+            elapsed: Duration::from_secs(1),
+            phase: Phase::PreCopy,
+            round: 1,
+            remaining: Bytes(3072 * MIB),
+            total: Bytes(4096 * MIB),
+            sent: Bytes(5 * MIB),
+            dirty_rate: BytesPerSec(0),
+            link_rate: BytesPerSec(5 * MIB),
+            throttle: Percent(0),
+            limits: Limits { max_time: Some(Duration::from_secs(10)), ..limits() },
+        };
+        assert_eq!(Simple::default().decide(&seen), Action::Continue);
+        let slow = Observation { remaining: Bytes(4000 * MIB), ..seen };
+        assert_eq!(Simple::default().decide(&slow), Action::PostCopy, "at this pace it takes 40 s");
     }
 
     #[test]

@@ -74,7 +74,9 @@ async fn list(State(agent): Shared) -> Json<Vec<VmView>> {
 #[utoipa::path(post, path = "/v1/vms", request_body = RunRequest,
     responses((status = 200, body = Started), (status = "default", body = Problem)))]
 async fn run(State(agent): Shared, Json(request): Json<RunRequest>) -> Answer<Started> {
-    Ok(Json(lifecycle::run(&agent, request).await?))
+    // In a task of its own: a user who goes away meanwhile must not leave a QEMU that nobody knows.
+    let started = tokio::spawn(async move { lifecycle::run(&agent, request).await });
+    Ok(Json(started.await.expect("starting does not panic")?))
 }
 
 /// Takes over a QEMU that somebody else started.

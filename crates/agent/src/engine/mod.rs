@@ -66,6 +66,9 @@ pub enum EngineError {
         /// In its words.
         reason: String,
     },
+    /// The source's QEMU has let go of the guest for post-copy: only the destination can have it now.
+    #[error("QEMU has let go of the guest for post-copy already")]
+    TooLate,
     /// The guest's QEMU does not answer.
     #[error("the guest's QEMU does not do as told")]
     Qmp(#[from] QmpError),
@@ -86,7 +89,8 @@ pub trait RamEngine: Send {
     /// Post-copy goes on over a new connection to the destination, which waits for it at this URI.
     async fn reconnect(&mut self, uri: &str) -> Result<(), EngineError>;
 
-    /// Stops copying and leaves no trace in the guest. Only before the destination is committed to.
+    /// Stops copying and leaves no trace in the guest. Only before the destination is committed to;
+    /// [`EngineError::TooLate`] when QEMU has let go of the guest.
     async fn abandon(&mut self) -> Result<(), EngineError>;
 
     /// What is known so far.

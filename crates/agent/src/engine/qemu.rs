@@ -83,15 +83,19 @@ pub async fn choose(
     there: impl Fn(&str) -> bool,
     post_copy: bool,
 ) -> Result<Setup, QmpError> {
+    let wanted = means(here, there, post_copy);
+    set_capabilities(qmp, here.capabilities(), &wanted).await?;
+    Ok(setup(&wanted))
+}
+
+/// What both QEMUs have and that goes together.
+pub(crate) fn means(here: &Features, there: impl Fn(&str) -> bool, post_copy: bool) -> Vec<&'static str> {
     let both = |name: &&str| here.has_capability(name) && there(name);
     let copy: &[&str] = match post_copy && both(&"postcopy-ram") {
         true => &["postcopy-ram", "postcopy-preempt"],
         false => &["multifd"],
     };
-    let wanted: Vec<&str> =
-        ["events", "return-path", "auto-converge"].iter().chain(copy).copied().filter(both).collect();
-    set_capabilities(qmp, here.capabilities(), &wanted).await?;
-    Ok(setup(&wanted))
+    ["events", "return-path", "auto-converge"].iter().chain(copy).copied().filter(both).collect()
 }
 
 fn setup(wanted: &[&str]) -> Setup {
@@ -220,11 +224,13 @@ impl QemuEngine {
             MigrationStatus::Cancelled => {
                 return Err(EngineError::Failed { reason: "QEMU's migration was cancelled from outside".into() });
             }
-            MigrationStatus::PostcopyActive => {
+            status if status.is_post_copy() => {
                 self.post_copy = true;
                 ready_to_commit = true;
+                if *status == MigrationStatus::PostcopyPaused {
+                    broken = Some(reason(&info));
+                }
             }
-            MigrationStatus::PostcopyPaused => broken = Some(reason(&info)),
             MigrationStatus::Completed => {
                 ready_to_commit = true;
                 complete = true;
@@ -237,7 +243,7 @@ impl QemuEngine {
             _ => Phase::PreCopy,
         };
         let ram = info.ram.clone().unwrap_or_default();
-        if phase != Phase::PreCopy || self.last.ram.as_ref().is_none_or(|last| last.transferred != ram.transferred) {
+        if phase == Phase::PostCopy || self.last.ram.as_ref().is_none_or(|last| last.transferred != ram.transferred) {
             self.last_sent = Instant::now();
         }
         if self.last_sent.elapsed() > STALLED {
@@ -335,6 +341,7 @@ pub async fn abandon(qmp: &Qmp, was_running: bool) -> Result<(), EngineError> {
             | MigrationStatus::Failed
             | MigrationStatus::Cancelled => break,
             MigrationStatus::Cancelling => {}
+            status if status.is_post_copy() => return Err(EngineError::TooLate),
             _ => {
                 qmp.execute(commands::MigrateCancel {}).await?;
             }
@@ -344,7 +351,12 @@ pub async fn abandon(qmp: &Qmp, was_running: bool) -> Result<(), EngineError> {
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    if was_running && qmp.execute(commands::QueryStatus {}).await?.status != RunState::Running {
+    // A guest that has shut down, or crashed, meanwhile is left as it is.
+    let is_paused = matches!(
+        qmp.execute(commands::QueryStatus {}).await?.status,
+        RunState::Paused | RunState::PostMigrate | RunState::FinishMigrate | RunState::Prelaunch
+    );
+    if was_running && is_paused {
         qmp.execute(commands::Cont {}).await?;
     }
     Ok(())

@@ -40,7 +40,7 @@ pub(super) fn judge(offer: &Offer, command: &CommandLine, host: &Host<'_>) -> Re
         .and_then(|()| accelerator(offer, host))
         .and_then(|()| cpu(command, host))
         .and_then(|()| files(offer, command))
-        .and_then(|()| disks(offer))
+        .and_then(|()| disks(offer, command))
         .map_err(|refusal| AgentError::Unsuitable {
             host: host.name.into(),
             name: offer.spec.name.clone(),
@@ -124,9 +124,16 @@ fn files(offer: &Offer, command: &CommandLine) -> Result<(), Refusal> {
     Ok(())
 }
 
-fn disks(offer: &Offer) -> Result<(), Refusal> {
+fn disks(offer: &Offer, command: &CommandLine) -> Result<(), Refusal> {
     if offer.disks_are_shared {
         return Ok(());
+    }
+    if let Some(disk) = command.remote_disks().into_iter().find(|disk| is_of_this_host(disk)) {
+        return refuse(
+            Code::DiskNotShared,
+            format!("the disk {disk} is served by the source itself"),
+            "serve it under an address that means the same on both hosts; if it does, say --disks-are-shared",
+        );
     }
     for disk in &offer.disks {
         if is_block_device(disk) {
@@ -148,6 +155,11 @@ fn disks(offer: &Offer) -> Result<(), Refusal> {
     Ok(())
 }
 
+/// The address of a disk server means another one on every host.
+fn is_of_this_host(disk: &str) -> bool {
+    ["localhost", "127.", "[::1]", "unix:", "+unix", "path="].iter().any(|own| disk.contains(own))
+}
+
 fn is_block_device(path: &Path) -> bool {
     std::fs::metadata(path).is_ok_and(|it| it.file_type().is_block_device())
 }
@@ -166,6 +178,17 @@ fn meminfo_available(text: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_disk_server_of_this_host_is_told_from_one_for_all() {
+        for own in ["nbd://localhost/disk", "nbd:127.0.0.1:10809", "nbd:unix:/run/nbd.sock", "nbd+unix:///d?socket=/s"]
+        {
+            assert!(is_of_this_host(own), "{own}");
+        }
+        for shared in ["nbd://storage.example.org/disk", "iscsi://192.0.2.9/iqn/0", "rbd:pool/web1"] {
+            assert!(!is_of_this_host(shared), "{shared}");
+        }
+    }
 
     #[test]
     fn available_memory_is_read_from_the_kernels_words() {

@@ -80,6 +80,14 @@ open_enum! {
     }
 }
 
+impl MigrationStatus {
+    /// The source has let the guest go, or is about to; there is no way back.
+    pub fn is_post_copy(&self) -> bool {
+        let word = self.to_string();
+        word.starts_with("postcopy-")
+    }
+}
+
 open_enum! {
     /// What a QEMU does with its guest, in QEMU's words.
     RunState {
