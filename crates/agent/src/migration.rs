@@ -565,6 +565,11 @@ impl Run {
         }
         let why = in_one_line(&error);
         let there = self.plan.peer.abandon(id).await;
+        if there.is_err() {
+            // Its agent may be about to come back; what it prepared should not wait for its lease to run out.
+            let peer = self.plan.peer.clone();
+            tokio::spawn(async move { crate::recovery::abandon_there(&peer, id).await });
+        }
         let error = match (error, there) {
             // The destination often knows better why its QEMU went away.
             (AgentError::Engine(error), there) => {

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use uuid::Uuid;
 use vmferry_policy::Limits;
 use vmferry_qemu::Qmp;
 use vmferry_qemu::qmp::commands::QueryMigrate;
@@ -79,7 +80,7 @@ async fn find_again(agent: &Arc<Agent>, mut record: VmRecord) -> Result<(), Agen
     let vm = agent.take(&record, qmp).await?;
     if let Some(id) = record.incoming {
         tracing::warn!(vm = name, pid = record.pid, migration = %id, "still waits for a guest");
-        let incoming = Incoming::new(id, "its source".into(), vm);
+        let incoming = Incoming::new(id, agent.store.peer_of(id)?, vm);
         agent.add_incoming(Arc::clone(&incoming));
         tokio::spawn(watch_lease(Arc::clone(agent), incoming));
     } else {
@@ -127,7 +128,7 @@ async fn settle_without_vm(agent: &Agent, vm: Option<&Vm>, peer: &Peer, record: 
         // The destination may have all of the guest.
         OutStep::Commit => settle_commit(peer, record.id, note).await.is_ok(),
         _ => {
-            abandon_there(peer, record).await;
+            abandon_there(peer, record.id).await;
             false
         }
     };
@@ -183,7 +184,7 @@ async fn undo(agent: &Agent, vm: &Vm, peer: &Peer, record: &OutRecord, why: &str
         other => other?,
     }
     vm.set_stage(Stage::Owned);
-    let there = match abandon_there(peer, record).await {
+    let there = match abandon_there(peer, record.id).await {
         true => "what the destination had prepared is gone",
         false => "the destination does not answer, but drops what it had prepared by itself",
     };
@@ -193,9 +194,9 @@ async fn undo(agent: &Agent, vm: &Vm, peer: &Peer, record: &OutRecord, why: &str
 }
 
 /// False when the destination does not answer.
-async fn abandon_there(peer: &Peer, record: &OutRecord) -> bool {
+pub(crate) async fn abandon_there(peer: &Peer, id: Uuid) -> bool {
     for _ in 0..ABANDON_TRIES {
-        if peer.abandon(record.id).await.is_ok() {
+        if peer.abandon(id).await.is_ok() {
             return true;
         }
         tokio::time::sleep(Duration::from_millis(500)).await;

@@ -313,6 +313,11 @@ impl Store {
             .optional()
     }
 
+    /// The other host of this migration.
+    pub fn peer_of(&self, id: Uuid) -> Result<String> {
+        self.db().query_row("SELECT peer FROM migrations WHERE id = ?1", [id.to_string()], |row| row.get(0))
+    }
+
     /// The VM of this migration.
     pub fn vm_of(&self, id: Uuid) -> Result<String> {
         self.db().query_row("SELECT vm FROM migrations WHERE id = ?1", [id.to_string()], |row| row.get(0))

@@ -247,11 +247,6 @@ impl CommandLine {
         Ok(if bytes == 0 { DEFAULT_MEMORY } else { bytes.next_multiple_of(8192) })
     }
 
-    /// The machine type, as it was given; none for QEMU's default.
-    pub fn machine_type(&self) -> Option<&str> {
-        self.all("machine").filter_map(|option| first_or(option.value(), "type")).last()
-    }
-
     /// The CPU model without its features; none for the machine's default.
     pub fn cpu_model(&self) -> Option<&str> {
         self.all("cpu").filter_map(|option| option.value().split(',').next()).last()

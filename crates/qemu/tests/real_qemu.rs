@@ -98,28 +98,18 @@ async fn property(qmp: &Qmp, path: &str, property: &str) -> serde_json::Value {
 #[tokio::test]
 async fn every_command_of_ours_is_understood_and_its_answer_too() {
     with_each_qemu(|qemu| async move {
-        let vm = start(&qemu, "-m 16 -nodefaults -S -smp 2 -M q35 -uuid 11111111-2222-3333-4444-555555555555 -drive if=virtio,driver=null-co,read-zeroes=on").await;
+        let vm = start(&qemu, "-m 16 -nodefaults -S -smp 2 -M q35").await;
         let qmp = &vm.launched.qmp;
         assert_eq!(qmp.execute(QueryStatus {}).await.unwrap().status, RunState::Prelaunch);
         let version = qmp.execute(QueryVersion {}).await.unwrap().to_string();
         assert!(["7.", "8.", "9.", "10.", "11."].iter().any(|major| version.starts_with(major)), "{version}");
-        assert_eq!(qmp.execute(QueryName {}).await.unwrap().name.as_deref(), Some("web1"));
-        assert!(qmp.execute(QueryUuid {}).await.unwrap().uuid.starts_with("11111111"));
         assert!(!qmp.execute(QueryKvm {}).await.unwrap().enabled);
         assert_eq!(qmp.execute(QueryMemorySizeSummary {}).await.unwrap().base_memory, 16 << 20);
-        assert_eq!(qmp.execute(QueryCpusFast {}).await.unwrap().len(), 2);
         let backends = qmp.execute(QueryMemdev {}).await.unwrap();
         assert!(backends.iter().all(|it| it.id.as_deref() != Some("vmferry-ram")), "{backends:?}");
         assert!(qmp.execute(QueryMachines {}).await.unwrap().iter().any(|machine| machine.is_default));
-        qmp.execute(QueryCurrentMachine {}).await.unwrap();
         assert!(qmp.execute(QueryCpuDefinitions {}).await.unwrap().iter().any(|cpu| cpu.name == "qemu64"));
         assert!(qmp.execute(QueryChardev {}).await.unwrap().iter().any(|chardev| chardev.label == "vmferry-qmp"));
-        let objects = qmp.execute(QomList { path: "/machine".into() }).await.unwrap();
-        assert!(objects.iter().any(|object| object.name == "type"));
-        let disks = qmp.execute(QueryBlock {}).await.unwrap();
-        assert_eq!(disks[0].inserted.as_ref().unwrap().drv, "null-co");
-        let nodes = qmp.execute(QueryNamedBlockNodes { flat: Some(true) }).await.unwrap();
-        assert!(nodes.iter().any(|node| node.drv == "null-co" && !node.ro));
 
         let parameters = MigrationParameters {
             max_bandwidth: Some(1 << 50),
@@ -146,7 +136,6 @@ async fn every_command_of_ours_is_understood_and_its_answer_too() {
         // These have nothing to do here, and say so: the command and its arguments are right.
         for error in [
             qmp.execute(MigrateStartPostcopy {}).await.unwrap_err(),
-            qmp.execute(MigrateContinue { state: MigrationStatus::PreSwitchover }).await.unwrap_err(),
             qmp.execute(MigrateIncoming { uri: "tcp:127.0.0.1:0".into() }).await.unwrap_err(),
             qmp.execute(MigrateRecover { uri: "tcp:127.0.0.1:0".into() }).await.unwrap_err(),
             qmp.execute(MigratePause {}).await.unwrap_err(),
@@ -204,17 +193,17 @@ async fn commands_in_flight_together_get_their_own_answers() {
     with_each_qemu(|qemu| async move {
         let vm = start(&qemu, SMALL).await;
         let qmp = &vm.launched.qmp;
-        let (status, version, schema, name, refused) = tokio::join!(
+        let (status, version, schema, kvm, refused) = tokio::join!(
             qmp.execute(QueryStatus {}),
             qmp.execute(QueryVersion {}),
             qmp.execute(QueryQmpSchema {}),
-            qmp.execute(QueryName {}),
+            qmp.execute(QueryKvm {}),
             qmp.execute_raw("no-such-command", serde_json::json!({ "a": 1 })),
         );
         assert!(!status.unwrap().running);
         assert!(version.unwrap().qemu.major >= 7);
         assert!(schema.unwrap().len() > 500);
-        assert_eq!(name.unwrap().name.as_deref(), Some("web1"));
+        assert!(!kvm.unwrap().enabled);
         assert!(matches!(refused.unwrap_err(), QmpError::Command { class, .. } if class == "CommandNotFound"));
     })
     .await;

@@ -89,18 +89,7 @@ fn memory_is_what_qemu_makes_of_it() {
 }
 
 #[test]
-fn the_machine_is_found_wherever_it_stands() {
-    for (option, expected) in [
-        ("", None),
-        ("-M q35", Some("q35")),
-        ("-machine q35,accel=kvm", Some("q35")),
-        ("-machine type=pc,smm=off", Some("pc")),
-        ("-machine smm=off,type=pc", Some("pc")),
-        ("-machine smm=off", None),
-        ("-machine q35 -machine smm=off", Some("q35")),
-    ] {
-        assert_eq!(parse(&format!("qemu {option}")).machine_type(), expected, "{option}");
-    }
+fn the_cpu_model_stands_before_its_features() {
     assert_eq!(parse("qemu -cpu host,-avx").cpu_model(), Some("host"));
     assert_eq!(parse("qemu -m 1").cpu_model(), None);
 }

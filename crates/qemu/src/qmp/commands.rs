@@ -2,10 +2,8 @@
 //!
 //! What a QEMU may leave out is an `Option`; what we do not read is not named. QEMU describes all of it in qapi/*.json.
 
-mod block;
 mod migration;
 
-pub use block::*;
 pub use migration::*;
 
 use serde::{Deserialize, Serialize};
@@ -43,10 +41,6 @@ commands! {
     QueryStatus {} = "query-status" -> Status;
     /// QEMU's version.
     QueryVersion {} = "query-version" -> Version;
-    /// The name given by `-name`.
-    QueryName {} = "query-name" -> Name;
-    /// The guest's UUID.
-    QueryUuid {} = "query-uuid" -> Uuid;
     /// Whether KVM is there and used.
     QueryKvm {} = "query-kvm" -> Kvm;
     /// Pauses the guest.
@@ -59,12 +53,8 @@ commands! {
     SystemPowerdown {} = "system_powerdown" -> Nothing;
     /// The machine types that this QEMU has.
     QueryMachines {} = "query-machines" -> Vec<MachineInfo>;
-    /// What the machine that runs can do.
-    QueryCurrentMachine {} = "query-current-machine" -> CurrentMachine;
     /// The CPU models that this QEMU has.
     QueryCpuDefinitions {} = "query-cpu-definitions" -> Vec<CpuDefinition>;
-    /// The guest's CPUs.
-    QueryCpusFast {} = "query-cpus-fast" -> Vec<CpuInfo>;
     /// How much memory the guest has.
     QueryMemorySizeSummary {} = "query-memory-size-summary" -> MemorySizeSummary;
     /// The memory backends; a machine that was only given `-m` has none.
@@ -80,11 +70,6 @@ commands! {
         /// The property.
         property: String,
     } = "qom-get" -> Value;
-    /// The properties and children of one of QEMU's objects.
-    QomList {
-        /// Where the object is, such as `/objects`.
-        path: String,
-    } = "qom-list" -> Vec<QomProperty>;
     /// Keeps the descriptor that is sent along, under this name. To be sent by
     /// [`execute_with_fds`](super::Qmp::execute_with_fds).
     Getfd {
@@ -163,21 +148,6 @@ impl std::fmt::Display for Version {
     }
 }
 
-/// Answer to [`QueryName`].
-#[derive(Clone, Debug, Deserialize)]
-pub struct Name {
-    /// What `-name` said.
-    pub name: Option<String>,
-}
-
-/// Answer to [`QueryUuid`].
-#[derive(Clone, Debug, Deserialize)]
-pub struct Uuid {
-    /// All zero when none was given.
-    #[serde(rename = "UUID")]
-    pub uuid: String,
-}
-
 /// Answer to [`QueryKvm`].
 #[derive(Clone, Copy, Debug, Deserialize)]
 pub struct Kvm {
@@ -207,14 +177,6 @@ pub struct MachineInfo {
     pub default_ram_id: Option<String>,
 }
 
-/// Answer to [`QueryCurrentMachine`].
-#[derive(Clone, Copy, Debug, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct CurrentMachine {
-    /// A suspended guest can be woken up.
-    pub wakeup_suspend_support: bool,
-}
-
 /// One CPU model.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -227,18 +189,6 @@ pub struct CpuDefinition {
     pub migration_safe: Option<bool>,
     /// Another name that means it.
     pub alias_of: Option<String>,
-}
-
-/// One of the guest's CPUs.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct CpuInfo {
-    /// Counted from 0.
-    pub cpu_index: u32,
-    /// The thread that runs it.
-    pub thread_id: u32,
-    /// Where it is among QEMU's objects.
-    pub qom_path: String,
 }
 
 /// Answer to [`QueryMemorySizeSummary`], in bytes.
@@ -273,16 +223,6 @@ pub struct ChardevInfo {
     pub filename: String,
     /// Something in the guest holds it open.
     pub frontend_open: bool,
-}
-
-/// A property or child of one of QEMU's objects.
-#[derive(Clone, Debug, Deserialize)]
-pub struct QomProperty {
-    /// Its name.
-    pub name: String,
-    /// Its type; `child<...>` for children.
-    #[serde(rename = "type")]
-    pub kind: String,
 }
 
 /// Answer to [`AddFd`].

@@ -28,11 +28,6 @@ commands! {
         /// Where to listen.
         uri: String,
     } = "migrate-incoming" -> Nothing;
-    /// Goes on after a pause that was asked for by the capability `pause-before-switchover`.
-    MigrateContinue {
-        /// The state that it waits in.
-        state: MigrationStatus,
-    } = "migrate-continue" -> Nothing;
     /// Cancels; the status tells when that is done.
     MigrateCancel {} = "migrate_cancel" -> Nothing;
     /// Turns to post-copy.
