@@ -1,0 +1,417 @@
+//! TLS 1.3 between two agents. Who somebody is, is decided by the fingerprint alone: names, dates and issuers in
+//! certificates mean nothing here. Both sides prove that they have the key of theirs.
+//!
+//! The client lets itself in only with a host whose fingerprint it expects. The server takes whoever proves to have a
+//! key and tells the fingerprint to whoever serves the connection: a stranger must be able to come with a join token,
+//! and a peer that was unpaired to be told so.
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls13_signature};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::{
+    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, ServerConfig, SignatureScheme,
+    SupportedProtocolVersion,
+};
+use tokio::net::TcpStream;
+
+use crate::{Fingerprint, Identity};
+
+/// What both sides must say in the handshake: a TLS server of another kind is told from an agent by it.
+const ALPN: &[u8] = b"vmferry";
+/// Nobody looks at it, but there must be one.
+const NO_NAME: &str = "vmferry.invalid";
+const VERSIONS: [&SupportedProtocolVersion; 1] = [&rustls::version::TLS13];
+
+/// A connection whose other end has proved who it is.
+#[derive(Debug)]
+pub struct Stream {
+    /// Encrypted bytes.
+    pub io: tokio_rustls::TlsStream<TcpStream>,
+    /// Who is at the other end.
+    pub peer: Fingerprint,
+    /// Our end's address.
+    pub local: SocketAddr,
+    /// The other end's address.
+    pub remote: SocketAddr,
+}
+
+/// Why there is no connection.
+#[derive(Debug, thiserror::Error)]
+pub enum LinkError {
+    /// Nothing answers there.
+    #[error("cannot reach an agent at {address}")]
+    Unreachable {
+        /// Where it was looked for.
+        address: String,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// It answers too slowly, or not at all.
+    #[error("{address} does not answer within {after:?}")]
+    TimedOut {
+        /// Where.
+        address: String,
+        /// How long was waited.
+        after: Duration,
+    },
+    /// Something answers, but not as an agent does.
+    #[error("what answers at {address} is not a vmferry agent")]
+    NotAnAgent {
+        /// Where.
+        address: String,
+        /// What it did.
+        #[source]
+        source: std::io::Error,
+    },
+    /// An agent, but another one than was expected.
+    #[error("the agent at {address} is not the one that was paired: it is {found}")]
+    WrongIdentity {
+        /// Where.
+        address: String,
+        /// Who it is.
+        found: Fingerprint,
+    },
+}
+
+/// Connects to the agent at HOST:PORT and makes sure that it is one of these, before anything is said to it.
+pub async fn connect(
+    address: &str,
+    identity: &Identity,
+    expected: &[Fingerprint],
+    deadline: Duration,
+) -> Result<Stream, LinkError> {
+    let timed_out = || LinkError::TimedOut { address: address.into(), after: deadline };
+    let connecting = async {
+        let unreachable = |source| LinkError::Unreachable { address: address.into(), source };
+        let tcp = TcpStream::connect(address).await.map_err(unreachable)?;
+        tcp.set_nodelay(true).map_err(unreachable)?;
+        let (local, remote) = (tcp.local_addr().map_err(unreachable)?, tcp.peer_addr().map_err(unreachable)?);
+        let verifier =
+            Arc::new(ExpectedServer { crypto: crypto(), expected: expected.to_vec(), found: Mutex::new(None) });
+        let connector = tokio_rustls::TlsConnector::from(Arc::new(client_config(identity, Arc::clone(&verifier))));
+        let name = ServerName::try_from(NO_NAME).expect("it is a name");
+        match connector.connect(name, tcp).await {
+            Ok(io) => {
+                let io = tokio_rustls::TlsStream::from(io);
+                let peer = peer_of(&io).ok_or_else(|| LinkError::NotAnAgent {
+                    address: address.into(),
+                    source: std::io::ErrorKind::InvalidData.into(),
+                })?;
+                Ok(Stream { io, peer, local, remote })
+            }
+            Err(source) => Err(match verifier.found() {
+                Some(found) if !expected.contains(&found) => {
+                    LinkError::WrongIdentity { address: address.into(), found }
+                }
+                _ => LinkError::NotAnAgent { address: address.into(), source },
+            }),
+        }
+    };
+    tokio::time::timeout(deadline, connecting).await.unwrap_or_else(|_| Err(timed_out()))
+}
+
+/// The server's side. Cheap to clone.
+#[derive(Clone)]
+pub struct Acceptor(tokio_rustls::TlsAcceptor);
+
+impl Acceptor {
+    /// Proves this identity to whoever connects.
+    pub fn new(identity: &Identity) -> Self {
+        let mut config = ServerConfig::builder_with_provider(crypto())
+            .with_protocol_versions(&VERSIONS)
+            .expect("the provider knows TLS 1.3")
+            .with_client_cert_verifier(Arc::new(AnyClient(crypto())))
+            .with_single_cert(vec![identity.certificate.clone()], identity.key.clone_key())
+            .expect("an identity's key fits its certificate");
+        config.alpn_protocols = vec![ALPN.to_vec()];
+        // Connections are few and long; a ticket would only be one more thing to protect.
+        config.send_tls13_tickets = 0;
+        Self(tokio_rustls::TlsAcceptor::from(Arc::new(config)))
+    }
+
+    /// Takes a connection; whoever made it has proved who it is, within this time.
+    pub async fn accept(&self, tcp: TcpStream, deadline: Duration) -> std::io::Result<Stream> {
+        tcp.set_nodelay(true)?;
+        let (local, remote) = (tcp.local_addr()?, tcp.peer_addr()?);
+        let io = tokio::time::timeout(deadline, self.0.accept(tcp)).await??;
+        if io.get_ref().1.alpn_protocol() != Some(ALPN) {
+            return Err(std::io::Error::other("it speaks TLS, but not as an agent does"));
+        }
+        let io = tokio_rustls::TlsStream::from(io);
+        let peer = peer_of(&io).ok_or_else(|| std::io::Error::other("it has no certificate"))?;
+        Ok(Stream { io, peer, local, remote })
+    }
+}
+
+fn peer_of(io: &tokio_rustls::TlsStream<TcpStream>) -> Option<Fingerprint> {
+    Some(Fingerprint::of(io.get_ref().1.peer_certificates()?.first()?))
+}
+
+fn crypto() -> Arc<CryptoProvider> {
+    Arc::new(aws_lc_rs::default_provider())
+}
+
+fn client_config(identity: &Identity, verifier: Arc<ExpectedServer>) -> ClientConfig {
+    let mut config = ClientConfig::builder_with_provider(crypto())
+        .with_protocol_versions(&VERSIONS)
+        .expect("the provider knows TLS 1.3")
+        .dangerous()
+        .with_custom_certificate_verifier(verifier)
+        .with_client_auth_cert(vec![identity.certificate.clone()], identity.key.clone_key())
+        .expect("an identity's key fits its certificate");
+    config.alpn_protocols = vec![ALPN.to_vec()];
+    config.enable_sni = false;
+    config.resumption = rustls::client::Resumption::disabled();
+    config
+}
+
+/// Takes a server with one of these fingerprints and no other; remembers who it was.
+#[derive(Debug)]
+struct ExpectedServer {
+    crypto: Arc<CryptoProvider>,
+    expected: Vec<Fingerprint>,
+    found: Mutex<Option<Fingerprint>>,
+}
+
+impl ExpectedServer {
+    fn found(&self) -> Option<Fingerprint> {
+        *self.found.lock().expect("no holder of this lock panics")
+    }
+}
+
+impl ServerCertVerifier for ExpectedServer {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        _now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        let found = Fingerprint::of(end_entity);
+        *self.found.lock().expect("no holder of this lock panics") = Some(found);
+        match self.expected.contains(&found) {
+            true => Ok(ServerCertVerified::assertion()),
+            false => Err(CertificateError::ApplicationVerificationFailure.into()),
+        }
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Err(rustls::PeerIncompatible::Tls12NotOffered.into())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, cert, dss, &self.crypto.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.crypto.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+/// Takes any client that proves to have the key of its certificate.
+#[derive(Debug)]
+struct AnyClient(Arc<CryptoProvider>);
+
+impl ClientCertVerifier for AnyClient {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &[]
+    }
+
+    fn verify_client_cert(
+        &self,
+        _end_entity: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _now: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        Ok(ClientCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Err(rustls::PeerIncompatible::Tls12NotOffered.into())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpListener;
+
+    const SOON: Duration = Duration::from_secs(5);
+
+    fn identity(dir: &tempfile::TempDir, name: &str) -> Identity {
+        Identity::load_or_make(&dir.path().join(name), name).unwrap()
+    }
+
+    async fn listener() -> (TcpListener, String) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        (listener, address)
+    }
+
+    #[tokio::test]
+    async fn both_ends_know_who_the_other_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let (alpha, beta) = (identity(&dir, "alpha"), identity(&dir, "beta"));
+        let (listener, address) = listener().await;
+        let acceptor = Acceptor::new(&beta);
+        let server = tokio::spawn(async move {
+            let mut stream = acceptor.accept(listener.accept().await.unwrap().0, SOON).await.unwrap();
+            stream.io.write_all(b"welcome").await.unwrap();
+            stream.io.shutdown().await.unwrap();
+            stream.peer
+        });
+        let mut stream = connect(&address, &alpha, &[beta.fingerprint()], SOON).await.unwrap();
+        let mut said = String::new();
+        stream.io.read_to_string(&mut said).await.unwrap();
+        assert_eq!((said.as_str(), stream.peer), ("welcome", beta.fingerprint()));
+        assert_eq!(server.await.unwrap(), alpha.fingerprint());
+    }
+
+    #[tokio::test]
+    async fn another_agent_than_expected_is_not_spoken_to() {
+        let dir = tempfile::tempdir().unwrap();
+        let (alpha, beta, mallory) = (identity(&dir, "alpha"), identity(&dir, "beta"), identity(&dir, "mallory"));
+        let (listener, address) = listener().await;
+        let acceptor = Acceptor::new(&mallory);
+        let server = tokio::spawn(async move { acceptor.accept(listener.accept().await.unwrap().0, SOON).await.err() });
+        let error = connect(&address, &alpha, &[beta.fingerprint()], SOON).await.unwrap_err();
+        let LinkError::WrongIdentity { found, .. } = error else { panic!("{error}") };
+        assert_eq!(found, mallory.fingerprint());
+        assert!(server.await.unwrap().is_some(), "the server gets no connection either");
+    }
+
+    #[tokio::test]
+    async fn a_certificate_without_its_key_is_worth_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let (alpha, beta, mallory) = (identity(&dir, "alpha"), identity(&dir, "beta"), identity(&dir, "mallory"));
+        // Certificates are no secret: mallory shows beta's, with its own key.
+        let mut config = ServerConfig::builder_with_provider(crypto())
+            .with_protocol_versions(&VERSIONS)
+            .unwrap()
+            .with_client_cert_verifier(Arc::new(AnyClient(crypto())))
+            .with_cert_resolver(Arc::new(Swapped {
+                certificate: beta.certificate.clone(),
+                key: mallory.key.clone_key(),
+            }));
+        config.alpn_protocols = vec![ALPN.to_vec()];
+        let (listener, address) = listener().await;
+        let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+        let server = tokio::spawn(async move { acceptor.accept(listener.accept().await.unwrap().0).await.is_err() });
+        let error = connect(&address, &alpha, &[beta.fingerprint()], SOON).await.unwrap_err();
+        assert!(matches!(error, LinkError::NotAnAgent { .. }), "{error}");
+        assert!(server.await.unwrap());
+    }
+
+    /// Somebody's certificate with somebody else's key.
+    #[derive(Debug)]
+    struct Swapped {
+        certificate: CertificateDer<'static>,
+        key: rustls::pki_types::PrivateKeyDer<'static>,
+    }
+
+    impl rustls::server::ResolvesServerCert for Swapped {
+        fn resolve(&self, _hello: rustls::server::ClientHello<'_>) -> Option<Arc<rustls::sign::CertifiedKey>> {
+            let key = aws_lc_rs::sign::any_supported_type(&self.key).unwrap();
+            Some(Arc::new(rustls::sign::CertifiedKey::new(vec![self.certificate.clone()], key)))
+        }
+    }
+
+    #[tokio::test]
+    async fn what_does_not_speak_tls_is_no_agent() {
+        let dir = tempfile::tempdir().unwrap();
+        let alpha = identity(&dir, "alpha");
+        for reply in ["HTTP/1.1 400 Bad Request\r\n\r\n", "SSH-2.0-OpenSSH_9.2\r\n", ""] {
+            let (listener, address) = listener().await;
+            let server = tokio::spawn(async move {
+                let mut tcp = listener.accept().await.unwrap().0;
+                let _ = tcp.read(&mut [0; 64]).await;
+                let _ = tcp.write_all(reply.as_bytes()).await;
+            });
+            let error = connect(&address, &alpha, &[alpha.fingerprint()], SOON).await.unwrap_err();
+            assert!(matches!(error, LinkError::NotAnAgent { .. }), "{reply}: {error}");
+            server.await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn clients_without_a_key_with_nonsense_or_with_nothing_to_say_are_turned_away() {
+        let dir = tempfile::tempdir().unwrap();
+        let beta = identity(&dir, "beta");
+        let (listener, address) = listener().await;
+        let acceptor = Acceptor::new(&beta);
+        for said in ["GET / HTTP/1.1\r\n\r\n", "\u{16}\u{3}\u{1}", ""] {
+            let mut client = TcpStream::connect(&address).await.unwrap();
+            client.write_all(said.as_bytes()).await.unwrap();
+            let begun = std::time::Instant::now();
+            let accepted = acceptor.accept(listener.accept().await.unwrap().0, Duration::from_millis(200)).await;
+            assert!(accepted.is_err() && begun.elapsed() < SOON, "{said}");
+        }
+        // TLS, but without a certificate.
+        let verifier =
+            Arc::new(ExpectedServer { crypto: crypto(), expected: vec![beta.fingerprint()], found: Mutex::new(None) });
+        let mut config = ClientConfig::builder_with_provider(crypto())
+            .with_protocol_versions(&VERSIONS)
+            .unwrap()
+            .dangerous()
+            .with_custom_certificate_verifier(verifier)
+            .with_no_client_auth();
+        config.alpn_protocols = vec![ALPN.to_vec()];
+        let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
+        let client = tokio::spawn(async move {
+            let tcp = TcpStream::connect(&address).await.unwrap();
+            if let Ok(mut io) = connector.connect(ServerName::try_from(NO_NAME).unwrap(), tcp).await {
+                let _ = io.read(&mut [0; 1]).await;
+            }
+        });
+        assert!(acceptor.accept(listener.accept().await.unwrap().0, SOON).await.is_err());
+        client.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn nobody_there_and_nobody_who_answers_are_told_apart_and_bounded() {
+        let dir = tempfile::tempdir().unwrap();
+        let alpha = identity(&dir, "alpha");
+        let (listener, address) = listener().await;
+        let error = connect(&address, &alpha, &[], Duration::from_millis(200)).await.unwrap_err();
+        assert!(matches!(error, LinkError::TimedOut { .. }), "{error}");
+        drop(listener);
+        let error = connect(&address, &alpha, &[], SOON).await.unwrap_err();
+        assert!(matches!(error, LinkError::Unreachable { .. }), "{error}");
+    }
+}
