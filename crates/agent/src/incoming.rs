@@ -146,16 +146,17 @@ async fn suitable(agent: &Agent, offer: &Offer) -> Result<(CommandLine, Accel, Q
         _ => Accel::Tcg { why: "the guest runs under TCG at the source".into() },
     };
     let info = agent.qemu_info(&binary, &accel).await?;
-    let host = suitability::Host {
-        name: &agent.config.name,
-        qemu: &info,
-        accel: &accel,
-        memory: suitability::available_memory()
-            .saturating_sub(agent.config.reserved_memory.as_u64())
-            .saturating_sub(agent.promised_memory()),
-    };
-    suitability::judge(offer, &command, &host)?;
-    Ok((command, accel, info))
+    let memory = suitability::available_memory()
+        .saturating_sub(agent.config.reserved_memory.as_u64())
+        .saturating_sub(agent.promised_memory());
+    let (offer, name) = (offer.clone(), agent.config.name.clone());
+    // Files may lie on storage that does not answer, which must not keep others waiting.
+    let judged = tokio::task::spawn_blocking(move || {
+        let host = suitability::Host { name: &name, qemu: &info, accel: &accel, memory };
+        suitability::judge(&offer, &command, &host)?;
+        Ok((command, accel, info))
+    });
+    judged.await.expect("judging does not panic")
 }
 
 /// Starts a QEMU that waits for the VM at this address of ours.

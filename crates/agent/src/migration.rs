@@ -201,7 +201,10 @@ async fn plan(agent: &Agent, vm: &Vm, id: Uuid, request: &MigrateRequest) -> Res
     let run_state = movable(vm).await?;
     let peer = Peer::new(&request.to).map_err(|message| AgentError::BadRequest { message, hint: None })?;
     let hello = peer.hello().await?;
-    let markers = disks::Markers::put(&vm.spec, id)?;
+    // The disks may lie on storage that does not answer, which must not keep others waiting.
+    let spec = vm.spec.clone();
+    let put = tokio::task::spawn_blocking(move || disks::Markers::put(&spec, id));
+    let markers = put.await.expect("putting markers does not panic")?;
     let offer = Offer {
         id,
         from: agent.config.name.clone(),

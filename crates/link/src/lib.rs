@@ -5,10 +5,12 @@
 //! carries from one to the other. From then on every connection is TLS 1.3 in which both sides prove who they are.
 
 mod identity;
+mod incoming;
 mod tls;
 mod token;
 
 pub use identity::{Fingerprint, Identity, IdentityError, InvalidFingerprint};
+pub use incoming::Incoming;
 pub use tls::{Acceptor, LinkError, Stream, connect};
 pub use token::{InvalidToken, JoinToken, Secret};
 

@@ -1,0 +1,135 @@
+//! Connections from other agents, as they prove who they are.
+//!
+//! Anybody can open connections and then say nothing. So handshakes run side by side, in bounded number and time; when
+//! there are too many, the oldest makes room: a peer's handshake takes milliseconds and is over long before.
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
+use tokio::task::AbortHandle;
+
+use crate::{Acceptor, Stream};
+
+/// How long a handshake may take.
+const HANDSHAKE: Duration = Duration::from_secs(5);
+/// How many connections may be about to prove who they are.
+const MOST_HANDSHAKES: usize = 64;
+/// How many that have done so may wait to be taken.
+const MOST_WAITING: usize = 16;
+/// When the system has no descriptors left, so much later it may.
+const AGAIN: Duration = Duration::from_millis(100);
+
+/// See the module's text. Stops listening when dropped.
+pub struct Incoming {
+    ready: mpsc::Receiver<Stream>,
+    local: SocketAddr,
+    accepting: AbortHandle,
+}
+
+impl Incoming {
+    /// Takes connections from this listener. Must be called within a runtime.
+    pub fn new(listener: TcpListener, acceptor: Acceptor) -> std::io::Result<Self> {
+        let local = listener.local_addr()?;
+        let (sender, ready) = mpsc::channel(MOST_WAITING);
+        let accepting = tokio::spawn(accept(listener, acceptor, sender)).abort_handle();
+        Ok(Self { ready, local, accepting })
+    }
+
+    /// The next connection whose other end has proved who it is. Dropping the future loses nothing.
+    pub async fn next(&mut self) -> Stream {
+        match self.ready.recv().await {
+            Some(stream) => stream,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Where it listens.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.local
+    }
+}
+
+impl Drop for Incoming {
+    fn drop(&mut self) {
+        self.accepting.abort();
+    }
+}
+
+async fn accept(listener: TcpListener, acceptor: Acceptor, ready: mpsc::Sender<Stream>) {
+    let mut handshakes: VecDeque<AbortHandle> = VecDeque::with_capacity(MOST_HANDSHAKES);
+    loop {
+        let Ok((tcp, _)) = listener.accept().await else {
+            tokio::time::sleep(AGAIN).await;
+            continue;
+        };
+        handshakes.retain(|handshake| !handshake.is_finished());
+        if handshakes.len() >= MOST_HANDSHAKES
+            && let Some(oldest) = handshakes.pop_front()
+        {
+            oldest.abort();
+        }
+        handshakes.push_back(tokio::spawn(handshake(tcp, acceptor.clone(), ready.clone())).abort_handle());
+    }
+}
+
+async fn handshake(tcp: TcpStream, acceptor: Acceptor, ready: mpsc::Sender<Stream>) {
+    // Why somebody did not get in is theirs to find out; to us it is noise that anybody can make.
+    if let Ok(stream) = acceptor.accept(tcp, HANDSHAKE).await {
+        // An error means that nobody listens any more.
+        let _ = ready.send(stream).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Identity, connect};
+    use tokio::io::AsyncReadExt;
+
+    const SOON: Duration = Duration::from_secs(5);
+
+    async fn incoming() -> (tempfile::TempDir, Identity, Incoming) {
+        let dir = tempfile::tempdir().unwrap();
+        let identity = Identity::load_or_make(&dir.path().join("identity.pem"), "beta").unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let incoming = Incoming::new(listener, Acceptor::new(&identity)).unwrap();
+        (dir, identity, incoming)
+    }
+
+    #[tokio::test]
+    async fn somebody_who_says_nothing_keeps_nobody_waiting() {
+        let (dir, beta, mut incoming) = incoming().await;
+        let alpha = Identity::load_or_make(&dir.path().join("alpha.pem"), "alpha").unwrap();
+        let _silent = TcpStream::connect(incoming.local_addr()).await.unwrap();
+        let address = incoming.local_addr().to_string();
+        let begun = std::time::Instant::now();
+        let expected = [beta.fingerprint()];
+        let (stream, taken) = tokio::join!(connect(&address, &alpha, &expected, SOON), incoming.next());
+        assert!(stream.is_ok() && begun.elapsed() < HANDSHAKE / 2);
+        assert_eq!(taken.peer, alpha.fingerprint());
+    }
+
+    #[tokio::test]
+    async fn a_flood_of_half_open_connections_is_bounded_and_a_peer_still_gets_in() {
+        let (dir, beta, mut incoming) = incoming().await;
+        let alpha = Identity::load_or_make(&dir.path().join("alpha.pem"), "alpha").unwrap();
+        let mut flood = Vec::new();
+        for _ in 0..300 {
+            flood.push(TcpStream::connect(incoming.local_addr()).await.unwrap());
+        }
+        let address = incoming.local_addr().to_string();
+        let expected = [beta.fingerprint()];
+        let (stream, taken) = tokio::join!(connect(&address, &alpha, &expected, SOON), incoming.next());
+        assert!(stream.is_ok(), "{:?}", stream.err());
+        assert_eq!(taken.peer, alpha.fingerprint());
+        let mut closed = 0;
+        for stream in &mut flood {
+            let end = tokio::time::timeout(Duration::from_millis(5), stream.read(&mut [0; 1])).await;
+            closed += usize::from(end.is_ok());
+        }
+        assert!(closed >= 300 - MOST_HANDSHAKES, "only {closed} of 300 were closed");
+    }
+}
