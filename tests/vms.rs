@@ -165,6 +165,7 @@ async fn a_vm_outlives_its_agent_and_the_next_agent_finds_it_and_says_so() {
     let after = bed.view(0).await;
     assert_eq!((after.pid, after.state.as_str()), (before.pid, "running"), "{}", bed.logs());
     assert!(bed.alpha().agent_log().contains("found again"), "{}", bed.logs());
+    assert!(!bed.alpha().agent_log().contains('\u{1b}'), "a log in a file has no colours");
     bed.assert_runs_only_on(0).await;
     bed.assert_intact(0).await;
     // It is a VM like any other: it can be moved.
