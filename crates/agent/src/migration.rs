@@ -419,14 +419,7 @@ impl Run {
             self.migration.note(note);
         }
         self.step(Step::Prepare);
-        let record = OutRecord {
-            id: self.migration.id,
-            vm: self.vm.name().into(),
-            peer: self.to.clone(),
-            running: self.plan.offer.running,
-            step: OutStep::Prepare,
-        };
-        self.agent.store.begin_out(&record)?;
+        self.agent.store.begin_out(&self.record(OutStep::Prepare))?;
         let plan = &mut self.plan;
         let has = |name: &str| plan.there.capabilities.contains(name);
         plan.offer.setup = qemu::choose(&self.vm.qmp, &plan.features, has, self.limits.post_copy).await?;
@@ -631,15 +624,19 @@ impl Run {
 
     /// Its QEMU does not do as told; whoever settles what a crashed agent left goes on trying.
     fn undo_later(&self, stuck: &EngineError) -> Halt {
-        let record = OutRecord {
+        tokio::spawn(crate::recovery::settle(Arc::clone(&self.agent), self.record(OutStep::CopyRam)));
+        Halt::Lost(AgentError::Unsettled { name: self.vm.name().into(), reason: in_one_line(stuck) })
+    }
+
+    /// What the journal says of it at this step.
+    fn record(&self, step: OutStep) -> OutRecord {
+        OutRecord {
             id: self.migration.id,
             vm: self.vm.name().into(),
             peer: self.to.clone(),
             running: self.plan.offer.running,
-            step: OutStep::CopyRam,
-        };
-        tokio::spawn(crate::recovery::settle(Arc::clone(&self.agent), record));
-        Halt::Lost(AgentError::Unsettled { name: self.vm.name().into(), reason: in_one_line(stuck) })
+            step,
+        }
     }
 
     fn cancelled(&self) -> Halt {

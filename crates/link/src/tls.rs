@@ -126,7 +126,7 @@ impl Acceptor {
         let mut config = ServerConfig::builder_with_provider(crypto())
             .with_protocol_versions(&VERSIONS)
             .expect("the provider knows TLS 1.3")
-            .with_client_cert_verifier(Arc::new(AnyClient(crypto())))
+            .with_client_cert_verifier(Arc::new(AnyClient { crypto: crypto() }))
             .with_single_cert(vec![identity.certificate.clone()], identity.key.clone_key())
             .expect("an identity's key fits its certificate");
         config.alpn_protocols = vec![ALPN.to_vec()];
@@ -171,6 +171,33 @@ fn client_config(identity: &Identity, verifier: Arc<ExpectedServer>) -> ClientCo
     config
 }
 
+/// What both verifiers say of signatures: TLS 1.3 only, by the key of the certificate that was shown.
+macro_rules! key_is_proved {
+    () => {
+        fn verify_tls12_signature(
+            &self,
+            _message: &[u8],
+            _cert: &CertificateDer<'_>,
+            _dss: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, rustls::Error> {
+            Err(rustls::PeerIncompatible::Tls12NotOffered.into())
+        }
+
+        fn verify_tls13_signature(
+            &self,
+            message: &[u8],
+            cert: &CertificateDer<'_>,
+            dss: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, rustls::Error> {
+            verify_tls13_signature(message, cert, dss, &self.crypto.signature_verification_algorithms)
+        }
+
+        fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+            self.crypto.signature_verification_algorithms.supported_schemes()
+        }
+    };
+}
+
 /// Takes a server with one of these fingerprints and no other; remembers who it was.
 #[derive(Debug)]
 struct ExpectedServer {
@@ -202,32 +229,14 @@ impl ServerCertVerifier for ExpectedServer {
         }
     }
 
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _cert: &CertificateDer<'_>,
-        _dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Err(rustls::PeerIncompatible::Tls12NotOffered.into())
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, cert, dss, &self.crypto.signature_verification_algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.crypto.signature_verification_algorithms.supported_schemes()
-    }
+    key_is_proved!();
 }
 
 /// Takes any client that proves to have the key of its certificate.
 #[derive(Debug)]
-struct AnyClient(Arc<CryptoProvider>);
+struct AnyClient {
+    crypto: Arc<CryptoProvider>,
+}
 
 impl ClientCertVerifier for AnyClient {
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
@@ -243,27 +252,7 @@ impl ClientCertVerifier for AnyClient {
         Ok(ClientCertVerified::assertion())
     }
 
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _cert: &CertificateDer<'_>,
-        _dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Err(rustls::PeerIncompatible::Tls12NotOffered.into())
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, cert, dss, &self.0.signature_verification_algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
-    }
+    key_is_proved!();
 }
 
 #[cfg(test)]
@@ -324,7 +313,7 @@ mod tests {
         let mut config = ServerConfig::builder_with_provider(crypto())
             .with_protocol_versions(&VERSIONS)
             .unwrap()
-            .with_client_cert_verifier(Arc::new(AnyClient(crypto())))
+            .with_client_cert_verifier(Arc::new(AnyClient { crypto: crypto() }))
             .with_cert_resolver(Arc::new(Swapped {
                 certificate: beta.certificate.clone(),
                 key: mallory.key.clone_key(),
