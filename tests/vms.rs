@@ -196,6 +196,7 @@ async fn systemd_is_told_when_the_agent_is_ready() {
         .args(["agent", "--config"])
         .arg(&config)
         .env("NOTIFY_SOCKET", &socket)
+        .env("TMPDIR", dir.path())
         .spawn()
         .expect("starts");
     let mut message = [0; 256];
@@ -206,6 +207,13 @@ async fn systemd_is_told_when_the_agent_is_ready() {
     let length = systemd.recv(&mut message).expect("it tells");
     assert!(String::from_utf8_lossy(&message[..length]).contains("STOPPING=1"));
     assert!(agent.wait().expect("it ends").success());
+    // What it had just begun to ask QEMU ends with it.
+    let dir = dir.path().display().to_string();
+    let deadline = std::time::Instant::now() + Duration::from_secs(5);
+    while vmferry_bench::testbed::is_named_by_a_process(&dir) {
+        assert!(std::time::Instant::now() < deadline, "a QEMU is left");
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -38,10 +38,20 @@ pub fn process_cwd(pid: u32) -> Option<PathBuf> {
 
 /// Has the kernel kill what is started when we are: for a QEMU that only answers questions.
 pub(crate) fn end_with_us(command: &mut tokio::process::Command) {
-    // SAFETY: between fork and exec only async-signal-safe calls may be made; this is one system call.
+    let us = rustix::process::getpid();
+    let in_child = move || {
+        rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+        // We may have ended just before that.
+        match rustix::process::getppid() {
+            Some(parent) if parent == us => Ok(()),
+            _ => Err(std::io::ErrorKind::Interrupted.into()),
+        }
+    };
+    // SAFETY: between fork and exec only async-signal-safe calls may be made; these are two system calls, and an error
+    // kind allocates nothing.
     #[expect(unsafe_code)]
     unsafe {
-        command.pre_exec(|| Ok(rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?));
+        command.pre_exec(in_child);
     }
 }
 
