@@ -30,8 +30,6 @@ use crate::vm::{Stage, Vm};
 
 /// A source that is not heard of for this long has lost its claim: what was prepared for it goes.
 const LEASE: Duration = Duration::from_secs(15);
-/// How often it is looked whether the lease has run out.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// How long QEMU may take to load what the source says it has sent.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(8);
 /// How long the guest may take to be set running.
@@ -400,25 +398,23 @@ pub async fn recover(agent: &Agent, id: Uuid, address: IpAddr) -> Result<Incomin
 /// may say that it is over.
 pub(crate) async fn watch_lease(agent: Arc<Agent>, incoming: Arc<Incoming>) {
     loop {
+        // It may have been abandoned while it was being prepared.
+        let is_abandoned = matches!(agent.store.step_in(incoming.id), Ok(Some((InStep::Abandoned, _))));
+        if is_abandoned && agent.incoming(incoming.id).is_some() {
+            let _turn = incoming.turn.lock().await;
+            if let Err(error) = agent.drop_incoming(&incoming, "the source asked for it").await {
+                tracing::error!(error = in_one_line(&error), "cannot drop it");
+            }
+        }
+        let left = LEASE.saturating_sub(incoming.silent_for());
         let why = tokio::select! {
-            () = tokio::time::sleep(LOOK_EVERY) => {
+            () = tokio::time::sleep(left.max(Duration::from_secs(1))) => {
                 format!("the source's agent ({}) was not heard of for {} s", incoming.from, LEASE.as_secs())
             }
             () = incoming.vm.qmp.closed() => "its QEMU ended".into(),
         };
-        match agent.store.step_in(incoming.id) {
-            Ok(Some((InStep::Prepared, _))) => {}
-            // While it was being prepared, when there was nothing to drop yet.
-            Ok(Some((InStep::Abandoned, _))) => {
-                let _turn = incoming.turn.lock().await;
-                if agent.incoming(incoming.id).is_some()
-                    && let Err(error) = agent.drop_incoming(&incoming, "the source asked for it").await
-                {
-                    tracing::error!(error = in_one_line(&error), "cannot drop it");
-                }
-                return;
-            }
-            _ => return,
+        if !matches!(agent.store.step_in(incoming.id), Ok(Some((InStep::Prepared, _)))) {
+            return;
         }
         let is_closed = incoming.vm.qmp.is_closed();
         if !is_closed && (incoming.silent_for() < LEASE || in_post_copy(&incoming.vm).await) {
