@@ -129,12 +129,9 @@ async fn a_migration_that_is_cancelled_while_the_destination_prepares_leaves_not
     tokio::time::sleep(Duration::from_millis(500)).await;
     bed.alpha().vmferry(&["cancel", VM]).await.expect("vmferry runs");
     assert_eq!(migrate.wait().await.expect("it ends").code(), Some(130), "{}", bed.logs());
-    tokio::time::sleep(Duration::from_secs(3)).await;
-    let run_dir = bed.beta().run_dir.display().to_string();
-    bed.eventually("its QEMU is gone", async || {
-        !vmferry_bench::testbed::is_named_by_a_process(&format!("{run_dir}/vms"))
-    })
-    .await;
+    let vms = bed.beta().run_dir.join("vms").display().to_string();
+    let left = vmferry_bench::testbed::processes_naming(&vms);
+    assert!(left.is_empty(), "its QEMU is gone, so that the VM can be offered again: {left:?}");
     bed.assert_runs_only_on(0).await;
     bed.assert_never_stopped().await;
     crate::bed::assert_success(&bed.migrate(&[]).await, &bed);
@@ -235,6 +232,32 @@ async fn when_post_copy_loses_its_connection_the_guest_waits_and_goes_on_over_a_
         vmferry_qemu::Qmp::connect(&bed.dir().join("user.sock"), Duration::from_secs(5)).await.expect("connects");
     let migrate = in_post_copy(&bed).await;
     user.execute(vmferry_qemu::qmp::commands::MigratePause {}).await.expect("the connection is cut");
+    let output = migrate.wait_with_output().await.expect("it ends");
+    crate::bed::assert_success(&output, &bed);
+    let said = text(&output);
+    assert!(said.contains("broke") && said.contains("The connection is back"), "{said}");
+    bed.assert_runs_only_on(1).await;
+    bed.assert_intact(1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_destination_whose_qemu_can_do_nothing_but_wait_for_a_page_gets_its_pages_over_a_new_connection() {
+    // Both QEMUs make this socket, one after the other.
+    let bed = bed::start_with(options(), guest(Mode::Write), &["-qmp", "unix:user.sock,server=on,wait=off"]).await;
+    let user = async || {
+        let socket = bed.dir().join("user.sock");
+        vmferry_qemu::Qmp::connect(&socket, Duration::from_secs(5)).await.expect("connects")
+    };
+    let source = user().await;
+    let migrate = in_post_copy(&bed).await;
+    let destination = user().await;
+    // Reading the guest's memory from the main loop: it gets one missing page after the other, until it gets none.
+    let dump = bed.dir().join("dump");
+    let read_all = serde_json::json!({ "val": 0, "size": bed::RAM_MIB << 20, "filename": dump });
+    let reading = tokio::spawn(async move { destination.execute_raw("pmemsave", read_all).await });
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    source.execute(vmferry_qemu::qmp::commands::MigratePause {}).await.expect("the connection is cut");
+    assert!(!reading.is_finished(), "the main loop has all it wants");
     let output = migrate.wait_with_output().await.expect("it ends");
     crate::bed::assert_success(&output, &bed);
     let said = text(&output);

@@ -7,6 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal};
+use vmferry_bench::testbed::processes_naming;
 
 /// Built beside the binary, as every example is when tests are built.
 fn demo_binary() -> PathBuf {
@@ -27,15 +28,6 @@ fn start_demo(dir: &Path) -> Child {
         .expect("it starts")
 }
 
-fn processes_naming(words: &str) -> Vec<String> {
-    let processes = std::fs::read_dir("/proc").expect("it is there").flatten();
-    processes
-        .filter_map(|process| std::fs::read(process.path().join("cmdline")).ok())
-        .map(|line| String::from_utf8_lossy(&line).replace('\0', " "))
-        .filter(|line| line.contains(words))
-        .collect()
-}
-
 fn interrupted_after(words: &str, more: Duration) {
     let dir = tempfile::tempdir().expect("a folder");
     let mut demo = start_demo(dir.path());
@@ -50,7 +42,7 @@ fn interrupted_after(words: &str, more: Duration) {
     rustix::process::kill_process_group(group, Signal::INT).expect("interrupted");
     let status = demo.wait().expect("it ends");
     assert!(!status.success());
-    assert_eq!(processes_naming(&dir_name), [""; 0], "processes are left");
+    assert_eq!(processes_naming(&dir_name), [0; 0], "processes are left");
     assert_eq!(std::fs::read_dir(dir.path()).expect("it is there").count(), 0, "files are left");
     let namespaces = Command::new("ip").args(["netns", "list"]).output().expect("ip runs");
     let ours = format!("vmferry-{}-", demo.id());

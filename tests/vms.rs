@@ -210,7 +210,7 @@ async fn systemd_is_told_when_the_agent_is_ready() {
     // What it had just begun to ask QEMU ends with it.
     let dir = dir.path().display().to_string();
     let deadline = std::time::Instant::now() + Duration::from_secs(5);
-    while vmferry_bench::testbed::is_named_by_a_process(&dir) {
+    while !vmferry_bench::testbed::processes_naming(&dir).is_empty() {
         assert!(std::time::Instant::now() < deadline, "a QEMU is left");
         std::thread::sleep(Duration::from_millis(20));
     }

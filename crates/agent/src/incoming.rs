@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
 use vmferry_qemu::qmp::commands;
-use vmferry_qemu::{Accel, CommandLine, Incoming as IncomingLaunch, MigrationStatus, QemuInfo, RunState};
+use vmferry_qemu::{Accel, CommandLine, Incoming as IncomingLaunch, MigrationStatus, QemuInfo, QmpError, RunState};
 
 use crate::Agent;
 use crate::api::types::VmSpec;
@@ -25,13 +25,20 @@ use crate::engine::Setup;
 use crate::engine::qemu::set_capabilities;
 use crate::error::{AgentError, in_one_line};
 use crate::lifecycle::check_name;
+use crate::recovery;
 use crate::store::InStep;
 use crate::vm::{Stage, Vm};
 
 /// A source that is not heard of for this long has lost its claim: what was prepared for it goes.
 const LEASE: Duration = Duration::from_secs(15);
+/// How long what is abandoned while its QEMU starts may take to be gone.
+const PREPARING_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often it is looked whether the lease has run out.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// How long QEMU may take to load what the source says it has sent.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(8);
+/// How long QEMU may take to tell how post-copy stands, which it cannot while its main loop waits for a page.
+const STATUS_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long the guest may take to be set running.
 const RUN_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -163,6 +170,7 @@ async fn suitable(agent: &Agent, offer: &Offer) -> Result<(CommandLine, Accel, Q
 pub async fn prepare(agent: &Arc<Agent>, mut offer: Offer, address: IpAddr) -> Result<Prepared, AgentError> {
     let name = offer.spec.name.clone();
     check_name(&name)?;
+    let _preparing = agent.begin_preparing(offer.id);
     let _name = agent.reserve_name(&name)?;
     let (command, accel, info) = suitable(agent, &offer).await?;
     if offer.spec.cwd.metadata().is_err() {
@@ -184,13 +192,20 @@ pub async fn prepare(agent: &Arc<Agent>, mut offer: Offer, address: IpAddr) -> R
     let incoming = Incoming::new(offer.id, offer.from.clone(), Arc::clone(&vm));
     agent.add_incoming(Arc::clone(&incoming));
     tokio::spawn(watch_lease(Arc::clone(agent), incoming));
-    match receive(&vm, info.features.capabilities(), offer.setup, address).await {
+    let received = receive(&vm, info.features.capabilities(), offer.setup, address).await;
+    if let Some((InStep::Abandoned, why)) = agent.store.step_in(offer.id)? {
+        // While its QEMU started.
+        let why = why.unwrap_or_default();
+        give_up(agent, offer.id, &why).await?;
+        return Err(AgentError::Conflict { message: format!("this migration was abandoned: {why}"), hint: None });
+    }
+    match received {
         Ok(prepared) => {
             tracing::info!(vm = name, migration = %offer.id, from = offer.from, uri = prepared.uri, "waits for a guest");
             Ok(prepared)
         }
         Err(error) => {
-            abandon(agent, offer.id, &format!("its QEMU could not be prepared: {}", in_one_line(&error))).await?;
+            give_up(agent, offer.id, &format!("its QEMU could not be prepared: {}", in_one_line(&error))).await?;
             Err(error)
         }
     }
@@ -224,11 +239,7 @@ fn as_strs(names: &[String]) -> Vec<&str> {
 
 async fn listen(vm: &Vm, address: IpAddr) -> Result<String, AgentError> {
     vm.qmp.execute(commands::MigrateIncoming { uri: tcp_uri(address, 0) }).await?;
-    listening_uri(vm, address).await
-}
-
-/// QEMU chose the port; it tells which in query-migrate.
-async fn listening_uri(vm: &Vm, address: IpAddr) -> Result<String, AgentError> {
+    // QEMU chose the port.
     let info = vm.qmp.execute(commands::QueryMigrate {}).await?;
     let port = info.socket_address.iter().flatten().find_map(vmferry_qemu::qmp::commands::SocketAddress::tcp_port);
     port.map(|port| tcp_uri(address, port)).ok_or_else(|| AgentError::Conflict {
@@ -281,11 +292,24 @@ pub async fn commit(agent: &Arc<Agent>, id: Uuid) -> Result<IncomingState, Agent
             return state(agent, id);
         }
         vm.set_stage(Stage::Owned);
+        let took_us = begun.elapsed().as_micros() as u64;
+        tracing::info!(vm = vm.name(), migration = %id, took_us, "owns the guest now");
+        if let Err(error) = set_running(agent, vm).await {
+            // In post-copy it may answer only when the source has made a lost connection anew, and for that the source
+            // must hear that the guest is here.
+            tracing::error!(vm = vm.name(), error = in_one_line(&error), "cannot be set running yet");
+            tokio::spawn(set_running_later(Arc::clone(agent), Arc::clone(vm)));
+        }
+        tokio::spawn(announce(Arc::clone(vm)));
     }
-    set_running(agent, vm).await?;
-    tracing::info!(vm = vm.name(), migration = %id, took_us = begun.elapsed().as_micros() as u64, "owns the guest now");
-    tokio::spawn(announce(Arc::clone(vm)));
     state(agent, id)
+}
+
+async fn set_running_later(agent: Arc<Agent>, vm: Arc<Vm>) {
+    while let Err(error) = set_running(&agent, &vm).await {
+        tracing::debug!(vm = vm.name(), error = in_one_line(&error), "cannot be set running yet");
+        tokio::time::sleep(RUN_TIMEOUT).await;
+    }
 }
 
 /// Sets a guest running that this host owns, once: its user may pause it afterwards.
@@ -330,8 +354,8 @@ async fn loaded(vm: &Vm) -> Result<(), String> {
 async fn run(vm: &Vm) -> Result<(), AgentError> {
     let deadline = Instant::now() + RUN_TIMEOUT;
     loop {
-        vm.qmp.execute(commands::Cont {}).await?;
-        let state = vm.run_state().await?;
+        vm.qmp.execute_within(commands::Cont {}, RUN_TIMEOUT).await?;
+        let state = vm.qmp.execute_within(commands::QueryStatus {}, RUN_TIMEOUT).await?.status;
         // A guest that shut down or crashed on its own in its first moment is none of ours to restart.
         if !matches!(state, RunState::Paused | RunState::InMigrate | RunState::Prelaunch) || Instant::now() > deadline {
             return Ok(());
@@ -349,8 +373,17 @@ async fn announce(vm: Arc<Vm>) {
 }
 
 /// Gives up what was prepared, now and for ever; what was committed stays. May be asked again, and of migrations that
-/// this host never heard of.
-pub async fn abandon(agent: &Arc<Agent>, id: Uuid, why: &str) -> Result<IncomingState, AgentError> {
+/// this host never heard of. When it answers nothing of it is left, so that the VM can be offered again at once.
+pub async fn abandon(agent: &Agent, id: Uuid, why: &str) -> Result<IncomingState, AgentError> {
+    give_up(agent, id, why).await?;
+    let deadline = Instant::now() + PREPARING_TIMEOUT;
+    while agent.is_preparing(id) && Instant::now() < deadline {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    state(agent, id)
+}
+
+async fn give_up(agent: &Agent, id: Uuid, why: &str) -> Result<(), AgentError> {
     match agent.incoming(id) {
         Some(incoming) => {
             let _turn = incoming.turn.lock().await;
@@ -360,7 +393,7 @@ pub async fn abandon(agent: &Arc<Agent>, id: Uuid, why: &str) -> Result<Incoming
             agent.store.abandon_in(id, "", "", why)?;
         }
     }
-    state(agent, id)
+    Ok(())
 }
 
 /// After a broken connection in post-copy: listens again, at this address of ours.
@@ -370,26 +403,51 @@ pub async fn recover(agent: &Agent, id: Uuid, address: IpAddr) -> Result<Incomin
         return Err(conflict(format!("no post-copy to recover in migration {id}")));
     }
     let name = agent.store.vm_of(id)?;
-    let vm = agent.vm(&name).ok().filter(|vm| vm.is_alive() && vm.stage() == Stage::Owned);
-    let vm = vm.ok_or_else(|| conflict(format!("{name} does not run on {} any more", agent.config.name)))?;
+    let vm = match agent.vm(&name) {
+        Ok(vm) if vm.is_alive() && vm.stage() == Stage::Owned => vm,
+        Err(error) if recovery::lives(agent, &name) => return Err(error),
+        _ => return Err(conflict(format!("{name} does not run on {} any more", agent.config.name))),
+    };
     let mut state = state(agent, id)?;
-    match vm.qmp.execute(commands::QueryMigrate {}).await?.status {
-        Some(MigrationStatus::PostcopyPaused) => {
-            vm.qmp.execute(commands::MigrateRecover { uri: tcp_uri(address, 0) }).await?;
-            state.uri = Some(listening_uri(&vm, address).await?);
+    match listen_again(&vm, address).await {
+        Ok(uri) => {
+            state.uri = Some(uri);
+            return Ok(state);
         }
+        Err(AgentError::Qmp(QmpError::Command { desc, .. })) => {
+            tracing::debug!(vm = name, desc, "does not listen again");
+        }
+        Err(error) => return Err(error),
+    }
+    let status = match vm.qmp.execute_within(commands::QueryMigrate {}, STATUS_TIMEOUT).await {
+        Ok(info) => info.status.unwrap_or(MigrationStatus::None),
+        // What keeps it from answering is a page that does not come.
+        Err(QmpError::Timeout { .. }) => MigrationStatus::PostcopyActive,
+        Err(error) => return Err(error.into()),
+    };
+    match status {
         // This side has not noticed yet that the connection is gone.
-        Some(MigrationStatus::PostcopyActive) => {
-            vm.qmp.execute(commands::MigratePause {}).await?;
-        }
-        Some(status) if status.is_post_copy() => state.uri = listening_uri(&vm, address).await.ok(),
-        Some(MigrationStatus::Completed) => state.complete = true,
+        MigrationStatus::PostcopyActive => match vm.qmp.execute(commands::MigratePause {}).await {
+            Ok(_) | Err(QmpError::Command { .. }) => {}
+            Err(error) => return Err(error.into()),
+        },
+        status if status.is_post_copy() => {}
+        MigrationStatus::Completed => state.complete = true,
         other => {
-            let status = other.unwrap_or(MigrationStatus::None);
-            return Err(conflict(format!("{name}'s QEMU on {} cannot go on: it is {status}", agent.config.name)));
+            return Err(conflict(format!("{name}'s QEMU on {} cannot go on: it is {other}", agent.config.name)));
         }
     }
     Ok(state)
+}
+
+/// Has a QEMU whose post-copy is paused listen once more. It can do this even while its main loop, which would tell
+/// what port it chose, waits for a page: so the port is chosen here. That somebody takes it in between is seen, and the
+/// source asks again.
+async fn listen_again(vm: &Vm, address: IpAddr) -> Result<String, AgentError> {
+    let free = std::net::TcpListener::bind((address, 0)).and_then(|listener| listener.local_addr());
+    let uri = tcp_uri(address, free.map_err(AgentError::io(address.to_string()))?.port());
+    vm.qmp.execute(commands::MigrateRecover { uri: uri.clone() }).await?;
+    Ok(uri)
 }
 
 /// Abandons what was prepared when its source falls silent, or its QEMU ends.
@@ -398,17 +456,8 @@ pub async fn recover(agent: &Agent, id: Uuid, address: IpAddr) -> Result<Incomin
 /// may say that it is over.
 pub(crate) async fn watch_lease(agent: Arc<Agent>, incoming: Arc<Incoming>) {
     loop {
-        // It may have been abandoned while it was being prepared.
-        let is_abandoned = matches!(agent.store.step_in(incoming.id), Ok(Some((InStep::Abandoned, _))));
-        if is_abandoned && agent.incoming(incoming.id).is_some() {
-            let _turn = incoming.turn.lock().await;
-            if let Err(error) = agent.drop_incoming(&incoming, "the source asked for it").await {
-                tracing::error!(error = in_one_line(&error), "cannot drop it");
-            }
-        }
-        let left = LEASE.saturating_sub(incoming.silent_for());
         let why = tokio::select! {
-            () = tokio::time::sleep(left.max(Duration::from_secs(1))) => {
+            () = tokio::time::sleep(LOOK_EVERY) => {
                 format!("the source's agent ({}) was not heard of for {} s", incoming.from, LEASE.as_secs())
             }
             () = incoming.vm.qmp.closed() => "its QEMU ended".into(),
@@ -421,16 +470,19 @@ pub(crate) async fn watch_lease(agent: Arc<Agent>, incoming: Arc<Incoming>) {
             continue;
         }
         tracing::warn!(vm = incoming.vm.name(), migration = %incoming.id, why, "abandons an incoming migration");
-        match abandon(&agent, incoming.id, &why).await {
-            Ok(_) => return,
+        match give_up(&agent, incoming.id, &why).await {
+            Ok(()) => return,
             Err(error) => tracing::error!(error = in_one_line(&error), "cannot abandon it"),
         }
     }
 }
 
 async fn in_post_copy(vm: &Vm) -> bool {
-    let info = vm.qmp.execute(commands::QueryMigrate {}).await;
-    info.is_ok_and(|info| info.status.is_some_and(|status| status.is_post_copy()))
+    match vm.qmp.execute_within(commands::QueryMigrate {}, STATUS_TIMEOUT).await {
+        Ok(info) => info.status.is_some_and(|status| status.is_post_copy()),
+        // It may wait for a page.
+        Err(error) => matches!(error, QmpError::Timeout { .. }),
+    }
 }
 
 impl Agent {

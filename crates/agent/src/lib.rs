@@ -60,6 +60,8 @@ struct State {
     vms: BTreeMap<String, Arc<Vm>>,
     /// Names of VMs that are being started.
     reserved: HashSet<String>,
+    /// Incoming migrations whose QEMUs are being started.
+    preparing: HashSet<Uuid>,
     outgoing: Vec<Arc<Migration>>,
     incoming: HashMap<Uuid, Arc<Incoming>>,
 }
@@ -80,6 +82,18 @@ struct ReservedName<'a> {
 impl Drop for ReservedName<'_> {
     fn drop(&mut self) {
         self.agent.state().reserved.remove(&self.name);
+    }
+}
+
+/// An incoming migration is being prepared while this lives.
+struct Preparing<'a> {
+    agent: &'a Agent,
+    id: Uuid,
+}
+
+impl Drop for Preparing<'_> {
+    fn drop(&mut self) {
+        self.agent.state().preparing.remove(&self.id);
     }
 }
 
@@ -111,6 +125,15 @@ impl Agent {
             return Err(AgentError::VmExists { name: name.into(), host: self.config.name.clone() });
         }
         Ok(ReservedName { agent: self, name: name.into() })
+    }
+
+    fn begin_preparing(&self, id: Uuid) -> Preparing<'_> {
+        self.state().preparing.insert(id);
+        Preparing { agent: self, id }
+    }
+
+    fn is_preparing(&self, id: Uuid) -> bool {
+        self.state().preparing.contains(&id)
     }
 
     fn add_migration(&self, migration: Arc<Migration>) {

@@ -227,9 +227,9 @@ async fn plan(agent: &Agent, vm: &Vm, id: Uuid, request: &MigrateRequest) -> Res
     }
     let running = run_state == RunState::Running;
     let post_copy_first = running && qemu::loses_writes(&features, &vm.accelerator);
+    let means = qemu::means(&features, |name| there.capabilities.contains(name), request.post_copy);
     if post_copy_first {
-        let both = features.has_capability("postcopy-ram") && there.capabilities.contains("postcopy-ram");
-        if !request.post_copy || !both {
+        if !means.contains(&"postcopy-ram") {
             return Err(only_by_post_copy(vm));
         }
         notes.push(format!("{}: it goes first, and its memory follows by post-copy.", loses_writes(vm)));
@@ -249,10 +249,7 @@ async fn plan(agent: &Agent, vm: &Vm, id: Uuid, request: &MigrateRequest) -> Res
         destination_qemu: there.qemu_version.clone(),
         machine: vm.facts.machine.clone(),
         accelerator: vm.accelerator.clone(),
-        capabilities: qemu::means(&features, |name| there.capabilities.contains(name), request.post_copy)
-            .into_iter()
-            .map(str::to_owned)
-            .collect(),
+        capabilities: means.into_iter().map(str::to_owned).collect(),
         notes,
     };
     Ok(Plan { view, offer, there, features, peer, markers: Some(markers), post_copy_first })
@@ -512,11 +509,7 @@ impl Run {
         let note = |text| told.note(text);
         match follow_post_copy(engine, &peer, told.id, note, |seen| self.tell_progress(seen)).await {
             Ok(()) => Ok(()),
-            Err(reason) => {
-                strand(&self.agent, &self.vm, self.migration.id, &reason).map_err(Halt::Lost)?;
-                let (name, to) = (self.vm.name().into(), self.to.clone());
-                Err(Halt::Lost(AgentError::GuestAtRisk { name, to, reason }))
-            }
+            Err(reason) => Err(self.stranded(reason)),
         }
     }
 
@@ -614,12 +607,17 @@ impl Run {
         match forward.await {
             Err(Halt::Undo(refused)) => {
                 let reason = format!("QEMU here had let go of it, and {}", in_one_line(&refused));
-                strand(&self.agent, &self.vm, self.migration.id, &reason).map_err(Halt::Lost)?;
-                let (name, to) = (self.vm.name().into(), self.to.clone());
-                Err(Halt::Lost(AgentError::GuestAtRisk { name, to, reason }))
+                Err(self.stranded(reason))
             }
             other => other,
         }
+    }
+
+    /// Some of the guest's memory may be here only, and cannot follow.
+    fn stranded(&self, reason: String) -> Halt {
+        let (name, to) = (self.vm.name().into(), self.to.clone());
+        let error = strand(&self.agent, &self.vm, self.migration.id, &reason).err();
+        Halt::Lost(error.unwrap_or(AgentError::GuestAtRisk { name, to, reason }))
     }
 
     /// Its QEMU does not do as told; whoever settles what a crashed agent left goes on trying.

@@ -115,7 +115,7 @@ pub(crate) async fn settle(agent: Arc<Agent>, record: OutRecord) {
 }
 
 /// A QEMU of that name is on record and lives, whether or not it answers.
-fn lives(agent: &Agent, name: &str) -> bool {
+pub(crate) fn lives(agent: &Agent, name: &str) -> bool {
     let records = agent.store.vms().unwrap_or_default();
     records.iter().any(|it| it.spec.name == name && vmferry_qemu::is_same_process(it.pid, it.start_time))
 }

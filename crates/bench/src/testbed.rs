@@ -342,12 +342,8 @@ fn end_processes_of(dir: &Path) {
     }
 }
 
-/// Some process has these words on its command line.
-pub fn is_named_by_a_process(words: &str) -> bool {
-    !processes_naming(words).is_empty()
-}
-
-fn processes_naming(dir: &str) -> Vec<i32> {
+/// The processes, by pid, on whose command line this stands.
+pub fn processes_naming(dir: &str) -> Vec<i32> {
     let Ok(processes) = std::fs::read_dir("/proc") else { return Vec::new() };
     processes
         .flatten()

@@ -25,12 +25,14 @@ use serde_json::Value;
 use tokio::net::UnixStream;
 use tokio::time::Instant;
 
-use connection::Connection;
+use connection::{Connection, Turn};
 
 /// How long QEMU may take to answer a command unless the caller says otherwise.
 pub const COMMAND_TIMEOUT: Duration = Duration::from_secs(10);
 /// How many descriptors may go with one command; QEMU's own bound.
 pub const MAX_DESCRIPTORS: usize = 16;
+/// What the greeting calls the capability to do some commands out of their turn.
+const OUT_OF_BAND: &str = "oob";
 /// How often a socket that is not there yet is tried.
 const RETRY: Duration = Duration::from_millis(5);
 
@@ -38,6 +40,9 @@ const RETRY: Duration = Duration::from_millis(5);
 pub trait Command: Serialize {
     /// What QMP calls it.
     const NAME: &'static str;
+    /// QEMU does it at once, even while it can do nothing else because its guest waits for a page; on a connection that
+    /// cannot (a shared character device) it waits its turn like any other.
+    const OUT_OF_BAND: bool = false;
     /// What comes back. Fields that it does not name are ignored.
     type Reply: DeserializeOwned;
 }
@@ -114,6 +119,7 @@ pub enum QmpError {
 pub struct Qmp {
     connection: Arc<Connection>,
     peer: Option<u32>,
+    out_of_band: bool,
 }
 
 impl std::fmt::Debug for Qmp {
@@ -137,16 +143,18 @@ impl Qmp {
         };
         let peer = stream.peer_cred().ok().and_then(|peer| peer.pid()).and_then(|pid| u32::try_from(pid).ok());
         let (connection, greeted) = Connection::open(stream);
-        match tokio::time::timeout_at(until, greeted).await {
-            Ok(Ok(())) => {}
+        let enable = match tokio::time::timeout_at(until, greeted).await {
+            Ok(Ok(offered)) => offered.into_iter().filter(|capability| capability == OUT_OF_BAND).collect::<Vec<_>>(),
             Ok(Err(_)) => return Err(connection.why_closed()),
             Err(_) => return Err(no_greeting()),
-        }
-        let qmp = Self { connection: Arc::new(connection), peer };
-        match tokio::time::timeout_at(until, qmp.execute(commands::QmpCapabilities {})).await {
+        };
+        let mut qmp = Self { connection: Arc::new(connection), peer, out_of_band: false };
+        let out_of_band = !enable.is_empty();
+        match tokio::time::timeout_at(until, qmp.execute(commands::QmpCapabilities { enable })).await {
             Ok(ready) => ready?,
             Err(_) => return Err(no_greeting()),
         };
+        qmp.out_of_band = out_of_band;
         Ok(qmp)
     }
 
@@ -157,7 +165,8 @@ impl Qmp {
 
     /// Executes a command and waits for the answer, at most this long.
     pub async fn execute_within<C: Command>(&self, command: C, timeout: Duration) -> Result<C::Reply, QmpError> {
-        decode::<C>(self.exchange(C::NAME, arguments_of(&command)?, Vec::new(), timeout).await?)
+        let turn = if C::OUT_OF_BAND && self.out_of_band { Turn::Now } else { Turn::InOrder };
+        decode::<C>(self.exchange(C::NAME, arguments_of(&command)?, Vec::new(), turn, timeout).await?)
     }
 
     /// Executes a command that takes descriptors along, such as `getfd` and `add-fd`. They are duplicated, the caller's
@@ -171,14 +180,15 @@ impl Qmp {
             )));
         }
         let owned: std::io::Result<Vec<OwnedFd>> = fds.iter().map(BorrowedFd::try_clone_to_owned).collect();
-        let reply =
-            self.exchange(C::NAME, arguments_of(&command)?, owned.map_err(unsendable)?, COMMAND_TIMEOUT).await?;
-        decode::<C>(reply)
+        let (arguments, owned) = (arguments_of(&command)?, owned.map_err(unsendable)?);
+        // QEMU keeps one command's descriptors only until it reads those of the next.
+        let _one_at_a_time = self.connection.descriptors().await;
+        decode::<C>(self.exchange(C::NAME, arguments, owned, Turn::InOrder, COMMAND_TIMEOUT).await?)
     }
 
     /// Executes a command that has no type here, and gives QEMU's answer as it came.
     pub async fn execute_raw(&self, name: &str, arguments: Value) -> Result<Value, QmpError> {
-        self.exchange(name, arguments, Vec::new(), COMMAND_TIMEOUT).await
+        self.exchange(name, arguments, Vec::new(), Turn::InOrder, COMMAND_TIMEOUT).await
     }
 
     /// The events from now on.
@@ -201,9 +211,10 @@ impl Qmp {
         name: &str,
         arguments: Value,
         fds: Vec<OwnedFd>,
+        turn: Turn,
         timeout: Duration,
     ) -> Result<Value, QmpError> {
-        tokio::time::timeout(timeout, self.connection.exchange(name, arguments, fds))
+        tokio::time::timeout(timeout, self.connection.exchange(name, arguments, fds, turn))
             .await
             .unwrap_or_else(|_| Err(QmpError::Timeout { command: name.into(), after: timeout }))
     }

@@ -8,7 +8,7 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::JoinHandle;
-use vmferry_qemu::qmp::commands::{QueryMigrate, QueryStatus, Stop};
+use vmferry_qemu::qmp::commands::{MigratePause, QueryMigrate, QueryStatus, Stop};
 use vmferry_qemu::{MigrationStatus, Qmp, QmpError, RunState};
 
 const SOON: Duration = Duration::from_secs(5);
@@ -28,10 +28,15 @@ impl Server {
     }
 
     async fn greet(&mut self) {
-        self.say(GREETING).await;
-        let (name, id) = self.command().await.unwrap();
-        assert_eq!(name, "qmp_capabilities");
-        self.answer(id, "{}").await;
+        self.greet_with(GREETING, r#"{"enable":["oob"]}"#).await;
+    }
+
+    async fn greet_with(&mut self, greeting: &str, arguments: &str) {
+        self.say(greeting).await;
+        let command = self.line().await.unwrap();
+        assert_eq!(command["execute"], "qmp_capabilities");
+        assert_eq!(command["arguments"], serde_json::from_str::<serde_json::Value>(arguments).unwrap());
+        self.answer(command["id"].as_u64().unwrap(), "{}").await;
     }
 
     async fn say(&mut self, line: &str) {
@@ -42,9 +47,13 @@ impl Server {
         self.say(&format!(r#"{{"return":{reply},"id":{id}}}"#)).await;
     }
 
-    async fn command(&mut self) -> Option<(String, u64)> {
+    async fn line(&mut self) -> Option<serde_json::Value> {
         let line = self.lines.next_line().await.ok()??;
-        let command: serde_json::Value = serde_json::from_str(&line).unwrap();
+        Some(serde_json::from_str(&line).unwrap())
+    }
+
+    async fn command(&mut self) -> Option<(String, u64)> {
+        let command = self.line().await?;
         Some((command["execute"].as_str().unwrap().into(), command["id"].as_u64().unwrap()))
     }
 }
@@ -108,7 +117,7 @@ async fn replies_find_their_commands_in_any_order() {
     let fake = fake(|mut server| async move {
         server.greet().await;
         let mut asked = Vec::new();
-        for _ in 0..20 {
+        for _ in 0..7 {
             asked.push(server.command().await.unwrap());
         }
         for (name, id) in asked.into_iter().rev() {
@@ -116,7 +125,7 @@ async fn replies_find_their_commands_in_any_order() {
         }
     });
     let qmp = Qmp::connect(&fake.path, SOON).await.unwrap();
-    let commands = (0..20).map(|number| {
+    let commands = (0..7).map(|number| {
         let qmp = qmp.clone();
         tokio::spawn(async move {
             let name = format!("command-{number}");
@@ -268,4 +277,41 @@ async fn nobody_there_and_nobody_who_greets_are_told_apart() {
     assert!(matches!(Qmp::connect(&path, short).await, Err(QmpError::Connect { .. })));
     let _listener = UnixListener::bind(&path).unwrap();
     assert!(matches!(Qmp::connect(&path, short).await, Err(QmpError::NoGreeting { .. })));
+}
+
+#[tokio::test]
+async fn what_must_be_done_at_once_overtakes_what_qemu_cannot_do() {
+    // It answers nothing that waits its turn; a real one stops reading when eight of those wait.
+    let fake = fake(|mut server| async move {
+        server.greet().await;
+        let mut unanswered = 0;
+        while let Some(command) = server.line().await {
+            if command["exec-oob"] == "migrate-pause" {
+                server.answer(command["id"].as_u64().unwrap(), "{}").await;
+                return;
+            }
+            unanswered += 1;
+            assert!(unanswered < 8, "{command}");
+        }
+    });
+    let qmp = Qmp::connect(&fake.path, SOON).await.unwrap();
+    for _ in 0..12 {
+        let error = qmp.execute_within(QueryStatus {}, Duration::from_millis(5)).await.unwrap_err();
+        assert!(matches!(error, QmpError::Timeout { .. }), "{error:?}");
+    }
+    qmp.execute_within(MigratePause {}, SOON).await.unwrap();
+    fake.server.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_monitor_that_does_everything_in_order_gets_everything_in_order() {
+    let fake = fake(|mut server| async move {
+        server.greet_with(&GREETING.replace(r#""oob""#, r#""telepathy""#), "null").await;
+        let (name, id) = server.command().await.unwrap();
+        assert_eq!(name, "migrate-pause");
+        server.answer(id, "{}").await;
+    });
+    let qmp = Qmp::connect(&fake.path, SOON).await.unwrap();
+    qmp.execute(MigratePause {}).await.unwrap();
+    fake.server.await.unwrap();
 }

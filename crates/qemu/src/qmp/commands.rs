@@ -11,11 +11,11 @@ use serde_json::Value;
 
 use super::{Command, RunState};
 
-/// Declares commands: `Type { arguments } = "name" -> Reply;`.
+/// Declares commands: `Type { arguments } = "name" -> Reply;`, or `... -> Reply, out_of_band = true;`.
 macro_rules! commands {
     ($($(#[$about:meta])* $name:ident {
         $($(#[$doc:meta])* $field:ident: $type:ty,)*
-    } = $word:literal -> $reply:ty;)*) => {$(
+    } = $word:literal -> $reply:ty $(, out_of_band = $out_of_band:literal)?;)*) => {$(
         $(#[$about])*
         #[derive(Clone, Debug, serde::Serialize)]
         #[serde(rename_all = "kebab-case")]
@@ -28,6 +28,7 @@ macro_rules! commands {
 
         impl $crate::qmp::Command for $name {
             const NAME: &'static str = $word;
+            $(const OUT_OF_BAND: bool = $out_of_band;)?
             type Reply = $reply;
         }
     )*};
@@ -36,7 +37,11 @@ use commands;
 
 commands! {
     /// Ends the greeting; [`Qmp::connect`](super::Qmp::connect) does it.
-    QmpCapabilities {} = "qmp_capabilities" -> Nothing;
+    QmpCapabilities {
+        /// Those to switch on, of what the greeting offers.
+        #[serde(skip_serializing_if = "Vec::is_empty")]
+        enable: Vec<String>,
+    } = "qmp_capabilities" -> Nothing;
     /// What QEMU does with the guest.
     QueryStatus {} = "query-status" -> Status;
     /// QEMU's version.

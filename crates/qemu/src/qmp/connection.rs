@@ -11,7 +11,7 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use serde_json::{Map, Value};
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, BufReader, Interest};
 use tokio::net::UnixStream;
-use tokio::sync::{broadcast, mpsc, oneshot, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, mpsc, oneshot, watch};
 
 use super::{Event, EventStream, MAX_DESCRIPTORS, QmpError};
 
@@ -19,6 +19,9 @@ use super::{Event, EventStream, MAX_DESCRIPTORS, QmpError};
 const MAX_LINE: usize = 64 << 20;
 /// Commands that may wait to be written.
 const MAX_UNWRITTEN: usize = 64;
+/// Commands that wait in QEMU for their turn. It keeps up to eight; with more it stops reading, and a command that is
+/// to be done at once would wait behind them.
+const MAX_IN_ORDER: usize = 7;
 /// Events that a reader may be behind before it loses some.
 const MAX_UNREAD_EVENTS: usize = 1024;
 
@@ -41,24 +44,29 @@ struct Line {
     fds: Vec<OwnedFd>,
 }
 
+/// When QEMU is to do a command.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Turn {
+    /// After those that were sent before it.
+    InOrder,
+    /// At once ("out of band").
+    Now,
+}
+
+/// A command that QEMU has not answered. It stays until then even if nobody waits for the answer any more, as it takes
+/// its place in QEMU.
+struct Unanswered {
+    waiting: oneshot::Sender<Reply>,
+    /// None for one that is done at once.
+    _place: Option<OwnedSemaphorePermit>,
+}
+
 #[derive(Default)]
-struct Pending(Mutex<HashMap<u64, oneshot::Sender<Reply>>>);
+struct Pending(Mutex<HashMap<u64, Unanswered>>);
 
 impl Pending {
-    fn lock(&self) -> MutexGuard<'_, HashMap<u64, oneshot::Sender<Reply>>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<u64, Unanswered>> {
         self.0.lock().expect("no holder of this lock panics")
-    }
-}
-
-/// A command that nobody waits for any more must not be kept.
-struct Waiting<'a> {
-    pending: &'a Pending,
-    id: u64,
-}
-
-impl Drop for Waiting<'_> {
-    fn drop(&mut self) {
-        self.pending.lock().remove(&self.id);
     }
 }
 
@@ -67,20 +75,29 @@ pub(super) struct Connection {
     next_id: AtomicU64,
     lines: mpsc::Sender<Line>,
     pending: Arc<Pending>,
+    places: Arc<Semaphore>,
+    descriptors: tokio::sync::Mutex<()>,
     events: broadcast::WeakSender<Event>,
     end: watch::Receiver<Option<End>>,
 }
 
 impl Connection {
-    /// Starts reading and writing; the second part resolves when QEMU has greeted.
-    pub(super) fn open(stream: UnixStream) -> (Self, oneshot::Receiver<()>) {
+    /// Starts reading and writing; the second part resolves to what QEMU offers when it has greeted.
+    pub(super) fn open(stream: UnixStream) -> (Self, oneshot::Receiver<Vec<String>>) {
         let (lines, unwritten) = mpsc::channel(MAX_UNWRITTEN);
         let (events, _) = broadcast::channel(MAX_UNREAD_EVENTS);
         let (ended, end) = watch::channel(None);
         let (greeted, greeting) = oneshot::channel();
         let pending = Arc::new(Pending::default());
-        let connection =
-            Self { next_id: AtomicU64::new(1), lines, pending: Arc::clone(&pending), events: events.downgrade(), end };
+        let connection = Self {
+            next_id: AtomicU64::new(1),
+            lines,
+            pending: Arc::clone(&pending),
+            places: Arc::new(Semaphore::new(MAX_IN_ORDER)),
+            descriptors: tokio::sync::Mutex::default(),
+            events: events.downgrade(),
+            end,
+        };
         tokio::spawn(async move {
             let incoming = Incoming { pending: &pending, events, greeted: Some(greeted) };
             let why = run(stream, unwritten, incoming).await;
@@ -112,10 +129,28 @@ impl Connection {
         }
     }
 
+    /// To be held while a command is under way that takes descriptors along.
+    pub(super) async fn descriptors(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        self.descriptors.lock().await
+    }
+
     /// Sends a command and waits for its reply.
-    pub(super) async fn exchange(&self, name: &str, arguments: Value, fds: Vec<OwnedFd>) -> Result<Value, QmpError> {
+    pub(super) async fn exchange(
+        &self,
+        name: &str,
+        arguments: Value,
+        fds: Vec<OwnedFd>,
+        turn: Turn,
+    ) -> Result<Value, QmpError> {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
-        let mut command = serde_json::json!({ "execute": name, "id": id });
+        let (verb, place) = match turn {
+            Turn::Now => ("exec-oob", None),
+            Turn::InOrder => {
+                let place = Arc::clone(&self.places).acquire_owned().await;
+                ("execute", Some(place.expect("nobody closes the semaphore")))
+            }
+        };
+        let mut command = serde_json::json!({ verb: name, "id": id });
         if arguments.as_object().is_some_and(|arguments| !arguments.is_empty()) {
             command["arguments"] = arguments;
         }
@@ -123,9 +158,9 @@ impl Connection {
         bytes.push(b'\n');
 
         let (answer, answered) = oneshot::channel();
-        self.pending.lock().insert(id, answer);
-        let _waiting = Waiting { pending: &self.pending, id };
+        self.pending.lock().insert(id, Unanswered { waiting: answer, _place: place });
         if self.is_closed() || self.lines.send(Line { bytes, fds }).await.is_err() {
+            self.pending.lock().remove(&id);
             return Err(self.why_closed());
         }
         match answered.await {
@@ -219,7 +254,7 @@ async fn write_line(stream: &UnixStream, line: &Line) -> std::io::Result<()> {
 struct Incoming<'a> {
     pending: &'a Pending,
     events: broadcast::Sender<Event>,
-    greeted: Option<oneshot::Sender<()>>,
+    greeted: Option<oneshot::Sender<Vec<String>>>,
 }
 
 impl Incoming<'_> {
@@ -233,9 +268,10 @@ impl Incoming<'_> {
             let data = message.remove("data").unwrap_or_default();
             // Nobody listening is fine.
             let _ = self.events.send(Event { name, data, at: std::time::Instant::now() });
-        } else if message.contains_key("QMP") {
+        } else if let Some(greeting) = message.get("QMP") {
+            let offered = greeting["capabilities"].as_array().into_iter().flatten().filter_map(Value::as_str);
             if let Some(greeted) = self.greeted.take() {
-                let _ = greeted.send(());
+                let _ = greeted.send(offered.map(str::to_owned).collect());
             }
         } else if message.contains_key("return") || message.contains_key("error") {
             self.answer(message);
@@ -250,11 +286,11 @@ impl Incoming<'_> {
             let text = |key| error.get(key).and_then(Value::as_str).unwrap_or("(no word)").to_owned();
             Refusal { class: text("class"), desc: text("desc") }
         });
-        let waiting = message.remove("id").and_then(|id| id.as_u64()).and_then(|id| self.pending.lock().remove(&id));
-        match (waiting, refusal) {
+        let unanswered = message.remove("id").and_then(|id| id.as_u64()).and_then(|id| self.pending.lock().remove(&id));
+        match (unanswered, refusal) {
             // The waiting side may have given up in the meantime.
-            (Some(waiting), Some(refusal)) => drop(waiting.send(Err(refusal))),
-            (Some(waiting), None) => drop(waiting.send(Ok(message))),
+            (Some(it), Some(refusal)) => drop(it.waiting.send(Err(refusal))),
+            (Some(it), None) => drop(it.waiting.send(Ok(message))),
             (None, Some(refusal)) => tracing::warn!(refusal.class, refusal.desc, "an error that nobody waits for"),
             (None, None) => tracing::debug!("a reply that nobody waits for any more"),
         }

@@ -36,9 +36,9 @@ commands! {
     MigrateRecover {
         /// Where to listen.
         uri: String,
-    } = "migrate-recover" -> Nothing;
+    } = "migrate-recover" -> Nothing, out_of_band = true;
     /// Breaks a post-copy's connection, so that it can be recovered.
-    MigratePause {} = "migrate-pause" -> Nothing;
+    MigratePause {} = "migrate-pause" -> Nothing, out_of_band = true;
     /// Has the guest's network cards tell the switches where they are now. Times are in ms.
     AnnounceSelf {
         /// Before the second round.
