@@ -1,22 +1,47 @@
 //! The API as programs see it: the document it serves, and what it makes of requests that are wrong.
 
+use std::sync::Arc;
+use std::time::Duration;
+
+use reqwest::Method;
 use uuid::Uuid;
 use vmferry_agent::api::types::{Code, Problem};
-use vmferry_agent::engine::Setup;
+use vmferry_agent::engine::{Protection, Setup};
 use vmferry_agent::incoming::{CheckReply, Offer};
+use vmferry_agent::peer::{Answer, Peer, PeerError};
 use vmferry_bench::Mode;
-use vmferry_bench::testbed::Testbed;
+use vmferry_bench::testbed::{Host, Testbed};
+use vmferry_link::Identity;
 
 use crate::bed::{self, Bed, guest, options};
 
-/// Asks beta's agent, as another agent would, whether it can take this.
+/// Beta's agent, for somebody with this identity.
+pub(crate) fn beta_as(testbed: &Testbed, identity: Identity) -> Peer {
+    let beta = identity_of(testbed.beta()).fingerprint();
+    Peer::new(&testbed.beta().address.to_string(), Arc::new(identity), vec![beta])
+}
+
+/// What a host's agent has made itself.
+pub(crate) fn identity_of(host: &Host) -> Identity {
+    Identity::load_or_make(&host.state_dir.join("identity.pem"), host.name).expect("it is there")
+}
+
+/// Beta's agent, for alpha.
+fn beta(testbed: &Testbed) -> Peer {
+    beta_as(testbed, identity_of(testbed.alpha()))
+}
+
+/// Asks an agent for something.
+pub(crate) async fn ask(peer: &Peer, method: Method, path: &str, body: &str) -> Answer {
+    peer.request(method, path, body.into(), Duration::from_secs(20)).await.expect("it answers")
+}
+
+/// Asks beta's agent, as alpha's would, whether it can take this.
 pub(crate) async fn check(bed: &Bed, offer: &Offer) -> Result<CheckReply, Problem> {
-    let url = format!("http://{}/v1/incoming/check", bed.beta().address);
-    let reply = reqwest::Client::new().post(url).json(offer).send().await.expect("beta answers");
-    match reply.status().is_success() {
-        true => Ok(reply.json().await.expect("a reply")),
-        false => Err(reply.json().await.expect("a problem")),
-    }
+    beta(bed).check(offer).await.map_err(|error| match error {
+        PeerError::Refused { problem } => problem,
+        other => panic!("{other}"),
+    })
 }
 
 /// An offer of another VM than the one that runs, with one disk.
@@ -39,6 +64,7 @@ pub(crate) async fn offer_with_disk(bed: &Bed, disk: &std::path::Path) -> Offer 
         disks: vec![disk.into()],
         disks_are_shared: false,
         setup: Setup::default(),
+        protection: Protection::default(),
     }
 }
 
@@ -62,6 +88,11 @@ async fn the_document_describes_every_route_and_every_answer() {
         ("/v1/migrations", "get"),
         ("/v1/migrations/{id}/events", "get"),
         ("/v1/hello", "get"),
+        ("/v1/join", "post"),
+        ("/v1/tokens", "post"),
+        ("/v1/peers", "get"),
+        ("/v1/peers", "post"),
+        ("/v1/peers/{peer}", "delete"),
         ("/v1/incoming/check", "post"),
         ("/v1/incoming", "post"),
         ("/v1/incoming/{id}", "get"),
@@ -69,12 +100,13 @@ async fn the_document_describes_every_route_and_every_answer() {
         ("/v1/incoming/{id}/keep", "post"),
         ("/v1/incoming/{id}/commit", "post"),
         ("/v1/incoming/{id}/recover", "post"),
+        ("/v1/incoming/{id}/relay", "post"),
         ("/v1/link-trial", "post"),
     ] {
         assert!(paths[path][method]["responses"].is_object(), "{method} {path} is not described");
     }
     let described: usize = paths.values().map(|it| it.as_object().expect("methods").len()).sum();
-    assert_eq!(described, 20, "a route is missing in this test");
+    assert_eq!(described, 26, "a route is missing in this test");
     // Every reference leads somewhere.
     let text = document.to_string();
     for reference in text.split("\"$ref\":\"#").skip(1).filter_map(|rest| rest.split('"').next()) {
@@ -100,44 +132,39 @@ async fn what_the_agent_answers_is_as_the_document_says() {
 #[tokio::test(flavor = "multi_thread")]
 async fn requests_that_make_no_sense_are_told_so() {
     let testbed = Testbed::start(options()).await.expect("starts");
-    let url = |path: &str| format!("http://{}{path}", testbed.beta().address);
-    let http = reqwest::Client::new();
-    let reply = http.get(url("/v1/vms")).send().await.expect("answers");
-    assert!(!reply.status().is_success(), "VMs are not for other agents to see");
-    let problem: Problem = reply.json().await.expect("a problem");
+    let beta = beta(&testbed);
+    let answer = ask(&beta, Method::GET, "/v1/vms", "").await;
+    assert!(!answer.status.is_success(), "VMs are not for other agents to see");
+    let problem: Problem = serde_json::from_slice(&answer.body).expect("a problem");
     assert_eq!(problem.code, Code::BadRequest);
     for body in ["", "{}", "[1,2", "{\"id\": 5}"] {
-        let request = http.post(url("/v1/incoming")).header("content-type", "application/json").body(body);
-        let reply = request.send().await.expect("answers");
-        assert!(reply.status().is_client_error(), "{body}: {}", reply.status());
+        let answer = ask(&beta, Method::POST, "/v1/incoming", body).await;
+        assert!(answer.status.is_client_error(), "{body}: {}", answer.status);
     }
-    let huge = http.post(url("/v1/incoming")).header("content-type", "application/json").body(vec![b'['; 64 << 20]);
+    let huge = beta.request(Method::POST, "/v1/incoming", vec![b'['; 64 << 20], Duration::from_secs(20)).await;
     // Refused by an answer or by closing the connection: either way it is not taken.
-    if let Ok(reply) = huge.send().await {
-        assert!(reply.status().is_client_error(), "{}", reply.status());
+    if let Ok(answer) = huge {
+        assert!(answer.status.is_client_error(), "{}", answer.status);
     }
-    let unknown = http.get(url(&format!("/v1/incoming/{}", Uuid::new_v4()))).send().await.expect("answers");
-    assert!(!unknown.status().is_success());
-    assert!(http.get(url("/v1/hello")).send().await.expect("still there").status().is_success());
+    let unknown = ask(&beta, Method::GET, &format!("/v1/incoming/{}", Uuid::new_v4()), "").await;
+    assert!(!unknown.status.is_success());
+    assert!(ask(&beta, Method::GET, "/v1/hello", "").await.status.is_success(), "it is still there");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_abandoned_can_never_be_prepared_or_committed_afterwards() {
     let bed = bed::start(options(), guest(Mode::Idle)).await;
-    let http = reqwest::Client::new();
+    let beta = beta(&bed);
     let id = Uuid::new_v4();
-    let url = |rest: &str| format!("http://{}/v1/incoming/{id}{rest}", bed.beta().address);
-    let step = async |reply: reqwest::Response| {
-        let state: serde_json::Value = reply.json().await.expect("a state");
+    let path = format!("/v1/incoming/{id}");
+    let step = |answer: Answer| {
+        let state: serde_json::Value = serde_json::from_slice(&answer.body).expect("a state");
         state["step"].as_str().map(str::to_owned)
     };
-    let reply = http.delete(url("")).send().await.expect("answers");
-    assert_eq!(step(reply).await.as_deref(), Some("abandoned"));
-    let reply = http.post(url("/commit")).send().await.expect("answers");
-    assert_eq!(step(reply).await.as_deref(), Some("abandoned"));
+    assert_eq!(step(ask(&beta, Method::DELETE, &path, "").await).as_deref(), Some("abandoned"));
+    assert_eq!(step(ask(&beta, Method::POST, &format!("{path}/commit"), "").await).as_deref(), Some("abandoned"));
     let offer = Offer { id, disks: Vec::new(), ..offer_with_disk(&bed, "/nowhere".as_ref()).await };
-    let prepare = format!("http://{}/v1/incoming", bed.beta().address);
-    let reply = http.post(prepare).json(&offer).send().await.expect("answers");
-    assert!(!reply.status().is_success());
+    let offer = serde_json::to_string(&offer).expect("plain data");
+    assert!(!ask(&beta, Method::POST, "/v1/incoming", &offer).await.status.is_success());
     assert!(bed.beta().show("web2").await.expect("answers").is_none());
 }

@@ -214,7 +214,7 @@ async fn when_the_guest_powers_off_mid_copy_both_hosts_forget_it() {
 }
 
 /// The guest writes, runs on the destination already, and most of its memory is still to come.
-async fn in_post_copy(bed: &Bed) -> tokio::process::Child {
+pub(crate) async fn in_post_copy(bed: &Bed) -> tokio::process::Child {
     let to = bed.to();
     let mut command = bed.alpha().command(&["migrate", VM, "--to", &to, "--bandwidth", "20MiB/s", "--max-time", "1s"]);
     let migrate = command.stderr(std::process::Stdio::piped()).spawn().expect("vmferry runs");

@@ -29,15 +29,19 @@ impl Machines {
         std::fs::create_dir(dir.path().join("shared")).expect("created");
         // All of 127/8 is this host; another run of this test at the same time has other addresses.
         let net = std::process::id() % 250 + 1;
-        let machine = |name: &str| {
+        let address = [format!("127.0.{net}.1"), format!("127.0.{net}.2")];
+        let machine = |name: &str, address: &str| {
             let dir = dir.path().join(name);
             std::fs::create_dir(&dir).expect("created");
-            let folders = format!("run_dir = '{0}/run'\nstate_dir = '{0}/state'\n", dir.display());
-            std::fs::write(dir.join("agent.toml"), folders).expect("written");
+            let here = dir.display();
+            let config = format!(
+                "name = '{name}'\nrun_dir = '{here}/run'\nstate_dir = '{here}/state'\nlisten = '{address}:7420'\n"
+            );
+            std::fs::write(dir.join("agent.toml"), config).expect("written");
             Machine { dir, agent: None }
         };
-        let hosts = [machine("alpha"), machine("beta")];
-        Self { dir, address: [format!("127.0.{net}.1"), format!("127.0.{net}.2")], hosts }
+        let hosts = [machine("alpha", &address[0]), machine("beta", &address[1])];
+        Self { dir, address, hosts }
     }
 
     fn shell(&self, host: usize, line: &str) -> Command {
@@ -109,9 +113,14 @@ fn the_first_migration_works_as_it_is_written() {
     let commands = commands(FIRST_MIGRATION);
     assert!(commands.iter().filter(|(_, line)| line.starts_with("vmferry migrate ")).count() >= 3, "{commands:?}");
     let mut said = Vec::new();
+    let mut token = String::new();
     for (host, line) in commands {
-        let output = machines.run(host, line);
+        let output = machines.run(host, &line.replace("TOKEN", &token));
         assert!(output.status.success(), "{line}\n{}\n{}", text(&output), machines.logs());
+        if line == "vmferry pair" {
+            let printed = String::from_utf8_lossy(&output.stdout).into_owned();
+            token = printed.trim().strip_prefix("vmferry pair ").expect("a command to copy").into();
+        }
         said.push((line, text(&output)));
     }
     let after = |command: &str| said.iter().find(|(line, _)| *line == command).map(|(_, said)| said.as_str());

@@ -10,4 +10,5 @@ mod demo;
 mod docs;
 mod migrate;
 mod refusals;
+mod trust;
 mod vms;

@@ -1,10 +1,13 @@
 //! The agent's configuration: a TOML file with a sane default for every key, so none is needed.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use bytesize::ByteSize;
-use serde::Deserialize;
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+use crate::peer::DEFAULT_PORT;
 
 /// Where the configuration is read from when no path is given; it may be absent.
 pub const DEFAULT_PATH: &str = "/etc/vmferry/agent.toml";
@@ -20,6 +23,120 @@ pub enum LogFormat {
     Json,
 }
 
+/// Where other agents are served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub enum Listen {
+    /// Nowhere: this host takes no VMs, but may hand some over.
+    Nowhere,
+    /// Here.
+    At(SocketAddr),
+}
+
+impl Default for Listen {
+    /// On every address that the host has.
+    fn default() -> Self {
+        Self::At((Ipv6Addr::UNSPECIFIED, DEFAULT_PORT).into())
+    }
+}
+
+impl std::str::FromStr for Listen {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "none" {
+            return Ok(Self::Nowhere);
+        }
+        let address = text.parse().map(Self::At);
+        address
+            .map_err(|_| format!("{text:?} is no ADDRESS:PORT such as 192.0.2.1:7420 or [::]:7420, and not \"none\""))
+    }
+}
+
+impl TryFrom<String> for Listen {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+/// How the bytes of guests are protected on their way. Agents themselves never talk without TLS.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Security {
+    /// TLS 1.3.
+    #[default]
+    Tls,
+    /// Not at all: the network is trusted. Both hosts must say so.
+    Plain,
+}
+
+/// What encrypts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Cipher {
+    /// The TLS library's first choice.
+    #[default]
+    Auto,
+    /// AES with 128 bits, in GCM.
+    Aes128Gcm,
+    /// AES with 256 bits, in GCM.
+    Aes256Gcm,
+    /// `ChaCha20` with Poly1305: the fastest for processors that cannot do AES by themselves.
+    Chacha20Poly1305,
+}
+
+/// What holds for the traffic with the hosts of one network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Network {
+    /// Which addresses.
+    pub cidr: IpNet,
+    /// How guests' bytes are protected.
+    #[serde(default)]
+    pub security: Security,
+    /// What encrypts them.
+    #[serde(default)]
+    pub cipher: Cipher,
+    /// The most that one migration sends unless its user says otherwise.
+    pub rate: Option<Rate>,
+}
+
+/// Bytes a second, from `100MiB/s`, `1Gbit/s`, `1gbit` and the like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Rate(pub u64);
+
+impl std::str::FromStr for Rate {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let bad = || format!("{text:?} is no rate; give one such as 100MiB/s or 1Gbit/s");
+        let lower = text.trim().to_ascii_lowercase();
+        let amount = lower.strip_suffix("/s").unwrap_or(&lower);
+        if let Some(bits) = amount.strip_suffix("bit") {
+            let (number, factor) = match bits.chars().last() {
+                Some('k') => (&bits[..bits.len() - 1], 1e3),
+                Some('m') => (&bits[..bits.len() - 1], 1e6),
+                Some('g') => (&bits[..bits.len() - 1], 1e9),
+                _ => (bits, 1.0),
+            };
+            let number: f64 = number.trim().parse().map_err(|_| bad())?;
+            return if number >= 0.0 { Ok(Self((number * factor / 8.0) as u64)) } else { Err(bad()) };
+        }
+        amount.parse::<ByteSize>().map(|size| Self(size.as_u64())).map_err(|_| bad())
+    }
+}
+
+impl TryFrom<String> for Rate {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
 /// See the module's text. `packaging/agent.toml` shows every key.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -30,8 +147,12 @@ pub struct Config {
     pub run_dir: PathBuf,
     /// The journal and the list of VMs.
     pub state_dir: PathBuf,
-    /// Serve other agents here, without authentication.
-    pub insecure_peers: Option<SocketAddr>,
+    /// Where other agents are served.
+    pub listen: Listen,
+    /// Where others reach this agent, HOST:PORT, for join tokens; found out when empty.
+    pub advertise: Vec<String>,
+    /// What holds for the traffic with some hosts.
+    pub network: Vec<Network>,
     /// Memory that incoming VMs must leave free on this host.
     pub reserved_memory: ByteSize,
     /// Folders searched for QEMU before `PATH`.
@@ -47,7 +168,9 @@ impl Default for Config {
             name: rustix::system::uname().nodename().to_string_lossy().into_owned(),
             run_dir,
             state_dir,
-            insecure_peers: None,
+            listen: Listen::default(),
+            advertise: Vec::new(),
+            network: Vec::new(),
             reserved_memory: ByteSize::mib(512),
             qemu_dirs: Vec::new(),
             log_format: LogFormat::Text,
@@ -107,6 +230,17 @@ impl Config {
         self.run_dir.join("agent.sock")
     }
 
+    /// What was configured for the traffic with this address: the entry with the longest prefix.
+    pub fn network_of(&self, address: IpAddr) -> Option<&Network> {
+        let address = address.to_canonical();
+        self.network.iter().filter(|it| it.cidr.contains(&address)).max_by_key(|it| it.cidr.prefix_len())
+    }
+
+    /// How guests' bytes to and from this address are to be protected.
+    pub fn security_of(&self, address: IpAddr) -> Security {
+        self.network_of(address).map(|it| it.security).unwrap_or_default()
+    }
+
     /// The folder of one VM's sockets, pidfile and log.
     pub fn vm_dir(&self, name: &str) -> PathBuf {
         self.run_dir.join("vms").join(name)
@@ -120,7 +254,7 @@ mod tests {
     #[test]
     fn an_empty_configuration_is_complete() {
         let config: Config = toml::from_str("").unwrap();
-        assert_eq!(config.insecure_peers, None);
+        assert_eq!(config.listen, Listen::At("[::]:7420".parse().unwrap()));
         assert_eq!(config.reserved_memory, ByteSize::mib(512));
     }
 
@@ -135,7 +269,22 @@ mod tests {
         let config: Config = toml::from_str(&uncommented).unwrap();
         assert_eq!(config.reserved_memory, Config::default().reserved_memory);
         assert_eq!(config.run_dir, Path::new("/run/vmferry"));
-        for key in ["name", "run_dir", "state_dir", "insecure_peers", "reserved_memory", "qemu_dirs", "log_format"] {
+        assert_eq!(config.listen, Listen::default());
+        assert_eq!(config.network.len(), 1);
+        for key in [
+            "name",
+            "run_dir",
+            "state_dir",
+            "listen",
+            "advertise",
+            "cidr",
+            "security",
+            "cipher",
+            "rate",
+            "reserved_memory",
+            "qemu_dirs",
+            "log_format",
+        ] {
             assert!(uncommented.contains(&format!("{key} =")), "{key} is not shown");
         }
     }
@@ -144,5 +293,56 @@ mod tests {
     fn a_misspelt_key_is_refused_by_name() {
         let error = toml::from_str::<Config>("stat_dir = '/x'").unwrap_err().to_string();
         assert!(error.contains("stat_dir"), "{error}");
+    }
+
+    #[test]
+    fn the_most_specific_network_counts() {
+        let text = "
+            [[network]]
+            cidr = '10.0.0.0/8'
+            security = 'plain'
+            rate = '1Gbit/s'
+            [[network]]
+            cidr = '10.1.0.0/16'
+            cipher = 'aes-128-gcm'
+        ";
+        let config: Config = toml::from_str(text).unwrap();
+        let security = |address: &str| config.security_of(address.parse().unwrap());
+        assert_eq!(security("10.2.3.4"), Security::Plain);
+        assert_eq!(security("::ffff:10.2.3.4"), Security::Plain);
+        assert_eq!(security("10.1.3.4"), Security::Tls);
+        assert_eq!(security("192.0.2.1"), Security::Tls);
+        assert_eq!(config.network[0].rate, Some(Rate(125_000_000)));
+    }
+
+    #[test]
+    fn what_is_no_network_is_refused_with_words() {
+        for (bad, word) in [
+            ("cidr = '10.0.0.0/99'", "cidr"),
+            ("cidr = '10.0.0.0/8'\nsecurity = 'none'", "none"),
+            ("cidr = '10.0.0.0/8'\nrate = 'fast'", "100MiB/s"),
+            ("cidr = '10.0.0.0/8'\nciper = 'auto'", "ciper"),
+        ] {
+            let error = toml::from_str::<Config>(&format!("[[network]]\n{bad}")).unwrap_err().to_string();
+            assert!(error.contains(word), "{bad}: {error}");
+        }
+        let error = toml::from_str::<Config>("listen = '7420'").unwrap_err().to_string();
+        assert!(error.contains("192.0.2.1:7420"), "{error}");
+    }
+
+    #[test]
+    fn rates_may_be_given_in_bits_or_bytes() {
+        for (text, bytes) in [
+            ("1Gbit/s", 125_000_000),
+            ("1gbit", 125_000_000),
+            ("8kbit", 1000),
+            ("100MiB/s", 100 << 20),
+            ("5000000", 5_000_000),
+        ] {
+            assert_eq!(text.parse(), Ok(Rate(bytes)), "{text}");
+        }
+        for bad in ["", "fast", "-1gbit", "-5", "1 parsec", "gbit"] {
+            assert!(bad.parse::<Rate>().is_err(), "{bad}");
+        }
     }
 }

@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 
-use vmferry_qemu::{CommandLineError, LaunchError, ProbeError, QmpError};
+use vmferry_qemu::{CommandLineError, LaunchError, ProbeError, QmpError, StreamTlsError};
 
 use crate::api::types::{Code, Problem};
 use crate::engine::EngineError;
@@ -78,9 +78,30 @@ pub enum AgentError {
         /// What to do.
         hint: Option<String>,
     },
-    /// Agents may not talk over TCP yet.
-    #[error("this agent was not started with --insecure-peers, so it talks to no other agent")]
-    PeersOff,
+    /// Whoever asks is not a peer.
+    #[error("{host} is not paired with this host")]
+    NotPaired {
+        /// Who was asked.
+        host: String,
+    },
+    /// Whoever asks did not begin this migration.
+    #[error("that migration is not yours")]
+    NotYours,
+    /// Somebody came with a token that is not valid.
+    #[error("the join token is not valid any more: it was used, or has expired")]
+    BadToken,
+    /// No peer of that name.
+    #[error("there is no peer named {name}")]
+    UnknownPeer {
+        /// The name or fingerprint asked for.
+        name: String,
+    },
+    /// The other host's guests would travel without encryption, and this host's configuration does not want that.
+    #[error("{host} does not send or take guests unencrypted")]
+    PlainRefused {
+        /// Who was asked.
+        host: String,
+    },
     /// The other agent could not be reached, or refused.
     #[error(transparent)]
     Peer(#[from] PeerError),
@@ -152,6 +173,9 @@ pub enum AgentError {
     /// QEMU did not do what it was told.
     #[error(transparent)]
     Qmp(#[from] QmpError),
+    /// QEMU's streams cannot be encrypted.
+    #[error(transparent)]
+    StreamTls(#[from] StreamTlsError),
     /// Copying the RAM failed.
     #[error(transparent)]
     Engine(#[from] EngineError),
@@ -186,14 +210,19 @@ impl AgentError {
             Self::BadLimit { .. } => Code::BadLimit,
             Self::NotMigratable { .. } => Code::NotMigratable,
             Self::Unsuitable { code, .. } => *code,
-            Self::PeersOff => Code::PeersOff,
+            Self::NotPaired { .. } | Self::NotYours => Code::NotPaired,
+            Self::BadToken => Code::BadToken,
+            Self::UnknownPeer { .. } => Code::UnknownPeer,
+            Self::PlainRefused { .. } => Code::PlainRefused,
             Self::Peer(error) => error.code(),
             Self::MigrationFailed { .. } | Self::Engine(_) => Code::MigrationFailed,
             Self::GaveUp { .. } => Code::GaveUp,
             Self::Cancelled { .. } => Code::Cancelled,
             Self::GuestAtRisk { .. } | Self::Unsettled { .. } => Code::GuestAtRisk,
             Self::NoQemu { .. } => Code::NoQemu,
-            Self::Launch(_) | Self::Probe(_) | Self::Qmp(_) | Self::SourceEnded { .. } => Code::QemuFailed,
+            Self::Launch(_) | Self::Probe(_) | Self::Qmp(_) | Self::StreamTls(_) | Self::SourceEnded { .. } => {
+                Code::QemuFailed
+            }
             Self::Store(_) | Self::Io { .. } => Code::Internal,
         }
     }
@@ -207,9 +236,14 @@ impl AgentError {
             | Self::NotMigratable { hint, .. }
             | Self::Unsuitable { hint, .. } => hint.clone(),
             Self::MigrationRuns { name } => Some(format!("wait for it, or cancel it with `vmferry cancel {name}`")),
-            Self::PeersOff => Some(
-                "start both agents with --insecure-peers ADDRESS:PORT on a network that nobody else can reach".into(),
-            ),
+            Self::NotPaired { .. } => {
+                Some("pair the two: `vmferry pair` on one makes a token for `vmferry pair TOKEN` on the other".into())
+            }
+            Self::BadToken => Some("make a new one with `vmferry pair`".into()),
+            Self::UnknownPeer { .. } => Some("`vmferry peers` lists them".into()),
+            Self::PlainRefused { .. } => {
+                Some("set security = \"plain\" for the network in the agents' configurations, on both hosts".into())
+            }
             Self::Peer(error) => error.hint(),
             Self::GuestAtRisk { name, .. } => Some(format!("see `vmferry show {name}` there")),
             Self::NoQemu { .. } => Some("install QEMU there, or name its folder in the agent's qemu_dirs".into()),

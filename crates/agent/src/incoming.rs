@@ -17,22 +17,30 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
 use vmferry_qemu::qmp::commands;
-use vmferry_qemu::{Accel, CommandLine, Incoming as IncomingLaunch, MigrationStatus, QemuInfo, QmpError, RunState};
+use vmferry_qemu::{
+    Accel, CommandLine, Endpoint, Incoming as IncomingLaunch, MigrationStatus, QemuInfo, QmpError, RunState,
+    protect_streams,
+};
 
 use crate::Agent;
 use crate::api::types::VmSpec;
-use crate::engine::Setup;
+use crate::config::Security;
 use crate::engine::qemu::set_capabilities;
+use crate::engine::{Protection, Setup};
 use crate::error::{AgentError, in_one_line};
 use crate::lifecycle::check_name;
 use crate::recovery;
-use crate::store::InStep;
+use crate::relay;
+use crate::store::{InStep, Source};
+use crate::trust::Caller;
 use crate::vm::{Stage, Vm};
 
 /// A source that is not heard of for this long has lost its claim: what was prepared for it goes.
 const LEASE: Duration = Duration::from_secs(15);
 /// How long what is abandoned while its QEMU starts may take to be gone.
 const PREPARING_TIMEOUT: Duration = Duration::from_secs(10);
+/// Why a migration was abandoned by its source.
+const ASKED_TO: &str = "the source asked for it";
 /// How often it is looked whether the lease has run out.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// How long QEMU may take to load what the source says it has sent.
@@ -66,6 +74,8 @@ pub struct Offer {
     pub disks_are_shared: bool,
     /// What QEMU must be set to; not known yet when this is only a question.
     pub setup: Setup,
+    /// How what QEMU sends is protected; not known yet when this is only a question.
+    pub protection: Protection,
 }
 
 /// This host could take the VM.
@@ -77,12 +87,16 @@ pub struct CheckReply {
     pub qemu_version: String,
     /// The migration capabilities its QEMU has.
     pub capabilities: BTreeSet<String>,
+    /// How guests from the source are to be protected on their way.
+    pub security: Security,
+    /// Its QEMU can encrypt what it receives.
+    pub tls: bool,
 }
 
 /// A QEMU waits.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub struct Prepared {
-    /// Where, as QEMU's `migrate` wants it.
+    /// Where, as QEMU's `migrate` wants it; empty when its connections are relayed.
     pub uri: String,
     /// What it was set to: less than was asked for when this host does not permit post-copy.
     pub setup: Setup,
@@ -131,13 +145,29 @@ impl Incoming {
 }
 
 /// Whether this host could take the VM; touches nothing.
-pub async fn check(agent: &Agent, offer: &Offer) -> Result<CheckReply, AgentError> {
+pub async fn check(agent: &Agent, offer: &Offer, caller: &Caller) -> Result<CheckReply, AgentError> {
     let (_, _, info) = suitable(agent, offer).await?;
     Ok(CheckReply {
         host: agent.config.name.clone(),
         qemu_version: info.version,
         capabilities: info.features.capabilities().clone(),
+        security: agent.config.security_of(caller.remote),
+        tls: info.tls,
     })
+}
+
+/// A source that wants less protection than this host's configuration does not get its way.
+fn acceptable(agent: &Agent, protection: &Protection, caller: &Caller) -> Result<(), AgentError> {
+    match protection {
+        Protection::Plain if agent.config.security_of(caller.remote) != Security::Plain => {
+            tracing::warn!(from = %caller.remote, fingerprint = %caller.key, "refused a guest that comes unencrypted");
+            Err(AgentError::PlainRefused { host: agent.config.name.clone() })
+        }
+        Protection::Tls { key, .. } if !key.is_valid() => {
+            Err(AgentError::BadRequest { message: "the key of the migration's streams is no key".into(), hint: None })
+        }
+        _ => Ok(()),
+    }
 }
 
 async fn suitable(agent: &Agent, offer: &Offer) -> Result<(CommandLine, Accel, QemuInfo), AgentError> {
@@ -166,10 +196,11 @@ async fn suitable(agent: &Agent, offer: &Offer) -> Result<(CommandLine, Accel, Q
     judged.await.expect("judging does not panic")
 }
 
-/// Starts a QEMU that waits for the VM at this address of ours.
-pub async fn prepare(agent: &Arc<Agent>, mut offer: Offer, address: IpAddr) -> Result<Prepared, AgentError> {
+/// Starts a QEMU that waits for the VM.
+pub async fn prepare(agent: &Arc<Agent>, mut offer: Offer, caller: Caller) -> Result<Prepared, AgentError> {
     let name = offer.spec.name.clone();
     check_name(&name)?;
+    acceptable(agent, &offer.protection, &caller)?;
     let _preparing = agent.begin_preparing(offer.id);
     let _name = agent.reserve_name(&name)?;
     let (command, accel, info) = suitable(agent, &offer).await?;
@@ -177,7 +208,8 @@ pub async fn prepare(agent: &Arc<Agent>, mut offer: Offer, address: IpAddr) -> R
         // Nothing on the command line is relative to it, or it would have been missed above.
         offer.spec.cwd = "/".into();
     }
-    if !agent.store.begin_in(offer.id, &name, &offer.from, offer.running)? {
+    let source = Source { name: offer.from.clone(), key: caller.key };
+    if !agent.store.begin_in(offer.id, &name, &source, offer.running)? {
         return Err(AgentError::Conflict { message: "this migration is known here already".into(), hint: None });
     }
     let incoming = IncomingLaunch { machine_type: offer.machine.clone() };
@@ -185,14 +217,14 @@ pub async fn prepare(agent: &Arc<Agent>, mut offer: Offer, address: IpAddr) -> R
     let (vm, _) = match launched {
         Ok(started) => started,
         Err(error) => {
-            agent.store.abandon_in(offer.id, &name, &offer.from, &in_one_line(&error))?;
+            agent.store.abandon_in(offer.id, &in_one_line(&error))?;
             return Err(error);
         }
     };
     let incoming = Incoming::new(offer.id, offer.from.clone(), Arc::clone(&vm));
     agent.add_incoming(Arc::clone(&incoming));
     tokio::spawn(watch_lease(Arc::clone(agent), incoming));
-    let received = receive(&vm, info.features.capabilities(), offer.setup, address).await;
+    let received = receive(&vm, info.features.capabilities(), offer.setup, &offer.protection, caller.local).await;
     if let Some((InStep::Abandoned, why)) = agent.store.step_in(offer.id)? {
         // While its QEMU started.
         let why = why.unwrap_or_default();
@@ -212,8 +244,17 @@ pub async fn prepare(agent: &Arc<Agent>, mut offer: Offer, address: IpAddr) -> R
 }
 
 /// Sets QEMU up to receive. Post-copy may be refused by the host (userfaultfd); the migration can do without it.
-async fn receive(vm: &Vm, known: &BTreeSet<String>, mut setup: Setup, address: IpAddr) -> Result<Prepared, AgentError> {
+async fn receive(
+    vm: &Vm,
+    known: &BTreeSet<String>,
+    mut setup: Setup,
+    protection: &Protection,
+    address: IpAddr,
+) -> Result<Prepared, AgentError> {
     let mut notes = Vec::new();
+    if let Protection::Tls { key, priority } = protection {
+        protect_streams(&vm.qmp, &vm.dir.join("tls"), key, Endpoint::Server, priority.as_deref()).await?;
+    }
     if let Err(error) = set_capabilities(&vm.qmp, known, &as_strs(&setup.capabilities)).await {
         if !setup.has("postcopy-ram") {
             return Err(error.into());
@@ -229,7 +270,13 @@ async fn receive(vm: &Vm, known: &BTreeSet<String>, mut setup: Setup, address: I
         };
         vm.qmp.execute(channels).await?;
     }
-    let uri = listen(vm, address).await?;
+    let uri = match protection {
+        Protection::Relay => {
+            vm.qmp.execute(commands::MigrateIncoming { uri: relay::begin_receiving(vm)? }).await?;
+            String::new()
+        }
+        _ => listen(vm, address).await?,
+    };
     Ok(Prepared { uri, setup, notes })
 }
 
@@ -271,12 +318,10 @@ pub fn state(agent: &Agent, id: Uuid) -> Result<IncomingState, AgentError> {
 
 /// Makes this host the owner of the guest, if it can run it, and sets it running. May be asked again: the answer stays
 /// the same. The answer is final either way.
-pub async fn commit(agent: &Arc<Agent>, id: Uuid) -> Result<IncomingState, AgentError> {
+pub async fn commit(agent: &Arc<Agent>, id: Uuid, caller: &Caller) -> Result<IncomingState, AgentError> {
     let Some(incoming) = agent.incoming(id) else {
         // It never came this far; or its VM is gone again; or this agent was started since, and has seen to it then.
-        if agent.store.step_in(id)?.is_none() {
-            agent.store.abandon_in(id, "", "", "this host knows nothing of it")?;
-        }
+        abandon_unheard(agent, id, caller, "this host knows nothing of it")?;
         return state(agent, id);
     };
     let _turn = incoming.turn.lock().await;
@@ -374,13 +419,22 @@ async fn announce(vm: Arc<Vm>) {
 
 /// Gives up what was prepared, now and for ever; what was committed stays. May be asked again, and of migrations that
 /// this host never heard of. When it answers nothing of it is left, so that the VM can be offered again at once.
-pub async fn abandon(agent: &Agent, id: Uuid, why: &str) -> Result<IncomingState, AgentError> {
-    give_up(agent, id, why).await?;
+pub async fn abandon(agent: &Agent, id: Uuid, caller: &Caller) -> Result<IncomingState, AgentError> {
+    abandon_unheard(agent, id, caller, ASKED_TO)?;
+    give_up(agent, id, ASKED_TO).await?;
     let deadline = Instant::now() + PREPARING_TIMEOUT;
     while agent.is_preparing(id) && Instant::now() < deadline {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     state(agent, id)
+}
+
+/// What this host never heard of cannot begin any more either.
+fn abandon_unheard(agent: &Agent, id: Uuid, caller: &Caller, why: &str) -> Result<(), AgentError> {
+    if let Some(peer) = agent.store.peer(caller.key)? {
+        agent.store.abandon_unheard(id, &Source { name: peer.name, key: caller.key }, why)?;
+    }
+    Ok(())
 }
 
 async fn give_up(agent: &Agent, id: Uuid, why: &str) -> Result<(), AgentError> {
@@ -390,7 +444,7 @@ async fn give_up(agent: &Agent, id: Uuid, why: &str) -> Result<(), AgentError> {
             agent.drop_incoming(&incoming, why).await?;
         }
         None => {
-            agent.store.abandon_in(id, "", "", why)?;
+            agent.store.abandon_in(id, why)?;
         }
     }
     Ok(())
@@ -444,10 +498,26 @@ pub async fn recover(agent: &Agent, id: Uuid, address: IpAddr) -> Result<Incomin
 /// what port it chose, waits for a page: so the port is chosen here. That somebody takes it in between is seen, and the
 /// source asks again.
 async fn listen_again(vm: &Vm, address: IpAddr) -> Result<String, AgentError> {
+    if relay::is_receiving(vm) {
+        let uri = relay::uri_at_destination(vm);
+        vm.qmp.execute(commands::MigrateRecover { uri }).await?;
+        return Ok(String::new());
+    }
     let free = std::net::TcpListener::bind((address, 0)).and_then(|listener| listener.local_addr());
     let uri = tcp_uri(address, free.map_err(AgentError::io(address.to_string()))?.port());
     vm.qmp.execute(commands::MigrateRecover { uri: uri.clone() }).await?;
     Ok(uri)
+}
+
+/// The VM that this migration brings, for one of its connections that is relayed.
+pub(crate) fn relayed_vm(agent: &Agent, id: Uuid) -> Result<Arc<Vm>, AgentError> {
+    let vm = agent.vm(&agent.store.vm_of(id)?)?;
+    match relay::is_receiving(&vm) {
+        true => Ok(vm),
+        false => {
+            Err(AgentError::Conflict { message: "this migration's connections are not relayed".into(), hint: None })
+        }
+    }
 }
 
 /// Abandons what was prepared when its source falls silent, or its QEMU ends.
@@ -493,7 +563,7 @@ impl Agent {
             Some(words) if vm.qmp.is_closed() => format!("{why} ({words})"),
             _ => why.into(),
         };
-        if !self.store.abandon_in(incoming.id, vm.name(), &incoming.from, &why)? {
+        if !self.store.abandon_in(incoming.id, &why)? {
             return Ok(());
         }
         vmferry_qemu::kill_process(vm.pid, vm.start_time, Duration::from_secs(1)).await;

@@ -2,6 +2,7 @@
 //!
 //! Where to find what: `api` what is said and how; `vm`, `console` a VM of this host; `migration` the source's side of
 //! a migration from plan to end, `incoming` the destination's; `engine` what copies RAM; `store` the journal;
+//! `trust` who may talk to this agent, `peer` talking to another;
 //! `recovery` what an agent does with what its predecessor left; `client` is the other end of the local API.
 
 pub mod api;
@@ -16,19 +17,23 @@ mod lifecycle;
 mod migration;
 pub mod peer;
 mod recovery;
+pub mod relay;
 mod server;
 pub mod store;
+pub mod trust;
 mod vm;
 
 pub use server::{ServeError, serve};
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ffi::OsString;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime};
 
 use uuid::Uuid;
+use vmferry_link::Identity;
 use vmferry_qemu::{Accel, CommandLine, Features, QemuInfo};
 
 use crate::config::Config;
@@ -51,6 +56,9 @@ pub struct Agent {
     /// How it was set up.
     pub config: Config,
     store: Store,
+    identity: Arc<Identity>,
+    /// Where other agents are served.
+    listens: Option<SocketAddr>,
     state: Mutex<State>,
     probed: tokio::sync::Mutex<Probed>,
 }
@@ -98,8 +106,16 @@ impl Drop for Preparing<'_> {
 }
 
 impl Agent {
-    fn new(config: Config, store: Store) -> Arc<Self> {
-        Arc::new(Self { config, store, state: Mutex::default(), probed: tokio::sync::Mutex::default() })
+    fn new(config: Config, store: Store, identity: Identity, listens: Option<SocketAddr>) -> Arc<Self> {
+        let identity = Arc::new(identity);
+        Arc::new(Self {
+            config,
+            store,
+            identity,
+            listens,
+            state: Mutex::default(),
+            probed: tokio::sync::Mutex::default(),
+        })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -204,17 +220,18 @@ impl Agent {
         }
     }
 
-    /// What a VM's QEMU can do. It is asked itself only when its binary was replaced since: the answer is so long that
+    /// What a VM's QEMU can do, and whether it can encrypt its streams. It is asked itself only when its binary was replaced since: the answer is so long that
     /// QEMU leaves its guest waiting for some tenths of a second.
-    async fn features_of(&self, vm: &Vm) -> Result<Features, AgentError> {
+    async fn features_of(&self, vm: &Vm) -> Result<(Features, bool), AgentError> {
         let same_build = async {
             let binary = self.find_qemu(&CommandLine::parse(&vm.spec.argv)?)?;
             let info = self.qemu_info(&binary, &self.accelerator(&binary).await).await?;
             Ok::<_, AgentError>(Some(info).filter(|info| info.build == vm.facts.qemu_build))
         };
         match same_build.await {
-            Ok(Some(info)) => Ok(info.features),
-            _ => Ok(Features::probe(&vm.qmp).await?),
+            Ok(Some(info)) => Ok((info.features, info.tls)),
+            // Whether it can encrypt is seen when it is told to.
+            _ => Ok((Features::probe(&vm.qmp).await?, true)),
         }
     }
 

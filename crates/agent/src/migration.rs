@@ -17,19 +17,23 @@ use std::time::{Duration, Instant};
 use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
+use vmferry_link::Fingerprint;
 use vmferry_policy::{Action, Limits, Policy, Simple};
 use vmferry_qemu::qmp::commands;
-use vmferry_qemu::{Features, MigrationStatus, QmpError, RunState};
+use vmferry_qemu::{Endpoint, Features, MigrationStatus, QmpError, RunState, StreamKey, protect_streams};
 
 use crate::Agent;
 use crate::api::types::{Code, MigrateRequest, MigrationEvent, PlanView, Problem, Progress, Report, Step, StepTime};
+use crate::config::{Network, Security};
 use crate::disks;
 use crate::engine::qemu::{self, QemuEngine, Wishes};
-use crate::engine::{EngineError, RamEngine, Seen, Setup, Totals};
+use crate::engine::{EngineError, Protection, RamEngine, Seen, Setup, Totals};
 use crate::error::{AgentError, in_one_line};
 use crate::incoming::{CheckReply, Offer};
-use crate::peer::{Peer, PeerError};
+use crate::peer::{Met, Peer, PeerError};
+use crate::relay::Relay;
 use crate::store::{InStep, OutRecord, OutStep};
+use crate::trust;
 use crate::vm::{Claim, Stage, Vm};
 
 /// How often the destination is told that the source is still there.
@@ -133,18 +137,20 @@ pub(crate) async fn begin(
     agent.add_migration(Arc::clone(&migration));
     claim.keep(Stage::Migrating(id));
     let view = plan.view.clone();
+    let bandwidth = request.bandwidth.or(plan.network.and_then(|network| network.rate).map(|rate| rate.0));
     let run = Run {
         agent: Arc::clone(agent),
         migration: Arc::clone(&migration),
         vm,
         plan,
         limits,
-        bandwidth: request.bandwidth,
+        bandwidth,
         to: request.to,
         steps: Steps::begin(begun),
         downtime: Duration::ZERO,
         throttle: 0,
         keep: None,
+        relay: None,
     };
     tokio::spawn(run.run());
     Ok((view, Some(migration)))
@@ -187,20 +193,39 @@ struct Plan {
     there: CheckReply,
     features: Features,
     peer: Peer,
+    peer_key: Fingerprint,
+    protect: Protect,
+    /// What is configured for the network between the hosts.
+    network: Option<Network>,
     /// Until the destination has looked for them for the last time.
     markers: Option<disks::Markers>,
     /// The guest is paused before anything is copied.
     post_copy_first: bool,
 }
 
+/// How the guest is to be protected on its way.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Protect {
+    Not,
+    Tls,
+    Relay,
+}
+
+impl Protect {
+    fn in_words(self) -> &'static str {
+        match self {
+            Self::Not => "none: both hosts trust the network",
+            Self::Tls => "TLS between the QEMUs",
+            Self::Relay => "TLS between the agents, which relay what the QEMUs say",
+        }
+    }
+}
+
 /// Refuses everything that can be refused; nothing is touched, here or there.
 async fn plan(agent: &Agent, vm: &Vm, id: Uuid, request: &MigrateRequest) -> Result<Plan, AgentError> {
-    if agent.config.insecure_peers.is_none() {
-        return Err(AgentError::PeersOff);
-    }
     let run_state = movable(vm).await?;
-    let peer = Peer::new(&request.to).map_err(|message| AgentError::BadRequest { message, hint: None })?;
-    let hello = peer.hello().await?;
+    let peer = trust::find_peer(agent, &request.to)?;
+    let Met { hello, key: peer_key, remote } = peer.hello().await?;
     // The disks may lie on storage that does not answer, which must not keep others waiting.
     let spec = vm.spec.clone();
     let put = tokio::task::spawn_blocking(move || disks::Markers::put(&spec, id));
@@ -216,10 +241,22 @@ async fn plan(agent: &Agent, vm: &Vm, id: Uuid, request: &MigrateRequest) -> Res
         disks: markers.disks(),
         disks_are_shared: request.disks_are_shared,
         setup: Setup::default(),
+        protection: Protection::default(),
     };
     let there = peer.check(&offer).await?;
-    let features = agent.features_of(vm).await?;
+    let (features, can_tls) = agent.features_of(vm).await?;
     let mut notes = Vec::new();
+    let there_can_tls = there.tls;
+    let protect = match (agent.config.security_of(remote), there.security) {
+        (Security::Plain, Security::Plain) => Protect::Not,
+        (here, there) => {
+            if here == Security::Plain || there == Security::Plain {
+                notes
+                    .push("The guest travels encrypted: only one of the two hosts is configured to do without.".into());
+            }
+            if can_tls && there_can_tls { Protect::Tls } else { Protect::Relay }
+        }
+    };
     if request.post_copy && !there.capabilities.contains("postcopy-ram") {
         notes.push(
             "Post-copy is not possible: the destination's QEMU lacks it; the guest is throttled if it must be.".into(),
@@ -250,9 +287,11 @@ async fn plan(agent: &Agent, vm: &Vm, id: Uuid, request: &MigrateRequest) -> Res
         machine: vm.facts.machine.clone(),
         accelerator: vm.accelerator.clone(),
         capabilities: means.into_iter().map(str::to_owned).collect(),
+        protection: protect.in_words().into(),
         notes,
     };
-    Ok(Plan { view, offer, there, features, peer, markers: Some(markers), post_copy_first })
+    let network = agent.config.network_of(remote).copied();
+    Ok(Plan { view, offer, there, features, peer, peer_key, protect, network, markers: Some(markers), post_copy_first })
 }
 
 fn loses_writes(vm: &Vm) -> String {
@@ -364,6 +403,7 @@ struct Run {
     downtime: Duration,
     throttle: u8,
     keep: Option<tokio_util::task::AbortOnDropHandle<()>>,
+    relay: Option<Relay>,
 }
 
 impl Run {
@@ -420,6 +460,7 @@ impl Run {
         let plan = &mut self.plan;
         let has = |name: &str| plan.there.capabilities.contains(name);
         plan.offer.setup = qemu::choose(&self.vm.qmp, &plan.features, has, self.limits.post_copy).await?;
+        plan.offer.protection = protect(&self.vm, plan).await?;
         let prepared = tokio::select! {
             prepared = plan.peer.prepare(&plan.offer) => prepared?,
             () = self.migration.cancel.cancelled() => return Err(self.cancelled()),
@@ -436,8 +477,15 @@ impl Run {
         if plan.post_copy_first && !self.limits.post_copy {
             return Err(Halt::Undo(only_by_post_copy(&self.vm)));
         }
+        let uri = match plan.offer.protection {
+            Protection::Relay => {
+                let relay = Relay::open(&self.vm, plan.peer.clone(), self.migration.id)?;
+                self.relay.insert(relay).uri().to_owned()
+            }
+            _ => prepared.uri,
+        };
         let wishes = Wishes {
-            uri: prepared.uri,
+            uri,
             limits: self.limits,
             bandwidth: self.bandwidth,
             setup: prepared.setup,
@@ -507,7 +555,9 @@ impl Run {
         self.step(Step::PostCopy);
         let (told, peer) = (Arc::clone(&self.migration), self.plan.peer.clone());
         let note = |text| told.note(text);
-        match follow_post_copy(engine, &peer, told.id, note, |seen| self.tell_progress(seen)).await {
+        let relay_uri = self.relay.as_ref().map(|relay| relay.uri().to_owned());
+        let progress = |seen: &Seen| self.tell_progress(seen);
+        match follow_post_copy(engine, &peer, told.id, relay_uri.as_deref(), note, progress).await {
             Ok(()) => Ok(()),
             Err(reason) => Err(self.stranded(reason)),
         }
@@ -631,7 +681,9 @@ impl Run {
         OutRecord {
             id: self.migration.id,
             vm: self.vm.name().into(),
-            peer: self.to.clone(),
+            peer: self.plan.view.to.clone(),
+            address: self.plan.peer.address().into(),
+            peer_key: self.plan.peer_key,
             running: self.plan.offer.running,
             step,
         }
@@ -660,6 +712,24 @@ impl Run {
             throttle: it.throttle.0,
         }));
     }
+}
+
+/// Has our QEMU protect what it sends. One that cannot read its key, since it runs as somebody else, is relayed.
+async fn protect(vm: &Vm, plan: &mut Plan) -> Result<Protection, AgentError> {
+    Relay::forget(vm);
+    if plan.protect == Protect::Tls {
+        let key = StreamKey::new(&vmferry_link::random_bytes());
+        let priority = qemu::tls_priority(plan.network.map(|network| network.cipher), vm.facts.ram_bytes);
+        match protect_streams(&vm.qmp, &vm.dir.join("tls"), &key, Endpoint::Client, priority.as_deref()).await {
+            Ok(()) => return Ok(Protection::Tls { key, priority }),
+            Err(error) => {
+                tracing::warn!(vm = vm.name(), error = in_one_line(&error), "its connections are relayed");
+                plan.protect = Protect::Relay;
+            }
+        }
+    }
+    vmferry_qemu::unprotect_streams(&vm.qmp).await?;
+    Ok(if plan.protect == Protect::Not { Protection::Plain } else { Protection::Relay })
 }
 
 /// Tells the destination every now and then that the source is still there, until dropped.
@@ -720,11 +790,13 @@ pub(crate) async fn settle_commit(peer: &Peer, id: Uuid, note: impl Fn(String)) 
     }
 }
 
-/// Follows post-copy to its end, over new connections when one is lost: `Err` says why it has no end.
+/// Follows post-copy to its end, over new connections when one is lost: `Err` says why it has no end. When they are
+/// relayed, they are made to `relay_uri`.
 pub(crate) async fn follow_post_copy(
     engine: &mut dyn RamEngine,
     peer: &Peer,
     id: Uuid,
+    relay_uri: Option<&str>,
     note: impl Fn(String),
     mut progress: impl FnMut(&Seen),
 ) -> Result<(), String> {
@@ -752,7 +824,7 @@ pub(crate) async fn follow_post_copy(
                         peer.address()
                     ));
                 }
-                if reconnect(engine, peer, id).await? {
+                if reconnect(engine, peer, id, relay_uri).await? {
                     return Ok(());
                 }
                 tokio::time::sleep(RETRY).await;
@@ -766,12 +838,12 @@ pub(crate) async fn follow_post_copy(
 }
 
 /// Tries once to make the connection anew. True when that is not needed: the destination has all memory.
-async fn reconnect(engine: &mut dyn RamEngine, peer: &Peer, id: Uuid) -> Result<bool, String> {
+async fn reconnect(engine: &mut dyn RamEngine, peer: &Peer, id: Uuid, relay_uri: Option<&str>) -> Result<bool, String> {
     match peer.recover(id).await {
         Ok(state) if state.complete => return Ok(true),
         Ok(state) => {
             if let Some(uri) = state.uri
-                && let Err(error) = engine.reconnect(&uri).await
+                && let Err(error) = engine.reconnect(relay_uri.unwrap_or(&uri)).await
             {
                 tracing::debug!(error = in_one_line(&error), "cannot reconnect yet");
             }

@@ -1,18 +1,28 @@
-//! Talking to another agent: the client of the API between agents.
+//! Talking to another agent: the client of the API between agents, HTTP over a connection that both have proved who
+//! they are on.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use reqwest::{Method, StatusCode};
+use axum::body::Body;
+use axum::http::header::{CONNECTION, CONTENT_TYPE, HOST, UPGRADE};
+use axum::http::{Method, Request, Response, StatusCode};
+use hyper::body::Incoming;
+use hyper::client::conn::http1::{SendRequest, handshake};
+use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio::io::{AsyncRead, AsyncWrite};
 use uuid::Uuid;
+use vmferry_link::{Fingerprint, Identity, LinkError, Secret};
 
-use crate::api::types::{Code, Hello, Problem};
+use crate::api::types::{Code, Hello, Join, Problem};
 use crate::incoming::{CheckReply, IncomingState, Offer, Prepared};
+use crate::relay;
 
 /// The version of the API between agents. Agents of different versions refuse each other.
-pub const API: u32 = 1;
+pub const API: u32 = 2;
 /// The port that agents listen on unless told otherwise.
 pub const DEFAULT_PORT: u16 = 7420;
 
@@ -26,21 +36,34 @@ const PREPARE_TIMEOUT: Duration = Duration::from_secs(60);
 const COMMIT_TIMEOUT: Duration = Duration::from_secs(10);
 /// What a trial of the link sends, in bytes.
 const TRIAL: usize = 4 << 20;
+/// The longest answer that is read, in bytes.
+const MAX_ANSWER: usize = 16 << 20;
 
 /// Why another agent did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum PeerError {
-    /// Nothing answers there.
-    #[error("cannot reach an agent at {address}")]
-    Unreachable {
-        /// Where it was looked for.
+    /// There is no connection.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// There was one.
+    #[error("the connection to the agent at {address} broke")]
+    Broken {
+        /// Where it is.
         address: String,
         /// Why.
         #[source]
-        source: reqwest::Error,
+        source: hyper::Error,
+    },
+    /// It does not answer.
+    #[error("the agent at {address} does not answer within {after:?}")]
+    NoAnswer {
+        /// Where it is.
+        address: String,
+        /// How long was waited.
+        after: Duration,
     },
     /// Something answers, but not in the way an agent does.
-    #[error("what answers at {address} is not a vmferry agent")]
+    #[error("what answers at {address} does not speak as a vmferry agent does")]
     NotAnAgent {
         /// Where.
         address: String,
@@ -69,8 +92,9 @@ impl PeerError {
     /// For programs.
     pub fn code(&self) -> Code {
         match self {
-            Self::Unreachable { .. } => Code::Unreachable,
-            Self::NotAnAgent { .. } => Code::NotAnAgent,
+            Self::Link(LinkError::WrongIdentity { .. }) => Code::NotPaired,
+            Self::Link(LinkError::NotAnAgent { .. }) | Self::NotAnAgent { .. } => Code::NotAnAgent,
+            Self::Link(_) | Self::Broken { .. } | Self::NoAnswer { .. } => Code::Unreachable,
             Self::OtherVersion { .. } => Code::OtherVersion,
             Self::Refused { problem, .. } => problem.code,
         }
@@ -79,33 +103,62 @@ impl PeerError {
     /// What to do about it.
     pub fn hint(&self) -> Option<String> {
         match self {
-            Self::Unreachable { .. } | Self::NotAnAgent { .. } => {
-                Some("is the host right, and does `vmferry agent --insecure-peers ADDRESS:PORT` run there?".into())
-            }
-            Self::OtherVersion { .. } => Some("install the same version of vmferry on both hosts".into()),
             Self::Refused { problem, .. } => problem.hint.clone(),
+            Self::Link(LinkError::WrongIdentity { .. }) => Some(
+                "pair the two: `vmferry pair` there makes a token for `vmferry pair TOKEN` here; if that host was set \
+                 up anew, `vmferry unpair` it here first"
+                    .into(),
+            ),
+            Self::OtherVersion { .. } => Some("install the same version of vmferry on both hosts".into()),
+            Self::Broken { .. } | Self::NoAnswer { .. } => None,
+            Self::Link(_) | Self::NotAnAgent { .. } => Some(
+                "is the host right, does `vmferry agent` run there, and does a firewall let its port through?".into(),
+            ),
         }
     }
 }
 
-/// Another agent. Cheap to clone; connections are kept and reused.
+/// Another agent, which proves to be one of those that are expected. Cheap to clone; a connection is kept and reused.
 #[derive(Clone)]
 pub struct Peer {
     address: String,
-    http: reqwest::Client,
+    identity: Arc<Identity>,
+    expected: Vec<Fingerprint>,
+    idle: Arc<Mutex<Option<Connection>>>,
+}
+
+struct Connection {
+    requests: SendRequest<Body>,
+    peer: Fingerprint,
+    remote: IpAddr,
+}
+
+/// What an agent answered.
+pub struct Answer {
+    /// Who it proved to be.
+    pub peer: Fingerprint,
+    /// Where it is.
+    pub remote: IpAddr,
+    /// The status of HTTP.
+    pub status: StatusCode,
+    /// The body.
+    pub body: Vec<u8>,
+}
+
+/// An agent that introduced itself.
+pub struct Met {
+    /// What it says of itself.
+    pub hello: Hello,
+    /// What it proved to be.
+    pub key: Fingerprint,
+    /// Where it is.
+    pub remote: IpAddr,
 }
 
 impl Peer {
-    /// An agent at HOST or HOST:PORT; nothing is sent yet.
-    pub fn new(to: &str) -> Result<Self, String> {
-        let address = with_port(to)?;
-        let http = reqwest::Client::builder()
-            .connect_timeout(CONNECT_TIMEOUT)
-            .tcp_nodelay(true)
-            .no_proxy()
-            .build()
-            .map_err(|error| error.to_string())?;
-        Ok(Self { address, http })
+    /// The agent at HOST:PORT, if it is one of these; nothing is sent yet.
+    pub fn new(address: &str, identity: Arc<Identity>, expected: Vec<Fingerprint>) -> Self {
+        Self { address: address.into(), identity, expected, idle: Arc::default() }
     }
 
     /// Where it is.
@@ -113,9 +166,10 @@ impl Peer {
         &self.address
     }
 
-    /// Who it is; fails when it is no agent, or one of another version.
-    pub async fn hello(&self) -> Result<Hello, PeerError> {
-        let hello: Hello = self.ask(Method::GET, "/v1/hello", None::<&()>, ANSWER_TIMEOUT).await?;
+    /// Who it is; fails when it is another version.
+    pub async fn hello(&self) -> Result<Met, PeerError> {
+        let answer = self.request(Method::GET, "/v1/hello", Vec::new(), ANSWER_TIMEOUT).await?;
+        let hello: Hello = self.decode(answer.status, &answer.body)?;
         if hello.product != "vmferry" {
             return Err(self.not_an_agent());
         }
@@ -126,7 +180,14 @@ impl Peer {
                 api: hello.api,
             });
         }
-        Ok(hello)
+        Ok(Met { hello, key: answer.peer, remote: answer.remote })
+    }
+
+    /// Makes the two of us peers, by the secret of a token of its; `name` is what this host calls itself, and `port`
+    /// where its agent listens.
+    pub async fn join(&self, secret: &Secret, name: &str, port: Option<u16>) -> Result<Hello, PeerError> {
+        let join = Join { secret: secret.to_string(), name: name.into(), port };
+        self.ask(Method::POST, "/v1/join", Some(&join), ANSWER_TIMEOUT).await
     }
 
     /// Whether it could take this VM; touches nothing there.
@@ -136,6 +197,8 @@ impl Peer {
 
     /// Has it start a QEMU that waits for this VM.
     pub async fn prepare(&self, offer: &Offer) -> Result<Prepared, PeerError> {
+        // Over a new connection: were an old one broken, nobody could tell whether it was heard.
+        self.take_idle();
         self.ask(Method::POST, "/v1/incoming", Some(offer), PREPARE_TIMEOUT).await
     }
 
@@ -162,10 +225,28 @@ impl Peer {
     /// What the link carries in a short trial, in bytes a second.
     pub async fn try_link(&self) -> Result<u64, PeerError> {
         let begun = std::time::Instant::now();
-        let url = format!("http://{}/v1/link-trial", self.address);
-        let reply = self.http.post(url).body(vec![0; TRIAL]).timeout(ANSWER_TIMEOUT).send().await;
-        reply.map_err(|source| self.unreachable(source))?;
+        self.request(Method::POST, "/v1/link-trial", vec![0; TRIAL], ANSWER_TIMEOUT).await?;
         Ok((TRIAL as f64 / begun.elapsed().as_secs_f64()) as u64)
+    }
+
+    /// One more connection for the QEMUs of this migration, to be relayed.
+    pub(crate) async fn relay(&self, id: Uuid) -> Result<impl AsyncRead + AsyncWrite + Unpin + use<>, PeerError> {
+        let mut connection = self.connect().await?;
+        let request = Request::builder()
+            .method(Method::POST)
+            .uri(format!("/v1/incoming/{id}/relay"))
+            .header(HOST, &self.address)
+            .header(CONNECTION, "upgrade")
+            .header(UPGRADE, relay::PROTOCOL)
+            .body(Body::empty())
+            .expect("our own requests are well-formed");
+        let reply = connection.requests.send_request(request).await.map_err(|error| self.broken(error))?;
+        let status = reply.status();
+        if status != StatusCode::SWITCHING_PROTOCOLS {
+            let body = axum::body::to_bytes(Body::new(reply.into_body()), MAX_ANSWER).await.unwrap_or_default();
+            return Err(self.decode::<()>(status, &body).err().unwrap_or_else(|| self.not_an_agent()));
+        }
+        Ok(TokioIo::new(hyper::upgrade::on(reply).await.map_err(|error| self.broken(error))?))
     }
 
     async fn ask<B: Serialize, R: DeserializeOwned>(
@@ -175,28 +256,90 @@ impl Peer {
         body: Option<&B>,
         timeout: Duration,
     ) -> Result<R, PeerError> {
-        let mut request = self.http.request(method, format!("http://{}{path}", self.address)).timeout(timeout);
-        if let Some(body) = body {
-            request = request.json(body);
-        }
-        // A peer that talks but not HTTP fails in decoding, not in connecting.
-        let reply = request.send().await.map_err(|source| match source.is_connect() || source.is_timeout() {
-            false if is_not_http(&source) => self.not_an_agent(),
-            _ => self.unreachable(source),
-        })?;
-        let status = reply.status();
-        let text = reply.bytes().await.map_err(|source| self.unreachable(source))?;
+        let body = body.map(|body| serde_json::to_vec(body).expect("the API's types are plain data"));
+        let answer = self.request(method, path, body.unwrap_or_default(), timeout).await?;
+        self.decode(answer.status, &answer.body)
+    }
+
+    fn decode<R: DeserializeOwned>(&self, status: StatusCode, text: &[u8]) -> Result<R, PeerError> {
         if status == StatusCode::OK {
-            return serde_json::from_slice(&text).map_err(|_| self.not_an_agent());
+            return serde_json::from_slice(text).map_err(|_| self.not_an_agent());
         }
-        match serde_json::from_slice(&text) {
+        match serde_json::from_slice(text) {
             Ok(problem) => Err(PeerError::Refused { problem }),
             Err(_) => Err(self.not_an_agent()),
         }
     }
 
-    fn unreachable(&self, source: reqwest::Error) -> PeerError {
-        PeerError::Unreachable { address: self.address.clone(), source: source.without_url() }
+    /// Asks for anything, with a body of JSON or none, and gives the answer as it comes.
+    pub async fn request(
+        &self,
+        method: Method,
+        path: &str,
+        body: Vec<u8>,
+        timeout: Duration,
+    ) -> Result<Answer, PeerError> {
+        let asking = async {
+            // The other side may have closed a connection that was kept. All but `prepare` can be asked twice.
+            if let Some(kept) = self.take_idle()
+                && let Ok(answer) = self.ask_over(kept, method.clone(), path, body.clone()).await
+            {
+                return Ok(answer);
+            }
+            let fresh = self.connect().await?;
+            self.ask_over(fresh, method, path, body).await
+        };
+        let no_answer = || PeerError::NoAnswer { address: self.address.clone(), after: timeout };
+        tokio::time::timeout(timeout, asking).await.unwrap_or_else(|_| Err(no_answer()))
+    }
+
+    async fn connect(&self) -> Result<Connection, PeerError> {
+        let stream = vmferry_link::connect(&self.address, &self.identity, &self.expected, CONNECT_TIMEOUT).await?;
+        let (requests, connection) = handshake(TokioIo::new(stream.io)).await.map_err(|error| self.broken(error))?;
+        // It ends when the last request is dropped; an error is told to whoever waits for an answer.
+        tokio::spawn(connection.with_upgrades());
+        Ok(Connection { requests, peer: stream.peer, remote: stream.remote.ip().to_canonical() })
+    }
+
+    async fn ask_over(
+        &self,
+        mut connection: Connection,
+        method: Method,
+        path: &str,
+        body: Vec<u8>,
+    ) -> Result<Answer, PeerError> {
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header(HOST, &self.address)
+            .header(CONTENT_TYPE, "application/json")
+            .body(Body::from(body))
+            .expect("our own requests are well-formed");
+        connection.requests.ready().await.map_err(|error| self.broken(error))?;
+        let reply: Response<Incoming> =
+            connection.requests.send_request(request).await.map_err(|error| self.broken(error))?;
+        let status = reply.status();
+        let body = axum::body::to_bytes(Body::new(reply.into_body()), MAX_ANSWER).await;
+        let body = body.map_err(|_| self.not_an_agent())?;
+        let answer = Answer { peer: connection.peer, remote: connection.remote, status, body: body.into() };
+        *self.lock_idle() = Some(connection);
+        Ok(answer)
+    }
+
+    fn take_idle(&self) -> Option<Connection> {
+        self.lock_idle().take().filter(|connection| !connection.requests.is_closed())
+    }
+
+    fn lock_idle(&self) -> std::sync::MutexGuard<'_, Option<Connection>> {
+        self.idle.lock().expect("no holder of this lock panics")
+    }
+
+    /// A peer that speaks TLS as an agent does and then no HTTP is none.
+    fn broken(&self, source: hyper::Error) -> PeerError {
+        if source.is_parse() {
+            return self.not_an_agent();
+        }
+        PeerError::Broken { address: self.address.clone(), source }
     }
 
     fn not_an_agent(&self) -> PeerError {
@@ -204,21 +347,9 @@ impl Peer {
     }
 }
 
-/// Something answered, but what it said was not HTTP.
-fn is_not_http(error: &reqwest::Error) -> bool {
-    let mut cause: Option<&dyn std::error::Error> = Some(error);
-    while let Some(inner) = cause {
-        if inner.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_parse) {
-            return true;
-        }
-        cause = inner.source();
-    }
-    false
-}
-
 /// HOST, HOST:PORT, ADDRESS or [IPV6]:PORT with the default port filled in.
-fn with_port(to: &str) -> Result<String, String> {
-    let bad = || format!("{to:?} names no host: use HOST, HOST:PORT, or [IPV6]:PORT");
+pub(crate) fn with_port(to: &str) -> Result<String, String> {
+    let bad = || format!("{to:?} names no host: use the name of a peer, HOST, HOST:PORT, or [IPV6]:PORT");
     if to.parse::<SocketAddr>().is_ok() {
         return Ok(to.into());
     }
@@ -235,7 +366,6 @@ fn with_port(to: &str) -> Result<String, String> {
         port => port.parse::<u16>().map(|port| format!("{host}:{port}")).map_err(|_| bad()),
     }
 }
-
 #[cfg(test)]
 mod tests {
     use super::with_port;

@@ -19,6 +19,7 @@ use crate::error::{AgentError, in_one_line};
 use crate::incoming::{Incoming, set_running, watch_lease};
 use crate::migration::{follow_post_copy, retire, settle_commit, strand};
 use crate::peer::Peer;
+use crate::relay::Relay;
 use crate::store::{OutRecord, OutStep, VmRecord};
 use crate::vm::{Stage, Vm, pid_from_file};
 
@@ -71,7 +72,7 @@ async fn find_again(agent: &Arc<Agent>, mut record: VmRecord) -> Result<(), Agen
     if record.pid == 0 || !vmferry_qemu::is_same_process(record.pid, record.start_time) {
         tracing::warn!(vm = name, pid = record.pid, "ended while no agent was there");
         if let Some(id) = record.incoming {
-            agent.store.abandon_in(id, &name, "", "its QEMU ended while no agent was there")?;
+            agent.store.abandon_in(id, "its QEMU ended while no agent was there")?;
         }
         return Ok(agent.store.remove_vm(&name)?);
     }
@@ -80,7 +81,8 @@ async fn find_again(agent: &Arc<Agent>, mut record: VmRecord) -> Result<(), Agen
     let vm = agent.take(&record, qmp).await?;
     if let Some(id) = record.incoming {
         tracing::warn!(vm = name, pid = record.pid, migration = %id, "still waits for a guest");
-        let incoming = Incoming::new(id, agent.store.peer_of(id)?, vm);
+        let source = agent.store.source_of(id)?.map(|source| source.name).unwrap_or_default();
+        let incoming = Incoming::new(id, source, vm);
         agent.add_incoming(Arc::clone(&incoming));
         tokio::spawn(watch_lease(Arc::clone(agent), incoming));
     } else {
@@ -93,10 +95,7 @@ async fn find_again(agent: &Arc<Agent>, mut record: VmRecord) -> Result<(), Agen
 
 /// Tries until it is settled: the guest must not stay half-way because its QEMU was slow to answer once.
 pub(crate) async fn settle(agent: Arc<Agent>, record: OutRecord) {
-    let peer = match Peer::new(&record.peer) {
-        Ok(peer) => peer,
-        Err(error) => return tracing::error!(vm = record.vm, migration = %record.id, error, "cannot be settled"),
-    };
+    let peer = Peer::new(&record.address, Arc::clone(&agent.identity), vec![record.peer_key]);
     let mut told = false;
     loop {
         let outcome = match agent.vm(&record.vm) {
@@ -208,12 +207,17 @@ async fn retire_after_post_copy(agent: &Agent, vm: &Vm, peer: &Peer, record: &Ou
     vm.set_stage(Stage::Left(record.id));
     agent.store.step_out(record.id, OutStep::PostCopy)?;
     let note = |text: String| tracing::warn!(vm = vm.name(), migration = %record.id, "{text}");
-    let features = agent.features_of(vm).await?;
+    let (features, _) = agent.features_of(vm).await?;
+    let relay = match Relay::was_open(vm) {
+        true => Some(Relay::open(vm, peer.clone(), record.id)?),
+        false => None,
+    };
     let limits = Limits { downtime: Duration::ZERO, max_time: None, post_copy: true };
     let wishes =
         Wishes { uri: String::new(), limits, bandwidth: None, setup: Setup::default(), post_copy_first: false };
     let mut engine = QemuEngine::new(vm.qmp.clone(), features, record.running, wishes);
-    if let Err(why) = follow_post_copy(&mut engine, peer, record.id, note, |_| {}).await {
+    if let Err(why) = follow_post_copy(&mut engine, peer, record.id, relay.as_ref().map(Relay::uri), note, |_| {}).await
+    {
         return strand(agent, vm, record.id, &why);
     }
     agent.store.step_out(record.id, OutStep::Retire)?;

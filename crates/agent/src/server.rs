@@ -1,6 +1,7 @@
 //! Serving: the agent from its start to its end.
 
-use std::net::{IpAddr, SocketAddr};
+use std::io::ErrorKind;
+use std::net::Ipv4Addr;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,10 +12,12 @@ use axum::serve::{IncomingStream, Listener};
 use rustix::fs::{FlockOperation, flock};
 use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio_util::sync::CancellationToken;
+use vmferry_link::{Acceptor, Identity, IdentityError, Incoming};
 
-use crate::config::Config;
+use crate::config::{Config, Listen};
 use crate::error::AgentError;
 use crate::store::Store;
+use crate::trust::Caller;
 use crate::{Agent, api, recovery};
 
 /// How long requests under way may take when the agent is told to end.
@@ -56,6 +59,9 @@ pub enum ServeError {
         #[source]
         source: std::io::Error,
     },
+    /// It cannot prove who it is.
+    #[error("cannot tell other agents who this one is")]
+    Identity(#[from] IdentityError),
     /// What a predecessor left cannot be read.
     #[error("cannot go on where the last agent ended")]
     Recover(#[source] AgentError),
@@ -70,11 +76,9 @@ pub async fn serve(config: Config, end: CancellationToken) -> Result<(), ServeEr
         .map_err(|source| ServeError::Journal { path: config.state_dir.clone(), source })?;
     let socket = config.socket();
     let local = listen_local(&socket)?;
-    let peers = match config.insecure_peers {
-        Some(address) => Some(listen_peers(address).await?),
-        None => None,
-    };
-    let agent = Agent::new(config, store);
+    let identity = Identity::load_or_make(&config.state_dir.join("identity.pem"), &config.name)?;
+    let peers = listen_peers(config.listen, &identity).await?;
+    let agent = Agent::new(config, store, identity, peers.as_ref().map(Incoming::local_addr));
     recovery::recover(&agent).await.map_err(ServeError::Recover)?;
 
     let served = tokio::spawn(
@@ -82,13 +86,13 @@ pub async fn serve(config: Config, end: CancellationToken) -> Result<(), ServeEr
             .with_graceful_shutdown(end.clone().cancelled_owned())
             .into_future(),
     );
-    if let Some(listener) = peers {
-        let address = listener.local_addr().map_or_else(|_| "?".into(), |address| address.to_string());
-        tracing::warn!(address, "other agents are served WITHOUT authentication and encryption (--insecure-peers)");
-        let service = api::peer_router(&agent).into_make_service_with_connect_info::<LocalAddress>();
+    if let Some(incoming) = peers {
+        let service = api::peer_router(&agent).into_make_service_with_connect_info::<Caller>();
         let end = end.clone().cancelled_owned();
-        tokio::spawn(axum::serve(listener, service).with_graceful_shutdown(end).into_future());
+        tokio::spawn(axum::serve(Callers(incoming), service).with_graceful_shutdown(end).into_future());
     }
+    let listens = agent.listens.map_or_else(|| "none".into(), |listen| listen.to_string());
+    tracing::info!(listens, fingerprint = %agent.identity.fingerprint(), "known to other agents");
     tracing::info!(name = agent.config.name, socket = %socket.display(), version = env!("CARGO_PKG_VERSION"), "ready");
     tell_systemd(&[sd_notify::NotifyState::Ready]);
     let learning = Arc::clone(&agent);
@@ -138,37 +142,43 @@ fn listen_local(socket: &Path) -> Result<UnixListener, ServeError> {
     Ok(listener)
 }
 
-async fn listen_peers(address: SocketAddr) -> Result<NoDelay, ServeError> {
-    let bound = TcpListener::bind(address).await;
-    bound.map(NoDelay).map_err(|source| ServeError::Listen { address: address.to_string(), source })
-}
-
-/// A listener whose connections send at once: a commit is a small message that a guest waits for.
-struct NoDelay(TcpListener);
-
-impl Listener for NoDelay {
-    type Io = TcpStream;
-    type Addr = SocketAddr;
-
-    async fn accept(&mut self) -> (TcpStream, SocketAddr) {
-        let (stream, address) = Listener::accept(&mut self.0).await;
-        if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(%error, "cannot set TCP_NODELAY");
+async fn listen_peers(listen: Listen, identity: &Identity) -> Result<Option<Incoming>, ServeError> {
+    let Listen::At(address) = listen else { return Ok(None) };
+    let failed = |source| ServeError::Listen { address: address.to_string(), source };
+    let listener = match TcpListener::bind(address).await {
+        // A host without IPv6.
+        Err(error) if listen == Listen::default() && error.kind() != ErrorKind::AddrInUse => {
+            TcpListener::bind((Ipv4Addr::UNSPECIFIED, address.port())).await
         }
-        (stream, address)
+        bound => bound,
+    };
+    Incoming::new(listener.map_err(failed)?, Acceptor::new(identity)).map(Some).map_err(failed)
+}
+
+/// Connections of other agents, each of which has proved who it is.
+struct Callers(Incoming);
+
+impl Listener for Callers {
+    type Io = tokio_rustls::TlsStream<TcpStream>;
+    type Addr = Caller;
+
+    async fn accept(&mut self) -> (Self::Io, Caller) {
+        let stream = self.0.next().await;
+        let caller = Caller {
+            key: stream.peer,
+            local: stream.local.ip().to_canonical(),
+            remote: stream.remote.ip().to_canonical(),
+        };
+        (stream.io, caller)
     }
 
-    fn local_addr(&self) -> std::io::Result<SocketAddr> {
-        self.0.local_addr()
+    fn local_addr(&self) -> std::io::Result<Caller> {
+        Err(ErrorKind::Unsupported.into())
     }
 }
 
-/// At which of our addresses a peer reached us: where its guests can reach us too.
-#[derive(Clone, Copy)]
-pub(crate) struct LocalAddress(pub(crate) IpAddr);
-
-impl Connected<IncomingStream<'_, NoDelay>> for LocalAddress {
-    fn connect_info(stream: IncomingStream<'_, NoDelay>) -> Self {
-        Self(stream.io().local_addr().map_or(IpAddr::from([127, 0, 0, 1]), |address| address.ip()))
+impl Connected<IncomingStream<'_, Callers>> for Caller {
+    fn connect_info(stream: IncomingStream<'_, Callers>) -> Self {
+        *stream.remote_addr()
     }
 }

@@ -3,6 +3,10 @@
 //! `SQLite` in WAL mode with `synchronous=FULL`: what was written is there also after the host lost power. It must be:
 //! the other host may have acted on it. A step costs an fsync, two of them within the downtime.
 
+mod peers;
+
+pub use peers::{Joined, PeerRecord};
+
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -10,11 +14,14 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
+use vmferry_link::Fingerprint;
 
 use crate::api::types::{MigrationView, VmSpec};
 
-/// The first version of the tables; `PRAGMA user_version` tells which one a file has.
-const SCHEMA: &str = "
+/// What makes the tables of each version from those of the version before; `PRAGMA user_version` tells which one a file
+/// has.
+const SCHEMA: [&str; 2] = [
+    "
 CREATE TABLE vms (
     name       TEXT PRIMARY KEY,
     spec       TEXT NOT NULL,      -- VmSpec as JSON
@@ -36,7 +43,22 @@ CREATE TABLE migrations (
     step       TEXT NOT NULL,
     outcome    TEXT                -- how it ended; NULL while it has not
 );
-";
+",
+    "
+ALTER TABLE migrations ADD COLUMN address TEXT NOT NULL DEFAULT '';   -- where the destination is
+ALTER TABLE migrations ADD COLUMN peer_key TEXT NOT NULL DEFAULT '';  -- fingerprint of the other host
+CREATE TABLE peers (
+    fingerprint TEXT PRIMARY KEY,
+    name        TEXT NOT NULL UNIQUE,  -- what it calls itself
+    address     TEXT NOT NULL,         -- HOST:PORT; empty when it listens nowhere
+    paired      INTEGER NOT NULL       -- seconds since 1970
+);
+CREATE TABLE tokens (
+    hash    TEXT PRIMARY KEY,          -- of the secret
+    expires INTEGER NOT NULL           -- seconds since 1970
+);
+",
+];
 
 /// A step as the source's journal names it, written before it is done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -114,12 +136,25 @@ pub struct OutRecord {
     pub id: Uuid,
     /// The VM.
     pub vm: String,
-    /// The destination as the user gave it.
+    /// The destination as it calls itself.
     pub peer: String,
+    /// Where its agent is, HOST:PORT.
+    pub address: String,
+    /// Its agent's fingerprint.
+    pub peer_key: Fingerprint,
     /// The guest ran when the migration began.
     pub running: bool,
     /// The last step begun.
     pub step: OutStep,
+}
+
+/// Whoever hands a guest over.
+#[derive(Clone, Debug)]
+pub struct Source {
+    /// What it calls itself.
+    pub name: String,
+    /// Its agent's fingerprint.
+    pub key: Fingerprint,
 }
 
 /// See the module's text.
@@ -135,11 +170,13 @@ impl Store {
         let connection = Connection::open(state_dir.join("agent.db"))?;
         connection.pragma_update(None, "journal_mode", "WAL")?;
         connection.pragma_update(None, "synchronous", "FULL")?;
-        let version: i64 = connection.query_row("PRAGMA user_version", [], |row| row.get(0))?;
-        match version {
-            0 => connection.execute_batch(&format!("BEGIN; {SCHEMA} PRAGMA user_version = 1; COMMIT;"))?,
-            1 => {}
-            newer => return Err(unreadable(&format!("a journal of version {newer}, made by a newer vmferry"))),
+        let version: u32 = connection.query_row("PRAGMA user_version", [], |row| row.get(0))?;
+        let version = version as usize;
+        if version > SCHEMA.len() {
+            return Err(unreadable(&format!("a journal of version {version}, made by a newer vmferry")));
+        }
+        for (version, change) in SCHEMA.iter().enumerate().skip(version) {
+            connection.execute_batch(&format!("BEGIN; {change} PRAGMA user_version = {}; COMMIT;", version + 1))?;
         }
         Ok(Self { connection: Mutex::new(connection) })
     }
@@ -215,8 +252,18 @@ impl Store {
     /// Begins an outgoing migration.
     pub fn begin_out(&self, record: &OutRecord) -> Result<()> {
         self.db().execute(
-            "INSERT INTO migrations VALUES (?1, 'out', ?2, ?3, ?4, ?5, ?6, NULL)",
-            params![record.id.to_string(), record.vm, record.peer, record.running, now(), word(record.step)],
+            "INSERT INTO migrations (id, direction, vm, peer, address, peer_key, running, started, step)
+             VALUES (?1, 'out', ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
+            params![
+                record.id.to_string(),
+                record.vm,
+                record.peer,
+                record.address,
+                record.peer_key.to_string(),
+                record.running,
+                now(),
+                word(record.step)
+            ],
         )?;
         Ok(())
     }
@@ -240,7 +287,10 @@ impl Store {
     /// Outgoing migrations that have not ended.
     pub fn unfinished_out(&self) -> Result<Vec<OutRecord>> {
         self.db()
-            .prepare("SELECT id, vm, peer, running, step FROM migrations WHERE direction = 'out' AND outcome IS NULL")?
+            .prepare(
+                "SELECT id, vm, peer, running, step, address, peer_key FROM migrations
+                 WHERE direction = 'out' AND outcome IS NULL",
+            )?
             .query_map([], |row| {
                 Ok(OutRecord {
                     id: parse_id(&row.get::<_, String>(0)?)?,
@@ -248,6 +298,8 @@ impl Store {
                     peer: row.get(2)?,
                     running: row.get(3)?,
                     step: step_from(row.get(4)?)?,
+                    address: row.get(5)?,
+                    peer_key: parse_key(&row.get::<_, String>(6)?)?,
                 })
             })?
             .collect()
@@ -265,10 +317,11 @@ impl Store {
     }
 
     /// Begins an incoming migration; the source still owns the guest. False when it is known already.
-    pub fn begin_in(&self, id: Uuid, vm: &str, peer: &str, running: bool) -> Result<bool> {
+    pub fn begin_in(&self, id: Uuid, vm: &str, source: &Source, running: bool) -> Result<bool> {
         let added = self.db().execute(
-            "INSERT OR IGNORE INTO migrations VALUES (?1, 'in', ?2, ?3, ?4, ?5, 'prepared', NULL)",
-            params![id.to_string(), vm, peer, running, now()],
+            "INSERT OR IGNORE INTO migrations (id, direction, vm, peer, peer_key, running, started, step)
+             VALUES (?1, 'in', ?2, ?3, ?4, ?5, ?6, 'prepared')",
+            params![id.to_string(), vm, source.name, source.key.to_string(), running, now()],
         )?;
         Ok(added == 1)
     }
@@ -290,16 +343,25 @@ impl Store {
         Ok(changed == 1)
     }
 
-    /// This host will never own the guest of this migration, also when it hears of it only now. The first reason is
-    /// kept. False when it was committed before: then nothing is abandoned.
-    pub fn abandon_in(&self, id: Uuid, vm: &str, peer: &str, why: &str) -> Result<bool> {
+    /// This host will never own the guest of this migration. The first reason is kept. False when it was committed
+    /// before, or is not known: then nothing is abandoned.
+    pub fn abandon_in(&self, id: Uuid, why: &str) -> Result<bool> {
         let changed = self.db().execute(
-            "INSERT INTO migrations VALUES (?1, 'in', ?2, ?3, 0, ?4, 'abandoned', ?5)
-             ON CONFLICT (id) DO UPDATE SET step = 'abandoned', outcome = coalesce(outcome, ?5)
-             WHERE step != 'committed'",
-            params![id.to_string(), vm, peer, now(), why],
+            "UPDATE migrations SET step = 'abandoned', outcome = coalesce(outcome, ?2)
+             WHERE id = ?1 AND direction = 'in' AND step != 'committed'",
+            params![id.to_string(), why],
         )?;
         Ok(changed == 1)
+    }
+
+    /// The same for a migration that this host may never have heard of, so that it cannot begin any more either.
+    pub fn abandon_unheard(&self, id: Uuid, source: &Source, why: &str) -> Result<()> {
+        self.db().execute(
+            "INSERT OR IGNORE INTO migrations (id, direction, vm, peer, peer_key, running, started, step, outcome)
+             VALUES (?1, 'in', '', ?2, ?3, 0, ?4, 'abandoned', ?5)",
+            params![id.to_string(), source.name, source.key.to_string(), now(), why],
+        )?;
+        Ok(())
     }
 
     /// Where an incoming migration stands, and why.
@@ -313,9 +375,15 @@ impl Store {
             .optional()
     }
 
-    /// The other host of this migration.
-    pub fn peer_of(&self, id: Uuid) -> Result<String> {
-        self.db().query_row("SELECT peer FROM migrations WHERE id = ?1", [id.to_string()], |row| row.get(0))
+    /// The source of an incoming migration; `None` when this host never heard of it.
+    pub fn source_of(&self, id: Uuid) -> Result<Option<Source>> {
+        self.db()
+            .query_row(
+                "SELECT peer, peer_key FROM migrations WHERE id = ?1 AND direction = 'in'",
+                [id.to_string()],
+                |row| Ok(Source { name: row.get(0)?, key: parse_key(&row.get::<_, String>(1)?)? }),
+            )
+            .optional()
     }
 
     /// The VM of this migration.
@@ -335,6 +403,10 @@ fn migration_view(row: &Row<'_>) -> Result<MigrationView> {
     })
 }
 
+fn parse_key(text: &str) -> Result<Fingerprint> {
+    text.parse().map_err(|_| unreadable(text))
+}
+
 fn parse_id(text: &str) -> Result<Uuid> {
     Uuid::parse_str(text).map_err(|_| unreadable(text))
 }
@@ -347,6 +419,10 @@ fn now() -> i64 {
 mod tests {
     use super::*;
 
+    fn source() -> Source {
+        Source { name: "alpha".into(), key: Fingerprint::of(b"alpha") }
+    }
+
     fn store() -> (tempfile::TempDir, Store) {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
@@ -354,7 +430,15 @@ mod tests {
     }
 
     fn out(id: Uuid) -> OutRecord {
-        OutRecord { id, vm: "web1".into(), peer: "beta".into(), running: true, step: OutStep::Prepare }
+        OutRecord {
+            id,
+            vm: "web1".into(),
+            peer: "beta".into(),
+            address: "192.0.2.2:7420".into(),
+            peer_key: Fingerprint::of(b"beta"),
+            running: true,
+            step: OutStep::Prepare,
+        }
     }
 
     #[test]
@@ -382,8 +466,8 @@ mod tests {
     fn what_was_abandoned_is_never_committed() {
         let (_dir, store) = store();
         let id = Uuid::new_v4();
-        store.begin_in(id, "web1", "alpha", true).unwrap();
-        assert!(store.abandon_in(id, "web1", "alpha", "lease ran out").unwrap());
+        store.begin_in(id, "web1", &source(), true).unwrap();
+        assert!(store.abandon_in(id, "lease ran out").unwrap());
         assert!(!store.commit_in(id).unwrap());
         assert_eq!(store.step_in(id).unwrap().unwrap().0, InStep::Abandoned);
     }
@@ -405,7 +489,7 @@ mod tests {
                 stranded: false,
             };
             store.put_vm(&record).unwrap();
-            store.begin_in(id, name, "alpha", running).unwrap();
+            store.begin_in(id, name, &source(), running).unwrap();
             assert!(!store.must_run(name).unwrap());
             assert!(store.commit_in(id).unwrap());
             assert_eq!(store.must_run(name).unwrap(), running);
@@ -418,9 +502,9 @@ mod tests {
     fn what_was_committed_is_never_abandoned() {
         let (_dir, store) = store();
         let id = Uuid::new_v4();
-        store.begin_in(id, "web1", "alpha", true).unwrap();
+        store.begin_in(id, "web1", &source(), true).unwrap();
         assert!(store.commit_in(id).unwrap());
-        assert!(!store.abandon_in(id, "web1", "alpha", "late").unwrap());
+        assert!(!store.abandon_in(id, "late").unwrap());
         assert_eq!(store.step_in(id).unwrap().unwrap().0, InStep::Committed);
     }
 
@@ -428,7 +512,8 @@ mod tests {
     fn a_commit_that_arrives_after_an_unknown_migration_was_abandoned_is_refused() {
         let (_dir, store) = store();
         let id = Uuid::new_v4();
-        assert!(store.abandon_in(id, "web1", "alpha", "never heard of it").unwrap());
+        store.abandon_unheard(id, &source(), "never heard of it").unwrap();
+        assert!(!store.begin_in(id, "web1", &source(), true).unwrap());
         assert!(!store.commit_in(id).unwrap());
     }
 

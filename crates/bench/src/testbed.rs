@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::process::{Child, Command};
-use vmferry_agent::api::types::{RunRequest, Started, VmView};
+use vmferry_agent::api::types::{PairRequest, PeerView, RunRequest, Started, TokenRequest, TokenView, VmView};
 use vmferry_agent::client::{Client, ClientError, vm_path};
 
 use crate::{GuestLog, GuestOptions, INITRD};
@@ -76,6 +76,8 @@ pub struct TestbedOptions {
     pub qemu_dirs: [Option<PathBuf>; 2],
     /// More lines for each host's configuration.
     pub config: [String; 2],
+    /// The hosts trust each other from the start.
+    pub paired: bool,
 }
 
 impl TestbedOptions {
@@ -87,6 +89,7 @@ impl TestbedOptions {
             link_bits: None,
             qemu_dirs: [None, None],
             config: [String::new(), String::new()],
+            paired: true,
         }
     }
 }
@@ -109,6 +112,8 @@ pub struct Host {
     pub socket: PathBuf,
     /// Its agent's run folder.
     pub run_dir: PathBuf,
+    /// Its agent's state folder.
+    pub state_dir: PathBuf,
     config: PathBuf,
     log: PathBuf,
     vmferry: PathBuf,
@@ -129,7 +134,18 @@ impl Testbed {
         for host in &mut testbed.hosts {
             host.start_agent().await?;
         }
+        if options.paired {
+            testbed.pair().await?;
+        }
         Ok(testbed)
+    }
+
+    /// Makes the hosts trust each other.
+    pub async fn pair(&self) -> Result<()> {
+        let token: TokenView = self.beta().client()?.post("/v1/tokens", &TokenRequest { seconds: 60 }).await?;
+        let request = PairRequest { token: token.token, host: None };
+        let _: PeerView = self.alpha().client()?.post("/v1/peers", &request).await?;
+        Ok(())
     }
 
     /// The host that VMs start on.
@@ -204,13 +220,14 @@ impl Drop for Testbed {
 impl Host {
     fn new(index: usize, name: &'static str, dir: &Path, options: &TestbedOptions, network: &Network) -> Result<Self> {
         let run_dir = dir.join(name);
+        let state_dir = dir.join(format!("{name}-state"));
         let config = dir.join(format!("{name}.toml"));
         let qemu_dirs: Vec<String> =
             options.qemu_dirs[index].iter().map(|dir| format!("{:?}", dir.display().to_string())).collect();
         let text = format!(
             "name = {name:?}\nrun_dir = {:?}\nstate_dir = {:?}\nqemu_dirs = [{}]\n{}\n",
             run_dir.display().to_string(),
-            dir.join(format!("{name}-state")).display().to_string(),
+            state_dir.display().to_string(),
             qemu_dirs.join(", "),
             options.config[index]
         );
@@ -220,6 +237,7 @@ impl Host {
             address: network.address(index)?,
             socket: run_dir.join("agent.sock"),
             run_dir,
+            state_dir,
             config,
             log: dir.join(format!("{name}.log")),
             vmferry: options.vmferry.clone(),
@@ -233,7 +251,7 @@ impl Host {
         let log = std::fs::OpenOptions::new().create(true).append(true).open(&self.log)?;
         let address = self.address.to_string();
         let mut command = self.process(&self.vmferry);
-        command.arg("agent").arg("--config").arg(&self.config).args(["--insecure-peers", &address]);
+        command.arg("agent").arg("--config").arg(&self.config).args(["--listen", &address]);
         self.agent = Some(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn()?);
         let client = self.client()?;
         let deadline = Instant::now() + AGENT_START;

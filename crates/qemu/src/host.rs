@@ -17,6 +17,7 @@ use crate::launch::{in_words, last_lines, or_nothing};
 use crate::process::end_with_us;
 use crate::qmp::commands::{QueryCpuDefinitions, QueryMachines, QueryVersion, Quit};
 use crate::qmp::{Features, Qmp, QmpError};
+use crate::stream_tls::{Endpoint, StreamKey, protect_streams};
 
 /// How long a QEMU may take to tell about itself.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -92,7 +93,7 @@ pub struct QemuInfo {
     pub cpus: Vec<CpuModel>,
     /// Its commands and migration capabilities.
     pub features: Features,
-    /// It was built with TLS.
+    /// It can encrypt its migration streams.
     pub tls: bool,
 }
 
@@ -184,7 +185,9 @@ async fn ask(binary: &Path, socket: &Path) -> Result<QemuInfo, QmpError> {
     let features = Features::probe(&qmp).await?;
     let machines = qmp.execute(QueryMachines {}).await?;
     let cpus = qmp.execute(QueryCpuDefinitions {}).await?;
-    let credentials = qmp.execute_raw("qom-list-types", serde_json::json!({ "implements": "tls-creds-x509" })).await?;
+    // Its types and schema are the same without TLS; only a trial tells.
+    let dir = socket.parent().unwrap_or(Path::new("/")).join("tls");
+    let tls = protect_streams(&qmp, &dir, &StreamKey::new(&[0; 32]), Endpoint::Server, None).await;
     let info = QemuInfo {
         binary: binary.into(),
         version: version.to_string(),
@@ -204,7 +207,7 @@ async fn ask(binary: &Path, socket: &Path) -> Result<QemuInfo, QmpError> {
             .map(|cpu| CpuModel { name: cpu.name, unavailable: cpu.unavailable_features.unwrap_or_default() })
             .collect(),
         features,
-        tls: credentials.as_array().is_some_and(|types| !types.is_empty()),
+        tls: tls.is_ok(),
     };
     // It may be gone before its answer is read.
     let _ = qmp.execute(Quit {}).await;

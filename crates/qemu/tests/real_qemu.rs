@@ -480,6 +480,89 @@ async fn a_guest_moves_between_any_two_qemus_of_its_machine_type() {
     }
 }
 
+/// Forwards one connection to this port and keeps what it carried there.
+async fn listen_in(port: u16) -> (u16, tokio::task::JoinHandle<Vec<u8>>) {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let here = listener.local_addr().unwrap().port();
+    let heard = tokio::spawn(async move {
+        let (mut from_source, mut to_source) = listener.accept().await.unwrap().0.into_split();
+        let (mut back, mut there) = tokio::net::TcpStream::connect(("127.0.0.1", port)).await.unwrap().into_split();
+        let back = tokio::spawn(async move { tokio::io::copy(&mut back, &mut to_source).await });
+        let mut heard = Vec::new();
+        let mut buffer = vec![0; 64 << 10];
+        while let Ok(count) = from_source.read(&mut buffer).await
+            && count > 0
+        {
+            heard.extend_from_slice(&buffer[..count]);
+            if there.write_all(&buffer[..count]).await.is_err() {
+                break;
+            }
+        }
+        drop(there);
+        back.abort();
+        heard
+    });
+    (here, heard)
+}
+
+/// Migrates between two new QEMUs whose streams have these keys; how it ended, and what could be heard on the way.
+async fn migrate_overheard(
+    from: &Path,
+    to: &Path,
+    keys: [Option<[u8; 32]>; 2],
+    priority: Option<&str>,
+) -> (MigrationStatus, Vec<u8>, RunState) {
+    let line = "-M pc-q35-7.2 -m 32 -nodefaults";
+    let source = try_start(from, Wish::new(line)).await.unwrap();
+    let destination = try_start(to, Wish { machine: Some("pc-q35-7.2"), ..Wish::new(line) }).await.unwrap();
+    let (here, there) = (&source.launched.qmp, &destination.launched.qmp);
+    for (vm, key, endpoint) in [(&source, keys[0], Endpoint::Client), (&destination, keys[1], Endpoint::Server)] {
+        if let Some(key) = key {
+            let dir = vm.dir.path().join("tls");
+            // Twice: what an earlier migration left is in nobody's way.
+            for _ in 0..2 {
+                protect_streams(&vm.launched.qmp, &dir, &StreamKey::new(&key), endpoint, priority).await.unwrap();
+            }
+        }
+    }
+    there.execute(MigrateIncoming { uri: "tcp:127.0.0.1:0".into() }).await.unwrap();
+    let port = there.execute(QueryMigrate {}).await.unwrap().socket_address.unwrap()[0].tcp_port().unwrap();
+    let (port, heard) = listen_in(port).await;
+    here.execute(Cont {}).await.unwrap();
+    here.execute(Migrate { uri: format!("tcp:127.0.0.1:{port}"), resume: None }).await.unwrap();
+    let end = async {
+        loop {
+            match here.execute(QueryMigrate {}).await.unwrap().status {
+                Some(status @ (MigrationStatus::Completed | MigrationStatus::Failed)) => return status,
+                _ => tokio::time::sleep(Duration::from_millis(10)).await,
+            }
+        }
+    };
+    let status = tokio::time::timeout(SOON, end).await.unwrap();
+    let state = here.execute(QueryStatus {}).await.unwrap().status;
+    drop((source, destination));
+    (status, tokio::time::timeout(SOON, heard).await.unwrap().unwrap(), state)
+}
+
+#[tokio::test]
+async fn what_qemus_with_a_key_say_is_understood_by_nobody_else() {
+    let is_there = |heard: &[u8], word: &str| heard.windows(word.len()).any(|it| it == word.as_bytes());
+    let qemus = qemus();
+    for (from, to) in [(&qemus[0], qemus.last().unwrap()), (qemus.last().unwrap(), &qemus[0])] {
+        let (status, heard, _) = migrate_overheard(from, to, [None, None], None).await;
+        assert_eq!(status, MigrationStatus::Completed);
+        assert!(heard.starts_with(b"QEVM") && is_there(&heard, "pc.ram"), "a plain stream can be read");
+        for priority in [None, Some("NORMAL:-CIPHER-ALL:+CHACHA20-POLY1305"), Some("NORMAL:-CIPHER-ALL:+AES-128-GCM")] {
+            let (status, heard, _) = migrate_overheard(from, to, [Some([7; 32]), Some([7; 32])], priority).await;
+            assert_eq!(status, MigrationStatus::Completed, "{priority:?}");
+            assert!(heard.len() > 10_000 && !is_there(&heard, "QEVM") && !is_there(&heard, "pc.ram"), "{priority:?}");
+        }
+        let (status, _, state) = migrate_overheard(from, to, [Some([7; 32]), Some([8; 32])], None).await;
+        assert_eq!((status, state), (MigrationStatus::Failed, RunState::Running), "with another key");
+    }
+}
+
 #[tokio::test]
 async fn a_probe_tells_machines_cpus_and_means_of_migration() {
     with_each_qemu(|qemu| async move {

@@ -12,8 +12,8 @@ use crate::failure::Failure;
 
 pub(crate) async fn run(options: AgentOptions) -> Result<(), Failure> {
     let mut config = Config::load(options.config.as_deref()).map_err(|error| Failure::Serve(error.into()))?;
-    if options.insecure_peers.is_some() {
-        config.insecure_peers = options.insecure_peers;
+    if let Some(listen) = options.listen {
+        config.listen = listen;
     }
     log_to_stderr(config.log_format);
     let end = CancellationToken::new();

@@ -1,9 +1,9 @@
 //! The command line: what can be said, and the help that teaches it.
 
-use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use vmferry_agent::config::{Listen, Rate};
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -92,6 +92,34 @@ shared memory for RAM when only -m is given. The VM outlives the agent.")]
         /// The VM's name
         name: String,
     },
+    /// Make two hosts peers: without a token, make one; with a token of the other host, use it
+    #[command(after_long_help = "\
+Example:
+  beta#  vmferry pair
+  alpha# vmferry pair vmferry-aeaaa...
+
+A token is good for one host and some minutes. Whoever has it can become a peer, so treat it like a password.")]
+    Pair {
+        /// What `vmferry pair` printed on the other host
+        token: Option<String>,
+        /// How long a new token is good for
+        #[arg(long, value_name = "TIME", default_value = "10m", conflicts_with = "token")]
+        expires: humantime::Duration,
+        /// Print nothing but the token
+        #[arg(long, conflicts_with = "token")]
+        quiet: bool,
+    },
+    /// List the hosts that this one is paired with
+    Peers {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Trust a peer no more
+    Unpair {
+        /// Its name, or its fingerprint
+        peer: String,
+    },
     /// List the last migrations away from this host, and how they ended
     Migrations {
         /// Print JSON
@@ -110,17 +138,17 @@ pub(crate) struct AgentOptions {
     /// The configuration [default: /etc/vmferry/agent.toml, if it exists]
     #[arg(long, env = "VMFERRY_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Talk to other agents here WITHOUT authentication or encryption: only on a network that nobody else can reach
+    /// Serve other agents here, or "none" [default: [::]:7420, which is every address of this host]
     #[arg(long, value_name = "ADDRESS:PORT")]
-    pub insecure_peers: Option<SocketAddr>,
+    pub listen: Option<Listen>,
 }
 
 #[derive(Args)]
 pub(crate) struct MigrateOptions {
     /// The VM's name
     pub name: String,
-    /// The destination
-    #[arg(long, value_name = "HOST[:PORT]")]
+    /// The destination: a peer's name, its address, or ssh://[USER@]HOST[:PORT] to pair with it over ssh first
+    #[arg(long, value_name = "HOST")]
     pub to: String,
     /// Check everything and say what would be done; touch nothing
     #[arg(long)]
@@ -149,22 +177,8 @@ fn duration(text: &str) -> Result<std::time::Duration, String> {
     humantime::parse_duration(text).map_err(|error| format!("{error}; give a time such as 300ms, 10s or 5m"))
 }
 
-/// A rate in bytes a second, from `100MiB/s`, `1Gbit/s`, `1gbit` and the like.
 fn rate(text: &str) -> Result<u64, String> {
-    let bad = || format!("{text:?} is no rate; give one such as 100MiB/s or 1Gbit/s");
-    let lower = text.trim().to_ascii_lowercase();
-    let amount = lower.strip_suffix("/s").unwrap_or(&lower);
-    if let Some(bits) = amount.strip_suffix("bit") {
-        let (number, factor) = match bits.chars().last() {
-            Some('k') => (&bits[..bits.len() - 1], 1e3),
-            Some('m') => (&bits[..bits.len() - 1], 1e6),
-            Some('g') => (&bits[..bits.len() - 1], 1e9),
-            _ => (bits, 1.0),
-        };
-        let number: f64 = number.trim().parse().map_err(|_| bad())?;
-        return if number >= 0.0 { Ok((number * factor / 8.0) as u64) } else { Err(bad()) };
-    }
-    amount.parse::<bytesize::ByteSize>().map(|size| size.as_u64()).map_err(|_| bad())
+    text.parse().map(|Rate(rate)| rate)
 }
 
 #[cfg(test)]
@@ -175,22 +189,6 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
-    }
-
-    #[test]
-    fn rates_may_be_given_in_bits_or_bytes() {
-        for (text, bytes) in [
-            ("1Gbit/s", 125_000_000),
-            ("1gbit", 125_000_000),
-            ("8kbit", 1000),
-            ("100MiB/s", 100 << 20),
-            ("5000000", 5_000_000),
-        ] {
-            assert_eq!(rate(text), Ok(bytes), "{text}");
-        }
-        for bad in ["", "fast", "-1gbit", "-5", "1 parsec", "gbit"] {
-            assert!(rate(bad).is_err(), "{bad}");
-        }
     }
 
     #[test]

@@ -16,8 +16,25 @@ pub(crate) enum Failure {
     Serve(#[source] Box<dyn std::error::Error + Send + Sync>),
     #[error("cannot use the terminal")]
     Terminal(#[source] std::io::Error),
+    #[error("cannot run ssh")]
+    Ssh(#[source] std::io::Error),
+    #[error("{0:?} is no ssh destination: give ssh://HOST, ssh://USER@HOST or ssh://USER@HOST:PORT")]
+    BadSshHost(String),
+    #[error("could not get a join token from {host} over ssh: {}", ended(*code))]
+    NoTokenOverSsh { host: String, code: Option<i32> },
     #[error("cannot tell the current folder")]
     NoFolder(#[source] std::io::Error),
+}
+
+/// What the end of ssh, or of the command that it ran, means.
+fn ended(code: Option<i32>) -> String {
+    match code {
+        Some(255) => "ssh could not log in".into(),
+        Some(127) => "vmferry is not installed there".into(),
+        Some(7) => "no agent answers there, and none could be started".into(),
+        Some(code) => format!("`vmferry pair` there ended with {code}"),
+        None => "ssh was ended".into(),
+    }
 }
 
 impl Failure {
@@ -44,6 +61,8 @@ impl Failure {
             Self::Agent(ClientError::NoAgent { .. }) => 7,
             Self::Agent(ClientError::Problem(problem)) => exit_code(problem.code),
             Self::Agent(ClientError::LostSight) | Self::StoppedLooking => 6,
+            Self::BadSshHost(_) => 2,
+            Self::Ssh(_) | Self::NoTokenOverSsh { .. } => 3,
             Self::Agent(ClientError::Lost(_)) | Self::Serve(_) | Self::Terminal(_) | Self::NoFolder(_) => 1,
         }
     }

@@ -7,6 +7,7 @@ mod cli;
 mod console;
 mod failure;
 mod migrate;
+mod pair;
 mod vms;
 
 use std::path::PathBuf;
@@ -51,6 +52,10 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Console { name } => console::run(&client()?, &name).await,
         Command::Migrate(options) => migrate::run(&client()?, options).await,
         Command::Cancel { name } => migrate::cancel(&client()?, &name).await,
+        Command::Pair { token: Some(token), .. } => pair::use_token(&client()?, token).await,
+        Command::Pair { token: None, expires, quiet } => pair::make_token(&client()?, expires.into(), quiet).await,
+        Command::Peers { json } => pair::list(&client()?, json).await,
+        Command::Unpair { peer } => pair::unpair(&client()?, &peer).await,
         Command::Migrations { json } => migrate::list(&client()?, json).await,
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "vmferry", &mut std::io::stdout());

@@ -10,6 +10,7 @@ use vmferry_agent::client::{Client, ClientError, vm_path};
 
 use crate::cli::MigrateOptions;
 use crate::failure::Failure;
+use crate::pair::over_ssh;
 use crate::vms::{memory, print_json, print_table};
 
 /// Between two lines of progress where there is no terminal.
@@ -18,7 +19,7 @@ const LINE_EVERY: Duration = Duration::from_secs(1);
 pub(crate) async fn run(client: &Client, options: MigrateOptions) -> Result<(), Failure> {
     let path = format!("{}/migration", vm_path(&options.name));
     let request = MigrateRequest {
-        to: options.to,
+        to: over_ssh(client, options.to).await?,
         dry_run: options.dry_run,
         downtime_ms: options.downtime.as_millis() as u64,
         max_time_ms: options.max_time.map(|time| time.as_millis() as u64),
@@ -113,6 +114,7 @@ fn tell_plan(plan: &PlanView) {
     println!("  qemu         {} here, {} there", plan.source_qemu, plan.destination_qemu);
     println!("  machine      {}, {}", plan.machine, plan.accelerator);
     println!("  RAM engine   {} ({})", plan.engine, plan.capabilities.join(", "));
+    println!("  protection   {}", plan.protection);
     for note in &plan.notes {
         println!("  note         {note}");
     }

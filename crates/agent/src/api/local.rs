@@ -5,10 +5,9 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::{Path, Request, State};
-use axum::http::header::{CONNECTION, UPGRADE};
-use axum::http::{HeaderValue, StatusCode};
+use axum::http::StatusCode;
+use axum::response::Response;
 use axum::response::sse::{Event, KeepAlive, Sse};
-use axum::response::{IntoResponse, Response};
 use futures_util::{Stream, StreamExt};
 use hyper_util::rt::TokioIo;
 use serde::{Deserialize, Serialize};
@@ -20,13 +19,13 @@ use utoipa_axum::routes;
 use uuid::Uuid;
 
 use super::types::{
-    AdoptRequest, Hello, MigrateRequest, MigrationEvent, MigrationView, PlanView, Problem, RunRequest, Started,
-    StopRequest, VmView,
+    AdoptRequest, Hello, MigrateRequest, MigrationEvent, MigrationView, PairRequest, PeerView, PeersView, PlanView,
+    Problem, RunRequest, Started, StopRequest, TokenRequest, TokenView, VmView,
 };
-use super::{Answer, ApiError};
+use super::{Answer, ApiError, upgraded};
 use crate::console::Viewer;
 use crate::error::AgentError;
-use crate::{Agent, lifecycle, migration};
+use crate::{Agent, lifecycle, migration, trust};
 
 /// What the console route upgrades to: raw bytes both ways.
 pub const CONSOLE_PROTOCOL: &str = "vmferry-console";
@@ -55,6 +54,9 @@ pub(crate) fn routes() -> OpenApiRouter<Arc<Agent>> {
         .routes(routes!(migrate, cancel))
         .routes(routes!(migrations))
         .routes(routes!(events))
+        .routes(routes!(make_token))
+        .routes(routes!(peers, pair))
+        .routes(routes!(unpair))
 }
 
 /// Who this agent is.
@@ -108,27 +110,13 @@ async fn stop(
 /// The serial console: the connection is upgraded to raw bytes both ways, the last output first.
 #[utoipa::path(get, path = "/v1/vms/{name}/console", params(("name" = String, Path)),
     responses((status = 101, description = "upgraded to vmferry-console"), (status = "default", body = Problem)))]
-async fn console(State(agent): Shared, Path(name): Path<String>, mut request: Request) -> Result<Response, ApiError> {
+async fn console(State(agent): Shared, Path(name): Path<String>, request: Request) -> Result<Response, ApiError> {
     let vm = agent.vm(&name)?;
     let viewer = vm.console().map(crate::console::Console::view).ok_or_else(|| AgentError::Conflict {
         message: format!("{name} has no serial console that the agent could show"),
         hint: Some("start it with -serial stdio, or without -serial and -nodefaults".into()),
     })?;
-    let asks = request.headers().get(UPGRADE).is_some_and(|it| it == CONSOLE_PROTOCOL);
-    if !asks {
-        let message = format!("the console is served as an upgrade to {CONSOLE_PROTOCOL}");
-        return Err(AgentError::BadRequest { message, hint: None }.into());
-    }
-    let upgrade = hyper::upgrade::on(&mut request);
-    tokio::spawn(async move {
-        match upgrade.await {
-            Ok(connection) => show_console(TokioIo::new(connection), viewer).await,
-            Err(error) => tracing::debug!(%error, "the console was not upgraded"),
-        }
-    });
-    let headers =
-        [(CONNECTION, HeaderValue::from_static("upgrade")), (UPGRADE, HeaderValue::from_static(CONSOLE_PROTOCOL))];
-    Ok((StatusCode::SWITCHING_PROTOCOLS, headers).into_response())
+    upgraded(request, CONSOLE_PROTOCOL, move |connection| show_console(connection, viewer))
 }
 
 async fn show_console(mut connection: TokioIo<hyper::upgrade::Upgraded>, mut viewer: Viewer) {
@@ -208,4 +196,33 @@ fn until_the_last(events: impl Stream<Item = MigrationEvent>) -> impl Stream<Ite
         let rest = (!event.is_last()).then_some(events);
         Some((event, rest))
     })
+}
+
+/// Makes a join token.
+#[utoipa::path(post, path = "/v1/tokens", request_body = TokenRequest,
+    responses((status = 200, body = TokenView), (status = "default", body = Problem)))]
+async fn make_token(State(agent): Shared, Json(request): Json<TokenRequest>) -> Answer<TokenView> {
+    Ok(Json(trust::make_token(&agent, request.seconds)?))
+}
+
+/// This host and its peers.
+#[utoipa::path(get, path = "/v1/peers",
+    responses((status = 200, body = PeersView), (status = "default", body = Problem)))]
+async fn peers(State(agent): Shared) -> Answer<PeersView> {
+    Ok(Json(trust::peers(&agent)?))
+}
+
+/// Pairs with the agent that made a token.
+#[utoipa::path(post, path = "/v1/peers", request_body = PairRequest,
+    responses((status = 200, body = PeerView), (status = "default", body = Problem)))]
+async fn pair(State(agent): Shared, Json(request): Json<PairRequest>) -> Answer<PeerView> {
+    Ok(Json(trust::pair(&agent, &request.token, request.host.as_deref()).await?))
+}
+
+/// Trusts a peer, by its name or fingerprint, no more.
+#[utoipa::path(delete, path = "/v1/peers/{peer}", params(("peer" = String, Path)),
+    responses((status = 204), (status = "default", body = Problem)))]
+async fn unpair(State(agent): Shared, Path(peer): Path<String>) -> Result<StatusCode, ApiError> {
+    trust::unpair(&agent, &peer)?;
+    Ok(StatusCode::NO_CONTENT)
 }

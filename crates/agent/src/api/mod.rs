@@ -1,7 +1,7 @@
 //! The API: HTTP with JSON, described by the OpenAPI document that it serves.
 //!
 //! `local` is what the command line uses, over a Unix socket that only the agent's user can open. `peers` is what other
-//! agents use, over TCP. Both are made of the same parts, and every route is in the document because the router is
+//! agents use, over TLS in which both sides have proved who they are. Both are made of the same parts, and every route is in the document because the router is
 //! built from it.
 
 pub mod local;
@@ -11,8 +11,12 @@ pub mod types;
 use std::sync::Arc;
 
 use axum::Json;
-use axum::http::StatusCode;
+use axum::extract::Request;
+use axum::http::header::{CONNECTION, UPGRADE};
+use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
+use hyper::upgrade::Upgraded;
+use hyper_util::rt::TokioIo;
 use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 
@@ -43,7 +47,8 @@ impl IntoResponse for ApiError {
 
 fn status(code: Code) -> StatusCode {
     match code {
-        Code::UnknownVm | Code::UnknownMigration => StatusCode::NOT_FOUND,
+        Code::UnknownVm | Code::UnknownMigration | Code::UnknownPeer => StatusCode::NOT_FOUND,
+        Code::NotPaired | Code::BadToken | Code::PlainRefused => StatusCode::FORBIDDEN,
         Code::BadRequest | Code::BadLimit => StatusCode::UNPROCESSABLE_ENTITY,
         Code::Unreachable | Code::NotAnAgent | Code::OtherVersion => StatusCode::BAD_GATEWAY,
         Code::Internal | Code::QemuFailed | Code::Other => StatusCode::INTERNAL_SERVER_ERROR,
@@ -51,12 +56,36 @@ fn status(code: Code) -> StatusCode {
     }
 }
 
+/// Serves a request that asks to be upgraded to raw bytes both ways.
+pub(crate) fn upgraded<F>(
+    mut request: Request,
+    protocol: &'static str,
+    serve: impl FnOnce(TokioIo<Upgraded>) -> F + Send + 'static,
+) -> Result<Response, ApiError>
+where
+    F: Future<Output = ()> + Send,
+{
+    if request.headers().get(UPGRADE).is_none_or(|asked| asked != protocol) {
+        let message = format!("this is served as an upgrade to {protocol}");
+        return Err(AgentError::BadRequest { message, hint: None }.into());
+    }
+    let upgrade = hyper::upgrade::on(&mut request);
+    tokio::spawn(async move {
+        match upgrade.await {
+            Ok(connection) => serve(TokioIo::new(connection)).await,
+            Err(error) => tracing::debug!(%error, protocol, "a connection was not upgraded"),
+        }
+    });
+    let headers = [(CONNECTION, HeaderValue::from_static("upgrade")), (UPGRADE, HeaderValue::from_static(protocol))];
+    Ok((StatusCode::SWITCHING_PROTOCOLS, headers).into_response())
+}
+
 #[derive(OpenApi)]
 #[openapi(info(
     title = "vmferry agent",
     description = "Live migration for QEMU/KVM guests. The routes under /v1/vms and /v1/migrations are for the host's \
-                   own users, over the agent's Unix socket; /v1/hello, /v1/incoming and /v1/link-trial are for other \
-                   agents, over TCP."
+                   own users, over the agent's Unix socket; /v1/hello, /v1/join, /v1/incoming and /v1/link-trial are \
+                   for other agents, over TLS."
 ))]
 struct Document;
 

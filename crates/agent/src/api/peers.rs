@@ -1,20 +1,26 @@
 //! The routes for other agents. See `incoming.rs` for what they mean.
+//!
+//! Everybody who gets here has proved to have a key. `hello` and `join` answer strangers; everything else wants a
+//! [`Paired`] caller, and what concerns one migration the one that [`Began`] it.
 
 use std::sync::Arc;
 
 use axum::Json;
 use axum::body::Bytes;
-use axum::extract::{ConnectInfo, DefaultBodyLimit, Path, State};
+use axum::extract::{ConnectInfo, DefaultBodyLimit, FromRequestParts, Path, Request, State};
 use axum::http::StatusCode;
+use axum::http::request::Parts;
+use axum::response::Response;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use uuid::Uuid;
 
-use super::Answer;
-use super::types::{Hello, Problem};
+use super::types::{Hello, Join, Problem};
+use super::{Answer, ApiError, upgraded};
+use crate::error::AgentError;
 use crate::incoming::{CheckReply, IncomingState, Offer, Prepared};
 use crate::peer::API;
-use crate::server::LocalAddress;
+use crate::trust::{self, Caller};
 use crate::{Agent, incoming};
 
 type Shared = State<Arc<Agent>>;
@@ -22,6 +28,7 @@ type Shared = State<Arc<Agent>>;
 pub(crate) fn routes() -> OpenApiRouter<Arc<Agent>> {
     OpenApiRouter::new()
         .routes(routes!(hello))
+        .routes(routes!(join))
         .routes(routes!(link_trial))
         .layer(DefaultBodyLimit::max(16 << 20))
         .routes(routes!(check))
@@ -30,6 +37,49 @@ pub(crate) fn routes() -> OpenApiRouter<Arc<Agent>> {
         .routes(routes!(keep))
         .routes(routes!(commit))
         .routes(routes!(recover))
+        .routes(routes!(relay))
+}
+
+/// A peer that asks.
+struct Paired(Caller);
+
+impl FromRequestParts<Arc<Agent>> for Paired {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, agent: &Arc<Agent>) -> Result<Self, ApiError> {
+        let ConnectInfo(caller) = ConnectInfo::<Caller>::from_request_parts(parts, agent).await.map_err(unrouted)?;
+        trust::require_peer(agent, &caller)?;
+        Ok(Self(caller))
+    }
+}
+
+/// The source of the migration that the path names. It is heard to the end also when it is unpaired meanwhile. Of one
+/// that this host never heard of, any peer may be the source.
+struct Began {
+    id: Uuid,
+    caller: Caller,
+}
+
+impl FromRequestParts<Arc<Agent>> for Began {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, agent: &Arc<Agent>) -> Result<Self, ApiError> {
+        let ConnectInfo(caller) = ConnectInfo::<Caller>::from_request_parts(parts, agent).await.map_err(unrouted)?;
+        let Path(id) = Path::<Uuid>::from_request_parts(parts, agent).await.map_err(unrouted)?;
+        match agent.store.source_of(id)? {
+            Some(source) if source.key == caller.key => {}
+            Some(_) => {
+                tracing::warn!(from = %caller.remote, fingerprint = %caller.key, migration = %id, "is not its migration");
+                return Err(AgentError::NotYours.into());
+            }
+            None => drop(trust::require_peer(agent, &caller)?),
+        }
+        Ok(Self { id, caller })
+    }
+}
+
+fn unrouted(error: impl std::fmt::Display) -> ApiError {
+    AgentError::BadRequest { message: error.to_string(), hint: None }.into()
 }
 
 pub(super) fn introduce(agent: &Agent) -> Hello {
@@ -47,70 +97,80 @@ async fn hello(State(agent): Shared) -> Json<Hello> {
     Json(introduce(&agent))
 }
 
+/// Makes the caller a peer, by the secret of a token that this host made.
+#[utoipa::path(post, path = "/v1/join", request_body = Join,
+    responses((status = 200, body = Hello), (status = "default", body = Problem)))]
+async fn join(State(agent): Shared, ConnectInfo(caller): ConnectInfo<Caller>, Json(join): Json<Join>) -> Answer<Hello> {
+    trust::join(&agent, &caller, &join)?;
+    Ok(Json(introduce(&agent)))
+}
+
 /// Takes some MiB and forgets them: how long that takes tells the other side what the link carries.
 #[utoipa::path(post, path = "/v1/link-trial", request_body(content = Vec<u8>, content_type = "application/octet-stream"),
     responses((status = 204)))]
-async fn link_trial(_bytes: Bytes) -> StatusCode {
+async fn link_trial(_peer: Paired, _bytes: Bytes) -> StatusCode {
     StatusCode::NO_CONTENT
 }
 
 /// Whether this host could take the VM; touches nothing.
 #[utoipa::path(post, path = "/v1/incoming/check", request_body = Offer,
     responses((status = 200, body = CheckReply), (status = "default", body = Problem)))]
-async fn check(State(agent): Shared, Json(offer): Json<Offer>) -> Answer<CheckReply> {
-    Ok(Json(incoming::check(&agent, &offer).await?))
+async fn check(State(agent): Shared, Paired(caller): Paired, Json(offer): Json<Offer>) -> Answer<CheckReply> {
+    Ok(Json(incoming::check(&agent, &offer, &caller).await?))
 }
 
 /// Starts a QEMU that waits for the VM.
 #[utoipa::path(post, path = "/v1/incoming", request_body = Offer,
     responses((status = 200, body = Prepared), (status = "default", body = Problem)))]
-async fn prepare(
-    State(agent): Shared,
-    ConnectInfo(address): ConnectInfo<LocalAddress>,
-    Json(offer): Json<Offer>,
-) -> Answer<Prepared> {
+async fn prepare(State(agent): Shared, Paired(caller): Paired, Json(offer): Json<Offer>) -> Answer<Prepared> {
     // In a task of its own: a source that goes away meanwhile must not leave a half-started QEMU.
-    let prepared = tokio::spawn(async move { incoming::prepare(&agent, offer, address.0).await });
+    let prepared = tokio::spawn(async move { incoming::prepare(&agent, offer, caller).await });
     Ok(Json(prepared.await.expect("preparing does not panic")?))
 }
 
 /// How an incoming migration stands.
 #[utoipa::path(get, path = "/v1/incoming/{id}", params(("id" = Uuid, Path)),
     responses((status = 200, body = IncomingState), (status = "default", body = Problem)))]
-async fn state(State(agent): Shared, Path(id): Path<Uuid>) -> Answer<IncomingState> {
+async fn state(State(agent): Shared, Began { id, .. }: Began) -> Answer<IncomingState> {
     Ok(Json(incoming::state(&agent, id)?))
 }
 
 /// The source is still there.
 #[utoipa::path(post, path = "/v1/incoming/{id}/keep", params(("id" = Uuid, Path)),
     responses((status = 200, body = IncomingState), (status = "default", body = Problem)))]
-async fn keep(State(agent): Shared, Path(id): Path<Uuid>) -> Answer<IncomingState> {
+async fn keep(State(agent): Shared, Began { id, .. }: Began) -> Answer<IncomingState> {
     Ok(Json(incoming::keep(&agent, id)?))
 }
 
 /// This host becomes the owner of the guest and sets it running. The answer is final and may be asked for again.
 #[utoipa::path(post, path = "/v1/incoming/{id}/commit", params(("id" = Uuid, Path)),
     responses((status = 200, body = IncomingState), (status = "default", body = Problem)))]
-async fn commit(State(agent): Shared, Path(id): Path<Uuid>) -> Answer<IncomingState> {
-    let committed = tokio::spawn(async move { incoming::commit(&agent, id).await });
+async fn commit(State(agent): Shared, Began { id, caller }: Began) -> Answer<IncomingState> {
+    let committed = tokio::spawn(async move { incoming::commit(&agent, id, &caller).await });
     Ok(Json(committed.await.expect("committing does not panic")?))
 }
 
 /// This host forgets what it prepared, unless it was committed. The answer is final.
 #[utoipa::path(delete, path = "/v1/incoming/{id}", params(("id" = Uuid, Path)),
     responses((status = 200, body = IncomingState), (status = "default", body = Problem)))]
-async fn abandon(State(agent): Shared, Path(id): Path<Uuid>) -> Answer<IncomingState> {
-    let abandoned = tokio::spawn(async move { incoming::abandon(&agent, id, "the source asked for it").await });
+async fn abandon(State(agent): Shared, Began { id, caller }: Began) -> Answer<IncomingState> {
+    let abandoned = tokio::spawn(async move { incoming::abandon(&agent, id, &caller).await });
     Ok(Json(abandoned.await.expect("abandoning does not panic")?))
 }
 
 /// Post-copy lost its connection: listens again.
 #[utoipa::path(post, path = "/v1/incoming/{id}/recover", params(("id" = Uuid, Path)),
     responses((status = 200, body = IncomingState), (status = "default", body = Problem)))]
-async fn recover(
-    State(agent): Shared,
-    ConnectInfo(address): ConnectInfo<LocalAddress>,
-    Path(id): Path<Uuid>,
-) -> Answer<IncomingState> {
-    Ok(Json(incoming::recover(&agent, id, address.0).await?))
+async fn recover(State(agent): Shared, Began { id, caller }: Began) -> Answer<IncomingState> {
+    Ok(Json(incoming::recover(&agent, id, caller.local).await?))
+}
+
+/// One of the connections of the two QEMUs: upgraded to its bytes, both ways.
+#[utoipa::path(post, path = "/v1/incoming/{id}/relay", params(("id" = Uuid, Path)),
+    responses((status = 101, description = "upgraded to vmferry-relay"), (status = "default", body = Problem)))]
+async fn relay(State(agent): Shared, Began { id, .. }: Began, request: Request) -> Result<Response, ApiError> {
+    let vm = incoming::relayed_vm(&agent, id)?;
+    upgraded(request, crate::relay::PROTOCOL, move |connection| async move {
+        crate::relay::receive(&vm, connection).await;
+    })
 }

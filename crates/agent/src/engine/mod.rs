@@ -11,7 +11,7 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use vmferry_policy::{Action, Observation};
-use vmferry_qemu::QmpError;
+use vmferry_qemu::{QmpError, StreamKey};
 
 /// What the destination's QEMU must be set to before it receives.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -27,6 +27,25 @@ impl Setup {
     pub fn has(&self, capability: &str) -> bool {
         self.capabilities.iter().any(|it| it == capability)
     }
+}
+
+/// What protects a guest on its way from one QEMU to another.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case", tag = "by")]
+pub enum Protection {
+    /// Nothing: both hosts trust the network.
+    #[default]
+    Plain,
+    /// The QEMUs' own TLS, with a key for this one migration.
+    Tls {
+        /// The key.
+        #[schema(value_type = String)]
+        key: StreamKey,
+        /// Which ciphers, in `GnuTLS`'s words, if not its usual ones.
+        priority: Option<String>,
+    },
+    /// The agents' TLS: they relay what the QEMUs say.
+    Relay,
 }
 
 /// What an engine sees at one moment.

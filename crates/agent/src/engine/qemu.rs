@@ -21,12 +21,15 @@ use vmferry_qemu::qmp::commands::{self, MigrationInfo, MigrationParameters};
 use vmferry_qemu::{Event, EventStream, Features, MigrationStatus, Qmp, QmpError, RunState};
 
 use super::{EngineError, RamEngine, Seen, Setup, Totals};
+use crate::config::Cipher;
 
 /// What this engine is called.
 pub const NAME: &str = "qemu";
 
 /// QEMU's own default is 128 MiB/s; this is as good as none and fits its signed arithmetic.
 const UNLIMITED: u64 = 1 << 50;
+/// A guest with more RAM may send more than 256 GiB over one connection, in bytes.
+const MOST_RAM_WITH_AES: u64 = 96 << 30;
 /// As good as never, while QEMU cannot tell what switching over would cost: zero would mean without a last look.
 const NO_SWITCHOVER_MS: u64 = 1;
 const TICK: Duration = Duration::from_millis(250);
@@ -115,6 +118,21 @@ fn setup(wanted: &[&str]) -> Setup {
 /// first and moves by post-copy from the first byte.
 pub fn loses_writes(features: &Features, accelerator: &str) -> bool {
     accelerator == "tcg" && !features.has_capability("mapped-ram")
+}
+
+/// `GnuTLS`'s words for what is to encrypt QEMU's streams; `None` for its own choice.
+///
+/// It gives a connection a new key after 16 M records, 256 GiB, of AES-GCM, and QEMU before 10.1 does not survive that
+/// on a connection with a return path (QEMU issue 1937). `ChaCha20` has no such bound.
+pub(crate) fn tls_priority(cipher: Option<Cipher>, ram_bytes: u64) -> Option<String> {
+    let only = |name: &str| Some(format!("NORMAL:-CIPHER-ALL:+{name}"));
+    match cipher.unwrap_or_default() {
+        Cipher::Auto if ram_bytes > MOST_RAM_WITH_AES => only("CHACHA20-POLY1305"),
+        Cipher::Auto => None,
+        Cipher::Aes128Gcm => only("AES-128-GCM"),
+        Cipher::Aes256Gcm => only("AES-256-GCM"),
+        Cipher::Chacha20Poly1305 => only("CHACHA20-POLY1305"),
+    }
 }
 
 /// Switches these capabilities on and all others that we ever use off, in one command, as QEMU checks them together.

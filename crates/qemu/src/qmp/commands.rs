@@ -75,6 +75,28 @@ commands! {
         /// The property.
         property: String,
     } = "qom-get" -> Value;
+    /// Makes an object; the properties are those of TLS credentials.
+    ObjectAdd {
+        /// Of which type.
+        qom_type: String,
+        /// What it will be called.
+        id: String,
+        /// `server` or `client`.
+        endpoint: &'static str,
+        /// Where its files are.
+        dir: String,
+        /// Whose key; the client's end only.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        username: Option<String>,
+        /// Which ciphers, in `GnuTLS`'s words.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        priority: Option<String>,
+    } = "object-add" -> Nothing;
+    /// Removes an object.
+    ObjectDel {
+        /// What it is called.
+        id: String,
+    } = "object-del" -> Nothing;
     /// Keeps the descriptor that is sent along, under this name. To be sent by
     /// [`execute_with_fds`](super::Qmp::execute_with_fds).
     Getfd {

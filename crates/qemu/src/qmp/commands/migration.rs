@@ -96,6 +96,9 @@ pub struct MigrationParameters {
     /// It throttles when the guest writes more than this share of what a round sends, in percent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub throttle_trigger_threshold: Option<u8>,
+    /// The id of the TLS credentials for the streams; empty for none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tls_creds: Option<String>,
     /// Before the second round of announcing, in ms.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub announce_initial: Option<u64>,
