@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use bytesize::ByteSize;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
+use vmferry_link::Cipher;
 
 use crate::peer::DEFAULT_PORT;
 
@@ -72,19 +73,23 @@ pub enum Security {
     Plain,
 }
 
-/// What encrypts.
+/// Which cipher encrypts; without one, the fastest that both hosts have.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Cipher {
-    /// The TLS library's first choice.
-    #[default]
-    Auto,
-    /// AES with 128 bits, in GCM.
-    Aes128Gcm,
-    /// AES with 256 bits, in GCM.
-    Aes256Gcm,
-    /// `ChaCha20` with Poly1305: the fastest for processors that cannot do AES by themselves.
-    Chacha20Poly1305,
+#[serde(try_from = "String")]
+pub struct CipherChoice(pub Option<Cipher>);
+
+impl TryFrom<String> for CipherChoice {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        if text == "auto" {
+            return Ok(Self(None));
+        }
+        let known = Cipher::ALL.into_iter().find(|cipher| cipher.to_string() == text);
+        known.map(|cipher| Self(Some(cipher))).ok_or_else(|| {
+            format!("{text:?} is no cipher: give auto, aes-128-gcm, aes-256-gcm or chacha20-poly1305")
+        })
+    }
 }
 
 /// What holds for the traffic with the hosts of one network.
@@ -98,7 +103,7 @@ pub struct Network {
     pub security: Security,
     /// What encrypts them.
     #[serde(default)]
-    pub cipher: Cipher,
+    pub cipher: CipherChoice,
     /// The most that one migration sends unless its user says otherwise.
     pub rate: Option<Rate>,
 }
@@ -313,6 +318,7 @@ mod tests {
         assert_eq!(security("10.1.3.4"), Security::Tls);
         assert_eq!(security("192.0.2.1"), Security::Tls);
         assert_eq!(config.network[0].rate, Some(Rate(125_000_000)));
+        assert_eq!(config.network[1].cipher, CipherChoice(Some(Cipher::Aes128Gcm)));
     }
 
     #[test]
@@ -321,6 +327,7 @@ mod tests {
             ("cidr = '10.0.0.0/99'", "cidr"),
             ("cidr = '10.0.0.0/8'\nsecurity = 'none'", "none"),
             ("cidr = '10.0.0.0/8'\nrate = 'fast'", "100MiB/s"),
+            ("cidr = '10.0.0.0/8'\ncipher = 'rot13'", "chacha20-poly1305"),
             ("cidr = '10.0.0.0/8'\nciper = 'auto'", "ciper"),
         ] {
             let error = toml::from_str::<Config>(&format!("[[network]]\n{bad}")).unwrap_err().to_string();

@@ -3,6 +3,7 @@
 
 use std::path::PathBuf;
 
+use vmferry_link::LinkDown;
 use vmferry_qemu::{CommandLineError, LaunchError, ProbeError, QmpError, StreamTlsError};
 
 use crate::api::types::{Code, Problem};
@@ -105,6 +106,9 @@ pub enum AgentError {
     /// The other agent could not be reached, or refused.
     #[error(transparent)]
     Peer(#[from] PeerError),
+    /// The link to the other agent broke, or could not be made.
+    #[error(transparent)]
+    Link(#[from] LinkDown),
     /// The migration failed; the guest runs on at the source.
     #[error("{message}; {name} runs on at the source, unharmed")]
     MigrationFailed {
@@ -215,6 +219,7 @@ impl AgentError {
             Self::UnknownPeer { .. } => Code::UnknownPeer,
             Self::PlainRefused { .. } => Code::PlainRefused,
             Self::Peer(error) => error.code(),
+            Self::Link(_) => Code::Unreachable,
             Self::MigrationFailed { .. } | Self::Engine(_) => Code::MigrationFailed,
             Self::GaveUp { .. } => Code::GaveUp,
             Self::Cancelled { .. } => Code::Cancelled,

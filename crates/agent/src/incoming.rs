@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
+use vmferry_link::CipherSpeed;
 use vmferry_qemu::qmp::commands;
 use vmferry_qemu::{
     Accel, CommandLine, Endpoint, Incoming as IncomingLaunch, MigrationStatus, QemuInfo, QmpError, RunState,
@@ -91,6 +92,9 @@ pub struct CheckReply {
     pub security: Security,
     /// Its QEMU can encrypt what it receives.
     pub tls: bool,
+    /// The ciphers that this host allows, and how fast they are here.
+    #[schema(value_type = Vec<Object>)]
+    pub ciphers: Vec<CipherSpeed>,
 }
 
 /// A QEMU waits.
@@ -153,6 +157,7 @@ pub async fn check(agent: &Agent, offer: &Offer, caller: &Caller) -> Result<Chec
         capabilities: info.features.capabilities().clone(),
         security: agent.config.security_of(caller.remote),
         tls: info.tls,
+        ciphers: agent.ciphers_for(caller.remote),
     })
 }
 

@@ -14,6 +14,7 @@ pub mod engine;
 pub mod error;
 pub mod incoming;
 mod lifecycle;
+pub mod link_trial;
 mod migration;
 pub mod peer;
 mod recovery;
@@ -27,13 +28,13 @@ pub use server::{ServeError, serve};
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ffi::OsString;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime};
 
 use uuid::Uuid;
-use vmferry_link::Identity;
+use vmferry_link::{CipherSpeed, Identity, Sessions, measure_ciphers};
 use vmferry_qemu::{Accel, CommandLine, Features, QemuInfo};
 
 use crate::config::Config;
@@ -59,6 +60,10 @@ pub struct Agent {
     identity: Arc<Identity>,
     /// Where other agents are served.
     listens: Option<SocketAddr>,
+    /// Links whose streams are expected.
+    sessions: Sessions,
+    /// How fast each cipher is on this host.
+    ciphers: Vec<CipherSpeed>,
     state: Mutex<State>,
     probed: tokio::sync::Mutex<Probed>,
 }
@@ -106,16 +111,29 @@ impl Drop for Preparing<'_> {
 }
 
 impl Agent {
-    fn new(config: Config, store: Store, identity: Identity, listens: Option<SocketAddr>) -> Arc<Self> {
-        let identity = Arc::new(identity);
+    fn new(
+        config: Config,
+        store: Store,
+        identity: Identity,
+        listens: Option<SocketAddr>,
+        sessions: Sessions,
+    ) -> Arc<Self> {
         Arc::new(Self {
             config,
             store,
-            identity,
+            identity: Arc::new(identity),
             listens,
+            sessions,
+            ciphers: measure_ciphers(),
             state: Mutex::default(),
             probed: tokio::sync::Mutex::default(),
         })
+    }
+
+    /// The ciphers that may be used with this address, and how fast they are here.
+    fn ciphers_for(&self, address: IpAddr) -> Vec<CipherSpeed> {
+        let only = self.config.network_of(address).and_then(|network| network.cipher.0);
+        self.ciphers.iter().filter(|it| only.is_none_or(|only| only == it.cipher)).copied().collect()
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

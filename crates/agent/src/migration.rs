@@ -17,14 +17,14 @@ use std::time::{Duration, Instant};
 use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
-use vmferry_link::Fingerprint;
+use vmferry_link::{Cipher, Fingerprint, fastest_cipher};
 use vmferry_policy::{Action, Limits, Policy, Simple};
 use vmferry_qemu::qmp::commands;
 use vmferry_qemu::{Endpoint, Features, MigrationStatus, QmpError, RunState, StreamKey, protect_streams};
 
 use crate::Agent;
 use crate::api::types::{Code, MigrateRequest, MigrationEvent, PlanView, Problem, Progress, Report, Step, StepTime};
-use crate::config::{Network, Security};
+use crate::config::Security;
 use crate::disks;
 use crate::engine::qemu::{self, QemuEngine, Wishes};
 use crate::engine::{EngineError, Protection, RamEngine, Seen, Setup, Totals};
@@ -137,7 +137,7 @@ pub(crate) async fn begin(
     agent.add_migration(Arc::clone(&migration));
     claim.keep(Stage::Migrating(id));
     let view = plan.view.clone();
-    let bandwidth = request.bandwidth.or(plan.network.and_then(|network| network.rate).map(|rate| rate.0));
+    let bandwidth = request.bandwidth.or(plan.rate);
     let run = Run {
         agent: Arc::clone(agent),
         migration: Arc::clone(&migration),
@@ -195,8 +195,10 @@ struct Plan {
     peer: Peer,
     peer_key: Fingerprint,
     protect: Protect,
-    /// What is configured for the network between the hosts.
-    network: Option<Network>,
+    /// The fastest that both hosts allow.
+    cipher: Option<Cipher>,
+    /// The most to send over the network between the hosts, in bytes a second.
+    rate: Option<u64>,
     /// Until the destination has looked for them for the last time.
     markers: Option<disks::Markers>,
     /// The guest is paused before anything is copied.
@@ -290,8 +292,9 @@ async fn plan(agent: &Agent, vm: &Vm, id: Uuid, request: &MigrateRequest) -> Res
         protection: protect.in_words().into(),
         notes,
     };
-    let network = agent.config.network_of(remote).copied();
-    Ok(Plan { view, offer, there, features, peer, peer_key, protect, network, markers: Some(markers), post_copy_first })
+    let rate = agent.config.network_of(remote).and_then(|network| network.rate).map(|rate| rate.0);
+    let cipher = fastest_cipher(&agent.ciphers_for(remote), &there.ciphers);
+    Ok(Plan { view, offer, there, features, peer, peer_key, protect, cipher, rate, markers: Some(markers), post_copy_first })
 }
 
 fn loses_writes(vm: &Vm) -> String {
@@ -719,7 +722,7 @@ async fn protect(vm: &Vm, plan: &mut Plan) -> Result<Protection, AgentError> {
     Relay::forget(vm);
     if plan.protect == Protect::Tls {
         let key = StreamKey::new(&vmferry_link::random_bytes());
-        let priority = qemu::tls_priority(plan.network.map(|network| network.cipher), vm.facts.ram_bytes);
+        let priority = qemu::tls_priority(plan.cipher, vm.facts.ram_bytes);
         match protect_streams(&vm.qmp, &vm.dir.join("tls"), &key, Endpoint::Client, priority.as_deref()).await {
             Ok(()) => return Ok(Protection::Tls { key, priority }),
             Err(error) => {

@@ -19,6 +19,7 @@ use vmferry_link::{Fingerprint, Identity, LinkError, Secret};
 
 use crate::api::types::{Code, Hello, Join, Problem};
 use crate::incoming::{CheckReply, IncomingState, Offer, Prepared};
+use crate::link_trial::{TrialAccepted, TrialOffer};
 use crate::relay;
 
 /// The version of the API between agents. Agents of different versions refuse each other.
@@ -227,6 +228,11 @@ impl Peer {
         let begun = std::time::Instant::now();
         self.request(Method::POST, "/v1/link-trial", vec![0; TRIAL], ANSWER_TIMEOUT).await?;
         Ok((TRIAL as f64 / begun.elapsed().as_secs_f64()) as u64)
+    }
+
+    /// Has it wait for the streams of a trial.
+    pub async fn try_streams(&self, offer: &TrialOffer) -> Result<TrialAccepted, PeerError> {
+        self.ask(Method::POST, "/v1/link-trials", Some(offer), ANSWER_TIMEOUT).await
     }
 
     /// One more connection for the QEMUs of this migration, to be relayed.

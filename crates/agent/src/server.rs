@@ -12,7 +12,7 @@ use axum::serve::{IncomingStream, Listener};
 use rustix::fs::{FlockOperation, flock};
 use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio_util::sync::CancellationToken;
-use vmferry_link::{Acceptor, Identity, IdentityError, Incoming};
+use vmferry_link::{Acceptor, Identity, IdentityError, Incoming, Sessions};
 
 use crate::config::{Config, Listen};
 use crate::error::AgentError;
@@ -77,8 +77,9 @@ pub async fn serve(config: Config, end: CancellationToken) -> Result<(), ServeEr
     let socket = config.socket();
     let local = listen_local(&socket)?;
     let identity = Identity::load_or_make(&config.state_dir.join("identity.pem"), &config.name)?;
-    let peers = listen_peers(config.listen, &identity).await?;
-    let agent = Agent::new(config, store, identity, peers.as_ref().map(Incoming::local_addr));
+    let sessions = Sessions::new();
+    let peers = listen_peers(config.listen, &identity, &sessions).await?;
+    let agent = Agent::new(config, store, identity, peers.as_ref().map(Incoming::local_addr), sessions);
     recovery::recover(&agent).await.map_err(ServeError::Recover)?;
 
     let served = tokio::spawn(
@@ -142,7 +143,11 @@ fn listen_local(socket: &Path) -> Result<UnixListener, ServeError> {
     Ok(listener)
 }
 
-async fn listen_peers(listen: Listen, identity: &Identity) -> Result<Option<Incoming>, ServeError> {
+async fn listen_peers(
+    listen: Listen,
+    identity: &Identity,
+    sessions: &Sessions,
+) -> Result<Option<Incoming>, ServeError> {
     let Listen::At(address) = listen else { return Ok(None) };
     let failed = |source| ServeError::Listen { address: address.to_string(), source };
     let listener = match TcpListener::bind(address).await {
@@ -152,7 +157,7 @@ async fn listen_peers(listen: Listen, identity: &Identity) -> Result<Option<Inco
         }
         bound => bound,
     };
-    Incoming::new(listener.map_err(failed)?, Acceptor::new(identity)).map(Some).map_err(failed)
+    Incoming::new(listener.map_err(failed)?, Acceptor::new(identity), sessions.clone()).map(Some).map_err(failed)
 }
 
 /// Connections of other agents, each of which has proved who it is.

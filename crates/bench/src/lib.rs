@@ -7,6 +7,7 @@
 #[cfg(test)]
 mod cpio;
 mod guest;
+pub mod link;
 mod log;
 pub mod testbed;
 

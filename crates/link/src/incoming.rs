@@ -1,17 +1,20 @@
-//! Connections from other agents, as they prove who they are.
+//! What comes to an agent's port: control connections, as they prove who they are, and streams, which join their
+//! sessions on the way.
 //!
 //! Anybody can open connections and then say nothing. So handshakes run side by side, in bounded number and time; when
 //! there are too many, the oldest makes room: a peer's handshake takes milliseconds and is over long before.
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio::task::AbortHandle;
 
-use crate::{Acceptor, Stream};
+use crate::tls::Arrival;
+use crate::{Acceptor, Sessions, Stream, Unattached};
 
 /// How long a handshake may take.
 const HANDSHAKE: Duration = Duration::from_secs(5);
@@ -19,6 +22,8 @@ const HANDSHAKE: Duration = Duration::from_secs(5);
 const MOST_HANDSHAKES: usize = 64;
 /// How many that have done so may wait to be taken.
 const MOST_WAITING: usize = 16;
+/// How many streams may be about to join a session. Each takes a thread meanwhile.
+const MOST_JOINING: usize = 64;
 /// When the system has no descriptors left, so much later it may.
 const AGAIN: Duration = Duration::from_millis(100);
 
@@ -30,15 +35,16 @@ pub struct Incoming {
 }
 
 impl Incoming {
-    /// Takes connections from this listener. Must be called within a runtime.
-    pub fn new(listener: TcpListener, acceptor: Acceptor) -> std::io::Result<Self> {
+    /// Takes connections from this listener; streams are given to these sessions. Must be called within a runtime.
+    pub fn new(listener: TcpListener, acceptor: Acceptor, sessions: Sessions) -> std::io::Result<Self> {
         let local = listener.local_addr()?;
         let (sender, ready) = mpsc::channel(MOST_WAITING);
-        let accepting = tokio::spawn(accept(listener, acceptor, sender)).abort_handle();
+        let arrivals = Arrivals { acceptor, ready: sender, sessions, joining: Arc::new(Semaphore::new(MOST_JOINING)) };
+        let accepting = tokio::spawn(accept(listener, arrivals)).abort_handle();
         Ok(Self { ready, local, accepting })
     }
 
-    /// The next connection whose other end has proved who it is. Dropping the future loses nothing.
+    /// The next control connection whose other end has proved who it is. Dropping the future loses nothing.
     pub async fn next(&mut self) -> Stream {
         match self.ready.recv().await {
             Some(stream) => stream,
@@ -58,7 +64,16 @@ impl Drop for Incoming {
     }
 }
 
-async fn accept(listener: TcpListener, acceptor: Acceptor, ready: mpsc::Sender<Stream>) {
+/// Where what arrives goes.
+#[derive(Clone)]
+struct Arrivals {
+    acceptor: Acceptor,
+    ready: mpsc::Sender<Stream>,
+    sessions: Sessions,
+    joining: Arc<Semaphore>,
+}
+
+async fn accept(listener: TcpListener, arrivals: Arrivals) {
     let mut handshakes: VecDeque<AbortHandle> = VecDeque::with_capacity(MOST_HANDSHAKES);
     loop {
         let Ok((tcp, _)) = listener.accept().await else {
@@ -71,15 +86,30 @@ async fn accept(listener: TcpListener, acceptor: Acceptor, ready: mpsc::Sender<S
         {
             oldest.abort();
         }
-        handshakes.push_back(tokio::spawn(handshake(tcp, acceptor.clone(), ready.clone())).abort_handle());
+        let arrivals = arrivals.clone();
+        handshakes.push_back(tokio::spawn(async move { arrivals.handshake(tcp).await }).abort_handle());
     }
 }
 
-async fn handshake(tcp: TcpStream, acceptor: Acceptor, ready: mpsc::Sender<Stream>) {
-    // Why somebody did not get in is theirs to find out; to us it is noise that anybody can make.
-    if let Ok(stream) = acceptor.accept(tcp, HANDSHAKE).await {
-        // An error means that nobody listens any more.
-        let _ = ready.send(stream).await;
+impl Arrivals {
+    async fn handshake(self, tcp: TcpStream) {
+        match self.acceptor.accept_any(tcp, HANDSHAKE).await {
+            // An error means that nobody listens any more.
+            Ok(Arrival::Control(stream)) => drop(self.ready.send(*stream).await),
+            Ok(Arrival::Stream(stream)) => self.join(*stream),
+            // Why somebody did not get in is theirs to find out; to us it is noise that anybody can make.
+            Err(_) => {}
+        }
+    }
+
+    /// In a thread of its own, for at most some seconds. Streams come back by themselves when there was no room.
+    fn join(self, stream: Unattached) {
+        let Ok(room) = self.joining.try_acquire_owned() else { return };
+        tokio::task::spawn_blocking(move || {
+            let _room = room;
+            // A refusal is logged, and told to whoever was refused.
+            let _ = self.sessions.attach(stream);
+        });
     }
 }
 
@@ -95,7 +125,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let identity = Identity::load_or_make(&dir.path().join("identity.pem"), "beta").unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let incoming = Incoming::new(listener, Acceptor::new(&identity)).unwrap();
+        let incoming = Incoming::new(listener, Acceptor::new(&identity), Sessions::new()).unwrap();
         (dir, identity, incoming)
     }
 

@@ -4,14 +4,39 @@
 //! and knows its peers by the [`Fingerprint`] of theirs. Two agents become peers once, by a [`JoinToken`] that a person
 //! carries from one to the other. From then on every connection is TLS 1.3 in which both sides prove who they are.
 
+mod address;
+pub mod channel;
+mod chooser;
+mod ciphers;
+mod compress;
+mod dial;
+pub mod frame;
+pub mod hello;
 mod identity;
 mod incoming;
+mod join;
+mod layer;
+mod link;
+mod pacing;
+mod sequence;
+mod session;
+mod sessions;
 mod tls;
 mod token;
+mod tuning;
 
+pub use address::{Address, InvalidAddress};
+pub use channel::Channel;
+pub use ciphers::{Cipher, CipherSpeed, fastest_cipher, measure_ciphers};
+pub use compress::{Compression, Method};
+pub use dial::{Dialer, TcpDialer};
+pub use hello::{Reason, Refusal};
 pub use identity::{Fingerprint, Identity, IdentityError, InvalidFingerprint};
 pub use incoming::Incoming;
-pub use tls::{Acceptor, LinkError, Stream, connect};
+pub use link::{Frame, Link, LinkDown, LinkOptions, LinkStats, StreamStats};
+pub use session::{InvalidSession, SessionId, SessionKey};
+pub use sessions::{Protection, SessionOptions, Sessions, Unattached};
+pub use tls::{Acceptor, Arrival, LinkError, Stream, connect};
 pub use token::{InvalidToken, JoinToken, Secret};
 
 /// So many unpredictable bytes.

@@ -5,6 +5,7 @@
 //! key and tells the fingerprint to whoever serves the connection: a stranger must be able to come with a join token,
 //! and a peer that was unpaired to be told so.
 
+use std::io::{ErrorKind, Read, Write};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -14,15 +15,20 @@ use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, ServerConfig, SignatureScheme,
-    SupportedProtocolVersion,
+    CertificateError, ClientConfig, ClientConnection, DigitallySignedStruct, DistinguishedName, ServerConfig,
+    SignatureScheme, SupportedProtocolVersion,
 };
 use tokio::net::TcpStream;
 
-use crate::{Fingerprint, Identity};
+use crate::ciphers::Cipher;
+use crate::hello::MAGIC;
+use crate::{Fingerprint, Identity, Unattached};
 
-/// What both sides must say in the handshake: a TLS server of another kind is told from an agent by it.
+/// What both sides must say in the handshake for a control connection: a TLS server of another kind is told from an
+/// agent by it.
 const ALPN: &[u8] = b"vmferry";
+/// The same for a stream of a link.
+const ALPN_STREAM: &[u8] = b"vmferry-stream";
 /// Nobody looks at it, but there must be one.
 const NO_NAME: &str = "vmferry.invalid";
 const VERSIONS: [&SupportedProtocolVersion; 1] = [&rustls::version::TLS13];
@@ -94,7 +100,8 @@ pub async fn connect(
         let (local, remote) = (tcp.local_addr().map_err(unreachable)?, tcp.peer_addr().map_err(unreachable)?);
         let verifier =
             Arc::new(ExpectedServer { crypto: crypto(), expected: expected.to_vec(), found: Mutex::new(None) });
-        let connector = tokio_rustls::TlsConnector::from(Arc::new(client_config(identity, Arc::clone(&verifier))));
+        let connector =
+            tokio_rustls::TlsConnector::from(Arc::new(client_config(identity, Arc::clone(&verifier), crypto(), ALPN)));
         let name = ServerName::try_from(NO_NAME).expect("it is a name");
         match connector.connect(name, tcp).await {
             Ok(io) => {
@@ -116,6 +123,48 @@ pub async fn connect(
     tokio::time::timeout(deadline, connecting).await.unwrap_or_else(|_| Err(timed_out()))
 }
 
+/// Makes the handshake of a stream over what is connected already, as the connecting side.
+pub(crate) fn connect_stream<S: Read + Write>(
+    io: &mut S,
+    address: &str,
+    identity: &Identity,
+    expected: Fingerprint,
+    cipher: Option<Cipher>,
+) -> Result<ClientConnection, LinkError> {
+    let not_an_agent = |source| LinkError::NotAnAgent { address: address.into(), source };
+    let mut crypto = aws_lc_rs::default_provider();
+    if let Some(cipher) = cipher {
+        crypto.cipher_suites.retain(|suite| suite.suite() == cipher.suite());
+    }
+    let crypto = Arc::new(crypto);
+    let verifier =
+        Arc::new(ExpectedServer { crypto: Arc::clone(&crypto), expected: vec![expected], found: Mutex::new(None) });
+    let config = client_config(identity, Arc::clone(&verifier), crypto, ALPN_STREAM);
+    let name = ServerName::try_from(NO_NAME).expect("it is a name");
+    let mut tls = ClientConnection::new(Arc::new(config), name)
+        .map_err(|error| not_an_agent(std::io::Error::new(ErrorKind::InvalidInput, error)))?;
+    while tls.is_handshaking() {
+        if let Err(source) = tls.complete_io(io) {
+            return Err(match verifier.found() {
+                Some(found) if found != expected => LinkError::WrongIdentity { address: address.into(), found },
+                _ => not_an_agent(source),
+            });
+        }
+    }
+    match tls.alpn_protocol() {
+        Some(ALPN_STREAM) => Ok(tls),
+        _ => Err(not_an_agent(std::io::Error::other("it takes no streams"))),
+    }
+}
+
+/// What came to an agent's port.
+pub enum Arrival {
+    /// The control connection of a peer.
+    Control(Box<Stream>),
+    /// A stream, for [`Sessions::attach`](crate::Sessions::attach).
+    Stream(Box<Unattached>),
+}
+
 /// The server's side. Cheap to clone.
 #[derive(Clone)]
 pub struct Acceptor(tokio_rustls::TlsAcceptor);
@@ -129,7 +178,7 @@ impl Acceptor {
             .with_client_cert_verifier(Arc::new(AnyClient { crypto: crypto() }))
             .with_single_cert(vec![identity.certificate.clone()], identity.key.clone_key())
             .expect("an identity's key fits its certificate");
-        config.alpn_protocols = vec![ALPN.to_vec()];
+        config.alpn_protocols = vec![ALPN.to_vec(), ALPN_STREAM.to_vec()];
         // Connections are few and long; a ticket would only be one more thing to protect.
         config.send_tls13_tickets = 0;
         Self(tokio_rustls::TlsAcceptor::from(Arc::new(config)))
@@ -137,16 +186,47 @@ impl Acceptor {
 
     /// Takes a connection; whoever made it has proved who it is, within this time.
     pub async fn accept(&self, tcp: TcpStream, deadline: Duration) -> std::io::Result<Stream> {
+        match tokio::time::timeout(deadline, self.take_tls(tcp)).await?? {
+            Arrival::Control(stream) => Ok(*stream),
+            Arrival::Stream(_) => Err(std::io::Error::other("it is a stream, not a control connection")),
+        }
+    }
+
+    /// Takes a connection and finds out what it is, within this time: a control connection, or a stream, plain or not.
+    pub async fn accept_any(&self, tcp: TcpStream, deadline: Duration) -> std::io::Result<Arrival> {
+        let arriving = async {
+            let mut first = [0];
+            if tcp.peek(&mut first).await? == 1 && first[0] == MAGIC[0] {
+                return Ok(Arrival::Stream(Box::new(Unattached::plain(blocking(tcp)?))));
+            }
+            self.take_tls(tcp).await
+        };
+        tokio::time::timeout(deadline, arriving).await?
+    }
+
+    async fn take_tls(&self, tcp: TcpStream) -> std::io::Result<Arrival> {
         tcp.set_nodelay(true)?;
         let (local, remote) = (tcp.local_addr()?, tcp.peer_addr()?);
-        let io = tokio::time::timeout(deadline, self.0.accept(tcp)).await??;
-        if io.get_ref().1.alpn_protocol() != Some(ALPN) {
-            return Err(std::io::Error::other("it speaks TLS, but not as an agent does"));
-        }
+        let io = self.0.accept(tcp).await?;
+        let alpn = io.get_ref().1.alpn_protocol().map(<[u8]>::to_vec);
         let io = tokio_rustls::TlsStream::from(io);
         let peer = peer_of(&io).ok_or_else(|| std::io::Error::other("it has no certificate"))?;
-        Ok(Stream { io, peer, local, remote })
+        match (alpn.as_deref(), io) {
+            (Some(ALPN), io) => Ok(Arrival::Control(Box::new(Stream { io, peer, local, remote }))),
+            (Some(ALPN_STREAM), tokio_rustls::TlsStream::Server(io)) => {
+                let (tcp, tls) = io.into_inner();
+                Ok(Arrival::Stream(Box::new(Unattached::protected(blocking(tcp)?, tls, peer))))
+            }
+            _ => Err(std::io::Error::other("it speaks TLS, but not as an agent does")),
+        }
     }
+}
+
+/// The same connection for threads that wait in the kernel.
+fn blocking(tcp: TcpStream) -> std::io::Result<std::net::TcpStream> {
+    let tcp = tcp.into_std()?;
+    tcp.set_nonblocking(false)?;
+    Ok(tcp)
 }
 
 fn peer_of(io: &tokio_rustls::TlsStream<TcpStream>) -> Option<Fingerprint> {
@@ -157,15 +237,20 @@ fn crypto() -> Arc<CryptoProvider> {
     Arc::new(aws_lc_rs::default_provider())
 }
 
-fn client_config(identity: &Identity, verifier: Arc<ExpectedServer>) -> ClientConfig {
-    let mut config = ClientConfig::builder_with_provider(crypto())
+fn client_config(
+    identity: &Identity,
+    verifier: Arc<ExpectedServer>,
+    crypto: Arc<CryptoProvider>,
+    alpn: &[u8],
+) -> ClientConfig {
+    let mut config = ClientConfig::builder_with_provider(crypto)
         .with_protocol_versions(&VERSIONS)
         .expect("the provider knows TLS 1.3")
         .dangerous()
         .with_custom_certificate_verifier(verifier)
         .with_client_auth_cert(vec![identity.certificate.clone()], identity.key.clone_key())
         .expect("an identity's key fits its certificate");
-    config.alpn_protocols = vec![ALPN.to_vec()];
+    config.alpn_protocols = vec![alpn.to_vec()];
     config.enable_sni = false;
     config.resumption = rustls::client::Resumption::disabled();
     config

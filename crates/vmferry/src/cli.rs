@@ -126,11 +126,51 @@ A token is good for one host and some minutes. Whoever has it can become a peer,
         #[arg(long)]
         json: bool,
     },
+    /// Measure
+    #[command(subcommand)]
+    Bench(Bench),
     /// Print a completion script for a shell
     Completions {
         /// Which shell
         shell: clap_complete::Shell,
     },
+}
+
+#[derive(Subcommand)]
+pub(crate) enum Bench {
+    /// What the link carries and costs, with every protection and packing
+    #[command(after_long_help = "\
+With --loopback, what people use today is measured beside it in the same run: plain TCP, ssh, QEMU's own migration and
+TLS, and the ways that libvirt's developers compared in 2009. That needs QEMU and an sshd, which is started with keys
+and a configuration of its own, on the loopback address only.
+
+To another host, both agents must run and be paired; plain is measured where both hosts' configuration permits it.")]
+    Link(BenchLinkOptions),
+}
+
+#[derive(Args)]
+pub(crate) struct BenchLinkOptions {
+    /// The other host: a peer's name or its address
+    #[arg(required_unless_present = "loopback", conflicts_with = "loopback")]
+    pub host: Option<String>,
+    /// On this host alone, without agents
+    #[arg(long)]
+    pub loopback: bool,
+    /// How long each way is measured in each round
+    #[arg(long, value_name = "TIME", default_value = "2s", value_parser = duration)]
+    pub time: std::time::Duration,
+    /// How often; the table has medians
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=99))]
+    pub rounds: u32,
+    /// Nothing but vmferry's own link
+    #[arg(long)]
+    pub only_ours: bool,
+    /// Write the report there, as JSON
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Write the report there, as a page
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
 }
 
 #[derive(Args)]

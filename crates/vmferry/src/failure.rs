@@ -1,8 +1,11 @@
 //! How a command fails: one line in plain words, what to do next, and an exit code.
 
+use std::path::PathBuf;
+
 use vmferry_agent::api::types::Code;
 use vmferry_agent::client::ClientError;
 use vmferry_agent::error::in_one_line;
+use vmferry_bench::link::LinkBenchError;
 
 /// Why a command did not do what it was asked. The exit codes are listed in the help (`cli.rs`).
 #[derive(Debug, thiserror::Error)]
@@ -22,6 +25,10 @@ pub(crate) enum Failure {
     BadSshHost(String),
     #[error("could not get a join token from {host} over ssh: {}", ended(*code))]
     NoTokenOverSsh { host: String, code: Option<i32> },
+    #[error("cannot measure the link")]
+    Bench(#[from] LinkBenchError),
+    #[error("cannot write the report to {}", path.display())]
+    Report { path: PathBuf, source: std::io::Error },
     #[error("cannot tell the current folder")]
     NoFolder(#[source] std::io::Error),
 }
@@ -47,8 +54,9 @@ impl Failure {
 
     fn hint(&self) -> Option<String> {
         match self {
-            Self::Agent(ClientError::NoAgent { .. }) => Some("start it with `vmferry agent`, as the same user".into()),
-            Self::Agent(ClientError::Problem(problem)) => problem.hint.clone(),
+            Self::Agent(ClientError::NoAgent { .. }) | Self::Bench(LinkBenchError::Client(ClientError::NoAgent { .. })) => Some("start it with `vmferry agent`, as the same user".into()),
+            Self::Agent(ClientError::Problem(problem))
+            | Self::Bench(LinkBenchError::Client(ClientError::Problem(problem))) => problem.hint.clone(),
             Self::Agent(ClientError::LostSight) | Self::StoppedLooking => {
                 Some("the guest runs on; `vmferry migrations` tells what became of the migration".into())
             }
@@ -61,6 +69,9 @@ impl Failure {
             Self::Agent(ClientError::NoAgent { .. }) => 7,
             Self::Agent(ClientError::Problem(problem)) => exit_code(problem.code),
             Self::Agent(ClientError::LostSight) | Self::StoppedLooking => 6,
+            Self::Bench(LinkBenchError::Client(ClientError::NoAgent { .. })) => 7,
+            Self::Bench(LinkBenchError::Client(ClientError::Problem(problem))) => exit_code(problem.code),
+            Self::Bench(_) | Self::Report { .. } => 1,
             Self::BadSshHost(_) => 2,
             Self::Ssh(_) | Self::NoTokenOverSsh { .. } => 3,
             Self::Agent(ClientError::Lost(_)) | Self::Serve(_) | Self::Terminal(_) | Self::NoFolder(_) => 1,

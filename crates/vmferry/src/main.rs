@@ -3,6 +3,7 @@
 //! One binary: `vmferry agent` is the daemon, everything else talks to this host's agent over its Unix socket.
 
 mod agent;
+mod bench;
 mod cli;
 mod console;
 mod failure;
@@ -17,7 +18,7 @@ use clap::{CommandFactory, Parser};
 use vmferry_agent::client::Client;
 use vmferry_agent::config::Config;
 
-use crate::cli::{Cli, Command};
+use crate::cli::{Bench, Cli, Command};
 use crate::failure::Failure;
 
 fn main() -> ExitCode {
@@ -57,6 +58,7 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Peers { json } => pair::list(&client()?, json).await,
         Command::Unpair { peer } => pair::unpair(&client()?, &peer).await,
         Command::Migrations { json } => migrate::list(&client()?, json).await,
+        Command::Bench(Bench::Link(options)) => bench::link(client, options).await,
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "vmferry", &mut std::io::stdout());
             Ok(())

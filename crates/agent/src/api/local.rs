@@ -20,12 +20,14 @@ use uuid::Uuid;
 
 use super::types::{
     AdoptRequest, Hello, MigrateRequest, MigrationEvent, MigrationView, PairRequest, PeerView, PeersView, PlanView,
-    Problem, RunRequest, Started, StopRequest, TokenRequest, TokenView, VmView,
+    Problem, RunRequest, Started, StopRequest, TokenRequest, TokenView, TrialRequest,
+    VmView,
 };
 use super::{Answer, ApiError, upgraded};
 use crate::console::Viewer;
 use crate::error::AgentError;
-use crate::{Agent, lifecycle, migration, trust};
+use crate::link_trial::TrialResult;
+use crate::{Agent, lifecycle, link_trial, migration, trust};
 
 /// What the console route upgrades to: raw bytes both ways.
 pub const CONSOLE_PROTOCOL: &str = "vmferry-console";
@@ -57,6 +59,7 @@ pub(crate) fn routes() -> OpenApiRouter<Arc<Agent>> {
         .routes(routes!(make_token))
         .routes(routes!(peers, pair))
         .routes(routes!(unpair))
+        .routes(routes!(try_link))
 }
 
 /// Who this agent is.
@@ -225,4 +228,11 @@ async fn pair(State(agent): Shared, Json(request): Json<PairRequest>) -> Answer<
 async fn unpair(State(agent): Shared, Path(peer): Path<String>) -> Result<StatusCode, ApiError> {
     trust::unpair(&agent, &peer)?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// Tries the link to another agent, and tells what it carried and cost.
+#[utoipa::path(post, path = "/v1/link-benchmark", request_body = TrialRequest,
+    responses((status = 200, body = TrialResult), (status = "default", body = Problem)))]
+async fn try_link(State(agent): Shared, Json(request): Json<TrialRequest>) -> Answer<TrialResult> {
+    Ok(Json(link_trial::run(&agent, &request.to, request.trial).await?))
 }

@@ -21,7 +21,8 @@ use crate::error::AgentError;
 use crate::incoming::{CheckReply, IncomingState, Offer, Prepared};
 use crate::peer::API;
 use crate::trust::{self, Caller};
-use crate::{Agent, incoming};
+use crate::link_trial::{TrialAccepted, TrialOffer};
+use crate::{Agent, incoming, link_trial};
 
 type Shared = State<Arc<Agent>>;
 
@@ -38,6 +39,7 @@ pub(crate) fn routes() -> OpenApiRouter<Arc<Agent>> {
         .routes(routes!(commit))
         .routes(routes!(recover))
         .routes(routes!(relay))
+        .routes(routes!(try_streams))
 }
 
 /// A peer that asks.
@@ -173,4 +175,15 @@ async fn relay(State(agent): Shared, Began { id, .. }: Began, request: Request) 
     upgraded(request, crate::relay::PROTOCOL, move |connection| async move {
         crate::relay::receive(&vm, connection).await;
     })
+}
+
+/// Waits for the streams of a trial of the link, and takes what comes over them.
+#[utoipa::path(post, path = "/v1/link-trials", request_body = TrialOffer,
+    responses((status = 200, body = TrialAccepted), (status = "default", body = Problem)))]
+async fn try_streams(
+    State(agent): Shared,
+    Paired(caller): Paired,
+    Json(offer): Json<TrialOffer>,
+) -> Answer<TrialAccepted> {
+    Ok(Json(link_trial::accept(&agent, offer, &caller)?))
 }

@@ -6,6 +6,8 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
+use crate::link_trial::Trial;
+
 /// What kind of error it is; programs match on this.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
@@ -435,4 +437,13 @@ pub struct PeersView {
     pub listens: Option<String>,
     /// Those that it is paired with.
     pub peers: Vec<PeerView>,
+}
+
+/// Try the link to another agent.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct TrialRequest {
+    /// Which: a peer's name, or its address.
+    pub to: String,
+    /// What to try.
+    pub trial: Trial,
 }

@@ -16,12 +16,12 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
+use vmferry_link::Cipher;
 use vmferry_policy::{Action, Bytes, BytesPerSec, Limits, Observation, Percent, Phase};
 use vmferry_qemu::qmp::commands::{self, MigrationInfo, MigrationParameters};
 use vmferry_qemu::{Event, EventStream, Features, MigrationStatus, Qmp, QmpError, RunState};
 
 use super::{EngineError, RamEngine, Seen, Setup, Totals};
-use crate::config::Cipher;
 
 /// What this engine is called.
 pub const NAME: &str = "qemu";
@@ -120,19 +120,18 @@ pub fn loses_writes(features: &Features, accelerator: &str) -> bool {
     accelerator == "tcg" && !features.has_capability("mapped-ram")
 }
 
-/// `GnuTLS`'s words for what is to encrypt QEMU's streams; `None` for its own choice.
+/// `GnuTLS`'s words for the cipher that is to encrypt QEMU's streams; `None` for its own choice.
 ///
 /// It gives a connection a new key after 16 M records, 256 GiB, of AES-GCM, and QEMU before 10.1 does not survive that
 /// on a connection with a return path (QEMU issue 1937). `ChaCha20` has no such bound.
 pub(crate) fn tls_priority(cipher: Option<Cipher>, ram_bytes: u64) -> Option<String> {
-    let only = |name: &str| Some(format!("NORMAL:-CIPHER-ALL:+{name}"));
-    match cipher.unwrap_or_default() {
-        Cipher::Auto if ram_bytes > MOST_RAM_WITH_AES => only("CHACHA20-POLY1305"),
-        Cipher::Auto => None,
-        Cipher::Aes128Gcm => only("AES-128-GCM"),
-        Cipher::Aes256Gcm => only("AES-256-GCM"),
-        Cipher::Chacha20Poly1305 => only("CHACHA20-POLY1305"),
-    }
+    let cipher = if ram_bytes > MOST_RAM_WITH_AES { Cipher::ChaCha20Poly1305 } else { cipher? };
+    let name = match cipher {
+        Cipher::Aes128Gcm => "AES-128-GCM",
+        Cipher::Aes256Gcm => "AES-256-GCM",
+        Cipher::ChaCha20Poly1305 => "CHACHA20-POLY1305",
+    };
+    Some(format!("NORMAL:-CIPHER-ALL:+{name}"))
 }
 
 /// Switches these capabilities on and all others that we ever use off, in one command, as QEMU checks them together.
