@@ -6,6 +6,7 @@
 #
 #   target/guest/vmlinuz         the kernel of the measuring guest, out of Debian's own package, which is not installed
 #   target/qemu-second/          --for-tests: a QEMU of another major version, to migrate between the two
+#   target/sshd/                 --for-tests: an sshd to measure the link beside, never started but by the measurement
 #   target/apt/                  --for-tests: apt's lists and downloads for that second QEMU, apart from the system's
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -225,6 +226,25 @@ try_second_qemu() {
     say "$SECOND/bin/qemu-system-x86_64 is QEMU $major, from ${suites%% *}"
 }
 
+# --- an sshd, for measuring -------------------------------------------------------------------------------------------
+
+# Installing openssh-server would start it; here it is only unpacked.
+fetch_sshd() {
+    [ ! -x target/sshd/usr/sbin/sshd ] && [ ! -x /usr/sbin/sshd ] || return 0
+    has apt-get || return 0
+    local work=target/sshd-unpacking package
+    rm -rf "$work"
+    mkdir -p "$work" target/sshd
+    for package in openssh-server libwrap0; do
+        (cd "$work" && apt-get -qq -o APT::Sandbox::User=root download "$package") ||
+            { refresh_lists && (cd "$work" && apt-get -qq -o APT::Sandbox::User=root download "$package"); } ||
+            { say "no sshd: the link is measured without ssh beside it"; rm -rf "$work" target/sshd; return 0; }
+    done
+    for package in "$work"/*.deb; do dpkg-deb -x "$package" target/sshd; done
+    rm -rf "$work" target/sshd/usr/share target/sshd/etc target/sshd/lib/systemd
+    say "target/sshd is Debian's openssh-server, unpacked"
+}
+
 # The mirror that this system takes Debian's own packages from.
 debian_mirror() {
     local codename
@@ -243,4 +263,5 @@ fetch_guest_kernel
 if [ "$for_tests" = yes ]; then
     install_nextest
     fetch_second_qemu
+    fetch_sshd
 fi

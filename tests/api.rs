@@ -102,11 +102,13 @@ async fn the_document_describes_every_route_and_every_answer() {
         ("/v1/incoming/{id}/recover", "post"),
         ("/v1/incoming/{id}/relay", "post"),
         ("/v1/link-trial", "post"),
+        ("/v1/link-trials", "post"),
+        ("/v1/link-benchmark", "post"),
     ] {
         assert!(paths[path][method]["responses"].is_object(), "{method} {path} is not described");
     }
     let described: usize = paths.values().map(|it| it.as_object().expect("methods").len()).sum();
-    assert_eq!(described, 26, "a route is missing in this test");
+    assert_eq!(described, 28, "a route is missing in this test");
     // Every reference leads somewhere.
     let text = document.to_string();
     for reference in text.split("\"$ref\":\"#").skip(1).filter_map(|rest| rest.split('"').next()) {

@@ -277,3 +277,30 @@ async fn a_destination_that_ssh_trusts_needs_no_pairing() {
     bed.assert_runs_only_on(1).await;
     bed.assert_intact(1).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_link_is_tried_encrypted_and_plain_only_where_both_hosts_permit_it() {
+    let short = ["--time", "100ms", "--rounds", "1"];
+    let bench = async |testbed: &Testbed| {
+        let json = testbed.dir().join("link.json");
+        let mut words = vec!["bench", "link", "beta", "--json"];
+        let path = json.display().to_string();
+        words.push(&path);
+        words.extend(short);
+        run(testbed.alpha(), &words, 0).await;
+        let report: serde_json::Value =
+            serde_json::from_str(&std::fs::read_to_string(json).expect("written")).expect("JSON");
+        let rows = report["rows"].as_array().expect("rows").clone();
+        assert!(rows.iter().all(|row| row["mib_per_s"].as_f64().is_some_and(|speed| speed > 1.0)), "{report}");
+        assert!(rows.iter().all(|row| row["urgent"]["asked"].as_u64().is_some_and(|asked| asked > 0)), "{report}");
+        rows.iter().filter(|row| row["security"] == "plain").count()
+    };
+    let testbed = Testbed::start(options()).await.expect("starts");
+    assert_eq!(bench(&testbed).await, 0);
+    run(testbed.beta(), &["unpair", "alpha"], 0).await;
+    assert!(run(testbed.alpha(), &["bench", "link", "beta"], 3).await.contains("not paired"));
+    drop(testbed);
+    let config = [TRUSTED.to_owned(), TRUSTED.to_owned()];
+    let testbed = Testbed::start(TestbedOptions { config, ..options() }).await.expect("starts");
+    assert_eq!(bench(&testbed).await, 2);
+}

@@ -86,9 +86,9 @@ impl TryFrom<String> for CipherChoice {
             return Ok(Self(None));
         }
         let known = Cipher::ALL.into_iter().find(|cipher| cipher.to_string() == text);
-        known.map(|cipher| Self(Some(cipher))).ok_or_else(|| {
-            format!("{text:?} is no cipher: give auto, aes-128-gcm, aes-256-gcm or chacha20-poly1305")
-        })
+        known
+            .map(|cipher| Self(Some(cipher)))
+            .ok_or_else(|| format!("{text:?} is no cipher: give auto, aes-128-gcm, aes-256-gcm or chacha20-poly1305"))
     }
 }
 

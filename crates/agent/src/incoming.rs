@@ -26,7 +26,7 @@ use vmferry_qemu::{
 use crate::Agent;
 use crate::api::types::VmSpec;
 use crate::config::Security;
-use crate::engine::qemu::set_capabilities;
+use crate::engine::qemu::{set_capabilities, tls_priority};
 use crate::engine::{Protection, Setup};
 use crate::error::{AgentError, in_one_line};
 use crate::lifecycle::check_name;
@@ -257,8 +257,8 @@ async fn receive(
     address: IpAddr,
 ) -> Result<Prepared, AgentError> {
     let mut notes = Vec::new();
-    if let Protection::Tls { key, priority } = protection {
-        protect_streams(&vm.qmp, &vm.dir.join("tls"), key, Endpoint::Server, priority.as_deref()).await?;
+    if let Protection::Tls { key, cipher } = protection {
+        protect_streams(&vm.qmp, &vm.dir.join("tls"), key, Endpoint::Server, tls_priority(*cipher)).await?;
     }
     if let Err(error) = set_capabilities(&vm.qmp, known, &as_strs(&setup.capabilities)).await {
         if !setup.has("postcopy-ram") {

@@ -191,7 +191,8 @@ pub fn take(link: &Link) -> Result<(), LinkDown> {
             link.send_urgent(RESULT, serde_json::to_vec(&taken).expect("plain data"))?;
         }
         bulk.join().expect("taking does not panic")
-    })
+    })?;
+    link.close()
 }
 
 /// The sending side, for this long. Blocks.
@@ -285,13 +286,11 @@ struct Place;
 impl Place {
     fn take() -> Result<Self, AgentError> {
         let free = |taken: usize| (taken < MOST_TRIALS).then_some(taken + 1);
-        match UNDER_WAY.fetch_update(Ordering::SeqCst, Ordering::SeqCst, free) {
-            Ok(_) => Ok(Self),
-            Err(_) => {
-                let message = format!("{MOST_TRIALS} trials of the link are under way here already");
-                Err(AgentError::Conflict { message, hint: Some("try again later".into()) })
-            }
+        if UNDER_WAY.fetch_update(Ordering::SeqCst, Ordering::SeqCst, free).is_ok() {
+            return Ok(Self);
         }
+        let message = format!("{MOST_TRIALS} trials of the link are under way here already");
+        Err(AgentError::Conflict { message, hint: Some("try again later".into()) })
     }
 }
 

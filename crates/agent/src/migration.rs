@@ -195,8 +195,6 @@ struct Plan {
     peer: Peer,
     peer_key: Fingerprint,
     protect: Protect,
-    /// The fastest that both hosts allow.
-    cipher: Option<Cipher>,
     /// The most to send over the network between the hosts, in bytes a second.
     rate: Option<u64>,
     /// Until the destination has looked for them for the last time.
@@ -209,16 +207,17 @@ struct Plan {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Protect {
     Not,
-    Tls,
+    /// With the fastest cipher that both hosts allow.
+    Tls(Cipher),
     Relay,
 }
 
 impl Protect {
-    fn in_words(self) -> &'static str {
+    fn in_words(self) -> String {
         match self {
-            Self::Not => "none: both hosts trust the network",
-            Self::Tls => "TLS between the QEMUs",
-            Self::Relay => "TLS between the agents, which relay what the QEMUs say",
+            Self::Not => "none: both hosts trust the network".into(),
+            Self::Tls(cipher) => format!("TLS between the QEMUs ({cipher})"),
+            Self::Relay => "TLS between the agents, which relay what the QEMUs say".into(),
         }
     }
 }
@@ -248,15 +247,18 @@ async fn plan(agent: &Agent, vm: &Vm, id: Uuid, request: &MigrateRequest) -> Res
     let there = peer.check(&offer).await?;
     let (features, can_tls) = agent.features_of(vm).await?;
     let mut notes = Vec::new();
-    let there_can_tls = there.tls;
+    let cipher = fastest_cipher(&agent.ciphers_for(remote), &there.ciphers);
     let protect = match (agent.config.security_of(remote), there.security) {
         (Security::Plain, Security::Plain) => Protect::Not,
-        (here, there) => {
-            if here == Security::Plain || there == Security::Plain {
+        (security, their_security) => {
+            if security == Security::Plain || their_security == Security::Plain {
                 notes
                     .push("The guest travels encrypted: only one of the two hosts is configured to do without.".into());
             }
-            if can_tls && there_can_tls { Protect::Tls } else { Protect::Relay }
+            match cipher {
+                Some(cipher) if can_tls && there.tls && qemu::tls_carries(vm.facts.ram_bytes) => Protect::Tls(cipher),
+                _ => Protect::Relay,
+            }
         }
     };
     if request.post_copy && !there.capabilities.contains("postcopy-ram") {
@@ -289,12 +291,11 @@ async fn plan(agent: &Agent, vm: &Vm, id: Uuid, request: &MigrateRequest) -> Res
         machine: vm.facts.machine.clone(),
         accelerator: vm.accelerator.clone(),
         capabilities: means.into_iter().map(str::to_owned).collect(),
-        protection: protect.in_words().into(),
+        protection: protect.in_words(),
         notes,
     };
     let rate = agent.config.network_of(remote).and_then(|network| network.rate).map(|rate| rate.0);
-    let cipher = fastest_cipher(&agent.ciphers_for(remote), &there.ciphers);
-    Ok(Plan { view, offer, there, features, peer, peer_key, protect, cipher, rate, markers: Some(markers), post_copy_first })
+    Ok(Plan { view, offer, there, features, peer, peer_key, protect, rate, markers: Some(markers), post_copy_first })
 }
 
 fn loses_writes(vm: &Vm) -> String {
@@ -720,11 +721,11 @@ impl Run {
 /// Has our QEMU protect what it sends. One that cannot read its key, since it runs as somebody else, is relayed.
 async fn protect(vm: &Vm, plan: &mut Plan) -> Result<Protection, AgentError> {
     Relay::forget(vm);
-    if plan.protect == Protect::Tls {
+    if let Protect::Tls(cipher) = plan.protect {
         let key = StreamKey::new(&vmferry_link::random_bytes());
-        let priority = qemu::tls_priority(plan.cipher, vm.facts.ram_bytes);
-        match protect_streams(&vm.qmp, &vm.dir.join("tls"), &key, Endpoint::Client, priority.as_deref()).await {
-            Ok(()) => return Ok(Protection::Tls { key, priority }),
+        let priority = qemu::tls_priority(cipher);
+        match protect_streams(&vm.qmp, &vm.dir.join("tls"), &key, Endpoint::Client, priority).await {
+            Ok(()) => return Ok(Protection::Tls { key, cipher }),
             Err(error) => {
                 tracing::warn!(vm = vm.name(), error = in_one_line(&error), "its connections are relayed");
                 plan.protect = Protect::Relay;

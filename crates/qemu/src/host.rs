@@ -187,7 +187,7 @@ async fn ask(binary: &Path, socket: &Path) -> Result<QemuInfo, QmpError> {
     let cpus = qmp.execute(QueryCpuDefinitions {}).await?;
     // Its types and schema are the same without TLS; only a trial tells.
     let dir = socket.parent().unwrap_or(Path::new("/")).join("tls");
-    let tls = protect_streams(&qmp, &dir, &StreamKey::new(&[0; 32]), Endpoint::Server, None).await;
+    let tls = protect_streams(&qmp, &dir, &StreamKey::new(&[0; 32]), Endpoint::Server, "NORMAL").await;
     let info = QemuInfo {
         binary: binary.into(),
         version: version.to_string(),

@@ -66,13 +66,13 @@ pub enum StreamTlsError {
 }
 
 /// Has QEMU take or make migration connections only with this key. `dir` is made if need be, for nobody but us; the
-/// `priority` is `GnuTLS`'s string, for others than its usual ciphers.
+/// `priority` says which ciphers, in `GnuTLS`'s words.
 pub async fn protect_streams(
     qmp: &Qmp,
     dir: &Path,
     key: &StreamKey,
     endpoint: Endpoint,
-    priority: Option<&str>,
+    priority: &str,
 ) -> Result<(), StreamTlsError> {
     write_files(dir, key)?;
     unprotect_streams(qmp).await?;
@@ -85,7 +85,7 @@ pub async fn protect_streams(
         },
         dir: dir.display().to_string(),
         username: (endpoint == Endpoint::Client).then(|| USER.into()),
-        priority: priority.map(str::to_owned),
+        priority: priority.into(),
     };
     qmp.execute(credentials).await?;
     set_credentials(qmp, ID).await?;

@@ -511,7 +511,7 @@ async fn migrate_overheard(
     from: &Path,
     to: &Path,
     keys: [Option<[u8; 32]>; 2],
-    priority: Option<&str>,
+    priority: &str,
 ) -> (MigrationStatus, Vec<u8>, RunState) {
     let line = "-M pc-q35-7.2 -m 32 -nodefaults";
     let source = try_start(from, Wish::new(line)).await.unwrap();
@@ -550,15 +550,20 @@ async fn what_qemus_with_a_key_say_is_understood_by_nobody_else() {
     let is_there = |heard: &[u8], word: &str| heard.windows(word.len()).any(|it| it == word.as_bytes());
     let qemus = qemus();
     for (from, to) in [(&qemus[0], qemus.last().unwrap()), (qemus.last().unwrap(), &qemus[0])] {
-        let (status, heard, _) = migrate_overheard(from, to, [None, None], None).await;
+        let (status, heard, _) = migrate_overheard(from, to, [None, None], "").await;
         assert_eq!(status, MigrationStatus::Completed);
         assert!(heard.starts_with(b"QEVM") && is_there(&heard, "pc.ram"), "a plain stream can be read");
-        for priority in [None, Some("NORMAL:-CIPHER-ALL:+CHACHA20-POLY1305"), Some("NORMAL:-CIPHER-ALL:+AES-128-GCM")] {
+        for priority in [
+            "NORMAL",
+            "NORMAL:-CIPHER-ALL:+AES-128-GCM",
+            "NORMAL:-VERS-ALL:+VERS-TLS1.2:-CIPHER-ALL:+AES-256-GCM",
+            "NORMAL:-CIPHER-ALL:+CHACHA20-POLY1305",
+        ] {
             let (status, heard, _) = migrate_overheard(from, to, [Some([7; 32]), Some([7; 32])], priority).await;
             assert_eq!(status, MigrationStatus::Completed, "{priority:?}");
             assert!(heard.len() > 10_000 && !is_there(&heard, "QEVM") && !is_there(&heard, "pc.ram"), "{priority:?}");
         }
-        let (status, _, state) = migrate_overheard(from, to, [Some([7; 32]), Some([8; 32])], None).await;
+        let (status, _, state) = migrate_overheard(from, to, [Some([7; 32]), Some([8; 32])], "NORMAL").await;
         assert_eq!((status, state), (MigrationStatus::Failed, RunState::Running), "with another key");
     }
 }

@@ -26,11 +26,20 @@ pub(crate) enum Failure {
     #[error("could not get a join token from {host} over ssh: {}", ended(*code))]
     NoTokenOverSsh { host: String, code: Option<i32> },
     #[error("cannot measure the link")]
-    Bench(#[from] LinkBenchError),
+    Bench(#[source] LinkBenchError),
     #[error("cannot write the report to {}", path.display())]
     Report { path: PathBuf, source: std::io::Error },
     #[error("cannot tell the current folder")]
     NoFolder(#[source] std::io::Error),
+}
+
+impl From<LinkBenchError> for Failure {
+    fn from(error: LinkBenchError) -> Self {
+        match error {
+            LinkBenchError::Client(error) => Self::Agent(error),
+            other => Self::Bench(other),
+        }
+    }
 }
 
 /// What the end of ssh, or of the command that it ran, means.
@@ -54,9 +63,8 @@ impl Failure {
 
     fn hint(&self) -> Option<String> {
         match self {
-            Self::Agent(ClientError::NoAgent { .. }) | Self::Bench(LinkBenchError::Client(ClientError::NoAgent { .. })) => Some("start it with `vmferry agent`, as the same user".into()),
-            Self::Agent(ClientError::Problem(problem))
-            | Self::Bench(LinkBenchError::Client(ClientError::Problem(problem))) => problem.hint.clone(),
+            Self::Agent(ClientError::NoAgent { .. }) => Some("start it with `vmferry agent`, as the same user".into()),
+            Self::Agent(ClientError::Problem(problem)) => problem.hint.clone(),
             Self::Agent(ClientError::LostSight) | Self::StoppedLooking => {
                 Some("the guest runs on; `vmferry migrations` tells what became of the migration".into())
             }
@@ -69,12 +77,14 @@ impl Failure {
             Self::Agent(ClientError::NoAgent { .. }) => 7,
             Self::Agent(ClientError::Problem(problem)) => exit_code(problem.code),
             Self::Agent(ClientError::LostSight) | Self::StoppedLooking => 6,
-            Self::Bench(LinkBenchError::Client(ClientError::NoAgent { .. })) => 7,
-            Self::Bench(LinkBenchError::Client(ClientError::Problem(problem))) => exit_code(problem.code),
-            Self::Bench(_) | Self::Report { .. } => 1,
             Self::BadSshHost(_) => 2,
             Self::Ssh(_) | Self::NoTokenOverSsh { .. } => 3,
-            Self::Agent(ClientError::Lost(_)) | Self::Serve(_) | Self::Terminal(_) | Self::NoFolder(_) => 1,
+            Self::Agent(ClientError::Lost(_))
+            | Self::Bench(_)
+            | Self::Report { .. }
+            | Self::Serve(_)
+            | Self::Terminal(_)
+            | Self::NoFolder(_) => 1,
         }
     }
 }

@@ -20,8 +20,7 @@ use uuid::Uuid;
 
 use super::types::{
     AdoptRequest, Hello, MigrateRequest, MigrationEvent, MigrationView, PairRequest, PeerView, PeersView, PlanView,
-    Problem, RunRequest, Started, StopRequest, TokenRequest, TokenView, TrialRequest,
-    VmView,
+    Problem, RunRequest, Started, StopRequest, TokenRequest, TokenView, TrialRequest, VmView,
 };
 use super::{Answer, ApiError, upgraded};
 use crate::console::Viewer;

@@ -19,9 +19,9 @@ use super::types::{Hello, Join, Problem};
 use super::{Answer, ApiError, upgraded};
 use crate::error::AgentError;
 use crate::incoming::{CheckReply, IncomingState, Offer, Prepared};
+use crate::link_trial::{TrialAccepted, TrialOffer};
 use crate::peer::API;
 use crate::trust::{self, Caller};
-use crate::link_trial::{TrialAccepted, TrialOffer};
 use crate::{Agent, incoming, link_trial};
 
 type Shared = State<Arc<Agent>>;

@@ -10,6 +10,7 @@ use std::time::Instant;
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
+use vmferry_link::Cipher;
 use vmferry_policy::{Action, Observation};
 use vmferry_qemu::{QmpError, StreamKey};
 
@@ -41,8 +42,9 @@ pub enum Protection {
         /// The key.
         #[schema(value_type = String)]
         key: StreamKey,
-        /// Which ciphers, in `GnuTLS`'s words, if not its usual ones.
-        priority: Option<String>,
+        /// What encrypts.
+        #[schema(value_type = String)]
+        cipher: Cipher,
     },
     /// The agents' TLS: they relay what the QEMUs say.
     Relay,

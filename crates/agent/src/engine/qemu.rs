@@ -29,7 +29,7 @@ pub const NAME: &str = "qemu";
 /// QEMU's own default is 128 MiB/s; this is as good as none and fits its signed arithmetic.
 const UNLIMITED: u64 = 1 << 50;
 /// A guest with more RAM may send more than 256 GiB over one connection, in bytes.
-const MOST_RAM_WITH_AES: u64 = 96 << 30;
+const MOST_RAM_WITH_TLS: u64 = 96 << 30;
 /// As good as never, while QEMU cannot tell what switching over would cost: zero would mean without a last look.
 const NO_SWITCHOVER_MS: u64 = 1;
 const TICK: Duration = Duration::from_millis(250);
@@ -120,18 +120,22 @@ pub fn loses_writes(features: &Features, accelerator: &str) -> bool {
     accelerator == "tcg" && !features.has_capability("mapped-ram")
 }
 
-/// `GnuTLS`'s words for the cipher that is to encrypt QEMU's streams; `None` for its own choice.
+/// `GnuTLS`'s words for a cipher that is to encrypt QEMU's streams.
 ///
-/// It gives a connection a new key after 16 M records, 256 GiB, of AES-GCM, and QEMU before 10.1 does not survive that
-/// on a connection with a return path (QEMU issue 1937). `ChaCha20` has no such bound.
-pub(crate) fn tls_priority(cipher: Option<Cipher>, ram_bytes: u64) -> Option<String> {
-    let cipher = if ram_bytes > MOST_RAM_WITH_AES { Cipher::ChaCha20Poly1305 } else { cipher? };
-    let name = match cipher {
-        Cipher::Aes128Gcm => "AES-128-GCM",
-        Cipher::Aes256Gcm => "AES-256-GCM",
-        Cipher::ChaCha20Poly1305 => "CHACHA20-POLY1305",
-    };
-    Some(format!("NORMAL:-CIPHER-ALL:+{name}"))
+/// With a key that was exchanged beforehand, TLS 1.3 has only ciphers with SHA-256. `GnuTLS`'s own choice among those
+/// is `ChaCha20`, half as fast as AES on most processors; AES-256 is there in TLS 1.2.
+pub(crate) fn tls_priority(cipher: Cipher) -> &'static str {
+    match cipher {
+        Cipher::Aes128Gcm => "NORMAL:-CIPHER-ALL:+AES-128-GCM",
+        Cipher::Aes256Gcm => "NORMAL:-VERS-ALL:+VERS-TLS1.2:-CIPHER-ALL:+AES-256-GCM",
+        Cipher::ChaCha20Poly1305 => "NORMAL:-CIPHER-ALL:+CHACHA20-POLY1305",
+    }
+}
+
+/// Whether QEMU's own TLS holds for a guest with so much RAM. `GnuTLS` gives a connection a new key after 16 M records,
+/// 256 GiB, of AES-GCM, and QEMU before 10.1 does not survive that on one with a return path (QEMU issue 1937).
+pub(crate) fn tls_carries(ram_bytes: u64) -> bool {
+    ram_bytes <= MOST_RAM_WITH_TLS
 }
 
 /// Switches these capabilities on and all others that we ever use off, in one command, as QEMU checks them together.

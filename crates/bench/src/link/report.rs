@@ -132,7 +132,10 @@ impl LinkReport {
         add("throughput, TLS over the link / ssh", over(speed(tls), speed(named("ssh"))));
         add("throughput, TLS over the link / ssh aes128-gcm", over(speed(tls), speed(named("ssh aes128"))));
         add("throughput, TLS over the link / QEMU's TLS", over(speed(tls), speed(named("QEMU TLS"))));
-        add("CPU per GiB, TLS over the link / QEMU's TLS", over(tls.and_then(Row::cpu), named("QEMU TLS").and_then(Row::cpu)));
+        add(
+            "CPU per GiB, TLS over the link / QEMU's TLS",
+            over(tls.and_then(Row::cpu), named("QEMU TLS").and_then(Row::cpu)),
+        );
         ratios
     }
 
@@ -145,10 +148,7 @@ impl LinkReport {
         };
         let mut text = format!(
             "{}, {} processors here, {} s each, medians of {}\n\n",
-            self.between,
-            self.processors,
-            self.seconds,
-            self.rounds
+            self.between, self.processors, self.seconds, self.rounds
         );
         let mut line = |cells: &[String; 10]| {
             let padded: Vec<String> = cells
@@ -189,7 +189,8 @@ impl LinkReport {
             writeln!(body, "<tr>{}{bar}</tr>", cells.concat()).expect("a String takes everything");
         }
         let head: Vec<String> = HEAD.iter().map(|cell| format!("<th>{}</th>", escape(cell))).collect();
-        let list = |items: Vec<String>| -> String { items.iter().map(|it| format!("<li>{}</li>", escape(it))).collect() };
+        let list =
+            |items: Vec<String>| items.iter().map(|it| format!("<li>{}</li>", escape(it))).collect::<Vec<_>>().concat();
         let ratios = list(self.ratios().iter().map(|(what, ratio)| format!("{ratio:.2}: {what}")).collect());
         let missing = list(self.missing.iter().map(|it| format!("not measured: {it}")).collect());
         let ciphers = list(self.ciphers.iter().map(|(name, speed)| format!("{name}: {speed:.0} MiB/s")).collect());

@@ -154,8 +154,9 @@ impl Qemu {
     }
 }
 
-/// QEMU moves a GiB of this, by itself; with multifd when there is more than one stream.
-pub(super) async fn qemu(load: &Load, tls: bool, streams: u8) -> Result<Measured, LinkBenchError> {
+/// QEMU moves a GiB of this, by itself; with multifd when there is more than one stream, and with TLS of these
+/// ciphers, in `GnuTLS`'s words.
+pub(super) async fn qemu(load: &Load, tls: Option<&str>, streams: u8) -> Result<Measured, LinkBenchError> {
     let dir = tempfile::Builder::new().prefix("vmferry-bench-").tempdir_in(memory_dir())?;
     let ram = dir.path().join("ram");
     write_ram(&ram, load)?;
@@ -165,8 +166,8 @@ pub(super) async fn qemu(load: &Load, tls: bool, streams: u8) -> Result<Measured
     let destination = Qemu::start(dir.path(), "destination", &anonymous, &["-incoming", "defer"]).await?;
     let key = StreamKey::new(&vmferry_link::random_bytes());
     for (qemu, endpoint, name) in [(&source, Endpoint::Client, "client"), (&destination, Endpoint::Server, "server")] {
-        if tls {
-            protect_streams(&qemu.qmp, &dir.path().join(name), &key, endpoint, None).await?;
+        if let Some(priority) = tls {
+            protect_streams(&qemu.qmp, &dir.path().join(name), &key, endpoint, priority).await?;
         }
         let mut parameters = MigrationParameters { max_bandwidth: Some(UNLIMITED), ..MigrationParameters::default() };
         if streams > 1 {
@@ -177,8 +178,8 @@ pub(super) async fn qemu(load: &Load, tls: bool, streams: u8) -> Result<Measured
         qemu.qmp.execute(parameters).await?;
     }
     destination.qmp.execute(MigrateIncoming { uri: "tcp:127.0.0.1:0".into() }).await?;
-    let listens = destination.qmp.execute(QueryMigrate {}).await?.socket_address.into_iter().flatten();
-    let port = listens.filter_map(|address| address.tcp_port()).next();
+    let mut listens = destination.qmp.execute(QueryMigrate {}).await?.socket_address.into_iter().flatten();
+    let port = listens.find_map(|address| address.tcp_port());
     let port = port.ok_or_else(|| LinkBenchError::Failed("QEMU does not tell where it listens".into()))?;
     let pids = [source.process.id(), destination.process.id()];
     let before = pids.map(tree_cpu);
@@ -230,4 +231,3 @@ fn write_ram(path: &Path, load: &Load) -> std::io::Result<()> {
     }
     Ok(())
 }
-

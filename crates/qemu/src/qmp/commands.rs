@@ -89,8 +89,7 @@ commands! {
         #[serde(skip_serializing_if = "Option::is_none")]
         username: Option<String>,
         /// Which ciphers, in `GnuTLS`'s words.
-        #[serde(skip_serializing_if = "Option::is_none")]
-        priority: Option<String>,
+        priority: String,
     } = "object-add" -> Nothing;
     /// Removes an object.
     ObjectDel {
