@@ -218,7 +218,7 @@ impl Link {
     }
 
     /// Ends the link in order: waits until everything that was sent was taken, or until the other side closes too, for
-    /// as long as its patience. What the other side still sends is dropped.
+    /// as long as its patience. What the other side still sends is dropped. Fails when something was not taken.
     pub fn close(&self) -> Result<(), LinkDown> {
         self.0.close()
     }

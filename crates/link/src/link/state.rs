@@ -20,6 +20,9 @@ pub(crate) const URGENT: usize = 0;
 /// Taken frames are acknowledged together, after so much time.
 const ACK_DELAY: Duration = Duration::from_millis(1);
 
+/// How long threads may take to say their last words when a link is closed.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
 /// A link, as its threads see it.
 pub(crate) struct Shared {
     pub(crate) options: LinkOptions,
@@ -266,9 +269,13 @@ impl Shared {
                 Some(down) => break Err(down.clone()),
                 None => {}
             }
-            let taken = state.streams.iter().all(|stream| stream.outgoing.is_empty());
-            if taken || state.peer_has_ended() {
+            if state.streams.iter().all(|stream| stream.outgoing.is_empty()) {
                 break Ok(());
+            }
+            if state.peer_has_ended() && state.streams.iter_mut().all(StreamState::has_said_everything) {
+                // An end that nobody acknowledges any more is no loss.
+                let lost = state.streams.iter().any(|stream| stream.outgoing.load() > 0);
+                break if lost { Err(LinkDown::PeerGaveUp) } else { Ok(()) };
             }
             if Instant::now() >= until {
                 let waited = self.options.patience;
@@ -279,6 +286,12 @@ impl Shared {
         };
         drop(state);
         self.fail(LinkDown::Closed);
+        // The process may end after this: what is being written must be out.
+        let until = Instant::now() + LAST_WORDS;
+        let mut state = self.lock();
+        while state.streams.iter().any(|stream| stream.connection.is_some()) && Instant::now() < until {
+            state = Self::wait_until(&self.progress, state, until);
+        }
         result
     }
 
@@ -402,6 +415,17 @@ impl StreamState {
             protected: None,
             counters: Counters::default(),
         }
+    }
+
+    /// Nothing more is to be said on it, by either side.
+    pub(crate) fn is_over(&self) -> bool {
+        self.ended && self.acked == self.incoming.received()
+    }
+
+    /// The other side, which has ended, knows all that this side can tell it.
+    fn has_said_everything(&mut self) -> bool {
+        let said = self.outgoing.next().is_none() && self.acked == self.incoming.taken();
+        self.is_over() || self.connection.is_some() && said
     }
 
     /// A frame was taken; whether the writing thread must be told that there is an ack to send.

@@ -22,6 +22,8 @@ use crate::tuning::SILENCE;
 const PING: Duration = Duration::from_secs(1);
 /// How long one attempt to connect may take.
 const DIAL: Duration = Duration::from_secs(3);
+/// The same when there is little patience left.
+const LEAST_DIAL: Duration = Duration::from_millis(50);
 /// Pauses between attempts: the first, doubled up to the last.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 /// Small frames are written together up to so many bytes, and no frame that is larger joins them.
@@ -104,10 +106,9 @@ fn keep_connected(shared: &Arc<Shared>, index: usize, dialer: Option<&dyn Dialer
     }
 }
 
-/// Nothing more is to be said on this stream, by either side.
+/// The stream needs no connection any more.
 fn is_over(state: &State, index: usize) -> bool {
-    let stream = &state.streams[index];
-    state.down.is_some() || stream.ended && stream.acked == stream.incoming.received()
+    state.down.is_some() || state.streams[index].is_over()
 }
 
 /// Dials until a connection has joined the stream; `None` when the link is over or time is up.
@@ -123,8 +124,9 @@ fn dial(
         if is_over(&shared.lock(), index) {
             return None;
         }
-        let failed: JoinError = match dialer.dial(DIAL) {
-            Ok(channel) => match join::ask(channel, shared, index) {
+        let attempt = Instant::now() + DIAL.min(until.saturating_duration_since(Instant::now()).max(LEAST_DIAL));
+        let failed: JoinError = match dialer.dial(attempt.saturating_duration_since(Instant::now())) {
+            Ok(channel) => match join::ask(channel, shared, index, attempt) {
                 Ok(connection) => return Some(connection),
                 Err(error) => error,
             },
@@ -417,7 +419,11 @@ impl<'a> Writing<'a> {
         if stream.ack_due.is_some_and(|due| now >= due) {
             stream.ack_due = None;
             stream.acked = stream.incoming.taken();
+            let closing = stream.ended;
             control.extend(Header::bare(Type::Ack, stream.acked).encode());
+            if closing {
+                self.shared.progress.notify_all();
+            }
         }
         stream.ack_due.map_or(self.next_ping, |due| due.min(self.next_ping))
     }
