@@ -202,7 +202,8 @@ impl Link {
         self.0.flush()
     }
 
-    /// Caps what all bulk streams together send, in bytes a second. Urgent frames are not held up.
+    /// Caps what all bulk streams together send, in bytes a second (256 KiB at least). Urgent frames are
+    /// not held up.
     pub fn set_rate(&self, rate: Option<u64>) {
         self.0.set_rate(rate);
     }
