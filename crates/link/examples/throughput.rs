@@ -56,7 +56,7 @@ struct Options {
     #[arg(long, default_value = "127.0.0.1:7499")]
     address: String,
     /// Network namespaces of the sender and the receiver.
-    #[arg(long, value_delimiter = ',', num_args = 2)]
+    #[arg(long, value_delimiter = ',')]
     namespaces: Vec<String>,
     #[command(subcommand)]
     role: Option<Role>,

@@ -13,7 +13,7 @@ use crate::session::SessionId;
 use crate::tls::LinkError;
 use crate::{Fingerprint, sessions};
 
-/// How long the handshake of a stream may take.
+/// How long whoever connects may take for the handshake of a stream.
 const DEADLINE: Duration = Duration::from_secs(5);
 /// How long an old connection may take to end before a new one takes its place.
 const EVICTION: Duration = Duration::from_secs(2);
@@ -49,10 +49,10 @@ struct Talk {
 }
 
 impl Talk {
-    fn begin(channel: Channel) -> Self {
+    fn begin(channel: Channel, deadline: Instant) -> Self {
         let (cutter, protected) = (channel.cutter(), channel.is_protected());
         let (mut reader, writer) = channel.split();
-        reader.set_deadline(Some(Instant::now() + DEADLINE));
+        reader.set_deadline(Some(deadline));
         Self { reader, writer, cutter, protected }
     }
 
@@ -77,8 +77,8 @@ impl Talk {
 }
 
 /// The connecting side.
-pub(crate) fn ask(channel: Channel, shared: &Shared, index: usize) -> Result<Connection, JoinError> {
-    let mut talk = Talk::begin(channel);
+pub(crate) fn ask(channel: Channel, shared: &Shared, index: usize, deadline: Instant) -> Result<Connection, JoinError> {
+    let mut talk = Talk::begin(channel, deadline);
     let hello = Hello {
         versions: VERSIONS,
         session: shared.options.session,
@@ -117,7 +117,7 @@ pub(crate) fn answer(
     peer: Option<Fingerprint>,
     find: impl FnOnce(SessionId) -> Option<sessions::Expected>,
 ) -> Result<(SessionId, u8), Refusal> {
-    let mut talk = Talk::begin(channel);
+    let mut talk = Talk::begin(channel, Instant::now() + DEADLINE);
     let result = try_answer(&mut talk, peer, find);
     match result {
         Ok((expected, hello)) => {

@@ -21,6 +21,7 @@ mod pacing;
 mod sequence;
 mod session;
 mod sessions;
+mod steering;
 mod tls;
 mod token;
 mod tuning;

@@ -202,7 +202,8 @@ impl Link {
         self.0.flush()
     }
 
-    /// Caps what all bulk streams together send, in bytes a second. Urgent frames are not held up.
+    /// Caps what all bulk streams together send, in bytes a second (256 KiB at least). Urgent frames are
+    /// not held up.
     pub fn set_rate(&self, rate: Option<u64>) {
         self.0.set_rate(rate);
     }
@@ -218,7 +219,7 @@ impl Link {
     }
 
     /// Ends the link in order: waits until everything that was sent was taken, or until the other side closes too, for
-    /// as long as its patience. What the other side still sends is dropped.
+    /// as long as its patience. What the other side still sends is dropped. Fails when something was not taken.
     pub fn close(&self) -> Result<(), LinkDown> {
         self.0.close()
     }

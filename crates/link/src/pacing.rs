@@ -1,14 +1,17 @@
-//! When bulk data may go: no faster than the cap, and not so fast that a queue builds up on the way in which urgent
-//! frames would wait. Pure: the time is an argument.
+//! When bulk data may go: no faster than the user's cap, nor than the [`steering`](crate::steering) says. Pure: the time
+//! is an argument.
 
 use std::time::Duration;
 
 /// A bucket holds what may be sent in this time, so that a late wake-up loses nothing.
 const DEPTH: Duration = Duration::from_millis(4);
+/// Bytes a second: at less, the pauses would look like the silence of a dead peer.
+const LEAST_RATE: f64 = 256.0 * 1024.0;
 /// What was overdrawn before the rate changed is forgiven beyond this time's worth.
 const LONGEST_DEBT: Duration = Duration::from_millis(100);
 
-/// A token bucket that all bulk streams of a link share. It may be overdrawn by one write; the next one waits longer.
+/// A token bucket that all bulk streams of a link share. Whoever writes takes what it needs at once and waits for as
+/// long as the bucket is overdrawn by then: so each has its turn, and nobody wakes up in vain.
 #[derive(Debug)]
 pub(crate) struct Bucket {
     /// Bytes a second; `None` is as fast as it goes.
@@ -19,10 +22,11 @@ pub(crate) struct Bucket {
 
 impl Bucket {
     pub(crate) fn new(rate: Option<f64>) -> Self {
-        Self { rate, tokens: 0.0, filled: Duration::ZERO }
+        Self { rate: rate.map(|rate| rate.max(LEAST_RATE)), tokens: 0.0, filled: Duration::ZERO }
     }
 
     pub(crate) fn set_rate(&mut self, now: Duration, rate: Option<f64>) {
+        let rate = rate.map(|rate| rate.max(LEAST_RATE));
         self.fill(now);
         if self.rate.is_none() {
             self.tokens = 0.0;
@@ -41,18 +45,13 @@ impl Bucket {
         self.rate.map_or(usize::MAX, |rate| (rate * 0.0005).clamp(LEAST, MOST) as usize)
     }
 
-    /// How long the next write must wait; `None` when it may go now.
-    pub(crate) fn wait(&mut self, now: Duration) -> Option<Duration> {
-        let rate = self.rate?;
+    /// Takes so many bytes; gives back how long to wait before they are written.
+    pub(crate) fn take(&mut self, now: Duration, bytes: usize) -> Duration {
+        let Some(rate) = self.rate else { return Duration::ZERO };
         self.fill(now);
-        (self.tokens <= 0.0).then(|| Duration::from_secs_f64(((1.0 - self.tokens) / rate.max(1.0)).min(0.1)))
-    }
-
-    /// So many bytes are written.
-    pub(crate) fn spend(&mut self, bytes: usize) {
-        if self.rate.is_some() {
-            self.tokens -= bytes as f64;
-        }
+        let overdrawn = (-self.tokens).max(0.0);
+        self.tokens -= bytes as f64;
+        Duration::from_secs_f64(overdrawn / rate)
     }
 
     fn fill(&mut self, now: Duration) {
@@ -72,12 +71,8 @@ mod tests {
     fn run(bucket: &mut Bucket, from: Duration, length: Duration, write: usize) -> usize {
         let (mut now, mut sent) = (from, 0);
         while now < from + length {
-            if let Some(wait) = bucket.wait(now) {
-                now += wait;
-            } else {
-                bucket.spend(write);
-                sent += write;
-            }
+            now += bucket.take(now, write);
+            sent += write;
         }
         sent
     }
@@ -106,7 +101,7 @@ mod tests {
     #[test]
     fn a_rate_that_changes_is_kept_from_then_on() {
         let mut bucket = Bucket::new(None);
-        assert_eq!(bucket.wait(Duration::ZERO), None);
+        assert_eq!(bucket.take(Duration::ZERO, 1 << 30), Duration::ZERO);
         let mut from = Duration::ZERO;
         for rate in [Some(10e6), Some(200e6), Some(10e6)] {
             bucket.set_rate(from, rate);
@@ -115,6 +110,6 @@ mod tests {
             from += Duration::from_secs(1);
         }
         bucket.set_rate(from, None);
-        assert_eq!(bucket.wait(from), None);
+        assert_eq!(bucket.take(from, 1 << 30), Duration::ZERO);
     }
 }

@@ -14,11 +14,17 @@ use crate::compress::{Compression, Method};
 use crate::frame::{Encoding, MAX_PAYLOAD};
 use crate::pacing::Bucket;
 use crate::sequence::{Body, Incoming, Outgoing};
+use crate::steering::Steering;
 
 /// The number of the urgent stream; bulk streams count from 1.
 pub(crate) const URGENT: usize = 0;
 /// Taken frames are acknowledged together, after so much time.
 const ACK_DELAY: Duration = Duration::from_millis(1);
+
+/// Bulk that was written so lately may still be on its way.
+const BULK_IS_RECENT: Duration = Duration::from_millis(100);
+/// How long threads may take to say their last words when a link is closed.
+pub(crate) const LAST_WORDS: Duration = Duration::from_millis(500);
 
 /// A link, as its threads see it.
 pub(crate) struct Shared {
@@ -42,6 +48,11 @@ pub(crate) struct State {
     bulk: Arrived,
     urgent: Arrived,
     pub(crate) bucket: Bucket,
+    steering: Steering,
+    /// The user's cap.
+    pub(crate) cap: Option<f64>,
+    /// When bulk was written last.
+    pub(crate) bulk_written: Option<Instant>,
     pub(crate) compression: Compression,
     /// Why the link is over.
     pub(crate) down: Option<LinkDown>,
@@ -108,6 +119,9 @@ impl Shared {
             bulk: Arrived::default(),
             urgent: Arrived::default(),
             bucket: Bucket::new(options.rate.map(|rate| rate as f64)),
+            steering: Steering::new(),
+            cap: options.rate.map(|rate| rate as f64),
+            bulk_written: None,
             compression: options.compression,
             down: None,
             closing: false,
@@ -266,9 +280,11 @@ impl Shared {
                 Some(down) => break Err(down.clone()),
                 None => {}
             }
-            let taken = state.streams.iter().all(|stream| stream.outgoing.is_empty());
-            if taken || state.peer_has_ended() {
+            if state.streams.iter().all(|stream| stream.outgoing.is_empty()) {
                 break Ok(());
+            }
+            if state.peer_has_ended() && state.streams.iter_mut().all(StreamState::has_said_everything) {
+                break if state.everything_was_taken() { Ok(()) } else { Err(LinkDown::PeerGaveUp) };
             }
             if Instant::now() >= until {
                 let waited = self.options.patience;
@@ -279,6 +295,12 @@ impl Shared {
         };
         drop(state);
         self.fail(LinkDown::Closed);
+        // The process may end after this: what is being written must be out.
+        let until = Instant::now() + 2 * LAST_WORDS;
+        let mut state = self.lock();
+        while state.streams.iter().any(|stream| stream.connection.is_some()) && Instant::now() < until {
+            state = Self::wait_until(&self.progress, state, until);
+        }
         result
     }
 
@@ -303,7 +325,11 @@ impl Shared {
 
     pub(crate) fn set_rate(&self, rate: Option<u64>) {
         let now = self.now();
-        self.lock().bucket.set_rate(now, rate.map(|rate| rate as f64));
+        let mut state = self.lock();
+        state.cap = rate.map(|rate| rate as f64);
+        let cap = state.cap;
+        state.bucket.set_rate(now, cap);
+        drop(state);
         self.work.iter().for_each(Condvar::notify_one);
     }
 
@@ -346,9 +372,34 @@ impl State {
         }
     }
 
+    /// So much was written on a bulk stream; whether there was nothing for a while.
+    pub(crate) fn on_written(&mut self, bytes: usize) -> bool {
+        self.steering.on_written(bytes);
+        let now = Instant::now();
+        let last = self.bulk_written.replace(now);
+        last.is_none_or(|last| now.saturating_duration_since(last) > BULK_IS_RECENT)
+    }
+
+    /// Whether urgent frames may meet bulk on their way.
+    pub(crate) fn bulk_is_recent(&self) -> bool {
+        self.bulk_written.is_some_and(|last| last.elapsed() <= BULK_IS_RECENT)
+    }
+
+    /// A ping came back on the urgent stream.
+    pub(crate) fn steer(&mut self, now: Duration, round_trip: Duration) {
+        let steered = self.steering.on_round_trip(now, round_trip);
+        let rate = [self.cap, steered].into_iter().flatten().reduce(f64::min);
+        self.bucket.set_rate(now, rate);
+    }
+
     /// The other side has closed the link.
     pub(crate) fn peer_has_ended(&self) -> bool {
         self.streams.iter().all(|stream| stream.ended)
+    }
+
+    /// Everything but ends, which are no loss when nobody acknowledges them any more.
+    pub(crate) fn everything_was_taken(&self) -> bool {
+        self.streams.iter().all(|stream| stream.outgoing.load() == 0)
     }
 
     /// The stream with the least to do that has room; one that is not connected only when none is.
@@ -402,6 +453,17 @@ impl StreamState {
             protected: None,
             counters: Counters::default(),
         }
+    }
+
+    /// Nothing more is to be said on it, by either side.
+    pub(crate) fn is_over(&self) -> bool {
+        self.ended && self.acked == self.incoming.received()
+    }
+
+    /// The other side, which has ended, knows all that this side can tell it.
+    fn has_said_everything(&mut self) -> bool {
+        let said = self.outgoing.next().is_none() && self.acked == self.incoming.taken();
+        self.is_over() || self.connection.is_some() && said
     }
 
     /// A frame was taken; whether the writing thread must be told that there is an ack to send.

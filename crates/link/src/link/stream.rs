@@ -8,7 +8,7 @@ use bytes::Bytes;
 use rustix::time::{ClockId, clock_gettime};
 
 use super::LinkDown;
-use super::state::{Shared, State, URGENT};
+use super::state::{LAST_WORDS, Shared, State, URGENT};
 use crate::channel::{Cutter, ReadHalf, WriteHalf};
 use crate::chooser::{Chooser, SAMPLE};
 use crate::compress::{Compression, Method, Packer, Unpacker};
@@ -20,8 +20,12 @@ use crate::tuning::SILENCE;
 
 /// How often each side asks whether the other one is there.
 const PING: Duration = Duration::from_secs(1);
+/// How often the urgent stream asks while bulk is on its way, to see how long it waits behind that.
+const PING_IN_BULK: Duration = Duration::from_millis(8);
 /// How long one attempt to connect may take.
 const DIAL: Duration = Duration::from_secs(3);
+/// The same when there is little patience left.
+const LEAST_DIAL: Duration = Duration::from_millis(50);
 /// Pauses between attempts: the first, doubled up to the last.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 /// Small frames are written together up to so many bytes, and no frame that is larger joins them.
@@ -104,10 +108,9 @@ fn keep_connected(shared: &Arc<Shared>, index: usize, dialer: Option<&dyn Dialer
     }
 }
 
-/// Nothing more is to be said on this stream, by either side.
+/// The stream needs no connection any more.
 fn is_over(state: &State, index: usize) -> bool {
-    let stream = &state.streams[index];
-    state.down.is_some() || stream.ended && stream.acked == stream.incoming.received()
+    state.down.is_some() || state.streams[index].is_over()
 }
 
 /// Dials until a connection has joined the stream; `None` when the link is over or time is up.
@@ -123,8 +126,9 @@ fn dial(
         if is_over(&shared.lock(), index) {
             return None;
         }
-        let failed: JoinError = match dialer.dial(DIAL) {
-            Ok(channel) => match join::ask(channel, shared, index) {
+        let attempt = Instant::now() + DIAL.min(until.saturating_duration_since(Instant::now()).max(LEAST_DIAL));
+        let failed: JoinError = match dialer.dial(attempt.saturating_duration_since(Instant::now())) {
+            Ok(channel) => match join::ask(channel, shared, index, attempt) {
                 Ok(connection) => return Some(connection),
                 Err(error) => error,
             },
@@ -134,6 +138,15 @@ fn dial(
         let first = shared.lock().streams[index].counters.connects == 0;
         match failed {
             JoinError::Refused(refusal) if !refusal.may_pass() => {
+                // What has been closed over there is not known there any more.
+                let state = shared.lock();
+                if state.peer_has_ended() {
+                    let down = if state.everything_was_taken() { LinkDown::Closed } else { LinkDown::PeerGaveUp };
+                    drop(state);
+                    shared.fail(down);
+                    return None;
+                }
+                drop(state);
                 shared.fail(LinkDown::Refused { stream: index as u8, refusal });
                 return None;
             }
@@ -207,6 +220,12 @@ fn drive(shared: &Arc<Shared>, index: usize, connection: Connection) -> Result<(
     let result = Writing::new(shared, index, protected).run(&mut writer);
     if result.is_ok() {
         let _ = writer.end();
+        // A connection that is closed with something unread makes the other side lose what it has not read either.
+        let until = Instant::now() + LAST_WORDS;
+        let mut state = shared.lock();
+        while state.streams[index].fault.is_none() && Instant::now() < until {
+            state = Shared::wait_until(&shared.work[index], state, until);
+        }
     }
     cutter.cut();
     let _ = reading.join();
@@ -294,8 +313,11 @@ impl<'a> Reading<'a> {
                 if let Some((number, sent)) = stream.ping
                     && number == header.sequence
                 {
-                    stream.ping = None;
-                    stream.round_trip = Some(sent.elapsed());
+                    let took = sent.elapsed();
+                    (stream.ping, stream.round_trip) = (None, Some(took));
+                    if self.index == URGENT {
+                        state.steer(self.shared.now(), took);
+                    }
                 }
             }
         }
@@ -322,7 +344,7 @@ struct Writing<'a> {
     protected: bool,
     packer: Packer,
     chooser: Chooser,
-    next_ping: Instant,
+    last_ping: Instant,
     ping_number: u64,
     cpu: Duration,
 }
@@ -346,7 +368,7 @@ impl<'a> Writing<'a> {
             protected,
             packer: Packer::new(),
             chooser: Chooser::new(),
-            next_ping: Instant::now() + PING,
+            last_ping: Instant::now(),
             ping_number: 0,
             cpu: cpu(),
         }
@@ -380,18 +402,8 @@ impl<'a> Writing<'a> {
                 None if state.streams[self.index].fault.is_some() => return Next::Fault,
                 None => {}
             }
-            let mut until = self.take_control(&mut state, control);
-            let paused = match self.index {
-                URGENT => None,
-                _ => state.bucket.wait(self.shared.now()),
-            };
-            match paused {
-                None => self.take_frames(&mut state, leaving),
-                Some(pause) if state.streams[self.index].outgoing.next().is_some() => {
-                    until = until.min(Instant::now() + pause);
-                }
-                Some(_) => {}
-            }
+            let until = self.take_control(&mut state, control);
+            self.take_frames(&mut state, leaving);
             if !control.is_empty() || !leaving.is_empty() {
                 return Next::Write;
             }
@@ -402,12 +414,14 @@ impl<'a> Writing<'a> {
     /// Takes what is due besides users' frames; gives back when something will be.
     fn take_control(&mut self, state: &mut MutexGuard<'_, State>, control: &mut Vec<u8>) -> Instant {
         let now = Instant::now();
+        let every = if self.index == URGENT && state.bulk_is_recent() { PING_IN_BULK } else { PING };
+        let mut due = self.last_ping + every;
         let stream = &mut state.streams[self.index];
         if let Some(number) = stream.pong.take() {
             control.extend(Header::bare(Type::Pong, number).encode());
         }
-        if now >= self.next_ping {
-            self.next_ping = now + PING;
+        if now >= due {
+            (self.last_ping, due) = (now, now + every);
             if stream.ping.is_none() {
                 self.ping_number += 1;
                 stream.ping = Some((self.ping_number, now));
@@ -417,9 +431,13 @@ impl<'a> Writing<'a> {
         if stream.ack_due.is_some_and(|due| now >= due) {
             stream.ack_due = None;
             stream.acked = stream.incoming.taken();
+            let closing = stream.ended;
             control.extend(Header::bare(Type::Ack, stream.acked).encode());
+            if closing {
+                self.shared.progress.notify_all();
+            }
         }
-        stream.ack_due.map_or(self.next_ping, |due| due.min(self.next_ping))
+        stream.ack_due.map_or(due, |ack| ack.min(due))
     }
 
     /// Takes the next frame, and more as long as they are small.
@@ -527,21 +545,19 @@ impl<'a> Writing<'a> {
     fn write_paced(&self, writer: &mut WriteHalf, mut slices: &mut [IoSlice<'_>], bytes: usize) -> io::Result<()> {
         let mut left = bytes;
         while left > 0 {
-            let quantum = if self.index == URGENT { usize::MAX } else { self.pace() };
-            if left <= quantum {
-                self.shared.lock().bucket.spend(left);
+            let length = self.pace(left);
+            if length == left {
                 return writer.write_all_vectored(slices);
             }
-            let (mut piece, mut length) = (Vec::new(), 0);
+            let (mut piece, mut rest) = (Vec::new(), length);
             for slice in slices.iter() {
-                let taken = slice.len().min(quantum - length);
+                let taken = slice.len().min(rest);
                 piece.push(IoSlice::new(&slice[..taken]));
-                length += taken;
-                if length == quantum {
+                rest -= taken;
+                if rest == 0 {
                     break;
                 }
             }
-            self.shared.lock().bucket.spend(length);
             writer.write_all_vectored(&mut piece)?;
             drop(piece);
             IoSlice::advance_slices(&mut slices, length);
@@ -550,15 +566,25 @@ impl<'a> Writing<'a> {
         Ok(())
     }
 
-    /// Waits until the next piece may be written; gives back how long it may be.
-    fn pace(&self) -> usize {
-        let mut state = self.shared.lock();
-        while state.down.is_none()
-            && let Some(pause) = state.bucket.wait(self.shared.now())
-        {
-            state = Shared::wait_until(&self.shared.work[self.index], state, Instant::now() + pause);
+    /// Waits until something may be written; gives back how much, at most `left`.
+    fn pace(&self, left: usize) -> usize {
+        if self.index == URGENT {
+            return left;
         }
-        state.bucket.quantum()
+        let mut state = self.shared.lock();
+        let (length, cap) = (left.min(state.bucket.quantum()), state.cap);
+        let until = Instant::now() + state.bucket.take(self.shared.now(), length);
+        // A turn that was given at another rate is worth nothing any more.
+        while state.down.is_none() && state.cap == cap && Instant::now() < until {
+            state = Shared::wait_until(&self.shared.work[self.index], state, until);
+        }
+        let first = state.on_written(length);
+        drop(state);
+        if first {
+            // Time to look how long urgent frames wait.
+            self.shared.work[URGENT].notify_one();
+        }
+        length
     }
 
     /// Remembers what was written.
