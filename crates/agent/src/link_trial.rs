@@ -222,7 +222,10 @@ pub fn send(link: &Link, load: &Load, time: Duration, security: &str) -> Result<
                 break serde_json::from_slice::<Taken>(&frame.payload).map_err(|_| LinkDown::PeerGaveUp)?;
             }
         };
-        link.close()?;
+        // All is known; how the link ends changes nothing.
+        if let Err(error) = link.close() {
+            tracing::debug!(%error, "a trial's link did not end in order");
+        }
         let mut urgent_ms: Vec<f64> = urgent.into_iter().map(ms).collect();
         urgent_ms.sort_by(f64::total_cmp);
         Ok(TrialResult {

@@ -130,7 +130,7 @@ pub(crate) async fn over_ssh(client: &Client, to: String) -> Result<String, Fail
         eprintln!("no agent answers on {}: starting one", there.host);
         // It must outlive ssh. What it logs from now on is in its own file.
         let start = "log=${XDG_STATE_HOME:-$HOME/.local/state}; [ \"$(id -u)\" = 0 ] && log=/var/log; \
-                     mkdir -p \"$log\" && setsid vmferry agent </dev/null >>\"$log/vmferry-agent.log\" 2>&1 &";
+                     mkdir -p \"$log\"; setsid vmferry agent </dev/null >>\"$log/vmferry-agent.log\" 2>&1 &";
         there.run(start).await?;
         let deadline = std::time::Instant::now() + AGENT_START;
         while code == Some(NO_AGENT) && std::time::Instant::now() < deadline {
