@@ -344,7 +344,7 @@ struct Writing<'a> {
     protected: bool,
     packer: Packer,
     chooser: Chooser,
-    last_ping: Instant,
+    last_ping: Option<Instant>,
     ping_number: u64,
     cpu: Duration,
 }
@@ -368,7 +368,7 @@ impl<'a> Writing<'a> {
             protected,
             packer: Packer::new(),
             chooser: Chooser::new(),
-            last_ping: Instant::now(),
+            last_ping: None,
             ping_number: 0,
             cpu: cpu(),
         }
@@ -415,13 +415,14 @@ impl<'a> Writing<'a> {
     fn take_control(&mut self, state: &mut MutexGuard<'_, State>, control: &mut Vec<u8>) -> Instant {
         let now = Instant::now();
         let every = if self.index == URGENT && state.bulk_is_recent() { PING_IN_BULK } else { PING };
-        let mut due = self.last_ping + every;
+        // The first one at once: the way is still empty then, so that the steering learns how short it is.
+        let mut due = self.last_ping.map_or(now, |last| last + every);
         let stream = &mut state.streams[self.index];
         if let Some(number) = stream.pong.take() {
             control.extend(Header::bare(Type::Pong, number).encode());
         }
         if now >= due {
-            (self.last_ping, due) = (now, now + every);
+            (self.last_ping, due) = (Some(now), now + every);
             if stream.ping.is_none() {
                 self.ping_number += 1;
                 stream.ping = Some((self.ping_number, now));
