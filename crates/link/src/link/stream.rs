@@ -87,6 +87,7 @@ fn keep_connected(shared: &Arc<Shared>, index: usize, dialer: Option<&dyn Dialer
             if !is_over(&shared.lock(), index) {
                 shared.fail(LinkDown::Lost { stream: index as u8, patience, source: last_error });
             }
+            shared.progress.notify_all();
             return;
         };
         let ended = drive(shared, index, connection);
@@ -139,15 +140,13 @@ fn dial(
         match failed {
             JoinError::Refused(refusal) if !refusal.may_pass() => {
                 // What has been closed over there is not known there any more.
-                let state = shared.lock();
-                if state.peer_has_ended() {
-                    let down = if state.everything_was_taken() { LinkDown::Closed } else { LinkDown::PeerGaveUp };
-                    drop(state);
-                    shared.fail(down);
-                    return None;
+                let refused = LinkDown::Refused { stream: index as u8, refusal };
+                let left = shared.lock().streams[index].left_by_peer();
+                match left {
+                    Some(true) => {}
+                    Some(false) => shared.fail(LinkDown::PeerGaveUp),
+                    None => shared.fail(refused),
                 }
-                drop(state);
-                shared.fail(LinkDown::Refused { stream: index as u8, refusal });
                 return None;
             }
             other => *last_error = Arc::new(other),
