@@ -455,6 +455,11 @@ impl StreamState {
         }
     }
 
+    /// Changes whenever something got through.
+    pub(crate) fn progress(&self) -> (u64, u64) {
+        (self.outgoing.taken(), self.incoming.received())
+    }
+
     /// Nothing more is to be said on it, by either side.
     pub(crate) fn is_over(&self) -> bool {
         self.ended && self.acked == self.incoming.received()
