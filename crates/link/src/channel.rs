@@ -21,27 +21,53 @@ const READ: usize = 256 << 10;
 /// How much is read ahead where there is no layer: enough for small frames, and little to copy of large ones.
 const READ_AHEAD: usize = 32 << 10;
 
-type Layers = Arc<[Mutex<Box<dyn Layer>>]>;
+type Shared = Arc<Mutex<Box<dyn Layer>>>;
 
 /// See the module's text.
 pub struct Channel {
-    descriptor: Arc<OwnedFd>,
-    layers: Vec<Mutex<Box<dyn Layer>>>,
+    reader: ReadHalf,
+    writer: WriteHalf,
     protected: bool,
 }
 
 impl Channel {
     /// Over a descriptor that is connected and in blocking mode.
     pub fn over(descriptor: impl Into<OwnedFd>) -> Self {
-        Self { descriptor: Arc::new(descriptor.into()), layers: Vec::new(), protected: false }
+        let descriptor = Arc::new(descriptor.into());
+        let reader = ReadHalf {
+            descriptor: Arc::clone(&descriptor),
+            layers: Vec::new(),
+            arrived: vec![Buffer::new(READ_AHEAD)],
+            wait: Wait::Forever,
+        };
+        let writer = WriteHalf {
+            descriptor,
+            layers: Vec::new(),
+            staged: Vec::new(),
+            written: 0,
+            scratch: Vec::new(),
+            ended: false,
+        };
+        Self { reader, writer, protected: false }
     }
 
     /// With TLS over it, whose handshake is over and in which both sides have proved who they are.
     #[must_use]
     pub fn with_tls(mut self, connection: impl Into<rustls::Connection>) -> Self {
-        self.layers.push(Mutex::new(Box::new(Tls::new(connection))));
+        self.push(Box::new(Tls::new(connection)));
         self.protected = true;
         self
+    }
+
+    pub(crate) fn push(&mut self, layer: Box<dyn Layer>) {
+        let layer = Arc::new(Mutex::new(layer));
+        // What was read ahead is the new layer's now.
+        match self.reader.layers.len() {
+            0 => self.reader.arrived[0].grow(READ),
+            _ => self.reader.arrived.push(Buffer::new(READ)),
+        }
+        self.reader.layers.push(Arc::clone(&layer));
+        self.writer.layers.push(layer);
     }
 
     /// Whether bytes are authenticated on their way.
@@ -49,22 +75,43 @@ impl Channel {
         self.protected
     }
 
+    /// Reads fail with `TimedOut` from this moment on.
+    pub fn set_deadline(&mut self, deadline: Option<Instant>) {
+        self.reader.set_deadline(deadline);
+    }
+
     /// Both directions, each for a thread of its own.
     pub fn split(self) -> (ReadHalf, WriteHalf) {
-        let layers: Layers = self.layers.into();
-        let (descriptor, buffer) = (self.descriptor, if layers.is_empty() { READ_AHEAD } else { READ });
-        let reader = ReadHalf {
-            descriptor: Arc::clone(&descriptor),
-            arrived: vec![Buffer::new(buffer); layers.len().max(1)],
-            layers: Arc::clone(&layers),
-            wait: Wait::Forever,
-        };
-        (reader, WriteHalf { descriptor, layers, staged: Vec::new(), scratch: Vec::new() })
+        (self.reader, self.writer)
     }
 
     /// What ends it from any thread.
     pub fn cutter(&self) -> Cutter {
-        Cutter(Arc::clone(&self.descriptor))
+        Cutter(Arc::clone(&self.reader.descriptor))
+    }
+
+    pub(crate) fn descriptor(&self) -> &Arc<OwnedFd> {
+        &self.reader.descriptor
+    }
+}
+
+impl Read for Channel {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        self.reader.read(into)
+    }
+}
+
+impl Write for Channel {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.writer.write(bytes)
+    }
+
+    fn write_vectored(&mut self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+        self.writer.write_vectored(slices)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.writer.flush()
     }
 }
 
@@ -102,12 +149,16 @@ impl Buffer {
     fn is_empty(&self) -> bool {
         self.start == self.end
     }
+
+    fn grow(&mut self, size: usize) {
+        self.bytes.resize(size.max(self.bytes.len()), 0);
+    }
 }
 
 /// The reading half of a channel.
 pub struct ReadHalf {
     descriptor: Arc<OwnedFd>,
-    layers: Layers,
+    layers: Vec<Shared>,
     /// What arrived for the layer above, the lowest first.
     arrived: Vec<Buffer>,
     wait: Wait,
@@ -193,9 +244,13 @@ impl Read for ReadHalf {
 /// The writing half of a channel.
 pub struct WriteHalf {
     descriptor: Arc<OwnedFd>,
-    layers: Layers,
+    layers: Vec<Shared>,
+    /// What the layers made and how much of it is written: all, unless the descriptor does not block.
     staged: Vec<u8>,
+    written: usize,
     scratch: Vec<u8>,
+    /// The layers have said that nothing follows.
+    ended: bool,
 }
 
 impl WriteHalf {
@@ -214,26 +269,28 @@ impl WriteHalf {
 
     /// Says that nothing follows.
     pub fn end(&mut self) -> io::Result<()> {
-        for number in (0..self.layers.len()).rev() {
-            self.staged.clear();
-            lock(&self.layers[number]).end(&mut self.staged)?;
-            self.send_staged_through(number)?;
+        self.flush()?;
+        if !self.ended {
+            let mut last = Vec::new();
+            for number in (0..self.layers.len()).rev() {
+                self.staged.clear();
+                lock(&self.layers[number]).end(&mut self.staged)?;
+                self.wrap_through(number)?;
+                last.append(&mut self.staged);
+            }
+            (self.staged, self.written, self.ended) = (last, 0, true);
         }
+        self.flush()?;
         let _ = rustix::net::shutdown(&self.descriptor, rustix::net::Shutdown::Write);
         Ok(())
     }
 
-    /// Sends what is staged through the lowest layers, so many of them.
-    fn send_staged_through(&mut self, layers: usize) -> io::Result<()> {
+    /// Wraps what is staged in the lowest layers, so many of them.
+    fn wrap_through(&mut self, layers: usize) -> io::Result<()> {
         for layer in self.layers[..layers].iter().rev() {
             self.scratch.clear();
             lock(layer).wrap(&[IoSlice::new(&self.staged)], &mut self.scratch)?;
             std::mem::swap(&mut self.staged, &mut self.scratch);
-        }
-        let mut rest = &self.staged[..];
-        while !rest.is_empty() {
-            let written = write_descriptor(&self.descriptor, &[IoSlice::new(rest)])?;
-            rest = &rest[written..];
         }
         Ok(())
     }
@@ -245,7 +302,10 @@ impl Write for WriteHalf {
     }
 
     fn write_vectored(&mut self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
-        let Some(top) = self.layers.last() else { return write_descriptor(&self.descriptor, slices) };
+        if self.layers.is_empty() {
+            return write_descriptor(&self.descriptor, slices);
+        }
+        self.flush()?;
         // As much as is written at once, be it the part of a slice.
         let (mut part, mut length) = (Vec::with_capacity(slices.len()), 0);
         for slice in slices {
@@ -254,12 +314,21 @@ impl Write for WriteHalf {
             length += taken;
         }
         self.staged.clear();
-        lock(top).wrap(&part, &mut self.staged)?;
-        self.send_staged_through(self.layers.len() - 1)?;
-        Ok(length)
+        self.written = 0;
+        let below = self.layers.len() - 1;
+        lock(&self.layers[below]).wrap(&part, &mut self.staged)?;
+        self.wrap_through(below)?;
+        match self.flush() {
+            // It is wrapped, and goes out with what comes next.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(length),
+            result => result.map(|()| length),
+        }
     }
 
     fn flush(&mut self) -> io::Result<()> {
+        while self.written < self.staged.len() {
+            self.written += write_descriptor(&self.descriptor, &[IoSlice::new(&self.staged[self.written..])])?;
+        }
         Ok(())
     }
 }

@@ -1,11 +1,11 @@
 //! How the connecting side of a link makes connections: the first ones, and each time one broke.
 
 use std::io;
-use std::net::ToSocketAddrs;
 use std::time::{Duration, Instant};
 
 use crate::channel::Channel;
 use crate::ciphers::Cipher;
+use crate::endpoint::connect_tcp;
 use crate::tls::{LinkError, connect_stream};
 use crate::{Fingerprint, Identity, tuning};
 
@@ -48,22 +48,6 @@ impl TcpDialer {
     pub fn plain(address: &str) -> Self {
         Self { address: address.into(), tls: None }
     }
-
-    fn connect(&self, within: Duration) -> io::Result<std::net::TcpStream> {
-        let deadline = Instant::now() + within;
-        let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
-        for address in self.address.to_socket_addrs()? {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(io::ErrorKind::TimedOut.into());
-            }
-            match std::net::TcpStream::connect_timeout(&address, left) {
-                Ok(tcp) => return Ok(tcp),
-                Err(error) => last = error,
-            }
-        }
-        Err(last)
-    }
 }
 
 impl Dialer for TcpDialer {
@@ -73,7 +57,7 @@ impl Dialer for TcpDialer {
             io::ErrorKind::TimedOut => LinkError::TimedOut { address: self.address.clone(), after: within },
             _ => LinkError::Unreachable { address: self.address.clone(), source },
         };
-        let mut tcp = self.connect(within).map_err(failed)?;
+        let mut tcp = connect_tcp(&self.address, within).map_err(failed)?;
         tuning::tune(&tcp).map_err(failed)?;
         let Some(tls) = &self.tls else { return Ok(Channel::over(tcp)) };
         // Each message of the handshake has as long as the whole: it is few messages.

@@ -140,7 +140,7 @@ impl Header {
             (Type::Data, Encoding::Raw) => header.length == header.raw_length,
             // What does not get shorter is sent as it is.
             (Type::Data, _) => header.length < header.raw_length,
-            (_, encoding) => header == Self { encoding, ..Self::bare(header.frame, header.sequence) },
+            (bare, _) => header == Self::bare(bare, header.sequence),
         };
         if agrees { Ok(header) } else { Err(FrameError::Contradiction) }
     }

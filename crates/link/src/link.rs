@@ -9,8 +9,10 @@
 //! stops taking frames stops the users that send them, and pings, acks and urgent frames still pass.
 
 mod buffers;
+mod reading;
 pub(crate) mod state;
 pub(crate) mod stream;
+mod writing;
 
 use std::io;
 use std::sync::Arc;

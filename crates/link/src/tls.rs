@@ -204,6 +204,12 @@ impl Acceptor {
         tokio::time::timeout(deadline, arriving).await?
     }
 
+    /// What its side of a handshake goes by.
+    #[cfg(test)]
+    pub(crate) fn config(&self) -> Arc<ServerConfig> {
+        Arc::clone(self.0.config())
+    }
+
     async fn take_tls(&self, tcp: TcpStream) -> std::io::Result<Arrival> {
         tcp.set_nodelay(true)?;
         let (local, remote) = (tcp.local_addr()?, tcp.peer_addr()?);
@@ -475,6 +481,32 @@ mod tests {
         });
         assert!(acceptor.accept(listener.accept().await.unwrap().0, SOON).await.is_err());
         client.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_client_of_an_older_tls_is_turned_away() {
+        let dir = tempfile::tempdir().unwrap();
+        let acceptor = Acceptor::new(&identity(&dir, "beta"));
+        let (listener, address) = listener().await;
+        // A client hello of TLS 1.2: no supported_versions, an AEAD suite, curves and signatures of the time.
+        let mut hello = vec![3, 3];
+        hello.extend([7; 32]);
+        hello.extend([0, 0, 4, 0xc0, 0x2f, 0xc0, 0x2b, 1, 0]);
+        let extensions = [[0, 10, 0, 4, 0, 2, 0, 29], [0, 13, 0, 4, 0, 2, 4, 3]].concat();
+        hello.extend((extensions.len() as u16).to_be_bytes());
+        hello.extend(extensions);
+        let mut record = vec![0x16, 3, 1];
+        record.extend((hello.len() as u16 + 4).to_be_bytes());
+        record.extend([1, 0, 0, hello.len() as u8]);
+        record.extend(hello);
+        let mut client = TcpStream::connect(&address).await.unwrap();
+        client.write_all(&record).await.unwrap();
+        let error = acceptor.accept_any(listener.accept().await.unwrap().0, SOON).await.err().unwrap();
+        assert!(error.to_string().contains("SupportedVersions"), "{error}");
+        let mut alert = Vec::new();
+        client.read_to_end(&mut alert).await.unwrap();
+        assert_eq!(alert[..1], [21], "an alert, and nothing else");
+        assert_eq!(alert.last(), Some(&70), "protocol_version");
     }
 
     #[tokio::test]

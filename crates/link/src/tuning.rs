@@ -1,7 +1,7 @@
 //! What the kernel is told about the TCP connection of a stream.
 
 use std::io;
-use std::net::TcpStream;
+use std::os::fd::AsFd;
 use std::time::Duration;
 
 use socket2::SockRef;
@@ -14,7 +14,7 @@ pub(crate) const SILENCE: Duration = Duration::from_secs(4);
 const NOT_SENT: u32 = 256 << 10;
 
 /// Prepares a connection to be a stream.
-pub(crate) fn tune(tcp: &TcpStream) -> io::Result<()> {
+pub(crate) fn tune(tcp: &impl AsFd) -> io::Result<()> {
     let socket = SockRef::from(tcp);
     socket.set_tcp_nodelay(true)?;
     socket.set_tcp_user_timeout(Some(SILENCE))?;

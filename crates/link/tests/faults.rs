@@ -495,3 +495,26 @@ fn an_urgent_frame_overtakes_bulk() {
     bulk.join().unwrap();
     draining.join().unwrap();
 }
+
+#[test]
+fn both_sides_can_close_as_soon_as_they_have_what_they_wait_for() {
+    for _ in 0..30 {
+        let pair = pair(Security::Plain, LinkOptions { streams: 2, ..options() });
+        let beta = std::thread::spawn(move || {
+            let mut taken = 0;
+            while pair.beta.recv().unwrap().is_some() {
+                taken += 1;
+            }
+            pair.beta.close().unwrap();
+            // As when the process ends.
+            drop(pair.beta);
+            taken
+        });
+        for number in 0..20 {
+            pair.alpha.send(1, numbered(number, 10_000)).unwrap();
+        }
+        pair.alpha.flush().unwrap();
+        pair.alpha.close().unwrap();
+        assert_eq!(beta.join().unwrap(), 20);
+    }
+}

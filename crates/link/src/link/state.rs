@@ -455,15 +455,31 @@ impl StreamState {
         }
     }
 
+    /// Changes whenever something got through.
+    pub(crate) fn progress(&self) -> (u64, u64) {
+        (self.outgoing.taken(), self.incoming.received())
+    }
+
     /// Nothing more is to be said on it, by either side.
     pub(crate) fn is_over(&self) -> bool {
         self.ended && self.acked == self.incoming.received()
     }
 
+    /// After its end the other side has no use for the stream any more: whether it had taken everything by then.
+    /// `None` when it had not ended.
+    pub(crate) fn left_by_peer(&mut self) -> Option<bool> {
+        self.ended.then(|| {
+            self.acked = self.incoming.received();
+            self.outgoing.load() == 0
+        })
+    }
+
     /// The other side, which has ended, knows all that this side can tell it.
     fn has_said_everything(&mut self) -> bool {
-        let said = self.outgoing.next().is_none() && self.acked == self.incoming.taken();
-        self.is_over() || self.connection.is_some() && said
+        match self.connection {
+            Some(_) => self.outgoing.next().is_none() && self.acked == self.incoming.taken(),
+            None => self.is_over(),
+        }
     }
 
     /// A frame was taken; whether the writing thread must be told that there is an ack to send.

@@ -1,39 +1,32 @@
-//! The threads of a stream. One makes or awaits connections and writes; for each connection there is one that reads.
+//! The life of a stream. One thread makes or awaits connections and [writes](super::writing); for each connection there
+//! is one that [reads](super::reading).
 
-use std::io::{self, IoSlice, Read};
-use std::sync::{Arc, MutexGuard};
+use std::io;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use rustix::time::{ClockId, clock_gettime};
 
 use super::LinkDown;
-use super::state::{LAST_WORDS, Shared, State, URGENT};
+use super::reading::Reading;
+use super::state::{LAST_WORDS, Shared, State};
+use super::writing::Writing;
 use crate::channel::{Cutter, ReadHalf, WriteHalf};
-use crate::chooser::{Chooser, SAMPLE};
-use crate::compress::{Compression, Method, Packer, Unpacker};
 use crate::dial::Dialer;
-use crate::frame::{Encoding, FrameError, HEADER, Header, Type};
+use crate::frame::FrameError;
 use crate::join::{self, JoinError};
-use crate::sequence::{Body, SequenceError};
-use crate::tuning::SILENCE;
+use crate::sequence::SequenceError;
 
-/// How often each side asks whether the other one is there.
-const PING: Duration = Duration::from_secs(1);
-/// How often the urgent stream asks while bulk is on its way, to see how long it waits behind that.
-const PING_IN_BULK: Duration = Duration::from_millis(8);
 /// How long one attempt to connect may take.
 const DIAL: Duration = Duration::from_secs(3);
 /// The same when there is little patience left.
 const LEAST_DIAL: Duration = Duration::from_millis(50);
 /// Pauses between attempts: the first, doubled up to the last.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
-/// Small frames are written together up to so many bytes, and no frame that is larger joins them.
-const TOGETHER: usize = 256 << 10;
-/// How many of them at most: the kernel takes 1024 pieces at once.
-const MOST_TOGETHER: usize = 256;
-/// Payloads below this are not worth packing.
-const LEAST_PACKED: usize = 256;
+/// A connection that lasts so long was worth it.
+const STABLE: Duration = Duration::from_secs(10);
+/// A pause after one that was not.
+const FRUITLESS: Duration = Duration::from_millis(100);
 
 /// A connection that has joined its stream: frames may flow.
 pub(crate) struct Connection {
@@ -46,7 +39,7 @@ pub(crate) struct Connection {
 
 /// Why a connection of a stream ended.
 #[derive(Debug, thiserror::Error)]
-enum StreamError {
+pub(super) enum StreamError {
     #[error("the connection broke")]
     Broken(#[from] io::Error),
     #[error("what arrived is no frame")]
@@ -87,13 +80,19 @@ fn keep_connected(shared: &Arc<Shared>, index: usize, dialer: Option<&dyn Dialer
             if !is_over(&shared.lock(), index) {
                 shared.fail(LinkDown::Lost { stream: index as u8, patience, source: last_error });
             }
+            shared.progress.notify_all();
             return;
         };
+        let (begun, before) = (Instant::now(), shared.lock().streams[index].progress());
         let ended = drive(shared, index, connection);
-        lost_since = Instant::now();
         let mut state = shared.lock();
         let stream = &mut state.streams[index];
         stream.connection = None;
+        // One that connects again and again, and on which nothing gets through, is as good as gone.
+        let fruitless = stream.progress() == before && begun.elapsed() < STABLE;
+        if !fruitless {
+            lost_since = Instant::now();
+        }
         if let Some(fault) = stream.fault.take() {
             last_error = fault;
         } else if let Err(error) = ended {
@@ -105,6 +104,9 @@ fn keep_connected(shared: &Arc<Shared>, index: usize, dialer: Option<&dyn Dialer
         }
         drop(state);
         tracing::debug!(session = %shared.options.session, stream = index, error = %last_error, "stream broke");
+        if fruitless {
+            rest(shared, index, Instant::now() + FRUITLESS);
+        }
     }
 }
 
@@ -139,15 +141,13 @@ fn dial(
         match failed {
             JoinError::Refused(refusal) if !refusal.may_pass() => {
                 // What has been closed over there is not known there any more.
-                let state = shared.lock();
-                if state.peer_has_ended() {
-                    let down = if state.everything_was_taken() { LinkDown::Closed } else { LinkDown::PeerGaveUp };
-                    drop(state);
-                    shared.fail(down);
-                    return None;
+                let refused = LinkDown::Refused { stream: index as u8, refusal };
+                let left = shared.lock().streams[index].left_by_peer();
+                match left {
+                    Some(true) => {}
+                    Some(false) => shared.fail(LinkDown::PeerGaveUp),
+                    None => shared.fail(refused),
                 }
-                drop(state);
-                shared.fail(LinkDown::Refused { stream: index as u8, refusal });
                 return None;
             }
             other => *last_error = Arc::new(other),
@@ -233,380 +233,7 @@ fn drive(shared: &Arc<Shared>, index: usize, connection: Connection) -> Result<(
 }
 
 /// The processor time of this thread.
-fn cpu() -> Duration {
+pub(super) fn cpu() -> Duration {
     let time = clock_gettime(ClockId::ThreadCPUTime);
     Duration::try_from(time).unwrap_or_default()
-}
-
-/// The reading side of a connection.
-struct Reading<'a> {
-    shared: &'a Shared,
-    index: usize,
-    reader: ReadHalf,
-    protected: bool,
-    unpacker: Unpacker,
-    cpu: Duration,
-}
-
-impl<'a> Reading<'a> {
-    fn new(shared: &'a Shared, index: usize, mut reader: ReadHalf, protected: bool) -> Self {
-        reader.set_longest_silence(SILENCE);
-        Self { shared, index, reader, protected, unpacker: Unpacker::new(), cpu: cpu() }
-    }
-
-    fn run(&mut self) -> Result<(), StreamError> {
-        loop {
-            let header = Header::read(&mut self.reader)?;
-            match header.frame {
-                Type::Data => self.data(&header)?,
-                Type::End => {
-                    self.expect(&header)?;
-                    self.shared.end_arrived(self.index);
-                }
-                Type::Abort => self.shared.fail(LinkDown::PeerGaveUp),
-                Type::Ack | Type::Ping | Type::Pong => self.control(&header)?,
-            }
-        }
-    }
-
-    fn expect(&self, header: &Header) -> Result<(), StreamError> {
-        let state = self.shared.lock();
-        let stream = &state.streams[self.index];
-        if stream.ended {
-            return Err(StreamError::AfterEnd);
-        }
-        Ok(stream.incoming.expects(header.sequence, header.raw_length as usize)?)
-    }
-
-    fn data(&mut self, header: &Header) -> Result<(), StreamError> {
-        self.expect(header)?;
-        let pool = &self.shared.pool;
-        let mut payload = pool.take(header.length as usize);
-        self.reader.read_exact(payload.as_mut())?;
-        if !self.protected {
-            header.check_payload(payload.as_ref())?;
-        }
-        if header.encoding != Encoding::Raw {
-            let mut raw = pool.take(header.raw_length as usize);
-            self.unpacker.unpack(header.encoding, payload.as_ref(), raw.as_mut())?;
-            payload = raw;
-        }
-        self.count_cpu();
-        let wire = u64::from(header.length) + HEADER as u64;
-        self.shared.arrived(self.index, header.kind, payload.freeze(), wire);
-        Ok(())
-    }
-
-    fn control(&mut self, header: &Header) -> Result<(), StreamError> {
-        let mut state = self.shared.lock();
-        let stream = &mut state.streams[self.index];
-        match header.frame {
-            Type::Ack => {
-                stream.outgoing.on_ack(header.sequence)?;
-                self.shared.progress.notify_all();
-            }
-            Type::Ping => {
-                stream.pong = Some(header.sequence);
-                self.shared.work[self.index].notify_one();
-            }
-            _ => {
-                if let Some((number, sent)) = stream.ping
-                    && number == header.sequence
-                {
-                    let took = sent.elapsed();
-                    (stream.ping, stream.round_trip) = (None, Some(took));
-                    if self.index == URGENT {
-                        state.steer(self.shared.now(), took);
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn count_cpu(&mut self) {
-        let now = cpu();
-        self.shared.lock().streams[self.index].counters.cpu += now.saturating_sub(self.cpu);
-        self.cpu = now;
-    }
-}
-
-/// A frame that is about to be written.
-struct Leaving {
-    sequence: u64,
-    body: Body,
-}
-
-/// The writing side of a connection.
-struct Writing<'a> {
-    shared: &'a Shared,
-    index: usize,
-    protected: bool,
-    packer: Packer,
-    chooser: Chooser,
-    last_ping: Instant,
-    ping_number: u64,
-    cpu: Duration,
-}
-
-/// What to do next.
-enum Next {
-    Write,
-    /// The link ended in order.
-    Finish,
-    /// This side gave the link up.
-    Abort,
-    /// The reading thread has ended.
-    Fault,
-}
-
-impl<'a> Writing<'a> {
-    fn new(shared: &'a Shared, index: usize, protected: bool) -> Self {
-        Self {
-            shared,
-            index,
-            protected,
-            packer: Packer::new(),
-            chooser: Chooser::new(),
-            last_ping: Instant::now(),
-            ping_number: 0,
-            cpu: cpu(),
-        }
-    }
-
-    fn run(&mut self, writer: &mut WriteHalf) -> Result<(), StreamError> {
-        let (mut control, mut leaving) = (Vec::new(), Vec::new());
-        loop {
-            control.clear();
-            leaving.clear();
-            match self.next(&mut control, &mut leaving) {
-                Next::Write => self.write(writer, &control, &mut leaving)?,
-                Next::Finish => return Ok(()),
-                Next::Abort => {
-                    let last = Header::bare(Type::Abort, 0).encode();
-                    writer.write_all_vectored(&mut [IoSlice::new(&last)])?;
-                    return Ok(());
-                }
-                Next::Fault => return Err(StreamError::Broken(io::ErrorKind::BrokenPipe.into())),
-            }
-        }
-    }
-
-    /// Waits until there is something to write, and takes it.
-    fn next(&mut self, control: &mut Vec<u8>, leaving: &mut Vec<Leaving>) -> Next {
-        let mut state = self.shared.lock();
-        loop {
-            match state.down {
-                Some(LinkDown::GivenUp) => return Next::Abort,
-                Some(_) => return Next::Finish,
-                None if state.streams[self.index].fault.is_some() => return Next::Fault,
-                None => {}
-            }
-            let until = self.take_control(&mut state, control);
-            self.take_frames(&mut state, leaving);
-            if !control.is_empty() || !leaving.is_empty() {
-                return Next::Write;
-            }
-            state = Shared::wait_until(&self.shared.work[self.index], state, until);
-        }
-    }
-
-    /// Takes what is due besides users' frames; gives back when something will be.
-    fn take_control(&mut self, state: &mut MutexGuard<'_, State>, control: &mut Vec<u8>) -> Instant {
-        let now = Instant::now();
-        let every = if self.index == URGENT && state.bulk_is_recent() { PING_IN_BULK } else { PING };
-        let mut due = self.last_ping + every;
-        let stream = &mut state.streams[self.index];
-        if let Some(number) = stream.pong.take() {
-            control.extend(Header::bare(Type::Pong, number).encode());
-        }
-        if now >= due {
-            (self.last_ping, due) = (now, now + every);
-            if stream.ping.is_none() {
-                self.ping_number += 1;
-                stream.ping = Some((self.ping_number, now));
-            }
-            control.extend(Header::bare(Type::Ping, self.ping_number).encode());
-        }
-        if stream.ack_due.is_some_and(|due| now >= due) {
-            stream.ack_due = None;
-            stream.acked = stream.incoming.taken();
-            let closing = stream.ended;
-            control.extend(Header::bare(Type::Ack, stream.acked).encode());
-            if closing {
-                self.shared.progress.notify_all();
-            }
-        }
-        stream.ack_due.map_or(due, |ack| ack.min(due))
-    }
-
-    /// Takes the next frame, and more as long as they are small.
-    fn take_frames(&mut self, state: &mut MutexGuard<'_, State>, leaving: &mut Vec<Leaving>) {
-        let mut bytes = 0;
-        let stream = &mut state.streams[self.index];
-        while leaving.len() < MOST_TOGETHER
-            && let Some((sequence, body)) = stream.outgoing.next()
-        {
-            let length = match body {
-                Body::Data { payload, .. } => payload.len(),
-                Body::End => 0,
-            };
-            if !leaving.is_empty() && bytes + length > TOGETHER {
-                break;
-            }
-            bytes += length;
-            leaving.push(Leaving { sequence, body: body.clone() });
-            stream.outgoing.advance();
-        }
-    }
-
-    fn write(&mut self, writer: &mut WriteHalf, control: &[u8], leaving: &mut [Leaving]) -> Result<(), StreamError> {
-        let packed = self.pack(leaving)?;
-        let mut headers = Vec::with_capacity(leaving.len());
-        for Leaving { sequence, body } in leaving.iter() {
-            let mut header = Header::bare(Type::End, *sequence);
-            if let Body::Data { kind, raw_length, encoding, payload } = body {
-                header.frame = Type::Data;
-                (header.kind, header.encoding) = (*kind, *encoding);
-                (header.length, header.raw_length) = (payload.len() as u32, *raw_length);
-                if !self.protected {
-                    header = header.with_check_of(payload);
-                }
-            }
-            headers.push(header.encode());
-        }
-        let mut slices = Vec::with_capacity(1 + 2 * leaving.len());
-        slices.push(IoSlice::new(control));
-        for (header, Leaving { body, .. }) in headers.iter().zip(leaving.iter()) {
-            slices.push(IoSlice::new(header));
-            if let Body::Data { payload, .. } = body {
-                slices.push(IoSlice::new(payload));
-            }
-        }
-        let bytes = slices.iter().map(|slice| slice.len()).sum();
-        let (begun, cpu_before) = (Instant::now(), cpu());
-        self.write_paced(writer, &mut slices, bytes)?;
-        let (took, used) = (begun.elapsed(), cpu().saturating_sub(cpu_before));
-        if !leaving.is_empty() {
-            self.chooser.on_written(bytes, used, took.saturating_sub(used));
-        }
-        self.account(leaving, packed, bytes);
-        Ok(())
-    }
-
-    /// Packs what is worth it; whether anything was.
-    fn pack(&mut self, leaving: &mut [Leaving]) -> Result<bool, StreamError> {
-        let compression = self.shared.lock().compression;
-        let mut any = false;
-        for Leaving { body, .. } in leaving {
-            let Body::Data { encoding, payload, .. } = body else { continue };
-            // One that is sent again was packed before.
-            if *encoding != Encoding::Raw || payload.len() < LEAST_PACKED {
-                continue;
-            }
-            let method = match compression {
-                Compression::Fixed(method) => method,
-                Compression::Adaptive => {
-                    self.sample(payload)?;
-                    self.chooser.method()
-                }
-            };
-            if method == Method::None {
-                continue;
-            }
-            let begun = Instant::now();
-            let raw = payload.len();
-            let packed = self.packer.pack(method, payload)?;
-            let length = packed.map_or(raw, |(_, packed)| packed.len());
-            if let Some((how, packed)) = packed {
-                (*encoding, *payload) = (how, Bytes::copy_from_slice(packed));
-                any = true;
-            }
-            self.chooser.on_packed(raw, length, begun.elapsed());
-        }
-        Ok(any)
-    }
-
-    /// Finds out what a method that is not in use would bring, when it is time to.
-    fn sample(&mut self, payload: &Bytes) -> Result<(), StreamError> {
-        if payload.len() < SAMPLE {
-            return Ok(());
-        }
-        let Some(method) = self.chooser.wants_sample(self.shared.now()) else { return Ok(()) };
-        let middle = (payload.len() - SAMPLE) / 2;
-        let begun = Instant::now();
-        let packed = self.packer.pack(method, &payload[middle..middle + SAMPLE])?;
-        let length = packed.map_or(SAMPLE, |(_, packed)| packed.len());
-        self.chooser.on_sample(self.shared.now(), SAMPLE, length, begun.elapsed());
-        Ok(())
-    }
-
-    /// Writes in pieces where there is a rate to keep.
-    fn write_paced(&self, writer: &mut WriteHalf, mut slices: &mut [IoSlice<'_>], bytes: usize) -> io::Result<()> {
-        let mut left = bytes;
-        while left > 0 {
-            let length = self.pace(left);
-            if length == left {
-                return writer.write_all_vectored(slices);
-            }
-            let (mut piece, mut rest) = (Vec::new(), length);
-            for slice in slices.iter() {
-                let taken = slice.len().min(rest);
-                piece.push(IoSlice::new(&slice[..taken]));
-                rest -= taken;
-                if rest == 0 {
-                    break;
-                }
-            }
-            writer.write_all_vectored(&mut piece)?;
-            drop(piece);
-            IoSlice::advance_slices(&mut slices, length);
-            left -= length;
-        }
-        Ok(())
-    }
-
-    /// Waits until something may be written; gives back how much, at most `left`.
-    fn pace(&self, left: usize) -> usize {
-        if self.index == URGENT {
-            return left;
-        }
-        let mut state = self.shared.lock();
-        let (length, cap) = (left.min(state.bucket.quantum()), state.cap);
-        let until = Instant::now() + state.bucket.take(self.shared.now(), length);
-        // A turn that was given at another rate is worth nothing any more.
-        while state.down.is_none() && state.cap == cap && Instant::now() < until {
-            state = Shared::wait_until(&self.shared.work[self.index], state, until);
-        }
-        let first = state.on_written(length);
-        drop(state);
-        if first {
-            // Time to look how long urgent frames wait.
-            self.shared.work[URGENT].notify_one();
-        }
-        length
-    }
-
-    /// Remembers what was written.
-    fn account(&mut self, leaving: &mut [Leaving], packed: bool, bytes: usize) {
-        let now = cpu();
-        let mut state = self.shared.lock();
-        let fixed = match state.compression {
-            Compression::Fixed(method) => Some(method),
-            Compression::Adaptive => None,
-        };
-        let stream = &mut state.streams[self.index];
-        stream.method = fixed.unwrap_or(self.chooser.method());
-        stream.counters.wire_sent += bytes as u64;
-        stream.counters.cpu += now.saturating_sub(self.cpu);
-        self.cpu = now;
-        if packed {
-            // So that a frame that must be sent again is not packed again, and takes less memory until then.
-            for Leaving { sequence, body } in leaving {
-                if let Some(held) = stream.outgoing.held(*sequence) {
-                    held.clone_from(body);
-                }
-            }
-        }
-    }
 }
