@@ -18,7 +18,7 @@ use crate::bed::{self, Bed, guest, options};
 /// Beta's agent, for somebody with this identity.
 pub(crate) fn beta_as(testbed: &Testbed, identity: Identity) -> Peer {
     let beta = identity_of(testbed.beta()).fingerprint();
-    Peer::new(&testbed.beta().address.to_string(), Arc::new(identity), vec![beta])
+    Peer::new(&testbed.beta().address.to_string(), Arc::new(identity), vec![beta], None)
 }
 
 /// What a host's agent has made itself.

@@ -73,6 +73,18 @@ pub enum Security {
     Plain,
 }
 
+/// A certificate authority of the user's, and what it gave to this agent; all in PEM.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AuthorityFiles {
+    /// The authority's certificates. Every agent that one of them vouches for is a peer.
+    pub roots: PathBuf,
+    /// This agent's certificate, with those between it and the authority's; it names this host.
+    pub certificate: PathBuf,
+    /// Its key.
+    pub key: PathBuf,
+}
+
 /// Which cipher encrypts; without one, the fastest that both hosts have.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
@@ -158,6 +170,8 @@ pub struct Config {
     pub advertise: Vec<String>,
     /// What holds for the traffic with some hosts.
     pub network: Vec<Network>,
+    /// Who vouches for agents that are not paired.
+    pub authority: Option<AuthorityFiles>,
     /// Memory that incoming VMs must leave free on this host.
     pub reserved_memory: ByteSize,
     /// Folders searched for QEMU before `PATH`.
@@ -176,6 +190,7 @@ impl Default for Config {
             listen: Listen::default(),
             advertise: Vec::new(),
             network: Vec::new(),
+            authority: None,
             reserved_memory: ByteSize::mib(512),
             qemu_dirs: Vec::new(),
             log_format: LogFormat::Text,
@@ -286,6 +301,9 @@ mod tests {
             "security",
             "cipher",
             "rate",
+            "roots",
+            "certificate",
+            "key",
             "reserved_memory",
             "qemu_dirs",
             "log_format",

@@ -33,7 +33,7 @@ use crate::lifecycle::check_name;
 use crate::recovery;
 use crate::relay;
 use crate::store::{InStep, Source};
-use crate::trust::Caller;
+use crate::trust::{self, Caller};
 use crate::vm::{Stage, Vm};
 
 /// A source that is not heard of for this long has lost its claim: what was prepared for it goes.
@@ -436,8 +436,9 @@ pub async fn abandon(agent: &Agent, id: Uuid, caller: &Caller) -> Result<Incomin
 
 /// What this host never heard of cannot begin any more either.
 fn abandon_unheard(agent: &Agent, id: Uuid, caller: &Caller, why: &str) -> Result<(), AgentError> {
-    if let Some(peer) = agent.store.peer(caller.key)? {
-        agent.store.abandon_unheard(id, &Source { name: peer.name, key: caller.key }, why)?;
+    // It is written down for peers only; nobody else gets here with a migration that is not known.
+    if let Ok(name) = trust::require_peer(agent, caller) {
+        agent.store.abandon_unheard(id, &Source { name, key: caller.key }, why)?;
     }
     Ok(())
 }

@@ -34,7 +34,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime};
 
 use uuid::Uuid;
-use vmferry_link::{CipherSpeed, Identity, Sessions, measure_ciphers};
+use vmferry_link::{CipherSpeed, Sessions, measure_ciphers};
 use vmferry_qemu::{Accel, CommandLine, Features, QemuInfo};
 
 use crate::config::Config;
@@ -42,6 +42,7 @@ use crate::error::AgentError;
 use crate::incoming::Incoming;
 use crate::migration::Migration;
 use crate::store::Store;
+use crate::trust::Trusts;
 use crate::vm::{Stage, Vm};
 
 /// How many ended migrations can still be looked at in full.
@@ -57,7 +58,7 @@ pub struct Agent {
     /// How it was set up.
     pub config: Config,
     store: Store,
-    identity: Arc<Identity>,
+    trusts: Trusts,
     /// Where other agents are served.
     listens: Option<SocketAddr>,
     /// Links whose streams are expected.
@@ -114,14 +115,14 @@ impl Agent {
     fn new(
         config: Config,
         store: Store,
-        identity: Identity,
+        trusts: Trusts,
         listens: Option<SocketAddr>,
         sessions: Sessions,
     ) -> Arc<Self> {
         Arc::new(Self {
             config,
             store,
-            identity: Arc::new(identity),
+            trusts,
             listens,
             sessions,
             ciphers: measure_ciphers(),

@@ -359,5 +359,5 @@ fn dialer(
     }
     let cipher = fastest_cipher(&agent.ciphers_for(remote), their_ciphers);
     let word = cipher.map_or_else(|| "tls".into(), |cipher| cipher.to_string());
-    (TcpDialer::tls(address, &agent.identity, key, cipher), word)
+    (TcpDialer::tls(address, &agent.trusts.identity, key, cipher), word)
 }

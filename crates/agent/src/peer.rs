@@ -15,7 +15,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncRead, AsyncWrite};
 use uuid::Uuid;
-use vmferry_link::{Fingerprint, Identity, LinkError, Secret};
+use vmferry_link::{Authority, Fingerprint, Identity, LinkError, Secret};
 
 use crate::api::types::{Code, Hello, Join, Problem};
 use crate::incoming::{CheckReply, IncomingState, Offer, Prepared};
@@ -125,6 +125,7 @@ pub struct Peer {
     address: String,
     identity: Arc<Identity>,
     expected: Vec<Fingerprint>,
+    authority: Option<Authority>,
     idle: Arc<Mutex<Option<Connection>>>,
 }
 
@@ -157,9 +158,14 @@ pub struct Met {
 }
 
 impl Peer {
-    /// The agent at HOST:PORT, if it is one of these; nothing is sent yet.
-    pub fn new(address: &str, identity: Arc<Identity>, expected: Vec<Fingerprint>) -> Self {
-        Self { address: address.into(), identity, expected, idle: Arc::default() }
+    /// The agent at HOST:PORT, if it is one of these or the authority vouches for it; nothing is sent yet.
+    pub fn new(
+        address: &str,
+        identity: Arc<Identity>,
+        expected: Vec<Fingerprint>,
+        authority: Option<Authority>,
+    ) -> Self {
+        Self { address: address.into(), identity, expected, authority, idle: Arc::default() }
     }
 
     /// Where it is.
@@ -300,7 +306,9 @@ impl Peer {
     }
 
     async fn connect(&self) -> Result<Connection, PeerError> {
-        let stream = vmferry_link::connect(&self.address, &self.identity, &self.expected, CONNECT_TIMEOUT).await?;
+        let authority = self.authority.as_ref();
+        let stream =
+            vmferry_link::connect(&self.address, &self.identity, &self.expected, authority, CONNECT_TIMEOUT).await?;
         let (requests, connection) = handshake(TokioIo::new(stream.io)).await.map_err(|error| self.broken(error))?;
         // It ends when the last request is dropped; an error is told to whoever waits for an answer.
         tokio::spawn(connection.with_upgrades());

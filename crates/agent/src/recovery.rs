@@ -21,6 +21,7 @@ use crate::migration::{follow_post_copy, retire, settle_commit, strand};
 use crate::peer::Peer;
 use crate::relay::Relay;
 use crate::store::{OutRecord, OutStep, VmRecord};
+use crate::trust::pinned;
 use crate::vm::{Stage, Vm, pid_from_file};
 
 /// How long the monitor of a QEMU that lives may take to answer.
@@ -95,7 +96,7 @@ async fn find_again(agent: &Arc<Agent>, mut record: VmRecord) -> Result<(), Agen
 
 /// Tries until it is settled: the guest must not stay half-way because its QEMU was slow to answer once.
 pub(crate) async fn settle(agent: Arc<Agent>, record: OutRecord) {
-    let peer = Peer::new(&record.address, Arc::clone(&agent.identity), vec![record.peer_key]);
+    let peer = pinned(&agent, &record.address, record.peer_key);
     let mut told = false;
     loop {
         let outcome = match agent.vm(&record.vm) {

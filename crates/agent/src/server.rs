@@ -12,12 +12,12 @@ use axum::serve::{IncomingStream, Listener};
 use rustix::fs::{FlockOperation, flock};
 use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio_util::sync::CancellationToken;
-use vmferry_link::{Acceptor, Identity, IdentityError, Incoming, Sessions};
+use vmferry_link::{Acceptor, Authority, AuthorityError, Identity, IdentityError, Incoming, Sessions};
 
 use crate::config::{Config, Listen};
 use crate::error::AgentError;
 use crate::store::Store;
-use crate::trust::Caller;
+use crate::trust::{Caller, Trusts};
 use crate::{Agent, api, recovery};
 
 /// How long requests under way may take when the agent is told to end.
@@ -62,6 +62,9 @@ pub enum ServeError {
     /// It cannot prove who it is.
     #[error("cannot tell other agents who this one is")]
     Identity(#[from] IdentityError),
+    /// The authority cannot be used.
+    #[error("cannot tell for which agents the authority vouches")]
+    Authority(#[from] AuthorityError),
     /// What a predecessor left cannot be read.
     #[error("cannot go on where the last agent ended")]
     Recover(#[source] AgentError),
@@ -76,10 +79,15 @@ pub async fn serve(config: Config, end: CancellationToken) -> Result<(), ServeEr
         .map_err(|source| ServeError::Journal { path: config.state_dir.clone(), source })?;
     let socket = config.socket();
     let local = listen_local(&socket)?;
-    let identity = Identity::load_or_make(&config.state_dir.join("identity.pem"), &config.name)?;
+    let (identity, authority) = match &config.authority {
+        Some(files) => (Identity::load(&files.certificate, &files.key)?, Some(Authority::load(&files.roots)?)),
+        None => (Identity::load_or_make(&config.state_dir.join("identity.pem"), &config.name)?, None),
+    };
     let sessions = Sessions::new();
-    let peers = listen_peers(config.listen, &identity, &sessions).await?;
-    let agent = Agent::new(config, store, identity, peers.as_ref().map(Incoming::local_addr), sessions);
+    let acceptor = Acceptor::new(&identity, authority.as_ref());
+    let peers = listen_peers(config.listen, acceptor, &sessions).await?;
+    let trusts = Trusts { identity: Arc::new(identity), authority };
+    let agent = Agent::new(config, store, trusts, peers.as_ref().map(Incoming::local_addr), sessions);
     recovery::recover(&agent).await.map_err(ServeError::Recover)?;
 
     let served = tokio::spawn(
@@ -93,7 +101,7 @@ pub async fn serve(config: Config, end: CancellationToken) -> Result<(), ServeEr
         tokio::spawn(axum::serve(Callers(incoming), service).with_graceful_shutdown(end).into_future());
     }
     let listens = agent.listens.map_or_else(|| "none".into(), |listen| listen.to_string());
-    tracing::info!(listens, fingerprint = %agent.identity.fingerprint(), "known to other agents");
+    tracing::info!(listens, fingerprint = %agent.trusts.identity.fingerprint(), "known to other agents");
     tracing::info!(name = agent.config.name, socket = %socket.display(), version = env!("CARGO_PKG_VERSION"), "ready");
     tell_systemd(&[sd_notify::NotifyState::Ready]);
     let learning = Arc::clone(&agent);
@@ -145,7 +153,7 @@ fn listen_local(socket: &Path) -> Result<UnixListener, ServeError> {
 
 async fn listen_peers(
     listen: Listen,
-    identity: &Identity,
+    acceptor: Acceptor,
     sessions: &Sessions,
 ) -> Result<Option<Incoming>, ServeError> {
     let Listen::At(address) = listen else { return Ok(None) };
@@ -157,7 +165,7 @@ async fn listen_peers(
         }
         bound => bound,
     };
-    Incoming::new(listener.map_err(failed)?, Acceptor::new(identity), sessions.clone()).map(Some).map_err(failed)
+    Incoming::new(listener.map_err(failed)?, acceptor, sessions.clone()).map(Some).map_err(failed)
 }
 
 /// Connections of other agents, each of which has proved who it is.
@@ -171,6 +179,7 @@ impl Listener for Callers {
         let stream = self.0.next().await;
         let caller = Caller {
             key: stream.peer,
+            vouched_for: stream.vouched_for,
             local: stream.local.ip().to_canonical(),
             remote: stream.remote.ip().to_canonical(),
         };

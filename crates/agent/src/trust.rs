@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use futures_util::future::select_ok;
-use vmferry_link::{Fingerprint, JoinToken, Secret};
+use vmferry_link::{Authority, Fingerprint, Identity, JoinToken, Secret};
 
 use crate::Agent;
 use crate::api::types::{Join, PeerView, PeersView, TokenView};
@@ -23,6 +23,14 @@ const MOST_ADDRESSES: usize = 8;
 /// The longest name of a host.
 const MAX_NAME: usize = 253;
 
+/// What this agent proves to be, and who vouches for others.
+pub struct Trusts {
+    /// Its own key and certificate.
+    pub identity: Arc<Identity>,
+    /// Whoever it vouches for is as good as paired.
+    pub authority: Option<Authority>,
+}
+
 /// At the other end of a connection: who, and over which addresses.
 #[derive(Clone, Copy, Debug)]
 pub struct Caller {
@@ -32,6 +40,8 @@ pub struct Caller {
     pub local: IpAddr,
     /// Where it is.
     pub remote: IpAddr,
+    /// The authority vouches for it.
+    pub vouched_for: bool,
 }
 
 /// Makes a token that lets one other agent become a peer.
@@ -44,7 +54,7 @@ pub(crate) fn make_token(agent: &Agent, seconds: u64) -> Result<TokenView, Agent
     let secret = Secret::random();
     agent.store.add_token(&secret.hash(), seconds)?;
     let expires = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs() + seconds;
-    let token = JoinToken { addresses, fingerprint: agent.identity.fingerprint(), secret, expires };
+    let token = JoinToken { addresses, fingerprint: agent.trusts.identity.fingerprint(), secret, expires };
     Ok(TokenView { token: token.to_string(), seconds })
 }
 
@@ -102,7 +112,7 @@ pub(crate) async fn pair(agent: &Agent, token: &str, also_at: Option<&str>) -> R
     if token.is_expired(SystemTime::now()) {
         return Err(bad(vmferry_link::InvalidToken::Expired));
     }
-    if token.fingerprint == agent.identity.fingerprint() {
+    if token.fingerprint == agent.trusts.identity.fingerprint() {
         let message = "that token is this host's own: use it on the other one".into();
         return Err(AgentError::BadRequest { message, hint: None });
     }
@@ -135,7 +145,7 @@ async fn reach(
     expected: Fingerprint,
 ) -> Result<Peer, AgentError> {
     let tries = addresses.map(|address| {
-        let peer = Peer::new(&address, Arc::clone(&agent.identity), vec![expected]);
+        let peer = pinned(agent, &address, expected);
         Box::pin(async move { peer.hello().await.map(|_| peer) })
     });
     Ok(select_ok(tries).await?.0)
@@ -183,7 +193,7 @@ fn name_taken(name: &str) -> AgentError {
 pub(crate) fn peers(agent: &Agent) -> Result<PeersView, AgentError> {
     Ok(PeersView {
         name: agent.config.name.clone(),
-        fingerprint: agent.identity.fingerprint().to_string(),
+        fingerprint: agent.trusts.identity.fingerprint().to_string(),
         listens: agent.listens.map(|listen| listen.to_string()),
         peers: agent.store.peers()?.into_iter().map(view).collect(),
     })
@@ -208,29 +218,39 @@ pub(crate) fn unpair(agent: &Agent, which: &str) -> Result<(), AgentError> {
     Ok(())
 }
 
-/// Nobody but a peer.
-pub(crate) fn require_peer(agent: &Agent, caller: &Caller) -> Result<PeerRecord, AgentError> {
-    agent.store.peer(caller.key)?.ok_or_else(|| {
-        tracing::warn!(from = %caller.remote, fingerprint = %caller.key, "refused an agent that is not paired");
-        AgentError::NotPaired { host: agent.config.name.clone() }
-    })
+/// Nobody but a peer; what it is called.
+pub(crate) fn require_peer(agent: &Agent, caller: &Caller) -> Result<String, AgentError> {
+    match agent.store.peer(caller.key)? {
+        Some(peer) => Ok(peer.name),
+        None if caller.vouched_for => Ok(caller.remote.to_string()),
+        None => {
+            tracing::warn!(from = %caller.remote, fingerprint = %caller.key, "refused an agent that is not paired");
+            Err(AgentError::NotPaired { host: agent.config.name.clone() })
+        }
+    }
+}
+
+/// The agent with this key, at this address, whatever became of its pairing.
+pub(crate) fn pinned(agent: &Agent, address: &str, key: Fingerprint) -> Peer {
+    Peer::new(address, Arc::clone(&agent.trusts.identity), vec![key], None)
 }
 
 /// The destination that a user names: a peer by its name, or any peer at that address.
 pub(crate) fn find_peer(agent: &Agent, to: &str) -> Result<Peer, AgentError> {
     let bad = |message| AgentError::BadRequest { message, hint: None };
     let peers = agent.store.peers()?;
-    let peer = |address: &str, expected| Peer::new(address, Arc::clone(&agent.identity), expected);
     if let Some(known) = peers.iter().find(|peer| peer.name == to) {
         if known.address.is_empty() {
             return Err(bad(format!("the agent of {to} listens nowhere, so that it can take no VM")));
         }
-        return Ok(peer(&known.address, vec![known.fingerprint]));
+        return Ok(pinned(agent, &known.address, known.fingerprint));
     }
     let address = with_port(to).map_err(bad)?;
-    // Whoever was paired at this address must be there. At another one any peer may be: hosts have several.
-    let at_address: Vec<Fingerprint> =
-        peers.iter().filter(|peer| peer.address == address).map(|peer| peer.fingerprint).collect();
-    let all = || peers.iter().map(|peer| peer.fingerprint).collect();
-    Ok(peer(&address, if at_address.is_empty() { all() } else { at_address }))
+    // Whoever was paired at this address must be there. At another one any peer may be, as hosts have several, or
+    // somebody that the authority vouches for.
+    if let Some(known) = peers.iter().find(|peer| peer.address == address) {
+        return Ok(pinned(agent, &address, known.fingerprint));
+    }
+    let all = peers.iter().map(|peer| peer.fingerprint).collect();
+    Ok(Peer::new(&address, Arc::clone(&agent.trusts.identity), all, agent.trusts.authority.clone()))
 }

@@ -284,7 +284,7 @@ impl Loopback {
         let (source, destination) = (identity("source")?, identity("destination")?);
         let sessions = Sessions::new();
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
-        let mut incoming = Incoming::new(listener, Acceptor::new(&destination), sessions.clone())?;
+        let mut incoming = Incoming::new(listener, Acceptor::new(&destination, None), sessions.clone())?;
         let address = incoming.local_addr();
         // Streams are attached on their way; nobody makes control connections.
         let accepting = tokio::spawn(async move {

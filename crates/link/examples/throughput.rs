@@ -245,7 +245,7 @@ fn receive(options: &Options, dir: &Path, link: LinkOptions) -> Result<(), Faile
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let listener = runtime.block_on(tokio::net::TcpListener::bind(&options.address))?;
     println!("ready");
-    let acceptor = Acceptor::new(&identity);
+    let acceptor = Acceptor::new(&identity, None);
     runtime.spawn(async move {
         while let Ok((tcp, _)) = listener.accept().await {
             let Ok(arrival) = acceptor.accept_any(tcp, Duration::from_secs(5)).await else { continue };

@@ -195,7 +195,7 @@ mod tests {
     }
 
     fn accept_tls(mut channel: Channel, identity: &Identity) -> Channel {
-        let mut tls = rustls::ServerConnection::new(Acceptor::new(identity).config()).unwrap();
+        let mut tls = rustls::ServerConnection::new(Acceptor::new(identity, None).config()).unwrap();
         while tls.is_handshaking() {
             tls.complete_io(&mut channel).unwrap();
         }

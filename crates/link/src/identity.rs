@@ -8,6 +8,8 @@ use std::str::FromStr;
 
 use aws_lc_rs::digest::{SHA256, digest};
 use data_encoding::BASE32_NOPAD;
+use rustls::crypto::aws_lc_rs::sign as aws_lc_rs_sign;
+use rustls::sign::CertifiedKey;
 use rcgen::{CertificateParams, DnType, KeyPair};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -113,14 +115,15 @@ pub enum IdentityError {
 
 /// A key, and a certificate that says so. Kept in one file that only its owner can read.
 pub struct Identity {
-    pub(crate) certificate: CertificateDer<'static>,
+    /// The certificate, and those between it and an authority's.
+    pub(crate) chain: Vec<CertificateDer<'static>>,
     pub(crate) key: PrivateKeyDer<'static>,
     fingerprint: Fingerprint,
 }
 
 impl Clone for Identity {
     fn clone(&self) -> Self {
-        Self { certificate: self.certificate.clone(), key: self.key.clone_key(), fingerprint: self.fingerprint }
+        Self { chain: self.chain.clone(), key: self.key.clone_key(), fingerprint: self.fingerprint }
     }
 }
 
@@ -135,10 +138,7 @@ impl Identity {
         let failed = |source| IdentityError::File { path: path.into(), source };
         match std::fs::File::open(path) {
             Ok(mut file) => {
-                let mode = file.metadata().map_err(failed)?.permissions().mode() & 0o777;
-                if mode & 0o077 != 0 {
-                    return Err(IdentityError::Exposed { path: path.into(), mode });
-                }
+                refuse_exposed(path)?;
                 let mut pem = String::new();
                 file.read_to_string(&mut pem).map_err(failed)?;
                 Self::from_pem(&pem).ok_or_else(|| IdentityError::Broken { path: path.into() })
@@ -152,11 +152,32 @@ impl Identity {
         }
     }
 
+    /// An identity that an authority gave: a certificate, with those between it and the authority's after it, and its
+    /// key, both in PEM.
+    pub fn load(certificate: &Path, key: &Path) -> Result<Self, IdentityError> {
+        let read = |path: &Path| {
+            std::fs::read_to_string(path).map_err(|source| IdentityError::File { path: path.into(), source })
+        };
+        refuse_exposed(key)?;
+        let pem = format!("{}{}", read(key)?, read(certificate)?);
+        Self::from_pem(&pem).ok_or_else(|| IdentityError::Broken { path: certificate.into() })
+    }
+
     fn from_pem(pem: &str) -> Option<Self> {
-        let certificate = CertificateDer::from_pem_slice(pem.as_bytes()).ok()?;
+        let chain: Vec<_> = CertificateDer::pem_slice_iter(pem.as_bytes()).collect::<Result<_, _>>().ok()?;
         let key = PrivateKeyDer::from_pem_slice(pem.as_bytes()).ok()?;
-        let fingerprint = Fingerprint::of(&certificate);
-        Some(Self { certificate, key, fingerprint })
+        let fingerprint = Fingerprint::of(chain.first()?);
+        let signing = aws_lc_rs_sign::any_supported_type(&key).ok()?;
+        CertifiedKey::new(chain.clone(), signing).keys_match().ok()?;
+        Some(Self { chain, key, fingerprint })
+    }
+}
+
+fn refuse_exposed(path: &Path) -> Result<(), IdentityError> {
+    let metadata = std::fs::metadata(path).map_err(|source| IdentityError::File { path: path.into(), source })?;
+    match metadata.permissions().mode() & 0o777 {
+        mode if mode & 0o077 != 0 => Err(IdentityError::Exposed { path: path.into(), mode }),
+        _ => Ok(()),
     }
 }
 

@@ -125,7 +125,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let identity = Identity::load_or_make(&dir.path().join("identity.pem"), "beta").unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let incoming = Incoming::new(listener, Acceptor::new(&identity), Sessions::new()).unwrap();
+        let incoming = Incoming::new(listener, Acceptor::new(&identity, None), Sessions::new()).unwrap();
         (dir, identity, incoming)
     }
 
@@ -137,7 +137,7 @@ mod tests {
         let address = incoming.local_addr().to_string();
         let begun = std::time::Instant::now();
         let expected = [beta.fingerprint()];
-        let (stream, taken) = tokio::join!(connect(&address, &alpha, &expected, SOON), incoming.next());
+        let (stream, taken) = tokio::join!(connect(&address, &alpha, &expected, None, SOON), incoming.next());
         assert!(stream.is_ok() && begun.elapsed() < HANDSHAKE / 2);
         assert_eq!(taken.peer, alpha.fingerprint());
     }
@@ -152,7 +152,7 @@ mod tests {
         }
         let address = incoming.local_addr().to_string();
         let expected = [beta.fingerprint()];
-        let (stream, taken) = tokio::join!(connect(&address, &alpha, &expected, SOON), incoming.next());
+        let (stream, taken) = tokio::join!(connect(&address, &alpha, &expected, None, SOON), incoming.next());
         assert!(stream.is_ok(), "{:?}", stream.err());
         assert_eq!(taken.peer, alpha.fingerprint());
         let mut closed = 0;

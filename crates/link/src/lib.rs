@@ -5,6 +5,7 @@
 //! carries from one to the other. From then on every connection is TLS 1.3 in which both sides prove who they are.
 
 mod address;
+mod authority;
 pub mod channel;
 mod chooser;
 mod ciphers;
@@ -30,6 +31,7 @@ mod tuning;
 mod websocket;
 
 pub use address::{Address, InvalidAddress};
+pub use authority::{Authority, AuthorityError};
 pub use channel::Channel;
 pub use ciphers::{Cipher, CipherSpeed, fastest_cipher, measure_ciphers};
 pub use compress::{Compression, Method};

@@ -1,5 +1,5 @@
 //! TLS 1.3 between two agents. Who somebody is, is decided by the fingerprint alone: names, dates and issuers in
-//! certificates mean nothing here. Both sides prove that they have the key of theirs.
+//! certificates mean nothing here, unless an [`Authority`] is to vouch for agents that are not paired. Both sides prove that they have the key of theirs.
 //!
 //! The client lets itself in only with a host whose fingerprint it expects. The server takes whoever proves to have a
 //! key and tells the fingerprint to whoever serves the connection: a stranger must be able to come with a join token,
@@ -20,6 +20,7 @@ use rustls::{
 };
 use tokio::net::TcpStream;
 
+use crate::authority::Authority;
 use crate::ciphers::Cipher;
 use crate::hello::MAGIC;
 use crate::{Fingerprint, Identity, Unattached};
@@ -44,6 +45,8 @@ pub struct Stream {
     pub local: SocketAddr,
     /// The other end's address.
     pub remote: SocketAddr,
+    /// The authority, if there is one, vouches for who is at the other end.
+    pub vouched_for: bool,
 }
 
 /// Why there is no connection.
@@ -85,11 +88,13 @@ pub enum LinkError {
     },
 }
 
-/// Connects to the agent at HOST:PORT and makes sure that it is one of these, before anything is said to it.
+/// Connects to the agent at HOST:PORT and makes sure that it is one of these, or that the authority vouches for it as
+/// the agent of that host, before anything is said to it.
 pub async fn connect(
     address: &str,
     identity: &Identity,
     expected: &[Fingerprint],
+    authority: Option<&Authority>,
     deadline: Duration,
 ) -> Result<Stream, LinkError> {
     let timed_out = || LinkError::TimedOut { address: address.into(), after: deadline };
@@ -98,19 +103,23 @@ pub async fn connect(
         let tcp = TcpStream::connect(address).await.map_err(unreachable)?;
         tcp.set_nodelay(true).map_err(unreachable)?;
         let (local, remote) = (tcp.local_addr().map_err(unreachable)?, tcp.peer_addr().map_err(unreachable)?);
-        let verifier =
-            Arc::new(ExpectedServer { crypto: crypto(), expected: expected.to_vec(), found: Mutex::new(None) });
+        let verifier = Arc::new(ExpectedServer {
+            crypto: crypto(),
+            expected: expected.to_vec(),
+            authority: authority.cloned(),
+            found: Mutex::new(None),
+        });
         let connector =
             tokio_rustls::TlsConnector::from(Arc::new(client_config(identity, Arc::clone(&verifier), crypto(), ALPN)));
-        let name = ServerName::try_from(NO_NAME).expect("it is a name");
-        match connector.connect(name, tcp).await {
+        match connector.connect(name_in(address), tcp).await {
             Ok(io) => {
                 let io = tokio_rustls::TlsStream::from(io);
                 let peer = peer_of(&io).ok_or_else(|| LinkError::NotAnAgent {
                     address: address.into(),
                     source: std::io::ErrorKind::InvalidData.into(),
                 })?;
-                Ok(Stream { io, peer, local, remote })
+                let vouched_for = !expected.contains(&peer);
+                Ok(Stream { io, peer, local, remote, vouched_for })
             }
             Err(source) => Err(match verifier.found() {
                 Some(found) if !expected.contains(&found) => {
@@ -121,6 +130,13 @@ pub async fn connect(
         }
     };
     tokio::time::timeout(deadline, connecting).await.unwrap_or_else(|_| Err(timed_out()))
+}
+
+/// The host's name, for an authority's certificate; pinned ones may say what they like.
+fn name_in(address: &str) -> ServerName<'static> {
+    let host = address.rsplit_once(':').map_or(address, |(host, _)| host).trim_matches(['[', ']']);
+    ServerName::try_from(host.to_owned())
+        .unwrap_or_else(|_| ServerName::try_from(NO_NAME).expect("it is a name"))
 }
 
 /// Makes the handshake of a stream over what is connected already, as the connecting side.
@@ -137,8 +153,12 @@ pub(crate) fn connect_stream<S: Read + Write>(
         crypto.cipher_suites.retain(|suite| suite.suite() == cipher.suite());
     }
     let crypto = Arc::new(crypto);
-    let verifier =
-        Arc::new(ExpectedServer { crypto: Arc::clone(&crypto), expected: vec![expected], found: Mutex::new(None) });
+    let verifier = Arc::new(ExpectedServer {
+        crypto: Arc::clone(&crypto),
+        expected: vec![expected],
+        authority: None,
+        found: Mutex::new(None),
+    });
     let config = client_config(identity, Arc::clone(&verifier), crypto, ALPN_STREAM);
     let name = ServerName::try_from(NO_NAME).expect("it is a name");
     let mut tls = ClientConnection::new(Arc::new(config), name)
@@ -167,21 +187,24 @@ pub enum Arrival {
 
 /// The server's side. Cheap to clone.
 #[derive(Clone)]
-pub struct Acceptor(tokio_rustls::TlsAcceptor);
+pub struct Acceptor {
+    tls: tokio_rustls::TlsAcceptor,
+    authority: Option<Authority>,
+}
 
 impl Acceptor {
     /// Proves this identity to whoever connects.
-    pub fn new(identity: &Identity) -> Self {
+    pub fn new(identity: &Identity, authority: Option<&Authority>) -> Self {
         let mut config = ServerConfig::builder_with_provider(crypto())
             .with_protocol_versions(&VERSIONS)
             .expect("the provider knows TLS 1.3")
             .with_client_cert_verifier(Arc::new(AnyClient { crypto: crypto() }))
-            .with_single_cert(vec![identity.certificate.clone()], identity.key.clone_key())
+            .with_single_cert(identity.chain.clone(), identity.key.clone_key())
             .expect("an identity's key fits its certificate");
         config.alpn_protocols = vec![ALPN.to_vec(), ALPN_STREAM.to_vec()];
         // Connections are few and long; a ticket would only be one more thing to protect.
         config.send_tls13_tickets = 0;
-        Self(tokio_rustls::TlsAcceptor::from(Arc::new(config)))
+        Self { tls: tokio_rustls::TlsAcceptor::from(Arc::new(config)), authority: authority.cloned() }
     }
 
     /// Takes a connection; whoever made it has proved who it is, within this time.
@@ -207,18 +230,22 @@ impl Acceptor {
     /// What its side of a handshake goes by.
     #[cfg(test)]
     pub(crate) fn config(&self) -> Arc<ServerConfig> {
-        Arc::clone(self.0.config())
+        Arc::clone(self.tls.config())
     }
 
     async fn take_tls(&self, tcp: TcpStream) -> std::io::Result<Arrival> {
         tcp.set_nodelay(true)?;
         let (local, remote) = (tcp.local_addr()?, tcp.peer_addr()?);
-        let io = self.0.accept(tcp).await?;
+        let io = self.tls.accept(tcp).await?;
         let alpn = io.get_ref().1.alpn_protocol().map(<[u8]>::to_vec);
         let io = tokio_rustls::TlsStream::from(io);
         let peer = peer_of(&io).ok_or_else(|| std::io::Error::other("it has no certificate"))?;
         match (alpn.as_deref(), io) {
-            (Some(ALPN), io) => Ok(Arrival::Control(Box::new(Stream { io, peer, local, remote }))),
+            (Some(ALPN), io) => {
+                let chain = io.get_ref().1.peer_certificates().unwrap_or_default();
+                let vouched_for = self.authority.as_ref().is_some_and(|it| it.vouches_for_client(chain));
+                Ok(Arrival::Control(Box::new(Stream { io, peer, local, remote, vouched_for })))
+            }
             (Some(ALPN_STREAM), tokio_rustls::TlsStream::Server(io)) => {
                 let (tcp, tls) = io.into_inner();
                 Ok(Arrival::Stream(Box::new(Unattached::protected(blocking(tcp)?, tls, peer))))
@@ -239,7 +266,7 @@ fn peer_of(io: &tokio_rustls::TlsStream<TcpStream>) -> Option<Fingerprint> {
     Some(Fingerprint::of(io.get_ref().1.peer_certificates()?.first()?))
 }
 
-fn crypto() -> Arc<CryptoProvider> {
+pub(crate) fn crypto() -> Arc<CryptoProvider> {
     Arc::new(aws_lc_rs::default_provider())
 }
 
@@ -254,7 +281,7 @@ fn client_config(
         .expect("the provider knows TLS 1.3")
         .dangerous()
         .with_custom_certificate_verifier(verifier)
-        .with_client_auth_cert(vec![identity.certificate.clone()], identity.key.clone_key())
+        .with_client_auth_cert(identity.chain.clone(), identity.key.clone_key())
         .expect("an identity's key fits its certificate");
     config.alpn_protocols = vec![alpn.to_vec()];
     config.enable_sni = false;
@@ -294,6 +321,7 @@ macro_rules! key_is_proved {
 struct ExpectedServer {
     crypto: Arc<CryptoProvider>,
     expected: Vec<Fingerprint>,
+    authority: Option<Authority>,
     found: Mutex<Option<Fingerprint>>,
 }
 
@@ -307,17 +335,20 @@ impl ServerCertVerifier for ExpectedServer {
     fn verify_server_cert(
         &self,
         end_entity: &CertificateDer<'_>,
-        _intermediates: &[CertificateDer<'_>],
-        _server_name: &ServerName<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
         _ocsp_response: &[u8],
-        _now: UnixTime,
+        now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
         let found = Fingerprint::of(end_entity);
         *self.found.lock().expect("no holder of this lock panics") = Some(found);
-        match self.expected.contains(&found) {
-            true => Ok(ServerCertVerified::assertion()),
-            false => Err(CertificateError::ApplicationVerificationFailure.into()),
+        if !self.expected.contains(&found) {
+            match &self.authority {
+                Some(authority) => authority.vouch_for_server(end_entity, intermediates, server_name, now)?,
+                None => return Err(CertificateError::ApplicationVerificationFailure.into()),
+            }
         }
+        Ok(ServerCertVerified::assertion())
     }
 
     key_is_proved!();
@@ -369,14 +400,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (alpha, beta) = (identity(&dir, "alpha"), identity(&dir, "beta"));
         let (listener, address) = listener().await;
-        let acceptor = Acceptor::new(&beta);
+        let acceptor = Acceptor::new(&beta, None);
         let server = tokio::spawn(async move {
             let mut stream = acceptor.accept(listener.accept().await.unwrap().0, SOON).await.unwrap();
             stream.io.write_all(b"welcome").await.unwrap();
             stream.io.shutdown().await.unwrap();
             stream.peer
         });
-        let mut stream = connect(&address, &alpha, &[beta.fingerprint()], SOON).await.unwrap();
+        let mut stream = connect(&address, &alpha, &[beta.fingerprint()], None, SOON).await.unwrap();
         let mut said = String::new();
         stream.io.read_to_string(&mut said).await.unwrap();
         assert_eq!((said.as_str(), stream.peer), ("welcome", beta.fingerprint()));
@@ -388,9 +419,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (alpha, beta, mallory) = (identity(&dir, "alpha"), identity(&dir, "beta"), identity(&dir, "mallory"));
         let (listener, address) = listener().await;
-        let acceptor = Acceptor::new(&mallory);
+        let acceptor = Acceptor::new(&mallory, None);
         let server = tokio::spawn(async move { acceptor.accept(listener.accept().await.unwrap().0, SOON).await.err() });
-        let error = connect(&address, &alpha, &[beta.fingerprint()], SOON).await.unwrap_err();
+        let error = connect(&address, &alpha, &[beta.fingerprint()], None, SOON).await.unwrap_err();
         let LinkError::WrongIdentity { found, .. } = error else { panic!("{error}") };
         assert_eq!(found, mallory.fingerprint());
         assert!(server.await.unwrap().is_some(), "the server gets no connection either");
@@ -406,14 +437,14 @@ mod tests {
             .unwrap()
             .with_client_cert_verifier(Arc::new(AnyClient { crypto: crypto() }))
             .with_cert_resolver(Arc::new(Swapped {
-                certificate: beta.certificate.clone(),
+                certificate: beta.chain[0].clone(),
                 key: mallory.key.clone_key(),
             }));
         config.alpn_protocols = vec![ALPN.to_vec()];
         let (listener, address) = listener().await;
         let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
         let server = tokio::spawn(async move { acceptor.accept(listener.accept().await.unwrap().0).await.is_err() });
-        let error = connect(&address, &alpha, &[beta.fingerprint()], SOON).await.unwrap_err();
+        let error = connect(&address, &alpha, &[beta.fingerprint()], None, SOON).await.unwrap_err();
         assert!(matches!(error, LinkError::NotAnAgent { .. }), "{error}");
         assert!(server.await.unwrap());
     }
@@ -443,7 +474,7 @@ mod tests {
                 let _ = tcp.read(&mut [0; 64]).await;
                 let _ = tcp.write_all(reply.as_bytes()).await;
             });
-            let error = connect(&address, &alpha, &[alpha.fingerprint()], SOON).await.unwrap_err();
+            let error = connect(&address, &alpha, &[alpha.fingerprint()], None, SOON).await.unwrap_err();
             assert!(matches!(error, LinkError::NotAnAgent { .. }), "{reply}: {error}");
             server.await.unwrap();
         }
@@ -454,7 +485,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let beta = identity(&dir, "beta");
         let (listener, address) = listener().await;
-        let acceptor = Acceptor::new(&beta);
+        let acceptor = Acceptor::new(&beta, None);
         for said in ["GET / HTTP/1.1\r\n\r\n", "\u{16}\u{3}\u{1}", ""] {
             let mut client = TcpStream::connect(&address).await.unwrap();
             client.write_all(said.as_bytes()).await.unwrap();
@@ -464,7 +495,7 @@ mod tests {
         }
         // TLS, but without a certificate.
         let verifier =
-            Arc::new(ExpectedServer { crypto: crypto(), expected: vec![beta.fingerprint()], found: Mutex::new(None) });
+            Arc::new(ExpectedServer { crypto: crypto(), expected: vec![beta.fingerprint()], authority: None, found: Mutex::new(None) });
         let mut config = ClientConfig::builder_with_provider(crypto())
             .with_protocol_versions(&VERSIONS)
             .unwrap()
@@ -486,7 +517,7 @@ mod tests {
     #[tokio::test]
     async fn a_client_of_an_older_tls_is_turned_away() {
         let dir = tempfile::tempdir().unwrap();
-        let acceptor = Acceptor::new(&identity(&dir, "beta"));
+        let acceptor = Acceptor::new(&identity(&dir, "beta"), None);
         let (listener, address) = listener().await;
         // A client hello of TLS 1.2: no supported_versions, an AEAD suite, curves and signatures of the time.
         let mut hello = vec![3, 3];
@@ -514,10 +545,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let alpha = identity(&dir, "alpha");
         let (listener, address) = listener().await;
-        let error = connect(&address, &alpha, &[], Duration::from_millis(200)).await.unwrap_err();
+        let error = connect(&address, &alpha, &[], None, Duration::from_millis(200)).await.unwrap_err();
         assert!(matches!(error, LinkError::TimedOut { .. }), "{error}");
         drop(listener);
-        let error = connect(&address, &alpha, &[], SOON).await.unwrap_err();
+        let error = connect(&address, &alpha, &[], None, SOON).await.unwrap_err();
         assert!(matches!(error, LinkError::Unreachable { .. }), "{error}");
     }
 }

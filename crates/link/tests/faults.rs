@@ -26,7 +26,7 @@ struct Port {
 
 impl Port {
     fn open(identity: &Identity) -> Self {
-        let (sessions, acceptor) = (Sessions::new(), Acceptor::new(identity));
+        let (sessions, acceptor) = (Sessions::new(), Acceptor::new(identity, None));
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let (refused, refusals) = std::sync::mpsc::channel();

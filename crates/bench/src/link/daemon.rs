@@ -69,7 +69,7 @@ pub(super) fn measure(bench: &Loopback, way: Way, time: Duration) -> Result<Meas
                 one_thread()?.block_on(async {
                     let from = tokio_socket(from_source)?;
                     let there = [bench.destination.fingerprint()];
-                    let to = vmferry_link::connect(&address, &bench.source, &there, CONNECT).await?;
+                    let to = vmferry_link::connect(&address, &bench.source, &there, None, CONNECT).await?;
                     Ok(pass_on(way, from, to.io).await?)
                 })
             })
@@ -80,7 +80,7 @@ pub(super) fn measure(bench: &Loopback, way: Way, time: Duration) -> Result<Meas
                     listener.set_nonblocking(true)?;
                     let listener = tokio::net::TcpListener::from_std(listener)?;
                     let (tcp, _) = listener.accept().await?;
-                    let from = Acceptor::new(&bench.destination).accept(tcp, CONNECT).await?;
+                    let from = Acceptor::new(&bench.destination, None).accept(tcp, CONNECT).await?;
                     Ok(take_in(way, from.io, tokio_socket(to_destination)?).await?)
                 })
             })
