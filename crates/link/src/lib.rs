@@ -3,6 +3,9 @@
 //! There is no certificate authority. Each agent has an [`Identity`], a key with a certificate that it signed itself,
 //! and knows its peers by the [`Fingerprint`] of theirs. Two agents become peers once, by a [`JoinToken`] that a person
 //! carries from one to the other. From then on every connection is TLS 1.3 in which both sides prove who they are.
+//!
+//! The data of a migration goes over a [`Link`]: several streams that resume where they broke. A [`Channel`] is one pipe
+//! of bytes, whatever carries it. `docs/PROTOCOL.md` says what is on the wire.
 
 mod address;
 mod authority;

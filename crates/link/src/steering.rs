@@ -20,8 +20,10 @@ const WANTED: f64 = 0.001;
 const UNIT: f64 = 48.0 * 1024.0;
 /// How far the rate goes from what went through.
 const GAIN: f64 = 0.05;
+/// A queue that is longer than the wanted one by so many times is emptied no faster.
+const DEEP: f64 = 3.0;
 /// How fast the rate grows while there is hardly a queue, each interval.
-const GROWTH: f64 = 1.02;
+const GROWTH: f64 = 1.04;
 /// A rate that is so much more than what goes through holds nothing up.
 const LOOSE: f64 = 1.5;
 /// So long a queue may stay before it is somebody else's.
@@ -109,7 +111,7 @@ impl Steering {
             self.careless_until = now + CARELESS;
             return;
         }
-        let room = (1.0 - queue / wanted).clamp(-1.0, 1.0);
+        let room = (1.0 - queue / wanted).clamp(-DEEP, 1.0);
         let around = self.through * (1.0 + GAIN * room);
         self.rate = match self.rate {
             None if queue > wanted => Some(around),
