@@ -115,6 +115,9 @@ fn is_over(state: &State, index: usize) -> bool {
     state.down.is_some() || state.streams[index].is_over()
 }
 
+/// How often a stream that was welcome before may be refused before that is believed.
+const MOST_REFUSALS: u32 = 2;
+
 /// Dials until a connection has joined the stream; `None` when the link is over or time is up.
 fn dial(
     shared: &Shared,
@@ -124,6 +127,7 @@ fn dial(
     last_error: &mut Arc<dyn std::error::Error + Send + Sync>,
 ) -> Option<Connection> {
     let mut pause = PAUSES.0;
+    let mut refusals = 0;
     loop {
         if is_over(&shared.lock(), index) {
             return None;
@@ -139,7 +143,8 @@ fn dial(
         // A stream that never was connected has nothing to lose by failing at once, and its user waits for an answer.
         let first = shared.lock().streams[index].counters.connects == 0;
         match failed {
-            JoinError::Refused(refusal) if !refusal.may_pass() => {
+            // What was welcome before is refused when a byte was changed on the way: on plain streams TLS does not tell.
+            JoinError::Refused(refusal) if !refusal.may_pass() && (first || refusals == MOST_REFUSALS) => {
                 // What has been closed over there is not known there any more.
                 let refused = LinkDown::Refused { stream: index as u8, refusal };
                 let left = shared.lock().streams[index].left_by_peer();
@@ -150,7 +155,10 @@ fn dial(
                 }
                 return None;
             }
-            other => *last_error = Arc::new(other),
+            other => {
+                refusals += u32::from(matches!(&other, JoinError::Refused(refusal) if !refusal.may_pass()));
+                *last_error = Arc::new(other);
+            }
         }
         if first || Instant::now() + pause >= until {
             return None;
