@@ -112,13 +112,7 @@ impl Drop for Preparing<'_> {
 }
 
 impl Agent {
-    fn new(
-        config: Config,
-        store: Store,
-        trusts: Trusts,
-        listens: Option<SocketAddr>,
-        sessions: Sessions,
-    ) -> Arc<Self> {
+    fn new(config: Config, store: Store, trusts: Trusts, listens: Option<SocketAddr>, sessions: Sessions) -> Arc<Self> {
         Arc::new(Self {
             config,
             store,

@@ -151,11 +151,7 @@ fn listen_local(socket: &Path) -> Result<UnixListener, ServeError> {
     Ok(listener)
 }
 
-async fn listen_peers(
-    listen: Listen,
-    acceptor: Acceptor,
-    sessions: &Sessions,
-) -> Result<Option<Incoming>, ServeError> {
+async fn listen_peers(listen: Listen, acceptor: Acceptor, sessions: &Sessions) -> Result<Option<Incoming>, ServeError> {
     let Listen::At(address) = listen else { return Ok(None) };
     let failed = |source| ServeError::Listen { address: address.to_string(), source };
     let listener = match TcpListener::bind(address).await {

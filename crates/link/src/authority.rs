@@ -55,9 +55,12 @@ impl Authority {
         let (roots, crypto) = (Arc::new(roots), crate::tls::crypto());
         let other = |error: rustls::server::VerifierBuilderError| unusable(rustls::Error::General(error.to_string()));
         Ok(Self {
-            servers: WebPkiServerVerifier::builder_with_provider(Arc::clone(&roots), Arc::<CryptoProvider>::clone(&crypto))
-                .build()
-                .map_err(other)?,
+            servers: WebPkiServerVerifier::builder_with_provider(
+                Arc::clone(&roots),
+                Arc::<CryptoProvider>::clone(&crypto),
+            )
+            .build()
+            .map_err(other)?,
             clients: WebPkiClientVerifier::builder_with_provider(roots, crypto).build().map_err(other)?,
         })
     }
@@ -133,8 +136,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let acceptor = Acceptor::new(server, servers_authority);
-        let accepting =
-            tokio::spawn(async move { acceptor.accept(listener.accept().await.unwrap().0, SOON).await });
+        let accepting = tokio::spawn(async move { acceptor.accept(listener.accept().await.unwrap().0, SOON).await });
         let connected = connect(&address, client, &[], clients_authority, SOON).await?;
         assert!(connected.vouched_for);
         Ok(accepting.await.unwrap().unwrap().vouched_for)

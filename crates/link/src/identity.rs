@@ -8,11 +8,11 @@ use std::str::FromStr;
 
 use aws_lc_rs::digest::{SHA256, digest};
 use data_encoding::BASE32_NOPAD;
-use rustls::crypto::aws_lc_rs::sign as aws_lc_rs_sign;
-use rustls::sign::CertifiedKey;
 use rcgen::{CertificateParams, DnType, KeyPair};
+use rustls::crypto::aws_lc_rs::sign as aws_lc_rs_sign;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::sign::CertifiedKey;
 use serde::{Deserialize, Serialize};
 
 /// What an agent is known by: the SHA-256 of its certificate. Written as 52 letters and digits.

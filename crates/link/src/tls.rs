@@ -135,8 +135,7 @@ pub async fn connect(
 /// The host's name, for an authority's certificate; pinned ones may say what they like.
 fn name_in(address: &str) -> ServerName<'static> {
     let host = address.rsplit_once(':').map_or(address, |(host, _)| host).trim_matches(['[', ']']);
-    ServerName::try_from(host.to_owned())
-        .unwrap_or_else(|_| ServerName::try_from(NO_NAME).expect("it is a name"))
+    ServerName::try_from(host.to_owned()).unwrap_or_else(|_| ServerName::try_from(NO_NAME).expect("it is a name"))
 }
 
 /// Makes the handshake of a stream over what is connected already, as the connecting side.
@@ -436,10 +435,7 @@ mod tests {
             .with_protocol_versions(&VERSIONS)
             .unwrap()
             .with_client_cert_verifier(Arc::new(AnyClient { crypto: crypto() }))
-            .with_cert_resolver(Arc::new(Swapped {
-                certificate: beta.chain[0].clone(),
-                key: mallory.key.clone_key(),
-            }));
+            .with_cert_resolver(Arc::new(Swapped { certificate: beta.chain[0].clone(), key: mallory.key.clone_key() }));
         config.alpn_protocols = vec![ALPN.to_vec()];
         let (listener, address) = listener().await;
         let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
@@ -494,8 +490,12 @@ mod tests {
             assert!(accepted.is_err() && begun.elapsed() < SOON, "{said}");
         }
         // TLS, but without a certificate.
-        let verifier =
-            Arc::new(ExpectedServer { crypto: crypto(), expected: vec![beta.fingerprint()], authority: None, found: Mutex::new(None) });
+        let verifier = Arc::new(ExpectedServer {
+            crypto: crypto(),
+            expected: vec![beta.fingerprint()],
+            authority: None,
+            found: Mutex::new(None),
+        });
         let mut config = ClientConfig::builder_with_provider(crypto())
             .with_protocol_versions(&VERSIONS)
             .unwrap()

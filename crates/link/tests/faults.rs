@@ -317,6 +317,24 @@ fn a_byte_that_is_changed_on_a_plain_stream_is_noticed_and_the_frame_is_sent_aga
 }
 
 #[test]
+fn who_hears_the_last_word_and_leaves_at_once_has_heard_it() {
+    for _ in 0..10 {
+        let pair = pair(Security::Tls, options());
+        let beta = Arc::clone(&pair.beta);
+        let answering = std::thread::spawn(move || {
+            while let Some(frame) = beta.recv_urgent()? {
+                beta.send_urgent(frame.kind, frame.payload)?;
+            }
+            beta.close()
+        });
+        pair.alpha.send_urgent(7, Bytes::from_static(b"and your last word?")).unwrap();
+        assert_eq!(pair.alpha.recv_urgent().unwrap().unwrap().kind, 7);
+        pair.alpha.close().unwrap();
+        answering.join().unwrap().unwrap();
+    }
+}
+
+#[test]
 fn a_rate_is_kept_and_can_be_changed_while_data_flows() {
     let pair = pair(Security::Tls, LinkOptions { rate: Some(20_000_000), ..options() });
     let beta = Arc::clone(&pair.beta);

@@ -56,7 +56,7 @@ pub(crate) struct State {
     pub(crate) compression: Compression,
     /// Why the link is over.
     pub(crate) down: Option<LinkDown>,
-    closing: bool,
+    pub(crate) closing: bool,
 }
 
 /// One stream.
@@ -280,11 +280,17 @@ impl Shared {
                 Some(down) => break Err(down.clone()),
                 None => {}
             }
-            if state.streams.iter().all(|stream| stream.outgoing.is_empty()) {
+            if state.streams.iter().all(|stream| stream.outgoing.is_empty() && stream.owes_no_ack()) {
                 break Ok(());
             }
             if state.peer_has_ended() && state.streams.iter_mut().all(StreamState::has_said_everything) {
-                break if state.everything_was_taken() { Ok(()) } else { Err(LinkDown::PeerGaveUp) };
+                if state.everything_was_taken() {
+                    break Ok(());
+                }
+                // Until it has left, its last acks may be on their way.
+                if state.streams.iter().all(|stream| stream.connection.is_none()) {
+                    break Err(LinkDown::PeerGaveUp);
+                }
             }
             if Instant::now() >= until {
                 let waited = self.options.patience;
@@ -480,6 +486,12 @@ impl StreamState {
             Some(_) => self.outgoing.next().is_none() && self.acked == self.incoming.taken(),
             None => self.is_over(),
         }
+    }
+
+    /// The other side, as long as it can be told, was told of everything that was taken: it must not take what was
+    /// taken for lost when this side leaves.
+    fn owes_no_ack(&self) -> bool {
+        self.connection.is_none() || self.ack_due.is_none()
     }
 
     /// A frame was taken; whether the writing thread must be told that there is an ack to send.

@@ -112,6 +112,7 @@ impl<'a> Writing<'a> {
         let every = if self.index == URGENT && state.bulk_is_recent() { PING_IN_BULK } else { PING };
         // The first one at once: the way is still empty then, so that the steering learns how short it is.
         let mut due = self.last_ping.map_or(now, |last| last + every);
+        let closing = state.closing;
         let stream = &mut state.streams[self.index];
         if let Some(number) = stream.pong.take() {
             control.extend(Header::bare(Type::Pong, number).encode());
@@ -127,7 +128,7 @@ impl<'a> Writing<'a> {
         if stream.ack_due.is_some_and(|due| now >= due) {
             stream.ack_due = None;
             stream.acked = stream.incoming.taken();
-            let closing = stream.ended;
+            let closing = closing || stream.ended;
             control.extend(Header::bare(Type::Ack, stream.acked).encode());
             if closing {
                 self.shared.progress.notify_all();
