@@ -195,3 +195,13 @@ async fn limits_that_make_no_sense_are_refused() {
         assert_refused(&bed, &output, code, &[word]).await;
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_peer_cannot_have_anything_started_but_a_qemu() {
+    let bed = bed::start(options(), guest(Mode::Idle)).await;
+    let mut offer = crate::api::offer_with_disk(&bed, "/nowhere".as_ref()).await;
+    offer.disks.clear();
+    offer.spec.argv[0] = "/bin/sh".into();
+    let problem = crate::api::check(&bed, &offer).await.expect_err("that is no QEMU");
+    assert!(problem.message.contains("is no QEMU"), "{problem:?}");
+}

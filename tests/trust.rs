@@ -141,6 +141,27 @@ async fn a_stranger_can_do_no_more_than_ask_who_is_there() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn strangers_who_hold_on_to_connections_keep_no_peer_out() {
+    let bed = bed::start(options(), guest(Mode::Write)).await;
+    let (mallory, beta) = (stranger(&bed, "mallory"), crate::api::identity_of(bed.beta()).fingerprint());
+    let mut held = Vec::new();
+    for _ in 0..100 {
+        let connected = vmferry_link::connect(&bed.to(), &mallory, &[beta], None, Duration::from_secs(10)).await;
+        held.push(connected.expect("anybody can make a key"));
+    }
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let mut closed = 0;
+    for stream in &mut held {
+        let mut byte = [0; 1];
+        let read = tokio::io::AsyncReadExt::read(&mut stream.io, &mut byte);
+        closed += usize::from(tokio::time::timeout(Duration::from_millis(5), read).await.is_ok());
+    }
+    assert_eq!(closed, 100 - 64, "strangers have 64 places");
+    run(bed.alpha(), &["migrate", VM, "--to", "beta"], 0).await;
+    bed.assert_runs_only_on(1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn one_peer_cannot_touch_the_migration_of_another() {
     let bed = bed::start(options(), guest(Mode::Write)).await;
     let gamma = beta_as(&bed, stranger(&bed, "gamma"));

@@ -43,6 +43,12 @@ pub enum AgentError {
         /// What to do.
         hint: Option<String>,
     },
+    /// Later it may be different.
+    #[error("wait for {what}")]
+    Busy {
+        /// What keeps it.
+        what: String,
+    },
     /// A migration of this VM is under way.
     #[error("{name} is being migrated")]
     MigrationRuns {
@@ -210,6 +216,7 @@ impl AgentError {
             Self::VmExists { .. } => Code::VmExists,
             Self::BadRequest { .. } | Self::CommandLine(_) => Code::BadRequest,
             Self::Conflict { .. } => Code::Conflict,
+            Self::Busy { .. } => Code::Busy,
             Self::MigrationRuns { .. } => Code::MigrationRuns,
             Self::BadLimit { .. } => Code::BadLimit,
             Self::NotMigratable { .. } => Code::NotMigratable,

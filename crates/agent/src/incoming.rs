@@ -100,8 +100,9 @@ pub struct CheckReply {
 /// A QEMU waits.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub struct Prepared {
-    /// Where, as QEMU's `migrate` wants it; empty when its connections are relayed.
-    pub uri: String,
+    /// At which port of this host; none when its connections are relayed. A source takes no more from a destination
+    /// than this: QEMU runs what some addresses name.
+    pub port: Option<u16>,
     /// What it was set to: less than was asked for when this host does not permit post-copy.
     pub setup: Setup,
     /// What the user should know, one plain sentence each.
@@ -115,8 +116,10 @@ pub struct IncomingState {
     pub step: InStep,
     /// Why, when it was abandoned.
     pub detail: Option<String>,
-    /// Where to reconnect to, when post-copy waits for that.
-    pub uri: Option<String>,
+    /// Post-copy waits for a new connection.
+    pub listens: bool,
+    /// At this port; none when its connections are relayed.
+    pub port: Option<u16>,
     /// Post-copy was to be recovered, but all memory is here.
     pub complete: bool,
 }
@@ -175,6 +178,12 @@ fn acceptable(agent: &Agent, protection: &Protection, caller: &Caller) -> Result
     }
 }
 
+/// By its name, as distributions call it.
+fn is_qemu(binary: &str) -> bool {
+    let name = binary.rsplit('/').next().unwrap_or_default();
+    name.starts_with("qemu-") || name == "kvm"
+}
+
 async fn suitable(agent: &Agent, offer: &Offer) -> Result<(CommandLine, Accel, QemuInfo), AgentError> {
     let name = &offer.spec.name;
     check_name(name)?;
@@ -182,6 +191,10 @@ async fn suitable(agent: &Agent, offer: &Offer) -> Result<(CommandLine, Accel, Q
         return Err(AgentError::VmExists { name: name.clone(), host: agent.config.name.clone() });
     }
     let command = CommandLine::parse(&offer.spec.argv)?;
+    if !is_qemu(command.binary()) {
+        let message = format!("{:?} is no QEMU: nothing else is started for another host", command.binary());
+        return Err(AgentError::BadRequest { message, hint: None });
+    }
     let binary = agent.find_qemu(&command)?;
     let accel = match offer.accelerator.as_str() {
         "kvm" => agent.accelerator(&binary).await,
@@ -238,7 +251,7 @@ pub async fn prepare(agent: &Arc<Agent>, mut offer: Offer, caller: Caller) -> Re
     }
     match received {
         Ok(prepared) => {
-            tracing::info!(vm = name, migration = %offer.id, from = offer.from, uri = prepared.uri, "waits for a guest");
+            tracing::info!(vm = name, migration = %offer.id, from = offer.from, port = prepared.port, "waits for a guest");
             Ok(prepared)
         }
         Err(error) => {
@@ -275,32 +288,33 @@ async fn receive(
         };
         vm.qmp.execute(channels).await?;
     }
-    let uri = match protection {
+    let port = match protection {
         Protection::Relay => {
             vm.qmp.execute(commands::MigrateIncoming { uri: relay::begin_receiving(vm)? }).await?;
-            String::new()
+            None
         }
-        _ => listen(vm, address).await?,
+        _ => Some(listen(vm, address).await?),
     };
-    Ok(Prepared { uri, setup, notes })
+    Ok(Prepared { port, setup, notes })
 }
 
 fn as_strs(names: &[String]) -> Vec<&str> {
     names.iter().map(String::as_str).collect()
 }
 
-async fn listen(vm: &Vm, address: IpAddr) -> Result<String, AgentError> {
+async fn listen(vm: &Vm, address: IpAddr) -> Result<u16, AgentError> {
     vm.qmp.execute(commands::MigrateIncoming { uri: tcp_uri(address, 0) }).await?;
     // QEMU chose the port.
     let info = vm.qmp.execute(commands::QueryMigrate {}).await?;
     let port = info.socket_address.iter().flatten().find_map(vmferry_qemu::qmp::commands::SocketAddress::tcp_port);
-    port.map(|port| tcp_uri(address, port)).ok_or_else(|| AgentError::Conflict {
+    port.ok_or_else(|| AgentError::Conflict {
         message: "the destination's QEMU does not tell where it listens".into(),
         hint: None,
     })
 }
 
-fn tcp_uri(address: IpAddr, port: u16) -> String {
+/// As QEMU's `migrate` and `migrate-incoming` want it.
+pub(crate) fn tcp_uri(address: IpAddr, port: u16) -> String {
     format!("tcp:{}", std::net::SocketAddr::new(address, port))
 }
 
@@ -318,7 +332,13 @@ pub fn state(agent: &Agent, id: Uuid) -> Result<IncomingState, AgentError> {
         message: format!("this host knows no incoming migration {id}"),
         hint: None,
     })?;
-    Ok(IncomingState { step, detail: detail.filter(|_| step == InStep::Abandoned), uri: None, complete: false })
+    Ok(IncomingState {
+        step,
+        detail: detail.filter(|_| step == InStep::Abandoned),
+        listens: false,
+        port: None,
+        complete: false,
+    })
 }
 
 /// Makes this host the owner of the guest, if it can run it, and sets it running. May be asked again: the answer stays
@@ -327,7 +347,12 @@ pub async fn commit(agent: &Arc<Agent>, id: Uuid, caller: &Caller) -> Result<Inc
     let Some(incoming) = agent.incoming(id) else {
         // It never came this far; or its VM is gone again; or this agent was started since, and has seen to it then.
         abandon_unheard(agent, id, caller, "this host knows nothing of it")?;
-        return state(agent, id);
+        return match agent.store.step_in(id)? {
+            Some((InStep::Prepared, _)) => {
+                Err(AgentError::Busy { what: "the VM's QEMU, which does not answer the new agent yet".into() })
+            }
+            _ => state(agent, id),
+        };
     };
     let _turn = incoming.turn.lock().await;
     incoming.heard();
@@ -462,16 +487,17 @@ pub async fn recover(agent: &Agent, id: Uuid, address: IpAddr) -> Result<Incomin
     if !matches!(agent.store.step_in(id)?, Some((InStep::Committed, _))) {
         return Err(conflict(format!("no post-copy to recover in migration {id}")));
     }
-    let name = agent.store.vm_of(id)?;
+    let name = newest_vm_of(agent, id)?;
     let vm = match agent.vm(&name) {
-        Ok(vm) if vm.is_alive() && vm.stage() == Stage::Owned => vm,
+        // Whatever its user is about to do with it: without its memory nothing comes of that.
+        Ok(vm) if vm.is_alive() => vm,
         Err(error) if recovery::lives(agent, &name) => return Err(error),
         _ => return Err(conflict(format!("{name} does not run on {} any more", agent.config.name))),
     };
     let mut state = state(agent, id)?;
     match listen_again(&vm, address).await {
-        Ok(uri) => {
-            state.uri = Some(uri);
+        Ok(port) => {
+            (state.listens, state.port) = (true, port);
             return Ok(state);
         }
         Err(AgentError::Qmp(QmpError::Command { desc, .. })) => {
@@ -503,25 +529,37 @@ pub async fn recover(agent: &Agent, id: Uuid, address: IpAddr) -> Result<Incomin
 /// Has a QEMU whose post-copy is paused listen once more. It can do this even while its main loop, which would tell
 /// what port it chose, waits for a page: so the port is chosen here. That somebody takes it in between is seen, and the
 /// source asks again.
-async fn listen_again(vm: &Vm, address: IpAddr) -> Result<String, AgentError> {
+async fn listen_again(vm: &Vm, address: IpAddr) -> Result<Option<u16>, AgentError> {
     if relay::is_receiving(vm) {
         let uri = relay::uri_at_destination(vm);
         vm.qmp.execute(commands::MigrateRecover { uri }).await?;
-        return Ok(String::new());
+        return Ok(None);
     }
     let free = std::net::TcpListener::bind((address, 0)).and_then(|listener| listener.local_addr());
-    let uri = tcp_uri(address, free.map_err(AgentError::io(address.to_string()))?.port());
-    vm.qmp.execute(commands::MigrateRecover { uri: uri.clone() }).await?;
-    Ok(uri)
+    let port = free.map_err(AgentError::io(address.to_string()))?.port();
+    vm.qmp.execute(commands::MigrateRecover { uri: tcp_uri(address, port) }).await?;
+    Ok(Some(port))
 }
 
 /// The VM that this migration brings, for one of its connections that is relayed.
 pub(crate) fn relayed_vm(agent: &Agent, id: Uuid) -> Result<Arc<Vm>, AgentError> {
-    let vm = agent.vm(&agent.store.vm_of(id)?)?;
+    let vm = agent.vm(&newest_vm_of(agent, id)?)?;
     match relay::is_receiving(&vm) {
         true => Ok(vm),
         false => {
             Err(AgentError::Conflict { message: "this migration's connections are not relayed".into(), hint: None })
+        }
+    }
+}
+
+/// The VM of this migration, if it was the last one to bring a VM of that name here: what another brought since is none
+/// of its source's business.
+fn newest_vm_of(agent: &Agent, id: Uuid) -> Result<String, AgentError> {
+    let name = agent.store.vm_of(id)?;
+    match agent.store.newest_in(&name)? {
+        Some(newest) if newest == id => Ok(name),
+        _ => {
+            Err(AgentError::Conflict { message: format!("{name} came here with another migration since"), hint: None })
         }
     }
 }

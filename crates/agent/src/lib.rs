@@ -6,6 +6,7 @@
 //! `recovery` what an agent does with what its predecessor left; `client` is the other end of the local API.
 
 pub mod api;
+mod callers;
 pub mod client;
 pub mod config;
 mod console;

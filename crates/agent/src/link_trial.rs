@@ -329,14 +329,17 @@ pub(crate) fn accept(agent: &Agent, offer: TrialOffer, caller: &Caller) -> Resul
 pub(crate) async fn run(agent: &Arc<Agent>, to: &str, trial: Trial) -> Result<TrialResult, AgentError> {
     let peer = trust::find_peer(agent, to)?;
     let met = peer.hello().await?;
-    if trial.security == Security::Plain && agent.config.security_of(met.remote) != Security::Plain {
+    if trial.security == Security::Plain && agent.config.security_of(met.remote.ip().to_canonical()) != Security::Plain
+    {
         return Err(AgentError::PlainRefused { host: agent.config.name.clone() });
     }
+    let (address, remote) = (met.remote.to_string(), met.remote.ip().to_canonical());
+    let peer = trust::pinned(agent, &address, met.key);
     let place = Place::take()?;
     let (session, key) = (SessionId::random(), SessionKey::random());
     let options = trial.link_options(session, key.clone())?;
     let accepted = peer.try_streams(&TrialOffer { trial: trial.clone(), session, key }).await?;
-    let (dialer, security) = dialer(agent, peer.address(), met.key, met.remote, trial.security, &accepted.ciphers);
+    let (dialer, security) = dialer(agent, &address, met.key, remote, trial.security, &accepted.ciphers);
     let running = tokio::task::spawn_blocking(move || {
         let _place = place;
         let link = Link::connect(dialer, options)?;

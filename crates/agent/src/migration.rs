@@ -11,6 +11,7 @@
 //!
 //! Each step is written to the journal before it is done; `recovery.rs` goes on from there after a crash.
 
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -29,7 +30,7 @@ use crate::disks;
 use crate::engine::qemu::{self, QemuEngine, Wishes};
 use crate::engine::{EngineError, Protection, RamEngine, Seen, Setup, Totals};
 use crate::error::{AgentError, in_one_line};
-use crate::incoming::{CheckReply, Offer};
+use crate::incoming::{CheckReply, Offer, tcp_uri};
 use crate::peer::{Met, Peer, PeerError};
 use crate::relay::Relay;
 use crate::store::{InStep, OutRecord, OutStep};
@@ -194,6 +195,8 @@ struct Plan {
     features: Features,
     peer: Peer,
     peer_key: Fingerprint,
+    /// Where its agent is, and its QEMU will be.
+    remote: IpAddr,
     protect: Protect,
     /// The most to send over the network between the hosts, in bytes a second.
     rate: Option<u64>,
@@ -225,8 +228,11 @@ impl Protect {
 /// Refuses everything that can be refused; nothing is touched, here or there.
 async fn plan(agent: &Agent, vm: &Vm, id: Uuid, request: &MigrateRequest) -> Result<Plan, AgentError> {
     let run_state = movable(vm).await?;
-    let peer = trust::find_peer(agent, &request.to)?;
-    let Met { hello, key: peer_key, remote } = peer.hello().await?;
+    let found = trust::find_peer(agent, &request.to)?;
+    let Met { hello, key: peer_key, remote: address } = found.hello().await?;
+    // From here on it is this one and no other, whatever names and addresses come to mean.
+    let peer = trust::pinned(agent, &address.to_string(), peer_key);
+    let remote = address.ip().to_canonical();
     // The disks may lie on storage that does not answer, which must not keep others waiting.
     let spec = vm.spec.clone();
     let put = tokio::task::spawn_blocking(move || disks::Markers::put(&spec, id));
@@ -295,7 +301,19 @@ async fn plan(agent: &Agent, vm: &Vm, id: Uuid, request: &MigrateRequest) -> Res
         notes,
     };
     let rate = agent.config.network_of(remote).and_then(|network| network.rate).map(|rate| rate.0);
-    Ok(Plan { view, offer, there, features, peer, peer_key, protect, rate, markers: Some(markers), post_copy_first })
+    Ok(Plan {
+        view,
+        offer,
+        there,
+        features,
+        peer,
+        peer_key,
+        remote,
+        protect,
+        rate,
+        markers: Some(markers),
+        post_copy_first,
+    })
 }
 
 fn loses_writes(vm: &Vm) -> String {
@@ -481,12 +499,12 @@ impl Run {
         if plan.post_copy_first && !self.limits.post_copy {
             return Err(Halt::Undo(only_by_post_copy(&self.vm)));
         }
-        let uri = match plan.offer.protection {
-            Protection::Relay => {
-                let relay = Relay::open(&self.vm, plan.peer.clone(), self.migration.id)?;
-                self.relay.insert(relay).uri().to_owned()
-            }
-            _ => prepared.uri,
+        let uri = if plan.offer.protection == Protection::Relay {
+            let relay = Relay::open(&self.vm, plan.peer.clone(), self.migration.id)?;
+            self.relay.insert(relay).uri().to_owned()
+        } else {
+            let port = prepared.port.ok_or_else(|| no_port(&plan.view.to))?;
+            tcp_uri(plan.remote, port)
         };
         let wishes = Wishes {
             uri,
@@ -559,9 +577,11 @@ impl Run {
         self.step(Step::PostCopy);
         let (told, peer) = (Arc::clone(&self.migration), self.plan.peer.clone());
         let note = |text| told.note(text);
-        let relay_uri = self.relay.as_ref().map(|relay| relay.uri().to_owned());
-        let progress = |seen: &Seen| self.tell_progress(seen);
-        match follow_post_copy(engine, &peer, told.id, relay_uri.as_deref(), note, progress).await {
+        let way = match &self.relay {
+            Some(relay) => Way::Relayed(relay.uri().to_owned()),
+            None => Way::Direct(self.plan.remote),
+        };
+        match follow_post_copy(engine, &peer, told.id, &way, note, |seen| self.tell_progress(seen)).await {
             Ok(()) => Ok(()),
             Err(reason) => Err(self.stranded(reason)),
         }
@@ -718,7 +738,11 @@ impl Run {
     }
 }
 
-/// Has our QEMU protect what it sends. One that cannot read its key, since it runs as somebody else, is relayed.
+fn no_port(host: &str) -> AgentError {
+    AgentError::Conflict { message: format!("{host} does not tell where its QEMU listens"), hint: None }
+}
+
+/// Has our QEMU protect what it sends; one that cannot is relayed.
 async fn protect(vm: &Vm, plan: &mut Plan) -> Result<Protection, AgentError> {
     Relay::forget(vm);
     if let Protect::Tls(cipher) = plan.protect {
@@ -776,9 +800,9 @@ pub(crate) async fn settle_commit(peer: &Peer, id: Uuid, note: impl Fn(String)) 
         match peer.commit(id).await {
             Ok(state) => match state.step {
                 InStep::Committed => return Ok(()),
-                InStep::Abandoned | InStep::Prepared => {
-                    return Err(state.detail.unwrap_or_else(|| "it gives no reason".into()));
-                }
+                InStep::Abandoned => return Err(state.detail.unwrap_or_else(|| "it gives no reason".into())),
+                // That is no answer.
+                InStep::Prepared => tokio::time::sleep(RETRY).await,
             },
             Err(error) => {
                 if !std::mem::replace(&mut told, true) {
@@ -794,13 +818,29 @@ pub(crate) async fn settle_commit(peer: &Peer, id: Uuid, note: impl Fn(String)) 
     }
 }
 
-/// Follows post-copy to its end, over new connections when one is lost: `Err` says why it has no end. When they are
-/// relayed, they are made to `relay_uri`.
+/// Where QEMU connects to.
+pub(crate) enum Way {
+    /// To the destination's QEMU, which is at this address.
+    Direct(IpAddr),
+    /// To this agent, at this URI.
+    Relayed(String),
+}
+
+impl Way {
+    fn uri(&self, port: Option<u16>) -> Option<String> {
+        match self {
+            Self::Direct(address) => Some(tcp_uri(*address, port?)),
+            Self::Relayed(uri) => Some(uri.clone()),
+        }
+    }
+}
+
+/// Follows post-copy to its end, over new connections when one is lost: `Err` says why it has no end.
 pub(crate) async fn follow_post_copy(
     engine: &mut dyn RamEngine,
     peer: &Peer,
     id: Uuid,
-    relay_uri: Option<&str>,
+    way: &Way,
     note: impl Fn(String),
     mut progress: impl FnMut(&Seen),
 ) -> Result<(), String> {
@@ -828,7 +868,7 @@ pub(crate) async fn follow_post_copy(
                         peer.address()
                     ));
                 }
-                if reconnect(engine, peer, id, relay_uri).await? {
+                if reconnect(engine, peer, id, way).await? {
                     return Ok(());
                 }
                 tokio::time::sleep(RETRY).await;
@@ -842,12 +882,13 @@ pub(crate) async fn follow_post_copy(
 }
 
 /// Tries once to make the connection anew. True when that is not needed: the destination has all memory.
-async fn reconnect(engine: &mut dyn RamEngine, peer: &Peer, id: Uuid, relay_uri: Option<&str>) -> Result<bool, String> {
+async fn reconnect(engine: &mut dyn RamEngine, peer: &Peer, id: Uuid, way: &Way) -> Result<bool, String> {
     match peer.recover(id).await {
         Ok(state) if state.complete => return Ok(true),
         Ok(state) => {
-            if let Some(uri) = state.uri
-                && let Err(error) = engine.reconnect(relay_uri.unwrap_or(&uri)).await
+            if state.listens
+                && let Some(uri) = way.uri(state.port)
+                && let Err(error) = engine.reconnect(&uri).await
             {
                 tracing::debug!(error = in_one_line(&error), "cannot reconnect yet");
             }

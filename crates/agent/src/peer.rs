@@ -1,7 +1,7 @@
 //! Talking to another agent: the client of the API between agents, HTTP over a connection that both have proved who
 //! they are on.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -132,7 +132,7 @@ pub struct Peer {
 struct Connection {
     requests: SendRequest<Body>,
     peer: Fingerprint,
-    remote: IpAddr,
+    remote: SocketAddr,
 }
 
 /// What an agent answered.
@@ -140,7 +140,7 @@ pub struct Answer {
     /// Who it proved to be.
     pub peer: Fingerprint,
     /// Where it is.
-    pub remote: IpAddr,
+    pub remote: SocketAddr,
     /// The status of HTTP.
     pub status: StatusCode,
     /// The body.
@@ -154,7 +154,7 @@ pub struct Met {
     /// What it proved to be.
     pub key: Fingerprint,
     /// Where it is.
-    pub remote: IpAddr,
+    pub remote: SocketAddr,
 }
 
 impl Peer {
@@ -193,6 +193,8 @@ impl Peer {
     /// Makes the two of us peers, by the secret of a token of its; `name` is what this host calls itself, and `port`
     /// where its agent listens.
     pub async fn join(&self, secret: &Secret, name: &str, port: Option<u16>) -> Result<Hello, PeerError> {
+        // Over a new connection: a secret is used once, so that it must not be said again over the next.
+        self.take_idle();
         let join = Join { secret: secret.to_string(), name: name.into(), port };
         self.ask(Method::POST, "/v1/join", Some(&join), ANSWER_TIMEOUT).await
     }
@@ -312,7 +314,7 @@ impl Peer {
         let (requests, connection) = handshake(TokioIo::new(stream.io)).await.map_err(|error| self.broken(error))?;
         // It ends when the last request is dropped; an error is told to whoever waits for an answer.
         tokio::spawn(connection.with_upgrades());
-        Ok(Connection { requests, peer: stream.peer, remote: stream.remote.ip().to_canonical() })
+        Ok(Connection { requests, peer: stream.peer, remote: stream.remote })
     }
 
     async fn ask_over(

@@ -17,12 +17,12 @@ use crate::engine::qemu::{self, QemuEngine, Wishes};
 use crate::engine::{EngineError, Setup};
 use crate::error::{AgentError, in_one_line};
 use crate::incoming::{Incoming, set_running, watch_lease};
-use crate::migration::{follow_post_copy, retire, settle_commit, strand};
+use crate::migration::{Way, follow_post_copy, retire, settle_commit, strand};
 use crate::peer::Peer;
 use crate::relay::Relay;
-use crate::store::{OutRecord, OutStep, VmRecord};
+use crate::store::{InStep, OutRecord, OutStep, VmRecord};
 use crate::trust::pinned;
-use crate::vm::{Stage, Vm, pid_from_file};
+use crate::vm::{GRACE, Stage, Vm, pid_from_file};
 
 /// How long the monitor of a QEMU that lives may take to answer.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -75,6 +75,13 @@ async fn find_again(agent: &Arc<Agent>, mut record: VmRecord) -> Result<(), Agen
         if let Some(id) = record.incoming {
             agent.store.abandon_in(id, "its QEMU ended while no agent was there")?;
         }
+        return Ok(agent.store.remove_vm(&name)?);
+    }
+    if let Some(id) = record.incoming
+        && matches!(agent.store.step_in(id)?, Some((InStep::Abandoned, _)))
+    {
+        tracing::warn!(vm = name, pid = record.pid, migration = %id, "was abandoned, and goes");
+        vmferry_qemu::kill_process(record.pid, record.start_time, GRACE).await;
         return Ok(agent.store.remove_vm(&name)?);
     }
     agent.store.put_vm(&record)?;
@@ -213,12 +220,15 @@ async fn retire_after_post_copy(agent: &Agent, vm: &Vm, peer: &Peer, record: &Ou
         true => Some(Relay::open(vm, peer.clone(), record.id)?),
         false => None,
     };
+    let way = match &relay {
+        Some(relay) => Way::Relayed(relay.uri().into()),
+        None => Way::Direct(peer.hello().await?.remote.ip().to_canonical()),
+    };
     let limits = Limits { downtime: Duration::ZERO, max_time: None, post_copy: true };
     let wishes =
         Wishes { uri: String::new(), limits, bandwidth: None, setup: Setup::default(), post_copy_first: false };
     let mut engine = QemuEngine::new(vm.qmp.clone(), features, record.running, wishes);
-    if let Err(why) = follow_post_copy(&mut engine, peer, record.id, relay.as_ref().map(Relay::uri), note, |_| {}).await
-    {
+    if let Err(why) = follow_post_copy(&mut engine, peer, record.id, &way, note, |_| {}).await {
         return strand(agent, vm, record.id, &why);
     }
     agent.store.step_out(record.id, OutStep::Retire)?;

@@ -1,19 +1,18 @@
 //! Serving: the agent from its start to its end.
 
-use std::io::ErrorKind;
+use std::io::{Error, ErrorKind};
 use std::net::Ipv4Addr;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::extract::connect_info::Connected;
-use axum::serve::{IncomingStream, Listener};
 use rustix::fs::{FlockOperation, flock};
-use tokio::net::{TcpListener, TcpStream, UnixListener};
+use tokio::net::{TcpListener, UnixListener};
 use tokio_util::sync::CancellationToken;
 use vmferry_link::{Acceptor, Authority, AuthorityError, Identity, IdentityError, Incoming, Sessions};
 
+use crate::callers::Callers;
 use crate::config::{Config, Listen};
 use crate::error::AgentError;
 use crate::store::Store;
@@ -98,7 +97,7 @@ pub async fn serve(config: Config, end: CancellationToken) -> Result<(), ServeEr
     if let Some(incoming) = peers {
         let service = api::peer_router(&agent).into_make_service_with_connect_info::<Caller>();
         let end = end.clone().cancelled_owned();
-        tokio::spawn(axum::serve(Callers(incoming), service).with_graceful_shutdown(end).into_future());
+        tokio::spawn(axum::serve(Callers::new(incoming, &agent), service).with_graceful_shutdown(end).into_future());
     }
     let listens = agent.listens.map_or_else(|| "none".into(), |listen| listen.to_string());
     tracing::info!(listens, fingerprint = %agent.trusts.identity.fingerprint(), "known to other agents");
@@ -126,8 +125,23 @@ fn tell_systemd(state: &[sd_notify::NotifyState<'_>]) {
 }
 
 fn make_dir(path: &Path) -> Result<(), ServeError> {
-    let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
-    made.map_err(|source| ServeError::Dir { path: path.into(), source })
+    let failed = |path: &Path| {
+        let path = path.to_owned();
+        move |source| ServeError::Dir { path, source }
+    };
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed(path))?;
+    // Somebody may have made it before, or the one it is in: below /tmp, anybody can.
+    let us = rustix::process::geteuid().as_raw();
+    let owner = |path: &Path| std::fs::metadata(path).map(|it| it.uid()).map_err(failed(path));
+    let foreign = match path.parent() {
+        _ if owner(path)? != us => Some(path),
+        Some(parent) if ![us, 0].contains(&owner(parent)?) => Some(parent),
+        _ => None,
+    };
+    match foreign {
+        Some(path) => Err(failed(path)(Error::new(ErrorKind::PermissionDenied, "it belongs to somebody else"))),
+        None => Ok(()),
+    }
 }
 
 /// Held for as long as the agent lives; the kernel lets go of it even when the agent is killed.
@@ -162,33 +176,4 @@ async fn listen_peers(listen: Listen, acceptor: Acceptor, sessions: &Sessions) -
         bound => bound,
     };
     Incoming::new(listener.map_err(failed)?, acceptor, sessions.clone()).map(Some).map_err(failed)
-}
-
-/// Connections of other agents, each of which has proved who it is.
-struct Callers(Incoming);
-
-impl Listener for Callers {
-    type Io = tokio_rustls::TlsStream<TcpStream>;
-    type Addr = Caller;
-
-    async fn accept(&mut self) -> (Self::Io, Caller) {
-        let stream = self.0.next().await;
-        let caller = Caller {
-            key: stream.peer,
-            vouched_for: stream.vouched_for,
-            local: stream.local.ip().to_canonical(),
-            remote: stream.remote.ip().to_canonical(),
-        };
-        (stream.io, caller)
-    }
-
-    fn local_addr(&self) -> std::io::Result<Caller> {
-        Err(ErrorKind::Unsupported.into())
-    }
-}
-
-impl Connected<IncomingStream<'_, Callers>> for Caller {
-    fn connect_info(stream: IncomingStream<'_, Callers>) -> Self {
-        *stream.remote_addr()
-    }
 }

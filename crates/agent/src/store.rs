@@ -60,6 +60,9 @@ CREATE TABLE tokens (
 ",
 ];
 
+/// How long the source of a migration may have something to say of it, in seconds.
+const RECENT: i64 = 7 * 24 * 3600;
+
 /// A step as the source's journal names it, written before it is done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -289,7 +292,7 @@ impl Store {
         self.db()
             .prepare(
                 "SELECT id, vm, peer, running, step, address, peer_key FROM migrations
-                 WHERE direction = 'out' AND outcome IS NULL",
+                 WHERE direction = 'out' AND outcome IS NULL AND peer_key != ''",
             )?
             .query_map([], |row| {
                 Ok(OutRecord {
@@ -379,11 +382,32 @@ impl Store {
     pub fn source_of(&self, id: Uuid) -> Result<Option<Source>> {
         self.db()
             .query_row(
-                "SELECT peer, peer_key FROM migrations WHERE id = ?1 AND direction = 'in'",
+                "SELECT peer, peer_key FROM migrations WHERE id = ?1 AND direction = 'in' AND peer_key != ''",
                 [id.to_string()],
                 |row| Ok(Source { name: row.get(0)?, key: parse_key(&row.get::<_, String>(1)?)? }),
             )
             .optional()
+    }
+
+    /// The last migration that was to bring a VM of this name here.
+    pub fn newest_in(&self, vm: &str) -> Result<Option<Uuid>> {
+        self.db()
+            .query_row(
+                "SELECT id FROM migrations WHERE direction = 'in' AND vm = ?1 ORDER BY rowid DESC LIMIT 1",
+                [vm],
+                |row| parse_id(&row.get::<_, String>(0)?),
+            )
+            .optional()
+    }
+
+    /// Whoever has this key brought a guest here, or is about to, in the last days.
+    pub fn is_recent_source(&self, key: Fingerprint) -> Result<bool> {
+        self.db().query_row(
+            "SELECT EXISTS (SELECT 1 FROM migrations
+             WHERE direction = 'in' AND peer_key = ?1 AND step != 'abandoned' AND started > ?2)",
+            params![key.to_string(), now() - RECENT],
+            |row| row.get(0),
+        )
     }
 
     /// The VM of this migration.
@@ -515,6 +539,19 @@ mod tests {
         store.abandon_unheard(id, &source(), "never heard of it").unwrap();
         assert!(!store.begin_in(id, "web1", &source(), true).unwrap());
         assert!(!store.commit_in(id).unwrap());
+    }
+
+    #[test]
+    fn the_source_of_an_earlier_migration_is_told_from_that_of_the_last_one() {
+        let (_dir, store) = store();
+        let (first, last) = (Uuid::new_v4(), Uuid::new_v4());
+        store.begin_in(first, "web1", &source(), true).unwrap();
+        store.commit_in(first).unwrap();
+        assert_eq!(store.newest_in("web1").unwrap(), Some(first));
+        store.begin_in(last, "web1", &source(), true).unwrap();
+        assert_eq!(store.newest_in("web1").unwrap(), Some(last));
+        assert!(store.is_recent_source(source().key).unwrap());
+        assert!(!store.is_recent_source(Fingerprint::of(b"somebody")).unwrap());
     }
 
     #[test]

@@ -13,7 +13,7 @@ use vmferry_link::{Authority, Fingerprint, Identity, JoinToken, Secret};
 use crate::Agent;
 use crate::api::types::{Join, PeerView, PeersView, TokenView};
 use crate::error::AgentError;
-use crate::peer::{Peer, with_port};
+use crate::peer::{Met, Peer, PeerError, with_port};
 use crate::store::{Joined, PeerRecord};
 
 /// How long a join token may be valid, in seconds.
@@ -117,11 +117,15 @@ pub(crate) async fn pair(agent: &Agent, token: &str, also_at: Option<&str>) -> R
         return Err(AgentError::BadRequest { message, hint: None });
     }
     let candidates = also_at.map(|host| at_port_of(host, &token)).into_iter().chain(token.addresses.clone());
-    let peer = reach(agent, candidates, token.fingerprint).await?;
-    let hello = peer.join(&token.secret, &agent.config.name, agent.listens.map(|listen| listen.port())).await?;
+    let (peer, met) = reach(agent, candidates, token.fingerprint).await?;
     let record =
-        PeerRecord { name: hello.name, fingerprint: token.fingerprint, address: peer.address().into(), paired: 0 };
+        PeerRecord { name: met.hello.name, fingerprint: token.fingerprint, address: peer.address().into(), paired: 0 };
+    // Before the token is used up.
     check_name(&record.name)?;
+    if agent.store.peers()?.iter().any(|it| it.name == record.name && it.fingerprint != record.fingerprint) {
+        return Err(name_taken(&record.name));
+    }
+    peer.join(&token.secret, &agent.config.name, agent.listens.map(|listen| listen.port())).await?;
     if !agent.store.put_peer(&record)? {
         return Err(name_taken(&record.name));
     }
@@ -143,10 +147,13 @@ async fn reach(
     agent: &Agent,
     addresses: impl Iterator<Item = String>,
     expected: Fingerprint,
-) -> Result<Peer, AgentError> {
+) -> Result<(Peer, Met), AgentError> {
     let tries = addresses.map(|address| {
         let peer = pinned(agent, &address, expected);
-        Box::pin(async move { peer.hello().await.map(|_| peer) })
+        Box::pin(async move {
+            let met = peer.hello().await?;
+            Ok::<_, PeerError>((peer, met))
+        })
     });
     Ok(select_ok(tries).await?.0)
 }
@@ -216,6 +223,14 @@ pub(crate) fn unpair(agent: &Agent, which: &str) -> Result<(), AgentError> {
     agent.store.remove_peer(peer.fingerprint)?;
     tracing::info!(peer = peer.name, fingerprint = %peer.fingerprint, "unpaired");
     Ok(())
+}
+
+/// Whether this is a peer, or as good as one.
+pub(crate) fn is_peer(agent: &Agent, caller: &Caller) -> bool {
+    let is_paired = || agent.store.peer(caller.key).is_ok_and(|peer| peer.is_some());
+    // What began while it was one is finished.
+    let was_paired = || agent.store.is_recent_source(caller.key).unwrap_or(false);
+    caller.vouched_for || is_paired() || was_paired()
 }
 
 /// Nobody but a peer; what it is called.

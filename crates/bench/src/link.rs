@@ -22,7 +22,7 @@ use vmferry_agent::config::Security;
 use vmferry_agent::link_trial::{Data, Load, Trial, TrialResult, send, take};
 use vmferry_link::{
     Acceptor, Cipher, Identity, IdentityError, Incoming, Link, LinkDown, Protection, SessionId, SessionKey,
-    SessionOptions, Sessions, TcpDialer, fastest_cipher, measure_ciphers,
+    SessionOptions, Sessions, TcpDialer, fastest_cipher, measure_ciphers, usual_streams,
 };
 
 use cost::Idle;
@@ -32,8 +32,6 @@ use sshd::Sshd;
 const BLOCK: usize = 256 << 10;
 /// The cipher that is the fastest in QEMU, for `GnuTLS`.
 const AES: &str = "NORMAL:-CIPHER-ALL:+AES-128-GCM";
-/// So many streams are the fastest on most hosts.
-const MANY: u8 = 4;
 
 /// Why something could not be measured.
 #[derive(Debug, thiserror::Error)]
@@ -131,15 +129,16 @@ fn ours(cipher: Option<Cipher>, streams: u8, packing: &'static str, data: Data) 
 /// All ways that can be measured on the loopback address.
 fn ways(fastest: Cipher, options: &LinkBenchOptions) -> Vec<Way> {
     let mut ways = Vec::new();
-    for streams in [1, MANY] {
+    let many = usual_streams();
+    for streams in [1, many] {
         ways.push(ours(None, streams, "none", Data::Random));
         ways.extend(Cipher::ALL.map(|cipher| ours(Some(cipher), streams, "none", Data::Random)));
     }
     for packing in ["adaptive", "lz4", "zstd:1"] {
-        ways.push(ours(Some(fastest), MANY, packing, Data::Random));
+        ways.push(ours(Some(fastest), many, packing, Data::Random));
     }
     for packing in ["none", "adaptive", "lz4", "zstd:1"] {
-        ways.push(ours(Some(fastest), MANY, packing, Data::Text));
+        ways.push(ours(Some(fastest), many, packing, Data::Text));
     }
     if options.only_ours {
         return ways;
@@ -155,14 +154,14 @@ fn ways(fastest: Cipher, options: &LinkBenchOptions) -> Vec<Way> {
     };
     ways.extend([
         other("plain TCP, as iperf3", Group::Today, "plain", 1, How::PlainTcp),
-        other("plain TCP, as iperf3", Group::Today, "plain", MANY, How::PlainTcp),
+        other("plain TCP, as iperf3", Group::Today, "plain", many, How::PlainTcp),
         other("ssh", Group::Today, "its choice", 1, How::Ssh(None)),
         other("ssh aes128-gcm", Group::Today, "aes-128-gcm", 1, How::Ssh(Some("aes128-gcm@openssh.com"))),
         other("QEMU", Group::Today, "plain", 1, How::Qemu(None)),
         other("QEMU TLS", Group::Today, "aes-128-gcm", 1, How::Qemu(Some(AES))),
         other("QEMU TLS, as it comes", Group::Today, "its choice", 1, How::Qemu(Some("NORMAL"))),
-        other("QEMU multifd", Group::Today, "plain", MANY, How::Qemu(None)),
-        other("QEMU TLS, multifd", Group::Today, "aes-128-gcm", MANY, How::Qemu(Some(AES))),
+        other("QEMU multifd", Group::Today, "plain", many, How::Qemu(None)),
+        other("QEMU TLS, multifd", Group::Today, "aes-128-gcm", many, How::Qemu(Some(AES))),
     ]);
     ways.extend(daemon::Way::ALL.map(|way| {
         let security = if way == daemon::Way::Plain { "plain" } else { "tls" };
@@ -387,17 +386,18 @@ pub async fn bench_host(
     tell: impl Fn(&str),
 ) -> Result<LinkReport, LinkBenchError> {
     let here: PeersView = client.get("/v1/peers").await?;
+    let many = usual_streams();
     let trial = |security, streams, packing: &'static str, data| (security, streams, packing, data);
     let mut trials: Vec<(_, Vec<Measured>, Option<String>)> = [
         trial(Security::Plain, 1, "none", Data::Random),
-        trial(Security::Plain, MANY, "none", Data::Random),
+        trial(Security::Plain, many, "none", Data::Random),
         trial(Security::Tls, 1, "none", Data::Random),
-        trial(Security::Tls, MANY, "none", Data::Random),
-        trial(Security::Tls, MANY, "adaptive", Data::Random),
-        trial(Security::Tls, MANY, "none", Data::Text),
-        trial(Security::Tls, MANY, "adaptive", Data::Text),
-        trial(Security::Tls, MANY, "lz4", Data::Text),
-        trial(Security::Tls, MANY, "zstd:1", Data::Text),
+        trial(Security::Tls, many, "none", Data::Random),
+        trial(Security::Tls, many, "adaptive", Data::Random),
+        trial(Security::Tls, many, "none", Data::Text),
+        trial(Security::Tls, many, "adaptive", Data::Text),
+        trial(Security::Tls, many, "lz4", Data::Text),
+        trial(Security::Tls, many, "zstd:1", Data::Text),
     ]
     .into_iter()
     .map(|trial| (trial, Vec::new(), None))

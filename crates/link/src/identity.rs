@@ -15,7 +15,8 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::sign::CertifiedKey;
 use serde::{Deserialize, Serialize};
 
-/// What an agent is known by: the SHA-256 of its certificate. Written as 52 letters and digits.
+/// What an agent is known by: the SHA-256 of its public key (as `SubjectPublicKeyInfo`, in DER), which stays when its
+/// certificate is renewed. Written as 52 letters and digits.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Fingerprint([u8; 32]);
@@ -28,9 +29,15 @@ pub struct InvalidFingerprint {
 }
 
 impl Fingerprint {
-    /// Of a certificate in DER.
-    pub fn of(certificate: &[u8]) -> Self {
-        let hash = digest(&SHA256, certificate);
+    /// Of the key that a certificate is for; `None` when it is no certificate.
+    pub(crate) fn of_certificate(certificate: &CertificateDer<'_>) -> Option<Self> {
+        let certificate = webpki::EndEntityCert::try_from(certificate).ok()?;
+        Some(Self::of(&certificate.subject_public_key_info()))
+    }
+
+    /// Of a key in DER.
+    pub fn of(key: &[u8]) -> Self {
+        let hash = digest(&SHA256, key);
         Self(hash.as_ref().try_into().expect("SHA-256 has 32 bytes"))
     }
 
@@ -166,7 +173,7 @@ impl Identity {
     fn from_pem(pem: &str) -> Option<Self> {
         let chain: Vec<_> = CertificateDer::pem_slice_iter(pem.as_bytes()).collect::<Result<_, _>>().ok()?;
         let key = PrivateKeyDer::from_pem_slice(pem.as_bytes()).ok()?;
-        let fingerprint = Fingerprint::of(chain.first()?);
+        let fingerprint = Fingerprint::of_certificate(chain.first()?)?;
         let signing = aws_lc_rs_sign::any_supported_type(&key).ok()?;
         CertifiedKey::new(chain.clone(), signing).keys_match().ok()?;
         Some(Self { chain, key, fingerprint })

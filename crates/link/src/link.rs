@@ -34,7 +34,7 @@ pub struct LinkOptions {
     pub session: SessionId,
     /// Its key.
     pub key: SessionKey,
-    /// Bulk streams, 1 to 8.
+    /// Bulk streams, 1 to 8. Of more than four, as many are used as pay ([`usual_streams`]).
     pub streams: u8,
     /// How long a broken stream may take to be connected again before the link is given up.
     pub patience: Duration,
@@ -65,6 +65,12 @@ impl LinkOptions {
         let windows = MAX_PAYLOAD + 1024..=1 << 30;
         assert!(windows.contains(&self.window), "a window has room for one frame and at most 1 GiB");
     }
+}
+
+/// How many bulk streams are worth connecting from this host: four, and more where there are cores for them.
+pub fn usual_streams() -> u8 {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    cores.clamp(4, MOST_STREAMS.into()) as u8
 }
 
 /// What was sent over there.

@@ -262,7 +262,7 @@ fn blocking(tcp: TcpStream) -> std::io::Result<std::net::TcpStream> {
 }
 
 fn peer_of(io: &tokio_rustls::TlsStream<TcpStream>) -> Option<Fingerprint> {
-    Some(Fingerprint::of(io.get_ref().1.peer_certificates()?.first()?))
+    Fingerprint::of_certificate(io.get_ref().1.peer_certificates()?.first()?)
 }
 
 pub(crate) fn crypto() -> Arc<CryptoProvider> {
@@ -339,7 +339,7 @@ impl ServerCertVerifier for ExpectedServer {
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        let found = Fingerprint::of(end_entity);
+        let found = Fingerprint::of_certificate(end_entity).ok_or(CertificateError::BadEncoding)?;
         *self.found.lock().expect("no holder of this lock panics") = Some(found);
         if !self.expected.contains(&found) {
             match &self.authority {

@@ -46,6 +46,9 @@ async fn figures() -> Result<(), Error> {
     let [older, newer] = two_qemus()?;
     let wanted: Vec<String> = std::env::args().skip(1).collect();
     let wants = |part: &str| wanted.is_empty() || wanted.iter().any(|it| it == part);
+    if wants("link") {
+        link().await?;
+    }
     if wants("idle") {
         idle(newer.clone()).await?;
     }
@@ -72,21 +75,47 @@ struct Run {
     rss: (f64, f64),
 }
 
+/// What the link carries and costs: between two hosts at 1 Gbit/s, and where the processor is the limit, beside others.
+async fn link() -> Result<(), Error> {
+    let testbed = testbed(None, Some(GIGABIT), Network::Trusted).await?;
+    println!("\nThe link, 1 Gbit/s\n");
+    print_said(&testbed.alpha().vmferry(&["bench", "link", "beta", "--time", "8s"]).await?)?;
+    drop(testbed);
+    println!("\nThe link, loopback\n");
+    let loopback = ["bench", "link", "--loopback", "--time", "2s", "--rounds", "5"];
+    print_said(&tokio::process::Command::new(vmferry()?).args(loopback).output().await?)
+}
+
+fn print_said(output: &std::process::Output) -> Result<(), Error> {
+    print!("{}", String::from_utf8_lossy(&output.stdout));
+    match output.status.success() {
+        true => Ok(()),
+        false => Err(String::from_utf8_lossy(&output.stderr).into_owned().into()),
+    }
+}
+
 /// An idle guest over a link that is as fast as it gets: vmferry beside the same two QEMUs driven by hand.
 async fn idle(qemu: Option<PathBuf>) -> Result<(), Error> {
     let guest = GuestOptions { mem: WRITTEN_MIB << 20, threads: 1, mode: Mode::Idle, rate: None, fill: Fill::Random };
-    let (mut ours, mut by_hand, mut multifd) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut plain, mut by_hand, mut encrypted, mut multifd) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let no_post_copy = ["--no-post-copy"];
     for _ in 0..RUNS {
-        ours.push(migrate(qemu.clone(), None, &guest, &[]).await?);
+        plain.push(migrate(qemu.clone(), None, Network::Trusted, &guest, &[]).await?);
         by_hand.push(drive_by_hand(qemu.clone(), &guest).await?);
-        multifd.push(migrate(qemu.clone(), None, &guest, &["--no-post-copy"]).await?);
+        encrypted.push(migrate(qemu.clone(), None, Network::Any, &guest, &[]).await?);
+        multifd.push(migrate(qemu.clone(), None, Network::Any, &guest, &no_post_copy).await?);
     }
     println!(
         "\nIdle guest of {RAM_MIB} MiB, {WRITTEN_MIB} MiB of it random, unshaped link; medians of {RUNS} (lowest to highest)\n"
     );
     println!("| | total | RAM and switchover | downtime felt |");
     println!("| --- | --- | --- | --- |");
-    for (name, runs) in [("by hand over QMP", &by_hand), ("vmferry", &ours), ("vmferry, multifd", &multifd)] {
+    for (name, runs) in [
+        ("by hand over QMP, plain", &by_hand),
+        ("vmferry, plain", &plain),
+        ("vmferry, encrypted", &encrypted),
+        ("vmferry, encrypted, multifd", &multifd),
+    ] {
         println!(
             "| {name} | {} | {} | {} |",
             ms(runs, |it| it.total),
@@ -95,12 +124,12 @@ async fn idle(qemu: Option<PathBuf>) -> Result<(), Error> {
         );
     }
     println!(
-        "\nvmferry / by hand: total {:.2}, downtime felt {:.2}",
-        median(&ours, |it| it.total) / median(&by_hand, |it| it.total),
-        median(&ours, |it| it.downtime_felt) / median(&by_hand, |it| it.downtime_felt)
+        "\nvmferry / by hand, both plain: total {:.2}, downtime felt {:.2}",
+        median(&plain, |it| it.total) / median(&by_hand, |it| it.total),
+        median(&plain, |it| it.downtime_felt) / median(&by_hand, |it| it.downtime_felt)
     );
-    steps(&ours);
-    memory(&ours);
+    steps(&plain);
+    memory(&encrypted);
     Ok(())
 }
 
@@ -109,7 +138,7 @@ async fn writing(which: &str, qemu: Option<PathBuf>) -> Result<(), Error> {
     let guest = GuestOptions { mem: WRITTEN_MIB << 20, threads: 1, mode: Mode::Write, rate: None, fill: Fill::Random };
     let mut runs = Vec::new();
     for _ in 0..RUNS {
-        runs.push(migrate(qemu.clone(), Some(GIGABIT), &guest, &[]).await?);
+        runs.push(migrate(qemu.clone(), Some(GIGABIT), Network::Any, &guest, &[]).await?);
     }
     println!(
         "\nGuest of {RAM_MIB} MiB that rewrites {WRITTEN_MIB} MiB at full speed, 1 Gbit/s, {which}; medians of {RUNS} (lowest to highest)\n"
@@ -159,21 +188,41 @@ fn ms(runs: &[Run], figure: impl Fn(&Run) -> f64) -> String {
     format!("{:.0} ms ({:.0} to {:.0})", figures[figures.len() / 2], figures[0], figures[figures.len() - 1])
 }
 
-async fn testbed(qemu: Option<PathBuf>, link_bits: Option<u64>) -> Result<Testbed, Error> {
+/// Whether guests travel encrypted.
+#[derive(Clone, Copy)]
+enum Network {
+    Any,
+    Trusted,
+}
+
+fn vmferry() -> Result<PathBuf, Error> {
     let here = std::env::current_exe()?;
-    let binary = here.parent().and_then(Path::parent).ok_or("this is in no folder")?.join("vmferry");
-    let options =
-        TestbedOptions { namespaces: true, link_bits, qemu_dirs: [qemu.clone(), qemu], ..TestbedOptions::new(binary) };
+    Ok(here.parent().and_then(Path::parent).ok_or("this is in no folder")?.join("vmferry"))
+}
+
+async fn testbed(qemu: Option<PathBuf>, link_bits: Option<u64>, network: Network) -> Result<Testbed, Error> {
+    let config = match network {
+        Network::Any => String::new(),
+        Network::Trusted => "[[network]]\ncidr = \"192.0.2.0/24\"\nsecurity = \"plain\"".into(),
+    };
+    let options = TestbedOptions {
+        namespaces: true,
+        link_bits,
+        qemu_dirs: [qemu.clone(), qemu],
+        config: [config.clone(), config],
+        ..TestbedOptions::new(vmferry()?)
+    };
     Ok(Testbed::start(options).await?)
 }
 
 async fn migrate(
     qemu: Option<PathBuf>,
     link_bits: Option<u64>,
+    network: Network,
     guest: &GuestOptions,
     more: &[&str],
 ) -> Result<Run, Error> {
-    let bed = testbed(qemu, link_bits).await?;
+    let bed = testbed(qemu, link_bits, network).await?;
     let watch = bed.start_guest(VM, bed.guest_command_line(guest, RAM_MIB, 1)?).await?;
     tokio::time::sleep(Duration::from_secs(1)).await;
     let agent = bed.alpha().agent_pid().ok_or("the agent ended")?;
@@ -245,7 +294,7 @@ fn felt(watch: &GuestWatch, begun: Instant, total: Duration, copy: f64) -> Run {
 /// The same migration as somebody who knows QEMU well would do it in a script: the destination's QEMU with the source's
 /// command line, the same capabilities, no cap on the bandwidth, and nothing in between.
 async fn drive_by_hand(qemu: Option<PathBuf>, guest: &GuestOptions) -> Result<Run, Error> {
-    let bed = testbed(qemu, None).await?;
+    let bed = testbed(qemu, None, Network::Trusted).await?;
     let mut argv = bed.guest_command_line(guest, RAM_MIB, 1)?;
     argv.extend(["-qmp", "unix:hand.sock,server=on,wait=off"].map(str::to_owned));
     let mut watch = bed.start_guest(VM, argv).await?;

@@ -98,9 +98,11 @@ Example:
   beta#  vmferry pair
   alpha# vmferry pair vmferry-aeaaa...
 
-A token is good for one host and some minutes. Whoever has it can become a peer, so treat it like a password.")]
+A token is good for one host and some minutes. Whoever has it can become a peer, so treat it like a password; where
+others use the host too, `vmferry pair -` keeps it off the command line. Be sure of the other host: a peer can start
+QEMU here with any arguments, as the agent's user.")]
     Pair {
-        /// What `vmferry pair` printed on the other host
+        /// What `vmferry pair` printed on the other host; `-` reads it from standard input
         token: Option<String>,
         /// How long a new token is good for
         #[arg(long, value_name = "TIME", default_value = "10m", conflicts_with = "token")]

@@ -30,6 +30,8 @@ pub(crate) async fn make_token(client: &Client, expires: Duration, quiet: bool) 
 }
 
 pub(crate) async fn use_token(client: &Client, token: String) -> Result<(), Failure> {
+    let token =
+        if token == "-" { std::io::read_to_string(std::io::stdin()).map_err(Failure::Terminal)? } else { token };
     let peer: PeerView = client.post("/v1/peers", &PairRequest { token, host: None }).await?;
     println!("paired with {} at {}", peer.name, peer.address);
     Ok(())

@@ -23,6 +23,8 @@ pub enum Code {
     BadRequest,
     /// The VM is in a state in which that cannot be done.
     Conflict,
+    /// Not now; later it may be different.
+    Busy,
     /// A migration of this VM is under way.
     MigrationRuns,
     /// A limit makes no sense.

@@ -51,7 +51,7 @@ pub(super) fn judge(offer: &Offer, command: &CommandLine, host: &Host<'_>) -> Re
 }
 
 fn memory(offer: &Offer, host: &Host<'_>) -> Result<(), Refusal> {
-    let needed = offer.ram_bytes + QEMU_OVERHEAD;
+    let needed = offer.ram_bytes.saturating_add(QEMU_OVERHEAD);
     if needed <= host.memory {
         return Ok(());
     }

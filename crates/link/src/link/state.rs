@@ -14,6 +14,7 @@ use crate::compress::{Compression, Method};
 use crate::frame::{Encoding, MAX_PAYLOAD};
 use crate::pacing::Bucket;
 use crate::sequence::{Body, Incoming, Outgoing};
+use crate::spread::Spread;
 use crate::steering::Steering;
 
 /// The number of the urgent stream; bulk streams count from 1.
@@ -49,6 +50,9 @@ pub(crate) struct State {
     urgent: Arrived,
     pub(crate) bucket: Bucket,
     steering: Steering,
+    spread: Spread,
+    /// When a user last had more to send than went through.
+    pressed: Option<Instant>,
     /// The user's cap.
     pub(crate) cap: Option<f64>,
     /// When bulk was written last.
@@ -120,6 +124,8 @@ impl Shared {
             urgent: Arrived::default(),
             bucket: Bucket::new(options.rate.map(|rate| rate as f64)),
             steering: Steering::new(),
+            spread: Spread::new(options.streams.into()),
+            pressed: None,
             cap: options.rate.map(|rate| rate as f64),
             bulk_written: None,
             compression: options.compression,
@@ -181,10 +187,13 @@ impl Shared {
         let mut state = self.lock();
         let index = loop {
             state.may_send()?;
-            match state.stream_for(payload.len(), urgent) {
-                Some(index) => break index,
-                None => state = Self::wait(&self.progress, state),
+            if let Some(index) = state.stream_for(payload.len(), urgent) {
+                break index;
             }
+            if !urgent {
+                state.pressed = Some(Instant::now());
+            }
+            state = Self::wait(&self.progress, state);
         };
         let stream = &mut state.streams[index];
         stream.counters.raw_sent += payload.len() as u64;
@@ -379,9 +388,11 @@ impl State {
     }
 
     /// So much was written on a bulk stream; whether there was nothing for a while.
-    pub(crate) fn on_written(&mut self, bytes: usize) -> bool {
+    pub(crate) fn on_written(&mut self, since_begun: Duration, bytes: usize) -> bool {
         self.steering.on_written(bytes);
         let now = Instant::now();
+        let pressed = self.pressed.is_some_and(|pressed| now.saturating_duration_since(pressed) <= BULK_IS_RECENT);
+        self.spread.on_written(since_begun, bytes, pressed);
         let last = self.bulk_written.replace(now);
         last.is_none_or(|last| now.saturating_duration_since(last) > BULK_IS_RECENT)
     }
@@ -413,7 +424,7 @@ impl State {
         if urgent {
             return self.streams[URGENT].outgoing.has_room(length).then_some(URGENT);
         }
-        let bulk = || self.streams.iter().enumerate().skip(1);
+        let bulk = || self.streams.iter().enumerate().skip(1).take(self.spread.used());
         let any_connected = bulk().any(|(_, stream)| stream.connection.is_some());
         bulk()
             .filter(|(_, stream)| stream.connection.is_some() == any_connected && stream.outgoing.has_room(length))

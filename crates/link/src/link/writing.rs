@@ -275,7 +275,7 @@ impl<'a> Writing<'a> {
         while state.down.is_none() && state.cap == cap && Instant::now() < until {
             state = Shared::wait_until(&self.shared.work[self.index], state, until);
         }
-        let first = state.on_written(length);
+        let first = state.on_written(self.shared.now(), length);
         drop(state);
         if first {
             // Time to look how long urgent frames wait.
