@@ -82,7 +82,7 @@ async fn link() -> Result<(), Error> {
     print_said(&testbed.alpha().vmferry(&["bench", "link", "beta", "--time", "8s"]).await?)?;
     drop(testbed);
     println!("\nThe link, loopback\n");
-    let loopback = ["bench", "link", "--loopback", "--time", "2s", "--rounds", "5"];
+    let loopback = ["bench", "link", "--loopback", "--time", "2s", "--rounds", "3"];
     print_said(&tokio::process::Command::new(vmferry()?).args(loopback).output().await?)
 }
 
