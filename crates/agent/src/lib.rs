@@ -2,8 +2,8 @@
 //!
 //! Where to find what: `api` what is said and how; `vm`, `console` a VM of this host; `migration` the source's side of
 //! a migration from plan to end, `incoming` the destination's; `engine` what copies RAM; `store` the journal;
-//! `trust` who may talk to this agent, `peer` talking to another;
-//! `recovery` what an agent does with what its predecessor left; `client` is the other end of the local API.
+//! `trust` who may talk to this agent, `peer` talking to another; `recovery` what an agent does with what its
+//! predecessor left; `client` is the other end of the local API.
 
 pub mod api;
 mod callers;
@@ -34,6 +34,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime};
 
+use tokio::sync::Semaphore;
 use uuid::Uuid;
 use vmferry_link::{CipherSpeed, Sessions, measure_ciphers};
 use vmferry_qemu::{Accel, CommandLine, Features, QemuInfo};
@@ -41,6 +42,7 @@ use vmferry_qemu::{Accel, CommandLine, Features, QemuInfo};
 use crate::config::Config;
 use crate::error::AgentError;
 use crate::incoming::Incoming;
+use crate::link_trial::MOST_TRIALS;
 use crate::migration::Migration;
 use crate::store::Store;
 use crate::trust::Trusts;
@@ -66,6 +68,8 @@ pub struct Agent {
     sessions: Sessions,
     /// How fast each cipher is on this host.
     ciphers: Vec<CipherSpeed>,
+    /// Places for trials of the link.
+    trials: Arc<Semaphore>,
     state: Mutex<State>,
     probed: tokio::sync::Mutex<Probed>,
 }
@@ -121,6 +125,7 @@ impl Agent {
             listens,
             sessions,
             ciphers: measure_ciphers(),
+            trials: Arc::new(Semaphore::new(MOST_TRIALS)),
             state: Mutex::default(),
             probed: tokio::sync::Mutex::default(),
         })
@@ -234,8 +239,8 @@ impl Agent {
         }
     }
 
-    /// What a VM's QEMU can do, and whether it can encrypt its streams. It is asked itself only when its binary was replaced since: the answer is so long that
-    /// QEMU leaves its guest waiting for some tenths of a second.
+    /// What a VM's QEMU can do, and whether it can encrypt its streams. It is asked itself only when its binary was
+    /// replaced since: the answer is so long that QEMU leaves its guest waiting for some tenths of a second.
     async fn features_of(&self, vm: &Vm) -> Result<(Features, bool), AgentError> {
         let same_build = async {
             let binary = self.find_qemu(&CommandLine::parse(&vm.spec.argv)?)?;

@@ -1,23 +1,23 @@
 //! A trial of the link between two agents: one sends as fast as it can, the other takes it and echoes urgent questions,
 //! and both tell what it cost them.
 
-use std::net::IpAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
+use tokio::sync::OwnedSemaphorePermit;
 use utoipa::ToSchema;
 use vmferry_link::{
-    CipherSpeed, Compression, Fingerprint, Link, LinkDown, LinkOptions, Method, Protection, SessionId, SessionKey,
-    SessionOptions, TcpDialer, fastest_cipher,
+    CipherSpeed, Compression, Link, LinkDown, LinkOptions, Method, Protection, SessionId, SessionKey, SessionOptions,
+    TcpDialer, fastest_cipher, thread_cpu,
 };
 
 use crate::Agent;
 use crate::config::Security;
 use crate::error::AgentError;
+use crate::peer::Met;
 use crate::trust::{self, Caller};
 
 /// What is sent in one frame, in bytes.
@@ -32,7 +32,7 @@ const STREAMS: std::ops::RangeInclusive<u8> = 1..=8;
 /// How long the streams of a trial may take to come, or to come back.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How many trials an agent serves at a time.
-const MOST_TRIALS: usize = 4;
+pub(crate) const MOST_TRIALS: usize = 4;
 
 /// Frames of a trial.
 const LOAD: u16 = 1;
@@ -161,10 +161,6 @@ fn xorshift() -> impl FnMut() -> u64 {
     }
 }
 
-fn thread_cpu() -> Duration {
-    Duration::try_from(clock_gettime(ClockId::ThreadCPUTime)).unwrap_or_default()
-}
-
 fn ms(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
 }
@@ -282,25 +278,12 @@ impl Trial {
     }
 }
 
-static UNDER_WAY: AtomicUsize = AtomicUsize::new(0);
-
-struct Place;
-
-impl Place {
-    fn take() -> Result<Self, AgentError> {
-        let free = |taken: usize| (taken < MOST_TRIALS).then_some(taken + 1);
-        if UNDER_WAY.fetch_update(Ordering::SeqCst, Ordering::SeqCst, free).is_ok() {
-            return Ok(Self);
-        }
-        let message = format!("{MOST_TRIALS} trials of the link are under way here already");
-        Err(AgentError::Conflict { message, hint: Some("try again later".into()) })
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        UNDER_WAY.fetch_sub(1, Ordering::SeqCst);
-    }
+/// A place for one trial, for as long as it is kept.
+fn take_place(agent: &Agent) -> Result<OwnedSemaphorePermit, AgentError> {
+    Arc::clone(&agent.trials).try_acquire_owned().map_err(|_| AgentError::Conflict {
+        message: format!("{MOST_TRIALS} trials of the link are under way here already"),
+        hint: Some("try again later".into()),
+    })
 }
 
 /// Another agent wants to try the link to this one.
@@ -314,7 +297,7 @@ pub(crate) fn accept(agent: &Agent, offer: TrialOffer, caller: &Caller) -> Resul
             return Err(AgentError::PlainRefused { host: agent.config.name.clone() });
         }
     };
-    let place = Place::take()?;
+    let place = take_place(agent)?;
     let link = agent.sessions.expect(SessionOptions { link, protection })?;
     std::thread::spawn(move || {
         let _place = place;
@@ -327,19 +310,17 @@ pub(crate) fn accept(agent: &Agent, offer: TrialOffer, caller: &Caller) -> Resul
 
 /// Tries the link to another agent.
 pub(crate) async fn run(agent: &Arc<Agent>, to: &str, trial: Trial) -> Result<TrialResult, AgentError> {
-    let peer = trust::find_peer(agent, to)?;
-    let met = peer.hello().await?;
-    if trial.security == Security::Plain && agent.config.security_of(met.remote.ip().to_canonical()) != Security::Plain
-    {
+    let found = trust::find_peer(agent, to)?;
+    let met = found.hello().await?;
+    let peer = found.pinned_to(&met);
+    if trial.security == Security::Plain && agent.config.security_of(met.ip()) != Security::Plain {
         return Err(AgentError::PlainRefused { host: agent.config.name.clone() });
     }
-    let (address, remote) = (met.remote.to_string(), met.remote.ip().to_canonical());
-    let peer = trust::pinned(agent, &address, met.key);
-    let place = Place::take()?;
+    let place = take_place(agent)?;
     let (session, key) = (SessionId::random(), SessionKey::random());
     let options = trial.link_options(session, key.clone())?;
     let accepted = peer.try_streams(&TrialOffer { trial: trial.clone(), session, key }).await?;
-    let (dialer, security) = dialer(agent, &address, met.key, remote, trial.security, &accepted.ciphers);
+    let (dialer, security) = dialer(agent, peer.address(), &met, trial.security, &accepted.ciphers);
     let running = tokio::task::spawn_blocking(move || {
         let _place = place;
         let link = Link::connect(dialer, options)?;
@@ -352,15 +333,14 @@ pub(crate) async fn run(agent: &Arc<Agent>, to: &str, trial: Trial) -> Result<Tr
 fn dialer(
     agent: &Agent,
     address: &str,
-    key: Fingerprint,
-    remote: IpAddr,
+    met: &Met,
     security: Security,
     their_ciphers: &[CipherSpeed],
 ) -> (TcpDialer, String) {
     if security == Security::Plain {
         return (TcpDialer::plain(address), "plain".into());
     }
-    let cipher = fastest_cipher(&agent.ciphers_for(remote), their_ciphers);
+    let cipher = fastest_cipher(&agent.ciphers_for(met.ip()), their_ciphers);
     let word = cipher.map_or_else(|| "tls".into(), |cipher| cipher.to_string());
-    (TcpDialer::tls(address, &agent.trusts.identity, key, cipher), word)
+    (TcpDialer::tls(address, &agent.trusts.identity, met.key, cipher), word)
 }

@@ -31,7 +31,7 @@ use crate::engine::qemu::{self, QemuEngine, Wishes};
 use crate::engine::{EngineError, Protection, RamEngine, Seen, Setup, Totals};
 use crate::error::{AgentError, in_one_line};
 use crate::incoming::{CheckReply, Offer, tcp_uri};
-use crate::peer::{Met, Peer, PeerError};
+use crate::peer::{Peer, PeerError};
 use crate::relay::Relay;
 use crate::store::{InStep, OutRecord, OutStep};
 use crate::trust;
@@ -229,10 +229,8 @@ impl Protect {
 async fn plan(agent: &Agent, vm: &Vm, id: Uuid, request: &MigrateRequest) -> Result<Plan, AgentError> {
     let run_state = movable(vm).await?;
     let found = trust::find_peer(agent, &request.to)?;
-    let Met { hello, key: peer_key, remote: address } = found.hello().await?;
-    // From here on it is this one and no other, whatever names and addresses come to mean.
-    let peer = trust::pinned(agent, &address.to_string(), peer_key);
-    let remote = address.ip().to_canonical();
+    let met = found.hello().await?;
+    let (peer, remote) = (found.pinned_to(&met), met.ip());
     // The disks may lie on storage that does not answer, which must not keep others waiting.
     let spec = vm.spec.clone();
     let put = tokio::task::spawn_blocking(move || disks::Markers::put(&spec, id));
@@ -286,7 +284,7 @@ async fn plan(agent: &Agent, vm: &Vm, id: Uuid, request: &MigrateRequest) -> Res
     }
     let view = PlanView {
         vm: vm.name().into(),
-        to: hello.name,
+        to: met.hello.name,
         engine: qemu::NAME.into(),
         ram_bytes: vm.facts.ram_bytes,
         ram_used_bytes: disks::resident_memory(vm.pid).min(vm.facts.ram_bytes),
@@ -307,7 +305,7 @@ async fn plan(agent: &Agent, vm: &Vm, id: Uuid, request: &MigrateRequest) -> Res
         there,
         features,
         peer,
-        peer_key,
+        peer_key: met.key,
         remote,
         protect,
         rate,

@@ -1,7 +1,7 @@
 //! Talking to another agent: the client of the API between agents, HTTP over a connection that both have proved who
 //! they are on.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -157,6 +157,13 @@ pub struct Met {
     pub remote: SocketAddr,
 }
 
+impl Met {
+    /// Where it is, without the port, and IPv4 as such.
+    pub fn ip(&self) -> IpAddr {
+        self.remote.ip().to_canonical()
+    }
+}
+
 impl Peer {
     /// The agent at HOST:PORT, if it is one of these or the authority vouches for it; nothing is sent yet.
     pub fn new(
@@ -166,6 +173,12 @@ impl Peer {
         authority: Option<Authority>,
     ) -> Self {
         Self { address: address.into(), identity, expected, authority, idle: Arc::default() }
+    }
+
+    /// The one that was met, and no other from now on, whatever names and addresses come to mean. The connection is kept.
+    #[must_use]
+    pub fn pinned_to(&self, met: &Met) -> Self {
+        Self { address: met.remote.to_string(), expected: vec![met.key], authority: None, ..self.clone() }
     }
 
     /// Where it is.
@@ -382,6 +395,7 @@ pub(crate) fn with_port(to: &str) -> Result<String, String> {
         port => port.parse::<u16>().map(|port| format!("{host}:{port}")).map_err(|_| bad()),
     }
 }
+
 #[cfg(test)]
 mod tests {
     use super::with_port;

@@ -222,7 +222,7 @@ async fn retire_after_post_copy(agent: &Agent, vm: &Vm, peer: &Peer, record: &Ou
     };
     let way = match &relay {
         Some(relay) => Way::Relayed(relay.uri().into()),
-        None => Way::Direct(peer.hello().await?.remote.ip().to_canonical()),
+        None => Way::Direct(peer.hello().await?.ip()),
     };
     let limits = Limits { downtime: Duration::ZERO, max_time: None, post_copy: true };
     let wishes =

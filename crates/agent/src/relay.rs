@@ -5,7 +5,6 @@
 //! chosen can be told from the folders below, also by the next agent.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use tokio::io::{AsyncRead, AsyncWrite, copy_bidirectional_with_sizes};
 use tokio::net::{UnixListener, UnixStream};
@@ -14,6 +13,7 @@ use uuid::Uuid;
 
 use crate::error::{AgentError, in_one_line};
 use crate::peer::Peer;
+use crate::server::bind_anew;
 use crate::vm::Vm;
 
 /// What the API's route upgrades to: the bytes of one of QEMU's connections.
@@ -70,14 +70,10 @@ impl Relay {
         let socket = dir.join("agent.sock");
         let listen = || {
             make_dir(&dir)?;
-            match std::fs::remove_file(&socket) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
-                _ => {}
-            }
-            UnixListener::bind(&socket)
+            bind_anew(&socket)
         };
         let listener = listen().map_err(AgentError::io(&socket))?;
-        let accepting = AbortOnDropHandle::new(tokio::spawn(accept(listener, Arc::new(peer), id)));
+        let accepting = AbortOnDropHandle::new(tokio::spawn(accept(listener, peer, id)));
         Ok(Self { uri: format!("unix:{}", socket.display()), _accepting: accepting })
     }
 
@@ -98,11 +94,11 @@ impl Relay {
     }
 }
 
-async fn accept(listener: UnixListener, peer: Arc<Peer>, id: Uuid) {
+async fn accept(listener: UnixListener, peer: Peer, id: Uuid) {
     // They end with the listener.
     let mut connections = tokio::task::JoinSet::new();
     while let Ok((mut from_qemu, _)) = listener.accept().await {
-        let peer = Arc::clone(&peer);
+        let peer = peer.clone();
         connections.spawn(async move {
             let mut to_destination = match peer.relay(id).await {
                 Ok(connection) => connection,

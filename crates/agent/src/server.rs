@@ -155,14 +155,19 @@ fn lock(state_dir: &Path) -> Result<std::fs::File, ServeError> {
 
 fn listen_local(socket: &Path) -> Result<UnixListener, ServeError> {
     let failed = |source| ServeError::Listen { address: socket.display().to_string(), source };
-    match std::fs::remove_file(socket) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(failed(error)),
-        _ => {}
-    }
-    let listener = UnixListener::bind(socket).map_err(failed)?;
+    let listener = bind_anew(socket).map_err(failed)?;
     // The folder is private already; this says it again for one that was not made by us.
     std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
     Ok(listener)
+}
+
+/// Listens on a Unix socket, also where an earlier agent left one.
+pub(crate) fn bind_anew(socket: &Path) -> std::io::Result<UnixListener> {
+    match std::fs::remove_file(socket) {
+        Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    UnixListener::bind(socket)
 }
 
 async fn listen_peers(listen: Listen, acceptor: Acceptor, sessions: &Sessions) -> Result<Option<Incoming>, ServeError> {

@@ -19,6 +19,7 @@ use std::time::Duration;
 use vmferry_agent::api::types::{PeersView, TrialRequest};
 use vmferry_agent::client::{Client, ClientError};
 use vmferry_agent::config::Security;
+use vmferry_agent::engine::qemu::tls_priority;
 use vmferry_agent::link_trial::{Data, Load, Trial, TrialResult, send, take};
 use vmferry_link::{
     Acceptor, Cipher, Identity, IdentityError, Incoming, Link, LinkDown, Protection, SessionId, SessionKey,
@@ -30,8 +31,6 @@ use sshd::Sshd;
 
 /// What is written at once, in bytes.
 const BLOCK: usize = 256 << 10;
-/// The cipher that is the fastest in QEMU, for `GnuTLS`.
-const AES: &str = "NORMAL:-CIPHER-ALL:+AES-128-GCM";
 
 /// Why something could not be measured.
 #[derive(Debug, thiserror::Error)]
@@ -73,6 +72,17 @@ pub enum LinkBenchError {
 impl LinkBenchError {
     fn missing(what: &'static str, hint: &'static str) -> Self {
         Self::Missing { what, hint }
+    }
+}
+
+/// A program that ends with what holds it.
+struct Program(std::process::Child);
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        // An error means that it has ended already.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 
@@ -143,6 +153,8 @@ fn ways(fastest: Cipher, options: &LinkBenchOptions) -> Vec<Way> {
     if options.only_ours {
         return ways;
     }
+    // The fastest in QEMU.
+    let aes = tls_priority(Cipher::Aes128Gcm);
     let other = |name, group, security: &str, streams, how| Way {
         name,
         group,
@@ -158,10 +170,10 @@ fn ways(fastest: Cipher, options: &LinkBenchOptions) -> Vec<Way> {
         other("ssh", Group::Today, "its choice", 1, How::Ssh(None)),
         other("ssh aes128-gcm", Group::Today, "aes-128-gcm", 1, How::Ssh(Some("aes128-gcm@openssh.com"))),
         other("QEMU", Group::Today, "plain", 1, How::Qemu(None)),
-        other("QEMU TLS", Group::Today, "aes-128-gcm", 1, How::Qemu(Some(AES))),
+        other("QEMU TLS", Group::Today, "aes-128-gcm", 1, How::Qemu(Some(aes))),
         other("QEMU TLS, as it comes", Group::Today, "its choice", 1, How::Qemu(Some("NORMAL"))),
         other("QEMU multifd", Group::Today, "plain", many, How::Qemu(None)),
-        other("QEMU TLS, multifd", Group::Today, "aes-128-gcm", many, How::Qemu(Some(AES))),
+        other("QEMU TLS, multifd", Group::Today, "aes-128-gcm", many, How::Qemu(Some(aes))),
     ]);
     ways.extend(daemon::Way::ALL.map(|way| {
         let security = if way == daemon::Way::Plain { "plain" } else { "tls" };
@@ -221,6 +233,7 @@ fn row(way: &Way, measured: &[Measured]) -> Row {
     let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
     let speed = |bytes: u64, took: Duration| gib(bytes) * 1024.0 / took.as_secs_f64();
     let cost = |cpu: Option<Duration>, it: &Measured| Some(cpu?.as_secs_f64() / gib(it.bytes));
+    let urgent = || measured.iter().filter_map(|it| it.urgent);
     Row {
         name: way.name.into(),
         group: way.group,
@@ -233,13 +246,9 @@ fn row(way: &Way, measured: &[Measured]) -> Row {
         source_cpu: median(measured.iter().filter_map(|it| cost(it.source_cpu, it))),
         destination_cpu: median(measured.iter().filter_map(|it| cost(it.destination_cpu, it))),
         idle: median(measured.iter().map(|it| it.idle)).unwrap_or(0.0),
-        urgent: measured.iter().filter_map(|it| it.urgent).min_by(|a, b| a.p99_ms.total_cmp(&b.p99_ms)).map(|_| {
-            Urgent {
-                p50_ms: median(measured.iter().filter_map(|it| Some(it.urgent?.p50_ms))).unwrap_or(0.0),
-                p99_ms: median(measured.iter().filter_map(|it| Some(it.urgent?.p99_ms))).unwrap_or(0.0),
-                asked: measured.iter().filter_map(|it| Some(it.urgent?.asked)).sum(),
-            }
-        }),
+        urgent: median(urgent().map(|it| it.p50_ms))
+            .zip(median(urgent().map(|it| it.p99_ms)))
+            .map(|(p50_ms, p99_ms)| Urgent { p50_ms, p99_ms, asked: urgent().map(|it| it.asked).sum() }),
     }
 }
 

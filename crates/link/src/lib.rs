@@ -51,6 +51,11 @@ pub use task::AsyncChannel;
 pub use tls::{Acceptor, Arrival, LinkError, Stream, connect};
 pub use token::{InvalidToken, JoinToken, Secret};
 
+/// The processor time of the calling thread until now.
+pub fn thread_cpu() -> std::time::Duration {
+    rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime).try_into().unwrap_or_default()
+}
+
 /// So many unpredictable bytes.
 pub fn random_bytes<const N: usize>() -> [u8; N] {
     let mut bytes = [0; N];

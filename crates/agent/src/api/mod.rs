@@ -1,8 +1,8 @@
 //! The API: HTTP with JSON, described by the OpenAPI document that it serves.
 //!
 //! `local` is what the command line uses, over a Unix socket that only the agent's user can open. `peers` is what other
-//! agents use, over TLS in which both sides have proved who they are. Both are made of the same parts, and every route is in the document because the router is
-//! built from it.
+//! agents use, over TLS in which both sides have proved who they are. Both are made of the same parts, and every route
+//! is in the document because the router is built from it.
 
 pub mod local;
 pub mod peers;

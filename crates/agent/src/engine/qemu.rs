@@ -124,7 +124,7 @@ pub fn loses_writes(features: &Features, accelerator: &str) -> bool {
 ///
 /// With a key that was exchanged beforehand, TLS 1.3 has only ciphers with SHA-256. `GnuTLS`'s own choice among those
 /// is `ChaCha20`, half as fast as AES on most processors; AES-256 is there in TLS 1.2.
-pub(crate) fn tls_priority(cipher: Cipher) -> &'static str {
+pub fn tls_priority(cipher: Cipher) -> &'static str {
     match cipher {
         Cipher::Aes128Gcm => "NORMAL:-CIPHER-ALL:+AES-128-GCM",
         Cipher::Aes256Gcm => "NORMAL:-VERS-ALL:+VERS-TLS1.2:-CIPHER-ALL:+AES-256-GCM",

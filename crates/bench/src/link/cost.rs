@@ -3,12 +3,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use rustix::time::{ClockId, clock_gettime};
-
-/// The processor time of the calling thread until now.
-pub(super) fn thread_cpu() -> Duration {
-    Duration::try_from(clock_gettime(ClockId::ThreadCPUTime)).unwrap_or_default()
-}
+use vmferry_link::thread_cpu;
 
 /// Runs this and adds what it cost its thread.
 pub(super) fn with_cpu<T>(work: impl FnOnce() -> T) -> (T, Duration) {

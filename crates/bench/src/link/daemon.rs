@@ -4,7 +4,6 @@
 //!
 //! The source and the destination stand for QEMU and speak through a Unix socket with their daemon, as QEMU did.
 
-use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -51,19 +50,7 @@ pub(super) fn measure(bench: &Loopback, way: Way, time: Duration) -> Result<Meas
     let idle = Idle::begin();
     let begun = Instant::now();
     std::thread::scope(|scope| {
-        let sending = scope.spawn(move || {
-            with_cpu(move || {
-                let mut sent = 0;
-                for block in bench.random.blocks() {
-                    if begun.elapsed() > time {
-                        break;
-                    }
-                    source.write_all(&block)?;
-                    sent += block.len() as u64;
-                }
-                Ok::<_, std::io::Error>(sent)
-            })
-        });
+        let sending = scope.spawn(move || with_cpu(move || today::pour(&bench.random, &mut source, begun + time)));
         let source_daemon = scope.spawn(move || {
             with_cpu(|| {
                 one_thread()?.block_on(async {

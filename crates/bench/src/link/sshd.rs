@@ -2,10 +2,10 @@
 
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use super::LinkBenchError;
+use super::{LinkBenchError, Program};
 
 const START: Duration = Duration::from_secs(5);
 
@@ -13,7 +13,7 @@ const START: Duration = Duration::from_secs(5);
 pub(super) struct Sshd {
     dir: tempfile::TempDir,
     address: SocketAddr,
-    server: Child,
+    server: Program,
 }
 
 impl Sshd {
@@ -44,10 +44,10 @@ impl Sshd {
             .stdout(Stdio::null())
             .stderr(std::fs::File::create(dir.path().join("log"))?)
             .spawn()?;
-        let mut sshd = Self { dir, address, server };
+        let mut sshd = Self { dir, address, server: Program(server) };
         let deadline = Instant::now() + START;
         while TcpStream::connect(address).is_err() {
-            if Instant::now() > deadline || sshd.server.try_wait()?.is_some() {
+            if Instant::now() > deadline || sshd.server.0.try_wait()?.is_some() {
                 let log = std::fs::read_to_string(sshd.dir.path().join("log")).unwrap_or_default();
                 return Err(LinkBenchError::Failed(format!("sshd does not start: {}", log.trim())));
             }
@@ -72,15 +72,7 @@ impl Sshd {
 
     /// The server's process; those of its connections are its children.
     pub(super) fn pid(&self) -> u32 {
-        self.server.id()
-    }
-}
-
-impl Drop for Sshd {
-    fn drop(&mut self) {
-        // An error means that it has ended already.
-        let _ = self.server.kill();
-        let _ = self.server.wait();
+        self.server.0.id()
     }
 }
 

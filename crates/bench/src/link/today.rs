@@ -14,7 +14,7 @@ use vmferry_qemu::{Endpoint, MigrationStatus, Qmp, StreamKey, protect_streams};
 
 use super::cost::{Idle, tree_cpu, with_cpu};
 use super::sshd::Sshd;
-use super::{BLOCK, LinkBenchError, Measured};
+use super::{BLOCK, LinkBenchError, Measured, Program};
 
 /// As good as no cap for QEMU, in bytes a second.
 const UNLIMITED: u64 = 1 << 50;
@@ -36,19 +36,7 @@ pub(super) fn plain_tcp(load: &Load, streams: u8, time: Duration) -> Result<Meas
         for _ in 0..streams {
             let mut to = TcpStream::connect(address)?;
             let (mut from, _) = listener.accept()?;
-            senders.push(scope.spawn(move || {
-                with_cpu(move || {
-                    let mut sent = 0;
-                    for block in load.blocks() {
-                        if begun.elapsed() > time {
-                            break;
-                        }
-                        to.write_all(&block)?;
-                        sent += block.len() as u64;
-                    }
-                    Ok::<_, std::io::Error>(sent)
-                })
-            }));
+            senders.push(scope.spawn(move || with_cpu(move || pour(load, &mut to, begun + time))));
             receivers.push(scope.spawn(move || with_cpu(move || drain(&mut from))));
         }
         let mut measured = Measured::default();
@@ -66,6 +54,19 @@ pub(super) fn plain_tcp(load: &Load, streams: u8, time: Duration) -> Result<Meas
         measured.idle = idle.share();
         Ok(measured)
     })
+}
+
+/// Writes until then; how many bytes that were.
+pub(super) fn pour(load: &Load, to: &mut impl Write, until: Instant) -> std::io::Result<u64> {
+    let mut written = 0;
+    for block in load.blocks() {
+        if Instant::now() > until {
+            break;
+        }
+        to.write_all(&block)?;
+        written += block.len() as u64;
+    }
+    Ok(written)
 }
 
 /// Reads to the end.
@@ -91,42 +92,24 @@ pub(super) fn ssh(load: &Load, sshd: &Sshd, cipher: Option<&str>, time: Duration
     let before = [tree_cpu(client.id()), tree_cpu(sshd.pid())];
     let idle = Idle::begin();
     let begun = Instant::now();
-    let mut bytes = 0;
-    let written = begun_with.and_then(|()| {
-        for block in load.blocks() {
-            if begun.elapsed() > time {
-                break;
-            }
-            input.write_all(&block)?;
-            bytes += block.len() as u64;
-        }
-        Ok(())
-    });
+    let written = begun_with.and_then(|()| pour(load, &mut input, begun + time));
     let took = begun.elapsed();
     // While they live: those that ended would be counted at their parents, which end too.
     let cpu = [tree_cpu(client.id()).saturating_sub(before[0]), tree_cpu(sshd.pid()).saturating_sub(before[1])];
     let idle = idle.share();
     drop(input);
     let output = client.wait_with_output()?;
-    if written.is_err() || !output.status.success() {
+    let Some(bytes) = written.ok().filter(|_| output.status.success()) else {
         let words = String::from_utf8_lossy(&output.stderr).trim().to_owned();
         return Err(LinkBenchError::Failed(format!("ssh ended with {}: {words}", output.status)));
-    }
+    };
     Ok(Measured { bytes, took, source_cpu: Some(cpu[0]), destination_cpu: Some(cpu[1]), idle, ..Measured::default() })
 }
 
 /// A QEMU with a GiB of RAM and no guest that would run.
 struct Qemu {
-    process: std::process::Child,
+    process: Program,
     qmp: Qmp,
-}
-
-impl Drop for Qemu {
-    fn drop(&mut self) {
-        // An error means that it has ended already.
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
 }
 
 impl Qemu {
@@ -141,16 +124,8 @@ impl Qemu {
             .stdout(Stdio::null())
             .spawn()
             .map_err(|_| LinkBenchError::missing("qemu-system-x86_64", "install Debian's qemu-system-x86"))?;
-        let mut process = Some(process);
-        match Qmp::connect(&socket, SOON).await {
-            Ok(qmp) => Ok(Self { process: process.take().expect("it is there"), qmp }),
-            Err(error) => {
-                let mut process = process.take().expect("it is there");
-                let _ = process.kill();
-                let _ = process.wait();
-                Err(error.into())
-            }
-        }
+        let process = Program(process);
+        Ok(Self { qmp: Qmp::connect(&socket, SOON).await?, process })
     }
 }
 
@@ -181,7 +156,7 @@ pub(super) async fn qemu(load: &Load, tls: Option<&str>, streams: u8) -> Result<
     let mut listens = destination.qmp.execute(QueryMigrate {}).await?.socket_address.into_iter().flatten();
     let port = listens.find_map(|address| address.tcp_port());
     let port = port.ok_or_else(|| LinkBenchError::Failed("QEMU does not tell where it listens".into()))?;
-    let pids = [source.process.id(), destination.process.id()];
+    let pids = [source.process.0.id(), destination.process.0.id()];
     let before = pids.map(tree_cpu);
     let idle = Idle::begin();
     let begun = Instant::now();

@@ -5,10 +5,11 @@ use std::time::Duration;
 
 use super::LinkDown;
 use super::state::{Shared, URGENT};
-use super::stream::{StreamError, cpu};
+use super::stream::StreamError;
 use crate::channel::ReadHalf;
 use crate::compress::Unpacker;
 use crate::frame::{Encoding, HEADER, Header, Type};
+use crate::thread_cpu;
 use crate::tuning::SILENCE;
 
 /// The reading side of a connection.
@@ -24,7 +25,7 @@ pub(super) struct Reading<'a> {
 impl<'a> Reading<'a> {
     pub(super) fn new(shared: &'a Shared, index: usize, mut reader: ReadHalf, protected: bool) -> Self {
         reader.set_longest_silence(SILENCE);
-        Self { shared, index, reader, protected, unpacker: Unpacker::new(), cpu: cpu() }
+        Self { shared, index, reader, protected, unpacker: Unpacker::new(), cpu: thread_cpu() }
     }
 
     pub(super) fn run(&mut self) -> Result<(), StreamError> {
@@ -98,7 +99,7 @@ impl<'a> Reading<'a> {
     }
 
     fn count_cpu(&mut self) {
-        let now = cpu();
+        let now = thread_cpu();
         self.shared.lock().streams[self.index].counters.cpu += now.saturating_sub(self.cpu);
         self.cpu = now;
     }

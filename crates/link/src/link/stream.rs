@@ -5,8 +5,6 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::time::{ClockId, clock_gettime};
-
 use super::LinkDown;
 use super::reading::Reading;
 use super::state::{LAST_WORDS, Shared, State};
@@ -238,10 +236,4 @@ fn drive(shared: &Arc<Shared>, index: usize, connection: Connection) -> Result<(
     cutter.cut();
     let _ = reading.join();
     result
-}
-
-/// The processor time of this thread.
-pub(super) fn cpu() -> Duration {
-    let time = clock_gettime(ClockId::ThreadCPUTime);
-    Duration::try_from(time).unwrap_or_default()
 }

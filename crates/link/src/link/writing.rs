@@ -8,12 +8,13 @@ use bytes::Bytes;
 
 use super::LinkDown;
 use super::state::{Shared, State, URGENT};
-use super::stream::{StreamError, cpu};
+use super::stream::StreamError;
 use crate::channel::WriteHalf;
 use crate::chooser::{Chooser, SAMPLE};
 use crate::compress::{Compression, Method, Packer};
 use crate::frame::{Encoding, Header, Type};
 use crate::sequence::Body;
+use crate::thread_cpu;
 
 /// How often each side asks whether the other one is there.
 const PING: Duration = Duration::from_secs(1);
@@ -65,7 +66,7 @@ impl<'a> Writing<'a> {
             chooser: Chooser::new(),
             last_ping: None,
             ping_number: 0,
-            cpu: cpu(),
+            cpu: thread_cpu(),
         }
     }
 
@@ -181,9 +182,9 @@ impl<'a> Writing<'a> {
             }
         }
         let bytes = slices.iter().map(|slice| slice.len()).sum();
-        let (begun, cpu_before) = (Instant::now(), cpu());
+        let (begun, cpu_before) = (Instant::now(), thread_cpu());
         self.write_paced(writer, &mut slices, bytes)?;
-        let (took, used) = (begun.elapsed(), cpu().saturating_sub(cpu_before));
+        let (took, used) = (begun.elapsed(), thread_cpu().saturating_sub(cpu_before));
         if !leaving.is_empty() {
             self.chooser.on_written(bytes, used, took.saturating_sub(used));
         }
@@ -286,7 +287,7 @@ impl<'a> Writing<'a> {
 
     /// Remembers what was written.
     fn account(&mut self, leaving: &mut [Leaving], packed: bool, bytes: usize) {
-        let now = cpu();
+        let now = thread_cpu();
         let mut state = self.shared.lock();
         let fixed = match state.compression {
             Compression::Fixed(method) => Some(method),
