@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::layer::{Layer, Tls, Unwrapped};
+use crate::records::{Opened, Opener, Sealer, records};
 
 /// How much is sealed and written at once; a TLS record has 16 KiB, so the lock is held for a few microseconds each.
 const WRITE: usize = 256 << 10;
@@ -38,6 +39,7 @@ impl Channel {
             descriptor: Arc::clone(&descriptor),
             layers: Vec::new(),
             arrived: vec![Buffer::new(READ_AHEAD)],
+            opener: None,
             wait: Wait::Forever,
         };
         let writer = WriteHalf {
@@ -46,6 +48,7 @@ impl Channel {
             staged: Vec::new(),
             written: 0,
             scratch: Vec::new(),
+            sealer: None,
             ended: false,
         };
         Self { reader, writer, protected: false }
@@ -115,6 +118,24 @@ impl Write for Channel {
     }
 }
 
+/// From here on both halves of a channel that has TLS and nothing else over it make and open the records themselves,
+/// which is faster and needs no lock. Whoever calls this has heard all that the other side says until it is answered.
+pub(crate) fn take_records(reader: &mut ReadHalf, writer: &mut WriteHalf) -> io::Result<()> {
+    if reader.layers.len() != 1 {
+        return Ok(());
+    }
+    writer.layers.clear();
+    let layer = reader.layers.pop().and_then(Arc::into_inner).and_then(|layer| layer.into_inner().ok());
+    let mut tls = layer.and_then(Layer::into_tls).ok_or_else(|| io::Error::other("TLS is in use"))?;
+    let unread = tls.process_new_packets().map_or(0, |state| state.plaintext_bytes_to_read());
+    if unread > 0 || !reader.arrived[0].is_empty() {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "more was said than was asked for"));
+    }
+    let (sealer, opener) = records(tls.dangerous_extract_secrets().map_err(io::Error::other)?)?;
+    (reader.opener, writer.sealer) = (Some(opener), Some(sealer));
+    Ok(())
+}
+
 /// Ends a channel from any thread: whoever reads or writes is woken.
 #[derive(Clone, Debug)]
 pub struct Cutter(Arc<OwnedFd>);
@@ -161,6 +182,8 @@ pub struct ReadHalf {
     layers: Vec<Shared>,
     /// What arrived for the layer above, the lowest first.
     arrived: Vec<Buffer>,
+    /// In place of the layers.
+    opener: Option<Opener>,
     wait: Wait,
 }
 
@@ -188,6 +211,21 @@ impl ReadHalf {
             match rustix::io::readv(&self.descriptor, into) {
                 Err(rustix::io::Errno::INTR) => {}
                 result => return Ok(result?),
+            }
+        }
+    }
+
+    fn read_records(&mut self, opener: &mut Opener, into: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match opener.open(into)? {
+                Opened::Bytes(length) => return Ok(length),
+                Opened::End => return Ok(0),
+                Opened::Nothing => {}
+            }
+            match self.read_descriptor(&mut [IoSliceMut::new(opener.room())])? {
+                // The end without a word from TLS may be somebody else's doing.
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                length => opener.arrived(length),
             }
         }
     }
@@ -224,6 +262,11 @@ impl Read for ReadHalf {
         if !self.layers.is_empty() {
             return self.read_through(self.layers.len(), into);
         }
+        if let Some(mut opener) = self.opener.take() {
+            let read = self.read_records(&mut opener, into);
+            self.opener = Some(opener);
+            return read;
+        }
         if self.arrived[0].is_empty() {
             // What does not fit is read ahead by the same call.
             let mut bytes = std::mem::take(&mut self.arrived[0].bytes);
@@ -249,6 +292,8 @@ pub struct WriteHalf {
     staged: Vec<u8>,
     written: usize,
     scratch: Vec<u8>,
+    /// In place of the layers.
+    sealer: Option<Sealer>,
     /// The layers have said that nothing follows.
     ended: bool,
 }
@@ -270,6 +315,12 @@ impl WriteHalf {
     /// Says that nothing follows.
     pub fn end(&mut self) -> io::Result<()> {
         self.flush()?;
+        if let Some(sealer) = &mut self.sealer
+            && !self.ended
+        {
+            sealer.end()?;
+            self.ended = true;
+        }
         if !self.ended {
             let mut last = Vec::new();
             for number in (0..self.layers.len()).rev() {
@@ -302,6 +353,11 @@ impl Write for WriteHalf {
     }
 
     fn write_vectored(&mut self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+        if let Some(sealer) = &mut self.sealer {
+            flush(&self.descriptor, sealer)?;
+            let length = sealer.seal(slices)?;
+            return sealed(flush(&self.descriptor, sealer), length);
+        }
         if self.layers.is_empty() {
             return write_descriptor(&self.descriptor, slices);
         }
@@ -318,18 +374,33 @@ impl Write for WriteHalf {
         let below = self.layers.len() - 1;
         lock(&self.layers[below]).wrap(&part, &mut self.staged)?;
         self.wrap_through(below)?;
-        match self.flush() {
-            // It is wrapped, and goes out with what comes next.
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(length),
-            result => result.map(|()| length),
-        }
+        sealed(self.flush(), length)
     }
 
     fn flush(&mut self) -> io::Result<()> {
+        if let Some(sealer) = &mut self.sealer {
+            return flush(&self.descriptor, sealer);
+        }
         while self.written < self.staged.len() {
             self.written += write_descriptor(&self.descriptor, &[IoSlice::new(&self.staged[self.written..])])?;
         }
         Ok(())
+    }
+}
+
+fn flush(descriptor: &OwnedFd, sealer: &mut Sealer) -> io::Result<()> {
+    while !sealer.unsent().is_empty() {
+        let length = write_descriptor(descriptor, &[IoSlice::new(sealer.unsent())])?;
+        sealer.sent(length);
+    }
+    Ok(())
+}
+
+/// What was sealed counts as written, though it may go out only with what comes next.
+fn sealed(flushed: io::Result<()>, length: usize) -> io::Result<usize> {
+    match flushed {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(length),
+        result => result.map(|()| length),
     }
 }
 

@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::time::{Duration, Instant};
 
-use crate::channel::{Channel, Cutter, ReadHalf, WriteHalf};
+use crate::channel::{Channel, Cutter, ReadHalf, WriteHalf, take_records};
 use crate::hello::{
     Challenge, Hello, HelloError, Message, Proved, Reason, Refusal, Transcript, VERSIONS, common_version, nonce,
 };
@@ -64,6 +64,14 @@ impl Talk {
         Message::read(&mut self.reader, false)
     }
 
+    /// To be called when the other side waits for an answer.
+    fn take_records(&mut self) -> Result<(), HelloError> {
+        if self.protected {
+            take_records(&mut self.reader, &mut self.writer)?;
+        }
+        Ok(())
+    }
+
     fn refuse(&mut self, refusal: &Refusal) {
         // Whoever does not listen has lost nothing.
         let _ = self.say(&Message::Refused(refusal.clone()));
@@ -87,6 +95,8 @@ pub(crate) fn ask(channel: Channel, shared: &Shared, index: usize, deadline: Ins
         window: shared.options.window as u32,
         nonce: nonce(),
     };
+    // Nothing is said to us before we speak.
+    talk.take_records()?;
     talk.say(&Message::Hello(hello.clone()))?;
     let challenge = match talk.hear()? {
         Message::Challenge(challenge) => challenge,
@@ -145,6 +155,7 @@ fn try_answer(
     let Message::Hello(hello) = Message::read(&mut talk.reader, true).map_err(malformed)? else {
         return Err(malformed(HelloError::Malformed));
     };
+    talk.take_records().map_err(malformed)?;
     let version = common_version(hello.versions)?;
     let expected = find(hello.session)
         .ok_or_else(|| Refusal::new(Reason::UnknownSession, "there is no such session here (any more)"))?;

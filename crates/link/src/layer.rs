@@ -13,6 +13,11 @@ pub(crate) trait Layer: Send {
 
     /// Appends what says that nothing follows.
     fn end(&mut self, out: &mut Vec<u8>) -> io::Result<()>;
+
+    /// The connection, if the layer is TLS.
+    fn into_tls(self: Box<Self>) -> Option<rustls::Connection> {
+        None
+    }
 }
 
 /// What came out of a layer.
@@ -83,5 +88,9 @@ impl Layer for Tls {
     fn end(&mut self, out: &mut Vec<u8>) -> io::Result<()> {
         self.0.send_close_notify();
         self.take_out(out)
+    }
+
+    fn into_tls(self: Box<Self>) -> Option<rustls::Connection> {
+        Some(self.0)
     }
 }

@@ -23,6 +23,7 @@ mod join;
 mod layer;
 mod link;
 mod pacing;
+mod records;
 mod sequence;
 mod session;
 mod sessions;

@@ -158,7 +158,8 @@ pub(crate) fn connect_stream<S: Read + Write>(
         authority: None,
         found: Mutex::new(None),
     });
-    let config = client_config(identity, Arc::clone(&verifier), crypto, ALPN_STREAM);
+    let mut config = client_config(identity, Arc::clone(&verifier), crypto, ALPN_STREAM);
+    config.enable_secret_extraction = true;
     let name = ServerName::try_from(NO_NAME).expect("it is a name");
     let mut tls = ClientConnection::new(Arc::new(config), name)
         .map_err(|error| not_an_agent(std::io::Error::new(ErrorKind::InvalidInput, error)))?;
@@ -203,6 +204,8 @@ impl Acceptor {
         config.alpn_protocols = vec![ALPN.to_vec(), ALPN_STREAM.to_vec()];
         // Connections are few and long; a ticket would only be one more thing to protect.
         config.send_tls13_tickets = 0;
+        // Streams take the keys from rustls once the handshake is over: see `records`.
+        config.enable_secret_extraction = true;
         Self { tls: tokio_rustls::TlsAcceptor::from(Arc::new(config)), authority: authority.cloned() }
     }
 

@@ -349,10 +349,10 @@ fn a_rate_is_kept_and_can_be_changed_while_data_flows() {
         (pair.beta.stats().raw_received - before) as f64 / begun.elapsed().as_secs_f64()
     };
     let slow = rate(Duration::from_secs(1));
-    assert!((16e6..23e6).contains(&slow), "{slow}");
+    assert!((14e6..23e6).contains(&slow), "{slow}");
     pair.alpha.set_rate(Some(80_000_000));
     let fast = rate(Duration::from_secs(1));
-    assert!((64e6..90e6).contains(&fast), "{fast}");
+    assert!((50e6..90e6).contains(&fast), "{fast}");
     pair.alpha.set_rate(None);
     assert!(rate(Duration::from_millis(500)) > 100e6);
 }
