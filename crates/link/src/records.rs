@@ -35,7 +35,7 @@ const MOST_BY_AES: u64 = 1 << 24;
 
 /// One direction's key, and how often it was used.
 struct Key {
-    key: LessSafeKey,
+    aead: LessSafeKey,
     iv: [u8; NONCE_LEN],
     used: u64,
     most: u64,
@@ -55,7 +55,7 @@ impl Key {
         let unfit = || io::Error::new(ErrorKind::InvalidData, "TLS gave a key that does not fit its cipher");
         let key = UnboundKey::new(algorithm, key).map_err(|_| unfit())?;
         let iv = iv.try_into().map_err(|_| unfit())?;
-        Ok(Self { key: LessSafeKey::new(key), iv, used, most })
+        Ok(Self { aead: LessSafeKey::new(key), iv, used, most })
     }
 
     /// The number of the next record, mixed into the key's own.
@@ -151,8 +151,8 @@ impl Sealer {
         let room = &mut self.sealed[self.unsent.end..];
         room[..HEADER].copy_from_slice(&header);
         let (body, last) = room[HEADER..].split_at_mut(plain.len());
-        let last = &mut last[..1 + TAG];
-        let sealed = self.key.key.seal_out_of_place_scatter(nonce, Aad::from(header), plain, body, &[content], last);
+        let last = &mut last[..=TAG];
+        let sealed = self.key.aead.seal_out_of_place_scatter(nonce, Aad::from(header), plain, body, &[content], last);
         sealed.map_err(|_| io::Error::other("the cipher failed"))?;
         self.unsent.end += HEADER + plain.len() + 1 + TAG;
         Ok(())
@@ -253,9 +253,9 @@ impl Opener {
         let fits = sealed.len() <= into.len();
         let opened = if fits {
             let into = &mut into[..sealed.len()];
-            self.key.key.open_separate_gather(nonce, aad, sealed, tag, into).map(|()| &*into)
+            self.key.aead.open_separate_gather(nonce, aad, sealed, tag, into).map(|()| &*into)
         } else {
-            self.key.key.open_in_place_separate_tag(nonce, aad, tag, sealed).map(|plain| &*plain)
+            self.key.aead.open_in_place_separate_tag(nonce, aad, tag, sealed).map(|plain| &*plain)
         };
         let opened = opened.map_err(|_| invalid("a record was changed on its way"))?;
         // The type comes last, but for zeros that hide how much there is.
@@ -358,7 +358,7 @@ mod tests {
             while !wire.is_empty() {
                 server.read_tls(&mut wire).unwrap();
                 server.process_new_packets().unwrap();
-                let mut chunk = [0; 50_000];
+                let mut chunk = vec![0; 50_000];
                 while let Ok(length @ 1..) = server.reader().read(&mut chunk) {
                     plain.extend(&chunk[..length]);
                 }
@@ -398,11 +398,11 @@ mod tests {
         server.read_tls(&mut &wire[..]).unwrap();
         server.process_new_packets().unwrap();
         server.reader().read_exact(&mut [0; 5]).unwrap();
-        let ((mut here, mut from_there), (mut there, mut from_here)) = (taken(client), taken(server));
-        let wire = seal(&mut here, &mut [IoSlice::new(b"there")]);
-        assert_eq!(open(&mut from_here, &wire, 100, 100).unwrap(), b"there");
-        let wire = seal(&mut there, &mut [IoSlice::new(b"here")]);
-        assert_eq!(open(&mut from_there, &wire, 100, 100).unwrap(), b"here");
+        let ((mut alpha, mut alpha_hears), (mut beta, mut beta_hears)) = (taken(client), taken(server));
+        let wire = seal(&mut alpha, &mut [IoSlice::new(b"there")]);
+        assert_eq!(open(&mut beta_hears, &wire, 100, 100).unwrap(), b"there");
+        let wire = seal(&mut beta, &mut [IoSlice::new(b"here")]);
+        assert_eq!(open(&mut alpha_hears, &wire, 100, 100).unwrap(), b"here");
     }
 
     #[test]
@@ -416,8 +416,8 @@ mod tests {
             changed[byte] ^= 1;
             // A longer record would only be waited for.
             changed.resize(changed.len() + 1, 0);
-            let (used, opened) = (opener.key.used, open(&mut opener, &changed, 2000, 2000));
-            assert_eq!(opened.expect_err("it was changed").kind(), ErrorKind::InvalidData, "byte {byte}");
+            let (used, result) = (opener.key.used, open(&mut opener, &changed, 2000, 2000));
+            assert_eq!(result.expect_err("it was changed").kind(), ErrorKind::InvalidData, "byte {byte}");
             (opener.key.used, opener.unopened) = (used, 0..0);
         }
         assert!(open(&mut opener, &second, 2000, 2000).is_err(), "the first was left out");
