@@ -1,0 +1,15 @@
+//! What is asked of the kernel, and the only place here with `unsafe`: a [`Userfaultfd`], which is taken from another
+//! process ([`make_in`]), and the [`Pagemap`] of that process.
+
+mod inject;
+mod ioctls;
+mod machine;
+mod pagemap;
+mod support;
+mod userfaultfd;
+
+pub use inject::InjectError;
+pub(crate) use inject::{Inside, Keep, Reach, close_in, make_in};
+pub(crate) use pagemap::Pagemap;
+pub use support::{Unsupported, support};
+pub(crate) use userfaultfd::{Copied, EnableError, Feature, Mode, Userfaultfd};

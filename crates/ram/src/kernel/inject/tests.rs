@@ -1,0 +1,296 @@
+//! On a child that is this test program once more, in [`a_program_that_notices_everything`].
+
+use std::collections::HashMap;
+use std::env;
+use std::hint::black_box;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use rustix::process::{Signal, kill_process};
+use rustix::thread::{NanosleepRelativeResult, Timespec, gettid, nanosleep};
+
+use super::*;
+
+/// Tells the child what it is.
+const ROLE: &str = "VMFERRY_TEST_ROLE";
+/// How often each thread is stopped.
+const TIMES: u64 = 100;
+const BUSY: usize = 6;
+
+/// Busy threads, one that sleeps, and one that reads; all of them notice what should not have happened to them.
+struct Program {
+    child: Child,
+    input: ChildStdin,
+    output: BufReader<ChildStdout>,
+    process: Process,
+    /// By what they do: `main`, `read`, `sleep` and `busy0` and so on.
+    threads: HashMap<String, u32>,
+}
+
+impl Program {
+    fn start() -> Self {
+        let name = "kernel::inject::tests::a_program_that_notices_everything";
+        let mut child = Command::new(env::current_exe().unwrap())
+            .args(["--exact", name, "--ignored", "--nocapture", "--quiet"])
+            .env(ROLE, "program")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let process = Process::open(child.id()).unwrap();
+        let input = child.stdin.take().unwrap();
+        let mut output = BufReader::new(child.stdout.take().unwrap());
+        let mut threads = HashMap::from([("main".to_owned(), child.id())]);
+        while threads.len() < BUSY + 3 {
+            let mut line = String::new();
+            assert!(output.read_line(&mut line).unwrap() > 0, "the program ended");
+            if let Some((name, id)) = line.trim().strip_prefix("thread ").and_then(|rest| rest.split_once(' ')) {
+                threads.insert(name.to_owned(), id.parse().unwrap());
+            }
+        }
+        Self { child, input, output, process, threads }
+    }
+
+    /// The thread is in this system call.
+    fn wait_until_in(&self, thread: &str, call: &str) {
+        let path = format!("/proc/{}/task/{}/syscall", self.process.pid, self.threads[thread]);
+        let begun = Instant::now();
+        while fs::read_to_string(&path).unwrap().split(' ').next() != Some(call) {
+            assert!(begun.elapsed() < Duration::from_secs(10), "{thread} never was in system call {call}");
+            thread::yield_now();
+        }
+    }
+
+    fn descriptors(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/fd", self.process.pid)).unwrap().count()
+    }
+
+    /// Lets it end, and gives back what it noticed.
+    fn end(mut self) -> String {
+        self.input.write_all(b"e").unwrap();
+        let mut noticed = String::new();
+        for line in self.output.by_ref().lines().map_while(Result::ok) {
+            if let Some(what) = line.strip_prefix("noticed ") {
+                noticed.push_str(what);
+            }
+        }
+        assert!(self.child.wait().unwrap().success(), "the program failed");
+        noticed
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Computes in two ways at once, in registers; a register that was changed makes a difference.
+fn compute(done: &AtomicBool, rounds: &AtomicU64) -> bool {
+    let (mut one, mut other, mut float) = (1_u64, 1_u64, 1.0_f64);
+    while !done.load(Ordering::Relaxed) {
+        for _ in 0..1000 {
+            one = black_box(one).wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            other = other.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(black_box(1));
+            float = black_box(float) * 1.5 / 1.5;
+        }
+        if one != other || float.to_bits() != 1.0_f64.to_bits() {
+            return false;
+        }
+        rounds.fetch_add(1, Ordering::Relaxed);
+    }
+    true
+}
+
+#[test]
+#[ignore = "other tests start it"]
+fn a_program_that_notices_everything() {
+    if env::var_os(ROLE).is_none() {
+        return;
+    }
+    let (done, rounds) = (&AtomicBool::new(false), &AtomicU64::new(0));
+    let say = |name: &str| println!("thread {name} {}", gettid().as_raw_nonzero());
+    let noticed: Vec<String> = thread::scope(|scope| {
+        let mut threads = Vec::new();
+        for busy in 0..BUSY {
+            threads.push(scope.spawn(move || {
+                say(&format!("busy{busy}"));
+                (!compute(done, rounds)).then(|| "a register changed; ".to_owned())
+            }));
+        }
+        threads.push(scope.spawn(move || {
+            say("sleep");
+            while !done.load(Ordering::Relaxed) {
+                let begun = Instant::now();
+                let slept = nanosleep(&Timespec { tv_sec: 0, tv_nsec: 20_000_000 });
+                if !matches!(slept, NanosleepRelativeResult::Ok) || begun.elapsed() < Duration::from_millis(20) {
+                    return Some(format!("a sleep ended after {:?}; ", begun.elapsed()));
+                }
+            }
+            None
+        }));
+        threads.push(scope.spawn(move || {
+            say("read");
+            let mut byte = [0];
+            let read = loop {
+                match rustix::io::read(rustix::stdio::stdin(), &mut byte) {
+                    Ok(1) if byte == *b"e" => break None,
+                    Ok(1) => println!("echo"),
+                    other => break Some(format!("a read gave {other:?}; ")),
+                }
+            };
+            done.store(true, Ordering::Relaxed);
+            read
+        }));
+        threads.into_iter().filter_map(|thread| thread.join().unwrap()).collect()
+    });
+    assert!(rounds.load(Ordering::Relaxed) > 0);
+    println!("\nnoticed {}", noticed.concat());
+}
+
+/// As [`make_in`] does it, in a chosen thread.
+fn make_and_close(program: &Program, thread: &str) -> Duration {
+    let flags = u64::from((OFlags::CLOEXEC | OFlags::NONBLOCK).bits()) | USER_MODE_ONLY;
+    let work = |stopped: &mut Stopped| {
+        let number = stopped.call("userfaultfd", machine::USERFAULTFD, flags)?;
+        assert!(program.process.has_userfaultfd(number as RawFd));
+        stopped.call("close", machine::CLOSE, number as u64)
+    };
+    with_one_of(&program.process, &[program.threads[thread]], work).unwrap().1
+}
+
+#[test]
+fn a_program_does_not_notice_that_its_threads_made_system_calls() {
+    let program = Program::start();
+    let descriptors = program.descriptors();
+    let read = if cfg!(target_arch = "x86_64") { "0" } else { "63" };
+    program.wait_until_in("read", read);
+    for thread in ["main", "read", "sleep", "busy0", "busy1"] {
+        let mut times: Vec<Duration> = (0..TIMES).map(|_| make_and_close(&program, thread)).collect();
+        times.sort_unstable();
+        let median = times[times.len() / 2];
+        println!("{thread} stood still: median {median:?}, worst {:?}", times[times.len() - 1]);
+        // A busy thread also waits for its turn among the others, as it would without us.
+        assert!(thread.starts_with("busy") || median < Duration::from_millis(5), "{thread}: {median:?}");
+    }
+    assert_eq!(program.descriptors(), descriptors);
+    program.wait_until_in("read", read);
+    assert_eq!(program.end(), "");
+}
+
+#[test]
+fn a_userfaultfd_stays_in_the_process_only_if_it_is_to() {
+    let program = Program::start();
+    let descriptors = program.descriptors();
+    let ours = make_in(&program.process, Reach::User, Keep::Ours).unwrap();
+    assert_eq!(program.descriptors(), descriptors);
+    let there = make_in(&program.process, Reach::User, Keep::There).unwrap();
+    assert_eq!((program.descriptors(), there.number), (descriptors + 1, ours.number));
+    assert!(program.process.take(there.number).is_ok());
+    close_in(&program.process, there.number).unwrap();
+    assert_eq!(program.descriptors(), descriptors);
+    assert!(matches!(close_in(&program.process, there.number), Err(InjectError::NotOurs { .. })));
+    assert!(matches!(close_in(&program.process, 0), Err(InjectError::NotOurs { number: 0 })));
+    assert_eq!(program.end(), "");
+}
+
+#[test]
+fn signals_that_arrive_meanwhile_are_delivered() {
+    // Stopping and continuing a process leaves it as it was; in between it is sent one by somebody else all the time.
+    let program = Program::start();
+    let pid = rustix::process::Pid::from_raw(program.process.pid as i32).unwrap();
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                // This one is ignored by those who do not ask for it, but every thread may have to look at it.
+                kill_process(pid, Signal::WINCH).unwrap();
+                kill_process(pid, Signal::STOP).unwrap();
+                kill_process(pid, Signal::CONT).unwrap();
+            }
+        });
+        for _ in 0..TIMES {
+            make_and_close(&program, "busy1");
+            make_and_close(&program, "main");
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+    // The sleep may notice: a process that is stopped and continued does.
+    let noticed = program.end();
+    assert!(!noticed.contains("register"), "{noticed}");
+}
+
+#[test]
+fn a_paused_process_stays_paused() {
+    let program = Program::start();
+    let pid = rustix::process::Pid::from_raw(program.process.pid as i32).unwrap();
+    let state = || fs::read_to_string(format!("/proc/{}/stat", program.process.pid)).unwrap();
+    let wait_for = |wanted: &str| {
+        let begun = Instant::now();
+        while !state().contains(wanted) {
+            assert!(begun.elapsed() < Duration::from_secs(10), "not {wanted}");
+            thread::yield_now();
+        }
+    };
+    kill_process(pid, Signal::STOP).unwrap();
+    wait_for(") T ");
+    make_in(&program.process, Reach::User, Keep::Ours).unwrap();
+    wait_for(") T ");
+    kill_process(pid, Signal::CONT).unwrap();
+    wait_for(") S ");
+    drop(program.end());
+}
+
+#[test]
+fn a_process_that_is_killed_in_the_middle_is_gone() {
+    for after in [Duration::ZERO, Duration::from_micros(300), Duration::from_micros(900)] {
+        let mut program = Program::start();
+        let result = thread::scope(|scope| {
+            let calls = scope.spawn(|| {
+                loop {
+                    if let Err(error) = make_in(&program.process, Reach::User, Keep::Ours) {
+                        return error;
+                    }
+                }
+            });
+            thread::sleep(after);
+            kill_process(rustix::process::Pid::from_raw(program.process.pid as i32).unwrap(), Signal::KILL).unwrap();
+            calls.join().unwrap()
+        });
+        assert!(matches!(result, InjectError::Gone), "{result:?}");
+        assert!(!program.child.wait().unwrap().success());
+    }
+}
+
+#[test]
+fn a_process_that_is_traced_is_refused_with_its_tracers_pid() {
+    let program = Program::start();
+    let (ready, is_ready) = std::sync::mpsc::channel();
+    let (end, ended) = std::sync::mpsc::channel::<()>();
+    thread::scope(|scope| {
+        let thread = Pid::from_raw(program.process.pid as i32);
+        scope.spawn(move || {
+            ptrace::seize(thread, ptrace::Options::empty()).unwrap();
+            ready.send(()).unwrap();
+            let _ = ended.recv();
+        });
+        is_ready.recv().unwrap();
+        let us = std::process::id();
+        let error = make_in(&program.process, Reach::User, Keep::Ours).unwrap_err();
+        assert!(matches!(error, InjectError::AlreadyTraced { tracer } if tracer == us), "{error:?}");
+        drop(end);
+    });
+    make_in(&program.process, Reach::User, Keep::Ours).unwrap();
+    assert_eq!(program.end(), "");
+}
+
+#[test]
+fn a_process_that_has_ended_is_gone() {
+    let mut child = Command::new("true").spawn().unwrap();
+    let process = Process::open(child.id()).unwrap();
+    child.wait().unwrap();
+    assert!(process.is_gone());
+    assert!(make_in(&process, Reach::User, Keep::Ours).is_err());
+}
