@@ -1,11 +1,13 @@
 //! QEMU, as the rest of vmferry sees it: its monitor ([`qmp`]), its command line ([`command_line`]), starting it
-//! ([`launch`](mod@launch)), the process that it is ([`process`]) and what a binary can do on this host ([`host`]).
+//! ([`launch`](mod@launch)), the process that it is ([`process`]), what its guest's RAM is made of ([`ram`]) and what a
+//! binary can do on this host ([`host`]).
 
 pub mod command_line;
 pub mod host;
 pub mod launch;
 pub mod process;
 pub mod qmp;
+pub mod ram;
 mod stream_tls;
 
 pub use command_line::{CommandLine, CommandLineError, FileKind, FileUse};
@@ -13,4 +15,5 @@ pub use host::{Accel, CpuModel, Machine, ProbeError, QemuInfo, find_binary, prob
 pub use launch::{Incoming, LaunchError, LaunchPlan, LaunchSettings, Launched, launch, plan_launch, wants_shared_ram};
 pub use process::{is_same_process, kill_process, process_command_line, process_cwd, process_start_time};
 pub use qmp::{Command, Event, EventStream, Features, MigrationStatus, Qmp, QmpError, RunState, pid_of_socket_peer};
+pub use ram::{BackendKind, Obstacle, RamBackend, RamLayout, external_obstacles, ram_backends, uses_direct_io};
 pub use stream_tls::{Endpoint, StreamKey, StreamTlsError, protect_streams, unprotect_streams};

@@ -12,6 +12,7 @@ mod states;
 
 pub use events::{Event, EventStream};
 pub use features::Features;
+pub(crate) use states::open_enum;
 pub use states::{MigrationStatus, RunState};
 
 use std::os::fd::{BorrowedFd, OwnedFd};

@@ -1,6 +1,9 @@
 //! Everything that depends on what QEMU really does, against every QEMU that is here: the system's and one of another
 //! major version.
 
+#[path = "real_qemu/ram.rs"]
+mod ram;
+
 use std::ffi::OsString;
 use std::future::Future;
 use std::os::fd::AsFd;

@@ -62,12 +62,27 @@ commands! {
     QueryCpuDefinitions {} = "query-cpu-definitions" -> Vec<CpuDefinition>;
     /// How much memory the guest has.
     QueryMemorySizeSummary {} = "query-memory-size-summary" -> MemorySizeSummary;
-    /// The memory backends; a machine that was only given `-m` has none.
+    /// The memory backends; a machine that was only given `-m` has one of its own making.
     QueryMemdev {} = "query-memdev" -> Vec<Memdev>;
     /// The character devices.
     QueryChardev {} = "query-chardev" -> Vec<ChardevInfo>;
     /// Everything that this QEMU's QMP has.
     QueryQmpSchema {} = "query-qmp-schema" -> Vec<SchemaEntry>;
+    /// The block nodes: what disks are made of.
+    QueryNamedBlockNodes {
+        /// Without what is behind each, which is in the list anyway.
+        flat: bool,
+    } = "query-named-block-nodes" -> Vec<BlockNode>;
+    /// What the monitor for humans says to this line, in words that may change with the version.
+    HumanMonitorCommand {
+        /// The line.
+        command_line: String,
+    } = "human-monitor-command" -> String;
+    /// The properties of one of QEMU's objects, and the objects below it.
+    QomList {
+        /// Where the object is, such as `/machine/peripheral`.
+        path: String,
+    } = "qom-list" -> Vec<QomProperty>;
     /// A property of one of QEMU's objects.
     QomGet {
         /// Where the object is, such as `/machine`.
@@ -237,6 +252,39 @@ pub struct Memdev {
     pub size: u64,
     /// Other processes see what the guest writes; absent in older QEMUs.
     pub share: Option<bool>,
+}
+
+/// One block node.
+#[derive(Clone, Debug, Deserialize)]
+pub struct BlockNode {
+    /// Its driver, such as `qcow2`.
+    pub drv: String,
+    /// What the host's cache is used for.
+    pub cache: BlockCache,
+}
+
+/// See [`BlockNode`].
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub struct BlockCache {
+    /// Nothing: the file is opened with `O_DIRECT`.
+    pub direct: bool,
+}
+
+/// One property of an object.
+#[derive(Clone, Debug, Deserialize)]
+pub struct QomProperty {
+    /// Its name.
+    pub name: String,
+    /// Its type; `child<...>` for an object below.
+    #[serde(rename = "type")]
+    pub kind: String,
+}
+
+impl QomProperty {
+    /// The type of the object that it is.
+    pub fn child_type(&self) -> Option<&str> {
+        self.kind.strip_prefix("child<")?.strip_suffix('>')
+    }
 }
 
 /// One character device.

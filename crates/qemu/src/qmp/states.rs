@@ -44,6 +44,8 @@ macro_rules! open_enum {
     };
 }
 
+pub(crate) use open_enum;
+
 open_enum! {
     /// Where a migration stands, in QEMU's words.
     MigrationStatus {
