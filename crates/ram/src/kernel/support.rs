@@ -157,6 +157,7 @@ impl Drop for Pages {
 }
 
 #[cfg(test)]
+#[expect(clippy::single_range_in_vec_init, reason = "one range is what is expected")]
 mod tests {
     use super::*;
 
@@ -187,7 +188,7 @@ mod tests {
         unsafe {
             second.write_volatile(7);
         }
-        let expected = vec![pages.range().start + PAGE..pages.range().end];
+        let expected = [pages.range().start + PAGE..pages.range().end];
         assert_eq!(written(false), expected);
         assert_eq!(written(true), expected);
         assert_eq!(written(false), [], "it was protected again");
@@ -199,7 +200,7 @@ mod tests {
         #[expect(unsafe_code)]
         let into = unsafe { std::slice::from_raw_parts_mut(pages.0.cast::<u8>(), 1) };
         assert_eq!(rustix::io::read(&end, into).unwrap(), 1);
-        assert_eq!(written(true), vec![pages.range().start..pages.range().start + PAGE]);
+        assert_eq!(written(true), [pages.range().start..pages.range().start + PAGE]);
         drop(userfaultfd);
         let mut found = Vec::new();
         assert!(pagemap.written(pages.range(), true, &mut found).is_err(), "nothing is registered any more");
@@ -247,6 +248,6 @@ mod tests {
         userfaultfd.unregister(start..start + size).unwrap();
         userfaultfd.register(start..start + size, Mode::WriteProtect).unwrap();
         pagemap.written(start..start + size, false, &mut found).unwrap();
-        assert_eq!(found.split_off(before), vec![start..start + size]);
+        assert_eq!(found.split_off(before), [start..start + size]);
     }
 }

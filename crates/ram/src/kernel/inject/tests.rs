@@ -211,6 +211,15 @@ fn a_userfaultfd_stays_in_the_process_only_if_it_is_to() {
     assert_eq!(program.end(), "");
 }
 
+/// Ends another thread's loop, also when a test fails.
+struct Finish<'a>(&'a AtomicBool);
+
+impl Drop for Finish<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 #[test]
 fn every_signal_that_arrives_meanwhile_is_delivered() {
     let program = Program::start();
@@ -230,10 +239,11 @@ fn every_signal_that_arrives_meanwhile_is_delivered() {
             }
             sent
         });
+        let finish = Finish(&done);
         for _ in 0..TIMES * 10 {
             make_and_close(&program, "main");
         }
-        done.store(true, Ordering::Relaxed);
+        drop(finish);
         sender.join().unwrap()
     });
     assert_eq!(program.end(), format!("signals {sent}"));
@@ -249,13 +259,14 @@ fn a_process_that_is_paused_and_continued_all_the_time_goes_on() {
             while !done.load(Ordering::Relaxed) {
                 kill_process(pid, Signal::STOP).unwrap();
                 kill_process(pid, Signal::CONT).unwrap();
+                thread::sleep(Duration::from_micros(500));
             }
         });
+        let _finish = Finish(&done);
         for _ in 0..TIMES {
             make_and_close(&program, "main");
             make_and_close(&program, "busy1");
         }
-        done.store(true, Ordering::Relaxed);
     });
     assert_eq!(program.end(), "");
 }
