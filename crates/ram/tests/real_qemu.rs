@@ -7,16 +7,19 @@ use std::fs::OpenOptions;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use guest::{Guest, RAM_BYTES, qemus};
+use guest::{Guest, RAM_BYTES, SHARED, qemus};
 use vmferry_ram::{Arrival, ArrivalError, GuestRam, InjectError, MemoryError, PAGE, Tracking, TrackingError};
 
 /// Generous: a fault takes microseconds on a machine that has nothing else to do.
 const PATIENCE: Duration = Duration::from_secs(20);
 const PAGE_BYTES: usize = PAGE as usize;
+/// A user and a group without rights.
+const NOBODY: u32 = 65534;
 /// Tells this program, started once more, which QEMU to hold.
 const HELD: &str = "VMFERRY_TEST_HELD_PID";
 
@@ -134,6 +137,47 @@ fn a_sandboxed_qemu_is_refused_and_lives_on() {
 }
 
 #[test]
+fn a_qemu_without_rights_is_tracked_and_cannot_be_served() {
+    let nobody = |command: &mut Command| {
+        // Without rights ourselves, we start one that has none either.
+        if rustix::process::geteuid().is_root() {
+            command.uid(NOBODY).gid(NOBODY);
+        }
+    };
+    for qemu in qemus() {
+        let mut guest = Guest::start_with(&qemu, SHARED, nobody);
+        let (ram, descriptors) = (guest.ram(), guest.descriptors());
+        let tracking = Tracking::begin(&ram).unwrap();
+        tracking.protect(0, 0..RAM_BYTES).unwrap();
+        guest.write(5);
+        assert_eq!(take_written(&tracking), vec![5..6; 1]);
+        drop(tracking);
+        if std::fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd").unwrap().trim() == "0" {
+            let error = Arrival::arm(&ram).unwrap_err();
+            assert!(matches!(error, ArrivalError::Inject(InjectError::QemuNotAllowed)), "{error:?}");
+        }
+        assert_eq!(guest.descriptors(), descriptors);
+        guest.write(6);
+    }
+}
+
+#[test]
+fn memory_that_is_given_back_counts_as_written_when_it_is_used_again() {
+    for qemu in qemus() {
+        let mut guest = Guest::start(&qemu, &[]);
+        let ram = guest.ram();
+        guest.write(5);
+        guest.write(6);
+        let tracking = Tracking::begin(&ram).unwrap();
+        assert_eq!(take_written(&tracking), vec![0..RAM_BYTES / PAGE; 1], "nothing was protected before");
+        ram.blocks()[0].punch(pages(5..6)).unwrap();
+        assert_eq!(take_written(&tracking), nothing());
+        guest.write(5);
+        assert_eq!(take_written(&tracking), vec![5..6; 1]);
+    }
+}
+
+#[test]
 fn ram_arrives_while_the_guest_runs_on_it() {
     for qemu in qemus() {
         let mut guest = Guest::start(&qemu, &[]);
@@ -163,7 +207,7 @@ fn ram_arrives_while_the_guest_runs_on_it() {
         let placed = arrival.place_zero(0, pages(15..17)).unwrap();
         assert_eq!((placed.placed_bytes, placed.already_bytes), (2 * PAGE, 0));
         guest.answer();
-        let placed = arrival.place(0, 8 * PAGE, &[0x44; 12 * PAGE_BYTES]).unwrap();
+        let placed = arrival.place(0, 8 * PAGE, &vec![0x44; 12 * PAGE_BYTES]).unwrap();
         assert_eq!((placed.placed_bytes, placed.already_bytes), (8 * PAGE, 4 * PAGE), "9, 12, 15 and 16 were there");
         assert_eq!((guest.read(15), guest.read(16), guest.read(17), guest.read(9)), (15, 0, 0x44, 9));
         // A buffer need not be aligned.
@@ -224,7 +268,7 @@ fn the_end_of_qemu_ends_the_wait_for_faults() {
 #[test]
 fn memory_that_is_not_shared_is_refused() {
     let private = "memory-backend-ram,id=ram,size=64M";
-    let guest = Guest::start_with_memory(&qemus()[0], private, &[]);
+    let guest = Guest::start_with(&qemus()[0], private, |_| {});
     let error = GuestRam::open(guest.pid(), &[Guest::backend()]).unwrap_err();
     assert!(matches!(error, MemoryError::NotShared { .. }), "{error:?}");
 }
@@ -234,7 +278,7 @@ fn every_kind_of_shared_memory_is_tracked_and_served() {
     let files = tempfile::tempdir_in("/dev/shm").unwrap();
     let file = format!("memory-backend-file,id=ram,size=64M,share=on,mem-path={}", files.path().join("ram").display());
     for memory in ["memory-backend-ram,id=ram,size=64M,share=on", &file] {
-        let mut guest = Guest::start_with_memory(&qemus()[0], memory, &[]);
+        let mut guest = Guest::start_with(&qemus()[0], memory, |_| {});
         let ram = guest.ram();
         let tracking = Tracking::begin(&ram).unwrap();
         tracking.protect(0, 0..RAM_BYTES).unwrap();

@@ -1,8 +1,9 @@
 //! A guest whose only program is its firmware: it waits for a byte on its serial port, touches the page of that number,
 //! and answers. It never touches another page of its RAM.
 
-use std::fs;
+use std::fs::{self, Permissions};
 use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
@@ -10,6 +11,8 @@ use tempfile::TempDir;
 use vmferry_ram::{Backend, GuestRam};
 
 pub(crate) const RAM_BYTES: u64 = 64 << 20;
+/// What it is in, as the agent has QEMU make it.
+pub(crate) const SHARED: &str = "memory-backend-memfd,id=ram,size=64M,share=on";
 /// Firmware comes in these.
 const ROM: usize = 64 << 10;
 /// Where a processor begins, from the end of the firmware.
@@ -60,26 +63,31 @@ pub(crate) struct Guest {
 
 impl Guest {
     pub(crate) fn start(qemu: &Path, more: &[&str]) -> Self {
-        Self::start_with_memory(qemu, "memory-backend-memfd,id=ram,size=64M,share=on", more)
+        Self::start_with(qemu, SHARED, |command| {
+            command.args(more);
+        })
     }
 
-    pub(crate) fn start_with_memory(qemu: &Path, memory: &str, more: &[&str]) -> Self {
+    /// With another memory backend or other changes.
+    pub(crate) fn start_with(qemu: &Path, memory: &str, change: impl FnOnce(&mut Command)) -> Self {
         let files = tempfile::tempdir().unwrap();
         let rom = files.path().join("rom");
         let mut bytes = PROGRAM.to_vec();
         bytes.resize(ROM, 0);
         bytes[ROM - RESET..][..3].copy_from_slice(&JUMP_TO_THE_PROGRAM);
         fs::write(&rom, bytes).unwrap();
-        let mut qemu = Command::new(qemu)
+        // QEMU may run as another user.
+        fs::set_permissions(files.path(), Permissions::from_mode(0o755)).unwrap();
+        let mut command = Command::new(qemu);
+        command
             .args(["-machine", "pc,accel=tcg,memory-backend=ram", "-m", "64M", "-object", memory])
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio"])
             .arg("-bios")
             .arg(&rom)
-            .args(more)
             .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("qemu-system-x86_64 is missing: run scripts/setup.sh");
+            .stdout(Stdio::piped());
+        change(&mut command);
+        let mut qemu = command.spawn().expect("qemu-system-x86_64 is missing: run scripts/setup.sh");
         let (input, output) = (qemu.stdin.take().unwrap(), qemu.stdout.take().unwrap());
         let mut guest = Self { qemu, input, output, _files: files };
         guest.read(0);
@@ -107,8 +115,8 @@ impl Guest {
     pub(crate) fn flags(&self, ram: &GuestRam) -> Vec<String> {
         let text = fs::read_to_string(format!("/proc/{}/smaps", self.pid())).unwrap();
         let start = format!("{:x}-", ram.blocks()[0].address());
-        let mapping = text.lines().skip_while(|line| !line.starts_with(&start));
-        let flags = mapping.filter_map(|line| line.strip_prefix("VmFlags:")).next().unwrap();
+        let mut mapping = text.lines().skip_while(|line| !line.starts_with(&start));
+        let flags = mapping.find_map(|line| line.strip_prefix("VmFlags:")).unwrap();
         flags.split_ascii_whitespace().map(str::to_owned).collect()
     }
 
