@@ -207,8 +207,8 @@ fn ram_arrives_while_the_guest_runs_on_it() {
         let placed = arrival.place_zero(0, pages(15..17)).unwrap();
         assert_eq!((placed.placed_bytes, placed.already_bytes), (2 * PAGE, 0));
         guest.answer();
-        let placed = arrival.place(0, 8 * PAGE, &vec![0x44; 12 * PAGE_BYTES]).unwrap();
-        assert_eq!((placed.placed_bytes, placed.already_bytes), (8 * PAGE, 4 * PAGE), "9, 12, 15 and 16 were there");
+        let placed = arrival.place(0, 9 * PAGE, &vec![0x44; 11 * PAGE_BYTES]).unwrap();
+        assert_eq!((placed.placed_bytes, placed.already_bytes), (7 * PAGE, 4 * PAGE), "9, 12, 15 and 16 were there");
         assert_eq!((guest.read(15), guest.read(16), guest.read(17), guest.read(9)), (15, 0, 0x44, 9));
         // A buffer need not be aligned.
         let unaligned = &[0x45; 2 * PAGE_BYTES][3..3 + PAGE_BYTES];
