@@ -17,6 +17,8 @@ const ROLE: &str = "VMFERRY_TEST_ROLE";
 /// How often each thread is stopped.
 const TIMES: u64 = 100;
 const BUSY: usize = 6;
+/// The number of the system call.
+const READ: &str = if cfg!(target_arch = "x86_64") { "0" } else { "63" };
 
 /// Busy threads, one that sleeps, and one that reads; all of them notice what should not have happened to them.
 struct Program {
@@ -180,8 +182,7 @@ fn make_and_close(program: &Program, thread: &str) -> Duration {
 fn a_program_does_not_notice_that_its_threads_made_system_calls() {
     let program = Program::start();
     let descriptors = program.descriptors();
-    let read = if cfg!(target_arch = "x86_64") { "0" } else { "63" };
-    program.wait_until_in("read", read);
+    program.wait_until_in("read", READ);
     for thread in ["main", "read", "sleep", "busy0", "busy1"] {
         let mut times: Vec<Duration> = (0..TIMES).map(|_| make_and_close(&program, thread)).collect();
         times.sort_unstable();
@@ -191,7 +192,7 @@ fn a_program_does_not_notice_that_its_threads_made_system_calls() {
         assert!(thread.starts_with("busy") || median < Duration::from_millis(5), "{thread}: {median:?}");
     }
     assert_eq!(program.descriptors(), descriptors);
-    program.wait_until_in("read", read);
+    program.wait_until_in("read", READ);
     assert_eq!(program.end(), "");
 }
 
@@ -220,20 +221,45 @@ impl Drop for Finish<'_> {
     }
 }
 
+/// To one thread, which counts it.
+fn signal(pid: u32, thread: u32) {
+    // SAFETY: a signal to a child that handles it.
+    #[expect(unsafe_code)]
+    let result = unsafe { libc::syscall(libc::SYS_tgkill, pid, thread, libc::SIGRTMIN()) };
+    assert_eq!(result, 0);
+}
+
+#[test]
+fn a_signal_that_comes_before_the_call_finds_the_threads_own_registers() {
+    let program = Program::start();
+    program.wait_until_in("read", READ);
+    let threads = ["main", "read", "busy0"];
+    for _ in 0..TIMES {
+        for thread in threads {
+            let thread = program.threads[thread];
+            let work = |stopped: &mut Stopped| {
+                signal(program.process.pid, thread);
+                stopped.call("close", machine::CLOSE, u64::MAX)
+            };
+            let error = with_one_of(&program.process, &[thread], work).unwrap_err();
+            assert!(matches!(error, InjectError::Refused { call: "close", .. }), "{error:?}");
+        }
+    }
+    program.wait_until_in("read", READ);
+    assert_eq!(program.end(), format!("signals {}", TIMES * threads.len() as u64));
+}
+
 #[test]
 fn every_signal_that_arrives_meanwhile_is_delivered() {
     let program = Program::start();
-    let pid = program.process.pid as i32;
+    let pid = program.process.pid;
     let done = AtomicBool::new(false);
     let sent = thread::scope(|scope| {
         let sender = scope.spawn(|| {
             let mut sent = 0;
             while !done.load(Ordering::Relaxed) {
                 // To the main thread only: a sleep ends when its thread handles a signal.
-                // SAFETY: a signal to a child that handles it.
-                #[expect(unsafe_code)]
-                let result = unsafe { libc::syscall(libc::SYS_tgkill, pid, pid, libc::SIGRTMIN()) };
-                assert_eq!(result, 0);
+                signal(pid, pid);
                 sent += 1;
                 thread::sleep(GLANCE);
             }
