@@ -6,7 +6,9 @@
 //! first write to each page after each scan, with a fault that the kernel answers itself.
 //!
 //! Only writes through QEMU's mapping are seen: the guest's, QEMU's own, and the kernel's for either. What another process
-//! writes into the same memory (vhost-user), or a device that reaches it by itself (VFIO), is not.
+//! writes into the same memory (vhost-user), or a device that reaches it by itself (VFIO), is not. Nor is it a write when
+//! memory is given back to the host, as by a balloon, though zeros are read there then; a guest that gives memory back
+//! expects nothing to be in it.
 
 use std::io;
 use std::ops::Range;

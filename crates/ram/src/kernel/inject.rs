@@ -8,8 +8,8 @@
 //! What makes it exact:
 //!
 //! - A thread stopped *in* a system call (QEMU's main thread is in `ppoll` most of the time) holds in its registers the
-//!   order to begin that call again. The kernel follows it only on its way out of a stop like the first one, and not out
-//!   of the stop at the end of a system call, so the thread is brought to another stop like the first before it goes.
+//!   order to begin that call again. The kernel follows it on the way out of a stop like the first one, but says nothing
+//!   of the stop at the end of a system call; so the thread is brought to another stop like the first before it goes.
 //! - A signal may arrive before our call begins. Its handler must find the thread's own registers: these are put back,
 //!   the signal is passed on, and we begin anew at the handler's first instruction.
 //! - `ptrace` belongs to an operating system's thread, and what it holds is let go when that thread ends. One is started

@@ -157,6 +157,7 @@ impl Drop for Pages {
 }
 
 #[cfg(test)]
+#[expect(clippy::single_range_in_vec_init, reason = "one range is what is expected")]
 mod tests {
     use super::*;
 
@@ -187,9 +188,9 @@ mod tests {
         unsafe {
             second.write_volatile(7);
         }
-        let expected = pages.range().start + PAGE..pages.range().end;
-        assert_eq!(written(false), [expected.clone()]);
-        assert_eq!(written(true), [expected]);
+        let expected = [pages.range().start + PAGE..pages.range().end];
+        assert_eq!(written(false), expected);
+        assert_eq!(written(true), expected);
         assert_eq!(written(false), [], "it was protected again");
 
         // Also when the kernel writes for us, although this userfaultfd is for our own accesses only.
@@ -247,6 +248,6 @@ mod tests {
         userfaultfd.unregister(start..start + size).unwrap();
         userfaultfd.register(start..start + size, Mode::WriteProtect).unwrap();
         pagemap.written(start..start + size, false, &mut found).unwrap();
-        assert_eq!(found[before..], [start..start + size]);
+        assert_eq!(found.split_off(before), [start..start + size]);
     }
 }

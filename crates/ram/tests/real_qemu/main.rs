@@ -1,0 +1,368 @@
+//! The RAM of real QEMUs, emulated, with a guest that does to its memory what it is told and nothing else.
+
+mod guest;
+
+use std::env;
+use std::fs::OpenOptions;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use guest::{Guest, RAM_BYTES, SHARED, qemus};
+use vmferry_ram::{Arrival, ArrivalError, GuestRam, InjectError, MemoryError, PAGE, Tracking, TrackingError};
+
+/// Generous: a fault takes microseconds on a machine that has nothing else to do.
+const PATIENCE: Duration = Duration::from_secs(20);
+const PAGE_BYTES: usize = PAGE as usize;
+/// A user and a group without rights.
+const NOBODY: u32 = 65534;
+/// Tells this program, started once more, which QEMU to hold.
+const HELD: &str = "VMFERRY_TEST_HELD_PID";
+
+fn pages(range: Range<u64>) -> Range<u64> {
+    range.start * PAGE..range.end * PAGE
+}
+
+/// All that was written since it was last asked, in pages.
+fn take_written(tracking: &Tracking) -> Vec<Range<u64>> {
+    let mut written = Vec::new();
+    tracking.take_written(0, 0..RAM_BYTES, &mut written).unwrap();
+    written.into_iter().map(|range| range.start / PAGE..range.end / PAGE).collect()
+}
+
+fn nothing() -> Vec<Range<u64>> {
+    Vec::new()
+}
+
+/// The next fault that somebody is told of.
+fn next_faults(arrival: &Arrival<'_>) -> Vec<(usize, u64)> {
+    let mut faults = Vec::new();
+    arrival.faults(PATIENCE, &mut faults).unwrap();
+    faults
+}
+
+#[test]
+fn tracking_sees_exactly_the_pages_that_were_written() {
+    for qemu in qemus() {
+        let mut guest = Guest::start(&qemu, &[]);
+        let ram = guest.ram();
+        let tracking = Tracking::begin(&ram).unwrap();
+        println!("{qemu:?}: a thread stood still for {:?}", tracking.stood_still());
+        tracking.protect(0, 0..RAM_BYTES).unwrap();
+        assert_eq!(take_written(&tracking), nothing());
+
+        guest.write(5);
+        guest.read(6);
+        guest.write(7);
+        guest.write(8);
+        let mut written = Vec::new();
+        tracking.written(0, 0..RAM_BYTES, &mut written).unwrap();
+        assert_eq!(written, [pages(5..6), pages(7..9)]);
+        assert_eq!(take_written(&tracking), [5..6, 7..9]);
+        assert_eq!(take_written(&tracking), nothing());
+        guest.write(7);
+        assert_eq!(take_written(&tracking), vec![7..8; 1]);
+
+        // A page that was never there, written by the kernel as for a disk that is read into RAM.
+        let memory = OpenOptions::new().write(true).open(format!("/proc/{}/mem", guest.pid())).unwrap();
+        memory.write_all_at(b"x", ram.blocks()[0].address() + 9000 * PAGE + 17).unwrap();
+        assert_eq!(take_written(&tracking), vec![9000..9001; 1]);
+
+        // What does not go through QEMU's mapping is not seen, and says so in the docs.
+        ram.blocks()[0].write_at(70 * PAGE, b"x").unwrap();
+        assert_eq!(take_written(&tracking), nothing());
+    }
+}
+
+#[test]
+fn a_scan_and_the_protection_again_take_little_time() {
+    let mut guest = Guest::start(&qemus()[0], &[]);
+    let ram = guest.ram();
+    let tracking = Tracking::begin(&ram).unwrap();
+    let begun = Instant::now();
+    tracking.protect(0, 0..RAM_BYTES).unwrap();
+    println!("{} MiB were protected in {:?}", RAM_BYTES >> 20, begun.elapsed());
+    for page in 0..100 {
+        guest.write(page);
+    }
+    let begun = Instant::now();
+    let written = take_written(&tracking);
+    let took = begun.elapsed();
+    println!("{} MiB were scanned in {took:?}", RAM_BYTES >> 20);
+    assert_eq!(written, vec![0..100; 1]);
+    assert!(took < Duration::from_millis(100), "{took:?}");
+}
+
+#[test]
+fn tracking_that_ends_leaves_nothing_behind() {
+    for qemu in qemus() {
+        let mut guest = Guest::start(&qemu, &[]);
+        let (ram, descriptors) = (guest.ram(), guest.descriptors());
+        let tracking = Tracking::begin(&ram).unwrap();
+        tracking.protect(0, 0..RAM_BYTES).unwrap();
+        assert_eq!(guest.descriptors(), descriptors, "the userfaultfd is ours alone");
+        assert!(guest.flags(&ram).contains(&"uw".to_owned()));
+        assert!(matches!(Tracking::begin(&ram), Err(TrackingError::Taken { id }) if id == "ram"));
+        drop(tracking);
+        assert!(!guest.flags(&ram).contains(&"uw".to_owned()));
+        guest.write(5);
+
+        let mut holder = Holder::start(&guest, "tracking");
+        assert!(guest.flags(&ram).contains(&"uw".to_owned()));
+        holder.kill();
+        assert!(!guest.flags(&ram).contains(&"uw".to_owned()));
+        guest.write(6);
+        let tracking = Tracking::begin(&ram).unwrap();
+        tracking.protect(0, 0..RAM_BYTES).unwrap();
+        guest.write(7);
+        assert_eq!(take_written(&tracking), vec![7..8; 1]);
+    }
+}
+
+#[test]
+fn a_sandboxed_qemu_is_refused_and_lives_on() {
+    for qemu in qemus() {
+        let mut guest = Guest::start(&qemu, &["-sandbox", "on"]);
+        let ram = guest.ram();
+        let error = Tracking::begin(&ram).unwrap_err();
+        assert!(matches!(error, TrackingError::Inject(InjectError::Sandboxed)), "{error:?}");
+        let error = Arrival::arm(&ram).unwrap_err();
+        assert!(matches!(error, ArrivalError::Inject(InjectError::Sandboxed)), "{error:?}");
+        guest.write(5);
+    }
+}
+
+#[test]
+fn a_qemu_without_rights_is_tracked_and_cannot_be_served() {
+    let nobody = |command: &mut Command| {
+        // Without rights ourselves, we start one that has none either.
+        if rustix::process::geteuid().is_root() {
+            command.uid(NOBODY).gid(NOBODY);
+        }
+    };
+    for qemu in qemus() {
+        let mut guest = Guest::start_with(&qemu, SHARED, nobody);
+        let (ram, descriptors) = (guest.ram(), guest.descriptors());
+        let tracking = Tracking::begin(&ram).unwrap();
+        tracking.protect(0, 0..RAM_BYTES).unwrap();
+        guest.write(5);
+        assert_eq!(take_written(&tracking), vec![5..6; 1]);
+        drop(tracking);
+        if std::fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd").unwrap().trim() == "0" {
+            let error = Arrival::arm(&ram).unwrap_err();
+            assert!(matches!(error, ArrivalError::Inject(InjectError::QemuNotAllowed)), "{error:?}");
+        }
+        assert_eq!(guest.descriptors(), descriptors);
+        guest.write(6);
+    }
+}
+
+#[test]
+fn memory_that_is_given_back_counts_as_written_when_it_is_used_again() {
+    for qemu in qemus() {
+        let mut guest = Guest::start(&qemu, &[]);
+        let ram = guest.ram();
+        guest.write(5);
+        guest.write(6);
+        let tracking = Tracking::begin(&ram).unwrap();
+        assert_eq!(take_written(&tracking), vec![0..RAM_BYTES / PAGE; 1], "nothing was protected before");
+        ram.blocks()[0].punch(pages(5..6)).unwrap();
+        assert_eq!(take_written(&tracking), nothing());
+        guest.write(5);
+        assert_eq!(take_written(&tracking), vec![5..6; 1]);
+    }
+}
+
+#[test]
+fn ram_arrives_while_the_guest_runs_on_it() {
+    for qemu in qemus() {
+        let mut guest = Guest::start(&qemu, &[]);
+        let (ram, descriptors) = (guest.ram(), guest.descriptors());
+        let block = &ram.blocks()[0];
+        guest.write(9);
+        block.punch(pages(10..100)).unwrap();
+        let arrival = Arrival::arm(&ram).unwrap();
+        println!("{qemu:?}: a thread stood still for {:?}", arrival.stood_still());
+        assert_eq!(guest.descriptors(), descriptors + 1);
+        assert!(guest.flags(&ram).contains(&"um".to_owned()));
+        assert_eq!(guest.read(9), 9, "what is there stays");
+
+        // A read waits for the page that is placed, and a page is placed once.
+        guest.begin_read(12);
+        assert_eq!(next_faults(&arrival), [(0, 12 * PAGE)]);
+        let placed = arrival.place(0, 12 * PAGE, &[0x42; PAGE_BYTES]).unwrap();
+        assert_eq!((placed.placed_bytes, placed.already_bytes), (PAGE, 0));
+        assert_eq!(guest.answer(), 0x42);
+        let placed = arrival.place(0, 12 * PAGE, &[0x43; PAGE_BYTES]).unwrap();
+        assert_eq!((placed.placed_bytes, placed.already_bytes), (0, PAGE));
+        assert_eq!(guest.read(12), 0x42);
+
+        // What the guest wrote meanwhile is newer than what arrives.
+        guest.begin_write(15);
+        assert_eq!(next_faults(&arrival), [(0, 15 * PAGE)]);
+        let placed = arrival.place_zero(0, pages(15..17)).unwrap();
+        assert_eq!((placed.placed_bytes, placed.already_bytes), (2 * PAGE, 0));
+        guest.answer();
+        let placed = arrival.place(0, 9 * PAGE, &vec![0x44; 11 * PAGE_BYTES]).unwrap();
+        assert_eq!((placed.placed_bytes, placed.already_bytes), (7 * PAGE, 4 * PAGE), "9, 12, 15 and 16 were there");
+        assert_eq!((guest.read(15), guest.read(16), guest.read(17), guest.read(9)), (15, 0, 0x44, 9));
+        // A buffer need not be aligned.
+        let unaligned = &[0x45; 2 * PAGE_BYTES][3..3 + PAGE_BYTES];
+        arrival.place(0, 30 * PAGE, unaligned).unwrap();
+        assert_eq!(guest.read(30), 0x45);
+        let mut faults = Vec::new();
+        arrival.faults(Duration::ZERO, &mut faults).unwrap();
+        assert_eq!(faults, []);
+
+        // Nobody waits any more, and nothing is left.
+        guest.begin_read(50);
+        assert_eq!(next_faults(&arrival), [(0, 50 * PAGE)]);
+        arrival.disarm().unwrap();
+        assert_eq!((guest.answer(), guest.read(51)), (0, 0));
+        assert_eq!(guest.descriptors(), descriptors);
+        assert!(!guest.flags(&ram).contains(&"um".to_owned()));
+    }
+}
+
+#[test]
+fn the_next_agent_is_told_again_of_who_waits() {
+    for qemu in qemus() {
+        let mut guest = Guest::start(&qemu, &[]);
+        let ram = guest.ram();
+        ram.blocks()[0].punch(pages(10..100)).unwrap();
+        let mut holder = Holder::start(&guest, "arrival");
+        let number = holder.answer().parse().unwrap();
+        guest.begin_read(12);
+        assert_eq!(holder.answer(), format!("0 {}", 12 * PAGE));
+        holder.kill();
+
+        assert!(matches!(Arrival::again(&ram, 0), Err(ArrivalError::Inject(InjectError::NotOurs { number: 0 }))));
+        let arrival = Arrival::again(&ram, number).unwrap();
+        assert_eq!(next_faults(&arrival), [(0, 12 * PAGE)]);
+        arrival.place(0, 12 * PAGE, &[0x42; PAGE_BYTES]).unwrap();
+        assert_eq!(guest.answer(), 0x42);
+        arrival.disarm().unwrap();
+        assert_eq!(guest.read(13), 0);
+    }
+}
+
+#[test]
+fn the_end_of_qemu_ends_the_wait_for_faults() {
+    let mut guest = Guest::start(&qemus()[0], &[]);
+    let ram = guest.ram();
+    let arrival = Arrival::arm(&ram).unwrap();
+    thread::scope(|scope| {
+        let waiting = scope.spawn(|| arrival.faults(PATIENCE, &mut Vec::new()));
+        guest.kill();
+        assert!(matches!(waiting.join().unwrap(), Err(ArrivalError::Gone)));
+    });
+    assert!(ram.is_gone());
+    assert!(matches!(arrival.place(0, 0, &[1; PAGE_BYTES]), Err(ArrivalError::Gone)));
+    assert!(Tracking::begin(&ram).is_err());
+}
+
+#[test]
+fn memory_that_is_not_shared_is_refused() {
+    let private = "memory-backend-ram,id=ram,size=64M";
+    let guest = Guest::start_with(&qemus()[0], private, |_| {});
+    let error = GuestRam::open(guest.pid(), &[Guest::backend()]).unwrap_err();
+    assert!(matches!(error, MemoryError::NotShared { .. }), "{error:?}");
+}
+
+#[test]
+fn every_kind_of_shared_memory_is_tracked_and_served() {
+    let files = tempfile::tempdir_in("/dev/shm").unwrap();
+    let file = format!("memory-backend-file,id=ram,size=64M,share=on,mem-path={}", files.path().join("ram").display());
+    for memory in ["memory-backend-ram,id=ram,size=64M,share=on", &file] {
+        let mut guest = Guest::start_with(&qemus()[0], memory, |_| {});
+        let ram = guest.ram();
+        let tracking = Tracking::begin(&ram).unwrap();
+        tracking.protect(0, 0..RAM_BYTES).unwrap();
+        guest.write(5);
+        assert_eq!(take_written(&tracking), vec![5..6; 1], "{memory}");
+        drop(tracking);
+        ram.blocks()[0].punch(pages(10..20)).unwrap();
+        let arrival = Arrival::arm(&ram).unwrap();
+        guest.begin_read(12);
+        assert_eq!(next_faults(&arrival), [(0, 12 * PAGE)], "{memory}");
+        arrival.place(0, 12 * PAGE, &[0x42; PAGE_BYTES]).unwrap();
+        assert_eq!(guest.answer(), 0x42);
+        arrival.disarm().unwrap();
+    }
+}
+
+/// This program once more, in [`a_process_that_holds_a_guests_ram`].
+struct Holder {
+    child: Child,
+    output: BufReader<std::process::ChildStdout>,
+}
+
+impl Holder {
+    /// Returns when it holds the guest's RAM.
+    fn start(guest: &Guest, what: &str) -> Self {
+        let mut child = Command::new(env::current_exe().unwrap())
+            .args(["--exact", "a_process_that_holds_a_guests_ram", "--ignored", "--nocapture", "--quiet"])
+            .env(HELD, format!("{} {what}", guest.pid()))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let output = BufReader::new(child.stdout.take().unwrap());
+        let mut holder = Self { child, output };
+        assert_eq!(holder.answer(), "holding");
+        holder
+    }
+
+    fn answer(&mut self) -> String {
+        loop {
+            let mut line = String::new();
+            assert!(self.output.read_line(&mut line).unwrap() > 0, "it ended");
+            if let Some(answer) = line.trim().strip_prefix("holder: ") {
+                return answer.to_owned();
+            }
+        }
+    }
+
+    fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+#[ignore = "other tests start it"]
+fn a_process_that_holds_a_guests_ram() {
+    let Ok(held) = env::var(HELD) else { return };
+    let (pid, what) = held.split_once(' ').unwrap();
+    let ram = GuestRam::open(pid.parse().unwrap(), &[Guest::backend()]).unwrap();
+    let say = |text: String| {
+        println!("\nholder: {text}");
+        std::io::stdout().flush().unwrap();
+    };
+    if what == "tracking" {
+        let tracking = Tracking::begin(&ram).unwrap();
+        tracking.protect(0, 0..RAM_BYTES).unwrap();
+        say("holding".into());
+        // Until it is killed, or the test has ended.
+        let _ = std::io::stdin().read(&mut [0]);
+    } else {
+        let arrival = Arrival::arm(&ram).unwrap();
+        say("holding".into());
+        say(arrival.number().to_string());
+        for (block, offset) in next_faults(&arrival) {
+            say(format!("{block} {offset}"));
+        }
+        let _ = std::io::stdin().read(&mut [0]);
+    }
+}
