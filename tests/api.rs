@@ -65,6 +65,7 @@ pub(crate) async fn offer_with_disk(bed: &Bed, disk: &std::path::Path) -> Offer 
         disks_are_shared: false,
         setup: Setup::default(),
         protection: Protection::default(),
+        external: None,
     }
 }
 

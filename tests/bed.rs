@@ -4,7 +4,7 @@ use std::ops::Deref;
 use std::process::Output;
 use std::time::{Duration, Instant};
 
-use vmferry_agent::api::types::VmView;
+use vmferry_agent::api::types::{EngineName, VmView};
 use vmferry_bench::testbed::{GuestWatch, Testbed, TestbedOptions, two_qemus};
 use vmferry_bench::{Fill, GuestOptions, Mode};
 
@@ -15,16 +15,23 @@ const NO_STOP: Duration = Duration::from_millis(700);
 /// RAM of the test guest, in MiB: its kernel and what it writes.
 pub(crate) const RAM_MIB: u64 = 384;
 
-/// Hosts on the loopback address with the newer of the two QEMUs: the older one, without KVM, can do only post-copy.
+/// Hosts on the loopback address with the newer of the two QEMUs: the older one, without KVM, can do only post-copy when
+/// it moves the RAM itself, as it does here.
 pub(crate) fn options() -> TestbedOptions {
     with_qemus(1, 1)
 }
 
-/// With one of the two QEMUs (0 is the older one) on each host.
+/// With one of the two QEMUs (0 is the older one) on each host, moving the RAM itself.
 pub(crate) fn with_qemus(alpha: usize, beta: usize) -> TestbedOptions {
+    TestbedOptions { engine: Some(EngineName::Qemu), ..external(alpha, beta) }
+}
+
+/// The same, where the agents move the RAM.
+pub(crate) fn external(alpha: usize, beta: usize) -> TestbedOptions {
     let qemus = two_qemus().expect("two QEMUs");
     let qemu_dirs = [qemus[alpha].clone(), qemus[beta].clone()];
-    TestbedOptions { qemu_dirs, ..TestbedOptions::new(env!("CARGO_BIN_EXE_vmferry")) }
+    let engine = Some(EngineName::External);
+    TestbedOptions { qemu_dirs, engine, ..TestbedOptions::new(env!("CARGO_BIN_EXE_vmferry")) }
 }
 
 /// A guest that does this with 128 MiB.

@@ -8,6 +8,7 @@ mod bed;
 mod crashes;
 mod demo;
 mod docs;
+mod external;
 mod migrate;
 mod refusals;
 mod trust;

@@ -8,7 +8,7 @@ use vmferry_bench::{GuestOptions, Mode};
 use crate::bed::{self, Bed, VM, assert_success, guest, options, text};
 
 /// Migrates with `--json` and returns the report.
-async fn report(bed: &Bed, more: &[&str]) -> Report {
+pub(crate) async fn report(bed: &Bed, more: &[&str]) -> Report {
     let arguments: Vec<&str> = ["--json"].iter().chain(more).copied().collect();
     let output = bed.migrate(&arguments).await;
     assert_success(&output, bed);

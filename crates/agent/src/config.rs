@@ -8,6 +8,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use vmferry_link::Cipher;
 
+use crate::api::types::EngineName;
 use crate::peer::DEFAULT_PORT;
 
 /// Where the configuration is read from when no path is given; it may be absent.
@@ -176,6 +177,8 @@ pub struct Config {
     pub reserved_memory: ByteSize,
     /// Folders searched for QEMU before `PATH`.
     pub qemu_dirs: Vec<PathBuf>,
+    /// Which RAM engine is used unless a user says otherwise; without it, the agents move the RAM wherever they can.
+    pub engine: Option<EngineName>,
     /// How log lines are written.
     pub log_format: LogFormat,
 }
@@ -193,6 +196,7 @@ impl Default for Config {
             authority: None,
             reserved_memory: ByteSize::mib(512),
             qemu_dirs: Vec::new(),
+            engine: None,
             log_format: LogFormat::Text,
         }
     }

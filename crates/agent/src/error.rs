@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use vmferry_link::LinkDown;
 use vmferry_qemu::{CommandLineError, LaunchError, ProbeError, QmpError, StreamTlsError};
+use vmferry_ram::RamError;
 
 use crate::api::types::{Code, Problem};
 use crate::engine::EngineError;
@@ -189,6 +190,9 @@ pub enum AgentError {
     /// Copying the RAM failed.
     #[error(transparent)]
     Engine(#[from] EngineError),
+    /// A guest's RAM cannot be received.
+    #[error("cannot receive the guest's RAM")]
+    Ram(#[from] RamError),
     /// The journal cannot be read or written.
     #[error("the agent's journal cannot be used")]
     Store(#[from] rusqlite::Error),
@@ -227,7 +231,7 @@ impl AgentError {
             Self::PlainRefused { .. } => Code::PlainRefused,
             Self::Peer(error) => error.code(),
             Self::Link(_) => Code::Unreachable,
-            Self::MigrationFailed { .. } | Self::Engine(_) => Code::MigrationFailed,
+            Self::MigrationFailed { .. } | Self::Engine(_) | Self::Ram(_) => Code::MigrationFailed,
             Self::GaveUp { .. } => Code::GaveUp,
             Self::Cancelled { .. } => Code::Cancelled,
             Self::GuestAtRisk { .. } | Self::Unsettled { .. } => Code::GuestAtRisk,

@@ -4,6 +4,7 @@
 //! QEMU has everything it needs to run the guest. What was abandoned can never be committed and the other way round;
 //! the journal sees to that. So a source that lost contact only has to ask, and whatever it hears is final.
 
+pub(crate) mod arrival;
 mod suitability;
 
 use std::collections::BTreeSet;
@@ -16,7 +17,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
-use vmferry_link::CipherSpeed;
+use vmferry_link::{CipherSpeed, SessionId, SessionKey};
 use vmferry_qemu::qmp::commands;
 use vmferry_qemu::{
     Accel, CommandLine, Endpoint, Incoming as IncomingLaunch, MigrationStatus, QemuInfo, QmpError, RunState,
@@ -32,7 +33,7 @@ use crate::error::{AgentError, in_one_line};
 use crate::lifecycle::check_name;
 use crate::recovery;
 use crate::relay;
-use crate::store::{InStep, Source};
+use crate::store::{InStep, Source, VmRecord};
 use crate::trust::{self, Caller};
 use crate::vm::{Stage, Vm};
 
@@ -75,8 +76,23 @@ pub struct Offer {
     pub disks_are_shared: bool,
     /// What QEMU must be set to; not known yet when this is only a question.
     pub setup: Setup,
-    /// How what QEMU sends is protected; not known yet when this is only a question.
+    /// How what QEMU sends is protected; not known yet when this is only a question. When the agents move the RAM
+    /// themselves, `plain` means their link too, and anything else that it is encrypted.
     pub protection: Protection,
+    /// The agents move the RAM themselves, over a link with this session.
+    #[serde(default)]
+    pub external: Option<NewSession>,
+}
+
+/// A link that is about to be made.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct NewSession {
+    /// Its session.
+    #[schema(value_type = String)]
+    pub session: SessionId,
+    /// Its key.
+    #[schema(value_type = String)]
+    pub key: SessionKey,
 }
 
 /// This host could take the VM.
@@ -95,6 +111,9 @@ pub struct CheckReply {
     /// The ciphers that this host allows, and how fast they are here.
     #[schema(value_type = Vec<Object>)]
     pub ciphers: Vec<CipherSpeed>,
+    /// Why its agent cannot move RAM itself; none when it can.
+    #[serde(default)]
+    pub external_obstacle: Option<String>,
 }
 
 /// A QEMU waits.
@@ -120,6 +139,9 @@ pub struct IncomingState {
     pub listens: bool,
     /// At this port; none when its connections are relayed.
     pub port: Option<u16>,
+    /// For a link with this session.
+    #[serde(default)]
+    pub session: Option<NewSession>,
     /// Post-copy was to be recovered, but all memory is here.
     pub complete: bool,
 }
@@ -161,6 +183,7 @@ pub async fn check(agent: &Agent, offer: &Offer, caller: &Caller) -> Result<Chec
         security: agent.config.security_of(caller.remote),
         tls: info.tls,
         ciphers: agent.ciphers_for(caller.remote),
+        external_obstacle: agent.external_obstacle(),
     })
 }
 
@@ -242,7 +265,16 @@ pub async fn prepare(agent: &Arc<Agent>, mut offer: Offer, caller: Caller) -> Re
     let incoming = Incoming::new(offer.id, offer.from.clone(), Arc::clone(&vm));
     agent.add_incoming(Arc::clone(&incoming));
     tokio::spawn(watch_lease(Arc::clone(agent), incoming));
-    let received = receive(&vm, info.features.capabilities(), offer.setup, &offer.protection, caller.local).await;
+    let known = info.features.capabilities();
+    let received = match offer.external {
+        Some(NewSession { session, key }) => {
+            let plain = offer.protection == Protection::Plain;
+            let expected = arrival::Expected { session: (session, key), source: caller.key, plain };
+            let begun = arrival::begin(agent, &vm, offer.id, known, expected).await;
+            begun.map(|()| Prepared { port: None, setup: offer.setup, notes: Vec::new() })
+        }
+        None => receive(&vm, known, offer.setup, &offer.protection, caller.local).await,
+    };
     if let Some((InStep::Abandoned, why)) = agent.store.step_in(offer.id)? {
         // While its QEMU started.
         let why = why.unwrap_or_default();
@@ -337,6 +369,7 @@ pub fn state(agent: &Agent, id: Uuid) -> Result<IncomingState, AgentError> {
         detail: detail.filter(|_| step == InStep::Abandoned),
         listens: false,
         port: None,
+        session: None,
         complete: false,
     })
 }
@@ -482,12 +515,15 @@ async fn give_up(agent: &Agent, id: Uuid, why: &str) -> Result<(), AgentError> {
 }
 
 /// After a broken connection in post-copy: listens again, at this address of ours.
-pub async fn recover(agent: &Agent, id: Uuid, address: IpAddr) -> Result<IncomingState, AgentError> {
+pub async fn recover(agent: &Arc<Agent>, id: Uuid, caller: &Caller) -> Result<IncomingState, AgentError> {
     let conflict = |message: String| AgentError::Conflict { message, hint: None };
     if !matches!(agent.store.step_in(id)?, Some((InStep::Committed, _))) {
         return Err(conflict(format!("no post-copy to recover in migration {id}")));
     }
     let name = newest_vm_of(agent, id)?;
+    if arrival::is_expected(&agent.config.vm_dir(&name)) {
+        return await_ram(agent, id, &name, caller).await;
+    }
     let vm = match agent.vm(&name) {
         // Whatever its user is about to do with it: without its memory nothing comes of that.
         Ok(vm) if vm.is_alive() => vm,
@@ -495,7 +531,7 @@ pub async fn recover(agent: &Agent, id: Uuid, address: IpAddr) -> Result<Incomin
         _ => return Err(conflict(format!("{name} does not run on {} any more", agent.config.name))),
     };
     let mut state = state(agent, id)?;
-    match listen_again(&vm, address).await {
+    match listen_again(&vm, caller.local).await {
         Ok(port) => {
             (state.listens, state.port) = (true, port);
             return Ok(state);
@@ -521,6 +557,24 @@ pub async fn recover(agent: &Agent, id: Uuid, address: IpAddr) -> Result<Incomin
         MigrationStatus::Completed => state.complete = true,
         other => {
             return Err(conflict(format!("{name}'s QEMU on {} cannot go on: it is {other}", agent.config.name)));
+        }
+    }
+    Ok(state)
+}
+
+/// The source's agent is to send the rest of the RAM over a new link. QEMU is not asked: it may wait for that.
+async fn await_ram(agent: &Arc<Agent>, id: Uuid, name: &str, caller: &Caller) -> Result<IncomingState, AgentError> {
+    let records = agent.store.vms()?;
+    let lives = |it: &&VmRecord| it.spec.name == name && vmferry_qemu::is_same_process(it.pid, it.start_time);
+    let Some(record) = records.iter().find(lives) else {
+        let message = format!("{name} does not run on {} any more", agent.config.name);
+        return Err(AgentError::Conflict { message, hint: None });
+    };
+    let mut state = state(agent, id)?;
+    match arrival::again(agent, id, &agent.config.vm_dir(name), record.pid, caller.key).await? {
+        arrival::Standing::Complete => state.complete = true,
+        arrival::Standing::Awaited(session, key) => {
+            (state.listens, state.session) = (true, Some(NewSession { session, key }));
         }
     }
     Ok(state)
@@ -609,6 +663,9 @@ impl Agent {
         };
         if !self.store.abandon_in(incoming.id, &why)? {
             return Ok(());
+        }
+        if let Some(arrival) = self.take_arrival(incoming.id) {
+            arrival.give_up();
         }
         vmferry_qemu::kill_process(vm.pid, vm.start_time, Duration::from_secs(1)).await;
         self.forget_vm(vm)?;

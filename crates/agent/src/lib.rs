@@ -31,7 +31,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ffi::OsString;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 
 use tokio::sync::Semaphore;
@@ -42,6 +42,7 @@ use vmferry_qemu::{Accel, CommandLine, Features, QemuInfo};
 use crate::config::Config;
 use crate::error::AgentError;
 use crate::incoming::Incoming;
+use crate::incoming::arrival::Arrival;
 use crate::link_trial::MOST_TRIALS;
 use crate::migration::Migration;
 use crate::store::Store;
@@ -70,6 +71,8 @@ pub struct Agent {
     ciphers: Vec<CipherSpeed>,
     /// Places for trials of the link.
     trials: Arc<Semaphore>,
+    /// Whether this agent can move RAM itself, once that was tried.
+    external: OnceLock<Result<(), String>>,
     state: Mutex<State>,
     probed: tokio::sync::Mutex<Probed>,
 }
@@ -83,6 +86,8 @@ struct State {
     preparing: HashSet<Uuid>,
     outgoing: Vec<Arc<Migration>>,
     incoming: HashMap<Uuid, Arc<Incoming>>,
+    /// RAM that other agents send.
+    arrivals: HashMap<Uuid, Arrival>,
 }
 
 /// What QEMU binaries turned out to be able to do; asked once a binary and version of it.
@@ -126,6 +131,7 @@ impl Agent {
             sessions,
             ciphers: measure_ciphers(),
             trials: Arc::new(Semaphore::new(MOST_TRIALS)),
+            external: OnceLock::new(),
             state: Mutex::default(),
             probed: tokio::sync::Mutex::default(),
         })
@@ -210,6 +216,16 @@ impl Agent {
 
     fn incoming(&self, id: Uuid) -> Option<Arc<Incoming>> {
         self.state().incoming.get(&id).cloned()
+    }
+
+    fn take_arrival(&self, id: Uuid) -> Option<Arrival> {
+        self.state().arrivals.remove(&id)
+    }
+
+    /// Why this agent cannot move RAM itself; found out by trying, once.
+    fn external_obstacle(&self) -> Option<String> {
+        let tried = self.external.get_or_init(|| vmferry_ram::support().map_err(|why| error::in_one_line(&why)));
+        tried.clone().err()
     }
 
     /// Memory that incoming VMs will still fill, at most, in bytes.

@@ -18,19 +18,23 @@ use std::time::{Duration, Instant};
 use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
-use vmferry_link::{Cipher, Fingerprint, fastest_cipher};
+use vmferry_link::{Cipher, Fingerprint, SessionId, SessionKey, fastest_cipher};
 use vmferry_policy::{Action, Limits, Policy, Simple};
 use vmferry_qemu::qmp::commands;
 use vmferry_qemu::{Endpoint, Features, MigrationStatus, QmpError, RunState, StreamKey, protect_streams};
+use vmferry_ram::Backend;
 
 use crate::Agent;
-use crate::api::types::{Code, MigrateRequest, MigrationEvent, PlanView, Problem, Progress, Report, Step, StepTime};
+use crate::api::types::{
+    Code, EngineName, MigrateRequest, MigrationEvent, PlanView, Problem, Progress, Report, Step, StepTime,
+};
 use crate::config::Security;
 use crate::disks;
+use crate::engine::external::{self, ExternalEngine, WayThere};
 use crate::engine::qemu::{self, QemuEngine, Wishes};
-use crate::engine::{EngineError, Protection, RamEngine, Seen, Setup, Totals};
+use crate::engine::{EngineError, NewConnection, Protection, RamEngine, Seen, Setup, Totals};
 use crate::error::{AgentError, in_one_line};
-use crate::incoming::{CheckReply, Offer, tcp_uri};
+use crate::incoming::{CheckReply, IncomingState, NewSession, Offer, tcp_uri};
 use crate::peer::{Peer, PeerError};
 use crate::relay::Relay;
 use crate::store::{InStep, OutRecord, OutStep};
@@ -204,6 +208,24 @@ struct Plan {
     markers: Option<disks::Markers>,
     /// The guest is paused before anything is copied.
     post_copy_first: bool,
+    engine: Engine,
+}
+
+/// Who moves the RAM.
+enum Engine {
+    /// The agents: this is what there is to move.
+    External(Vec<Backend>),
+    /// QEMU.
+    Qemu,
+}
+
+impl Engine {
+    fn name(&self) -> EngineName {
+        match self {
+            Self::External(_) => EngineName::External,
+            Self::Qemu => EngineName::Qemu,
+        }
+    }
 }
 
 /// How the guest is to be protected on its way.
@@ -213,6 +235,8 @@ enum Protect {
     /// With the fastest cipher that both hosts allow.
     Tls(Cipher),
     Relay,
+    /// The agents' link, with that cipher.
+    Link(Cipher),
 }
 
 impl Protect {
@@ -220,6 +244,7 @@ impl Protect {
         match self {
             Self::Not => "none: both hosts trust the network".into(),
             Self::Tls(cipher) => format!("TLS between the QEMUs ({cipher})"),
+            Self::Link(cipher) => format!("TLS between the agents ({cipher})"),
             Self::Relay => "TLS between the agents, which relay what the QEMUs say".into(),
         }
     }
@@ -247,10 +272,13 @@ async fn plan(agent: &Agent, vm: &Vm, id: Uuid, request: &MigrateRequest) -> Res
         disks_are_shared: request.disks_are_shared,
         setup: Setup::default(),
         protection: Protection::default(),
+        external: None,
     };
     let there = peer.check(&offer).await?;
     let (features, can_tls) = agent.features_of(vm).await?;
     let mut notes = Vec::new();
+    let engine = choose_engine(agent, vm, request, &there, &mut notes).await?;
+    let is_external = engine.name() == EngineName::External;
     let cipher = fastest_cipher(&agent.ciphers_for(remote), &there.ciphers);
     let protect = match (agent.config.security_of(remote), there.security) {
         (Security::Plain, Security::Plain) => Protect::Not,
@@ -260,19 +288,23 @@ async fn plan(agent: &Agent, vm: &Vm, id: Uuid, request: &MigrateRequest) -> Res
                     .push("The guest travels encrypted: only one of the two hosts is configured to do without.".into());
             }
             match cipher {
+                Some(cipher) if is_external => Protect::Link(cipher),
                 Some(cipher) if can_tls && there.tls && qemu::tls_carries(vm.facts.ram_bytes) => Protect::Tls(cipher),
                 _ => Protect::Relay,
             }
         }
     };
-    if request.post_copy && !there.capabilities.contains("postcopy-ram") {
+    if request.post_copy && !is_external && !there.capabilities.contains("postcopy-ram") {
         notes.push(
             "Post-copy is not possible: the destination's QEMU lacks it; the guest is throttled if it must be.".into(),
         );
     }
     let running = run_state == RunState::Running;
-    let post_copy_first = running && qemu::loses_writes(&features, &vm.accelerator);
-    let means = qemu::means(&features, |name| there.capabilities.contains(name), request.post_copy);
+    let post_copy_first = running && !is_external && qemu::loses_writes(&features, &vm.accelerator);
+    let means = match is_external {
+        true => vec![external::CAPABILITY],
+        false => qemu::means(&features, |name| there.capabilities.contains(name), request.post_copy),
+    };
     if post_copy_first {
         if !means.contains(&"postcopy-ram") {
             return Err(only_by_post_copy(vm));
@@ -285,7 +317,7 @@ async fn plan(agent: &Agent, vm: &Vm, id: Uuid, request: &MigrateRequest) -> Res
     let view = PlanView {
         vm: vm.name().into(),
         to: met.hello.name,
-        engine: qemu::NAME.into(),
+        engine: engine.name().to_string(),
         ram_bytes: vm.facts.ram_bytes,
         ram_used_bytes: disks::resident_memory(vm.pid).min(vm.facts.ram_bytes),
         link_rate: 0,
@@ -311,7 +343,39 @@ async fn plan(agent: &Agent, vm: &Vm, id: Uuid, request: &MigrateRequest) -> Res
         rate,
         markers: Some(markers),
         post_copy_first,
+        engine,
     })
+}
+
+/// The agents move the RAM wherever they can.
+async fn choose_engine(
+    agent: &Agent,
+    vm: &Vm,
+    request: &MigrateRequest,
+    there: &CheckReply,
+    notes: &mut Vec<String>,
+) -> Result<Engine, AgentError> {
+    // The younger engine is for those who ask for it.
+    let wanted = request.engine.or(agent.config.engine).or(Some(EngineName::Qemu));
+    if wanted == Some(EngineName::Qemu) {
+        return Ok(Engine::Qemu);
+    }
+    let here = external::obstacle(agent, vm).await?;
+    let at_destination = there.external_obstacle.as_ref().map(|why| format!("at {}: {why}", there.host));
+    // Nothing but post-copy makes every guest's migration end yet.
+    let without = (!request.post_copy).then(|| "without post-copy only QEMU can slow the guest down".to_owned());
+    match (here.or(at_destination).or(without), wanted) {
+        (None, _) => Ok(Engine::External(external::backends_of(vm).await?)),
+        (Some(why), Some(EngineName::External)) => Err(AgentError::NotMigratable {
+            name: vm.name().into(),
+            reason: format!("its RAM cannot be moved by the agents: {why}"),
+            hint: Some("let QEMU move it: --engine qemu".into()),
+        }),
+        (Some(why), _) => {
+            notes.push(format!("QEMU moves the RAM itself: {why}."));
+            Ok(Engine::Qemu)
+        }
+    }
 }
 
 fn loses_writes(vm: &Vm) -> String {
@@ -461,7 +525,9 @@ impl Run {
         if !switched.complete {
             self.post_copy(engine).await?;
         }
-        self.retire(engine.totals(), !switched.complete).await
+        let totals = engine.totals();
+        engine.close().await;
+        self.retire(totals, !switched.complete).await
     }
 
     fn step(&mut self, step: Step) {
@@ -479,8 +545,19 @@ impl Run {
         self.agent.store.begin_out(&self.record(OutStep::Prepare))?;
         let plan = &mut self.plan;
         let has = |name: &str| plan.there.capabilities.contains(name);
-        plan.offer.setup = qemu::choose(&self.vm.qmp, &plan.features, has, self.limits.post_copy).await?;
-        plan.offer.protection = protect(&self.vm, plan).await?;
+        if plan.engine.name() == EngineName::External {
+            vmferry_qemu::unprotect_streams(&self.vm.qmp).await?;
+            qemu::set_capabilities(&self.vm.qmp, plan.features.capabilities(), &[external::CAPABILITY]).await?;
+            let trusted = plan.protect == Protect::Not;
+            external::begin_sending(&self.vm, trusted)?;
+            plan.offer.protection = if trusted { Protection::Plain } else { Protection::Relay };
+            let (session, key) = (SessionId::random(), SessionKey::random());
+            plan.offer.external = Some(NewSession { session, key });
+        } else {
+            external::forget(&self.vm);
+            plan.offer.setup = qemu::choose(&self.vm.qmp, &plan.features, has, self.limits.post_copy).await?;
+            plan.offer.protection = protect(&self.vm, plan).await?;
+        }
         let prepared = tokio::select! {
             prepared = plan.peer.prepare(&plan.offer) => prepared?,
             () = self.migration.cancel.cancelled() => return Err(self.cancelled()),
@@ -488,6 +565,29 @@ impl Run {
         plan.markers = None;
         for note in &prepared.notes {
             self.migration.note(note.clone());
+        }
+        if let (Engine::External(backends), Some(NewSession { session, key })) = (&plan.engine, &plan.offer.external) {
+            let way = WayThere {
+                address: plan.peer.address().into(),
+                identity: Arc::clone(&self.agent.trusts.identity),
+                peer: plan.peer_key,
+                protection: match plan.protect {
+                    Protect::Not => None,
+                    Protect::Link(cipher) => Some(Some(cipher)),
+                    _ => Some(None),
+                },
+            };
+            let wishes = external::Wishes {
+                pid: self.vm.pid,
+                backends: backends.clone(),
+                dir: external::sending_dir(&self.vm),
+                way,
+                session: (*session, key.clone()),
+                limits: self.limits,
+                bandwidth: self.bandwidth,
+                was_running: plan.offer.running,
+            };
+            return Ok(Box::new(ExternalEngine::new(self.vm.qmp.clone(), wishes)));
         }
         if prepared.setup != plan.offer.setup {
             let names: Vec<&str> = prepared.setup.capabilities.iter().map(String::as_str).collect();
@@ -575,9 +675,10 @@ impl Run {
         self.step(Step::PostCopy);
         let (told, peer) = (Arc::clone(&self.migration), self.plan.peer.clone());
         let note = |text| told.note(text);
-        let way = match &self.relay {
-            Some(relay) => Way::Relayed(relay.uri().to_owned()),
-            None => Way::Direct(self.plan.remote),
+        let way = match (&self.relay, &self.plan.engine) {
+            (_, Engine::External(_)) => Way::Link,
+            (Some(relay), _) => Way::Relayed(relay.uri().to_owned()),
+            (None, _) => Way::Direct(self.plan.remote),
         };
         match follow_post_copy(engine, &peer, told.id, &way, note, |seen| self.tell_progress(seen)).await {
             Ok(()) => Ok(()),
@@ -594,7 +695,7 @@ impl Run {
             vm: self.vm.name().into(),
             from: self.agent.config.name.clone(),
             to: self.plan.view.to.clone(),
-            engine: qemu::NAME.into(),
+            engine: self.plan.engine.name().to_string(),
             post_copy,
             paused_first: self.plan.post_copy_first,
             total_ms: self.steps.request.elapsed().as_secs_f64() * 1e3,
@@ -822,13 +923,17 @@ pub(crate) enum Way {
     Direct(IpAddr),
     /// To this agent, at this URI.
     Relayed(String),
+    /// It does not: the agents do, over their link.
+    Link,
 }
 
 impl Way {
-    fn uri(&self, port: Option<u16>) -> Option<String> {
+    /// To where the destination waits now.
+    fn again(&self, state: &IncomingState) -> Option<NewConnection> {
         match self {
-            Self::Direct(address) => Some(tcp_uri(*address, port?)),
-            Self::Relayed(uri) => Some(uri.clone()),
+            Self::Direct(address) => Some(NewConnection::Uri(tcp_uri(*address, state.port?))),
+            Self::Relayed(uri) => Some(NewConnection::Uri(uri.clone())),
+            Self::Link => state.session.clone().map(|it| NewConnection::Session(it.session, it.key)),
         }
     }
 }
@@ -885,8 +990,8 @@ async fn reconnect(engine: &mut dyn RamEngine, peer: &Peer, id: Uuid, way: &Way)
         Ok(state) if state.complete => return Ok(true),
         Ok(state) => {
             if state.listens
-                && let Some(uri) = way.uri(state.port)
-                && let Err(error) = engine.reconnect(&uri).await
+                && let Some(to) = way.again(&state)
+                && let Err(error) = engine.reconnect(&to).await
             {
                 tracing::debug!(error = in_one_line(&error), "cannot reconnect yet");
             }

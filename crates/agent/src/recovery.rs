@@ -8,13 +8,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use uuid::Uuid;
+use vmferry_link::{SessionId, SessionKey};
 use vmferry_policy::Limits;
 use vmferry_qemu::Qmp;
 use vmferry_qemu::qmp::commands::QueryMigrate;
 
 use crate::Agent;
-use crate::engine::qemu::{self, QemuEngine, Wishes};
-use crate::engine::{EngineError, Setup};
+use crate::engine::external::{self, ExternalEngine, WayThere};
+use crate::engine::qemu::{self, QemuEngine};
+use crate::engine::{EngineError, RamEngine, Setup};
 use crate::error::{AgentError, in_one_line};
 use crate::incoming::{Incoming, set_running, watch_lease};
 use crate::migration::{Way, follow_post_copy, retire, settle_commit, strand};
@@ -215,24 +217,51 @@ async fn retire_after_post_copy(agent: &Agent, vm: &Vm, peer: &Peer, record: &Ou
     vm.set_stage(Stage::Left(record.id));
     agent.store.step_out(record.id, OutStep::PostCopy)?;
     let note = |text: String| tracing::warn!(vm = vm.name(), migration = %record.id, "{text}");
-    let (features, _) = agent.features_of(vm).await?;
     let relay = match Relay::was_open(vm) {
         true => Some(Relay::open(vm, peer.clone(), record.id)?),
         false => None,
     };
-    let way = match &relay {
-        Some(relay) => Way::Relayed(relay.uri().into()),
-        None => Way::Direct(peer.hello().await?.ip()),
+    let (mut engine, way) = match (external::is_sending(vm), &relay) {
+        (Some(_), _) => (Box::new(resumed_external(agent, vm, record).await?) as Box<dyn RamEngine>, Way::Link),
+        (None, Some(relay)) => (resumed_qemu(agent, vm, record).await?, Way::Relayed(relay.uri().into())),
+        (None, None) => (resumed_qemu(agent, vm, record).await?, Way::Direct(peer.hello().await?.ip())),
     };
-    let limits = Limits { downtime: Duration::ZERO, max_time: None, post_copy: true };
-    let wishes =
-        Wishes { uri: String::new(), limits, bandwidth: None, setup: Setup::default(), post_copy_first: false };
-    let mut engine = QemuEngine::new(vm.qmp.clone(), features, record.running, wishes);
-    if let Err(why) = follow_post_copy(&mut engine, peer, record.id, &way, note, |_| {}).await {
+    if let Err(why) = follow_post_copy(engine.as_mut(), peer, record.id, &way, note, |_| {}).await {
         return strand(agent, vm, record.id, &why);
     }
+    engine.close().await;
     agent.store.step_out(record.id, OutStep::Retire)?;
     retire(agent, vm, record.id).await?;
     tracing::info!(vm = vm.name(), migration = %record.id, "was handed over; what was left here is gone");
     Ok(())
+}
+
+/// Nothing is left to decide in post-copy.
+const NO_LIMITS: Limits = Limits { downtime: Duration::ZERO, max_time: None, post_copy: true };
+
+async fn resumed_qemu(agent: &Agent, vm: &Vm, record: &OutRecord) -> Result<Box<dyn RamEngine>, AgentError> {
+    let (features, _) = agent.features_of(vm).await?;
+    let (uri, setup) = (String::new(), Setup::default());
+    let wishes = qemu::Wishes { uri, limits: NO_LIMITS, bandwidth: None, setup, post_copy_first: false };
+    Ok(Box::new(QemuEngine::new(vm.qmp.clone(), features, record.running, wishes)))
+}
+
+async fn resumed_external(agent: &Agent, vm: &Vm, record: &OutRecord) -> Result<ExternalEngine, AgentError> {
+    let plain = external::is_sending(vm) == Some(true);
+    let wishes = external::Wishes {
+        pid: vm.pid,
+        backends: external::backends_of(vm).await?,
+        dir: external::sending_dir(vm),
+        way: WayThere {
+            address: record.address.clone(),
+            identity: Arc::clone(&agent.trusts.identity),
+            peer: record.peer_key,
+            protection: (!plain).then_some(None),
+        },
+        session: (SessionId::random(), SessionKey::random()),
+        limits: NO_LIMITS,
+        bandwidth: None,
+        was_running: record.running,
+    };
+    Ok(ExternalEngine::in_post_copy(vm.qmp.clone(), wishes))
 }

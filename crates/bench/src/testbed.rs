@@ -13,7 +13,9 @@ use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::process::{Child, Command};
-use vmferry_agent::api::types::{PairRequest, PeerView, RunRequest, Started, TokenRequest, TokenView, VmView};
+use vmferry_agent::api::types::{
+    EngineName, PairRequest, PeerView, RunRequest, Started, TokenRequest, TokenView, VmView,
+};
 use vmferry_agent::client::{Client, ClientError, vm_path};
 
 use crate::{GuestLog, GuestOptions, INITRD};
@@ -74,6 +76,8 @@ pub struct TestbedOptions {
     pub link_bits: Option<u64>,
     /// A folder searched for QEMU before `PATH`, for each host.
     pub qemu_dirs: [Option<PathBuf>; 2],
+    /// The RAM engine that is used; whatever can be, when absent.
+    pub engine: Option<EngineName>,
     /// More lines for each host's configuration.
     pub config: [String; 2],
     /// The hosts trust each other from the start.
@@ -88,6 +92,7 @@ impl TestbedOptions {
             namespaces: false,
             link_bits: None,
             qemu_dirs: [None, None],
+            engine: None,
             config: [String::new(), String::new()],
             paired: true,
         }
@@ -225,10 +230,11 @@ impl Host {
         let qemu_dirs: Vec<String> =
             options.qemu_dirs[index].iter().map(|dir| format!("{:?}", dir.display().to_string())).collect();
         let text = format!(
-            "name = {name:?}\nrun_dir = {:?}\nstate_dir = {:?}\nqemu_dirs = [{}]\n{}\n",
+            "name = {name:?}\nrun_dir = {:?}\nstate_dir = {:?}\nqemu_dirs = [{}]\n{}{}\n",
             run_dir.display().to_string(),
             state_dir.display().to_string(),
             qemu_dirs.join(", "),
+            options.engine.map_or_else(String::new, |engine| format!("engine = \"{engine}\"\n")),
             options.config[index]
         );
         std::fs::write(&config, text)?;

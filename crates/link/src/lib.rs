@@ -45,6 +45,7 @@ pub use endpoint::{Listener, MOST_DESCRIPTORS};
 pub use hello::{Reason, Refusal};
 pub use identity::{Fingerprint, Identity, IdentityError, InvalidFingerprint};
 pub use incoming::Incoming;
+pub use link::buffers::{Buffer, Pool};
 pub use link::{Frame, Link, LinkDown, LinkOptions, LinkStats, StreamStats, usual_streams};
 pub use session::{InvalidSession, SessionId, SessionKey};
 pub use sessions::{Protection, SessionOptions, Sessions, Unattached};

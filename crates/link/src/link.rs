@@ -8,7 +8,7 @@
 //! Nobody ever stops reading a socket: a frame is only sent when there is room for it at the other end. So a user that
 //! stops taking frames stops the users that send them, and pings, acks and urgent frames still pass.
 
-mod buffers;
+pub(crate) mod buffers;
 mod reading;
 pub(crate) mod state;
 pub(crate) mod stream;

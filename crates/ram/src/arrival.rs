@@ -11,6 +11,7 @@
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, RawFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -81,28 +82,29 @@ pub struct Placed {
 ///
 /// Blocks are named by their place in [`GuestRam::blocks`]; offsets are in bytes. Several threads may use it at once.
 #[derive(Debug)]
-pub struct Arrival<'a> {
-    ram: &'a GuestRam,
+pub struct Arrival {
+    ram: Arc<GuestRam>,
     userfaultfd: Userfaultfd,
     number: RawFd,
     blocks: Vec<Addresses>,
     stood_still: Duration,
 }
 
-impl<'a> Arrival<'a> {
+impl Arrival {
     /// From here on, whoever touches a page that is not there waits for it. What is there stays; it is
     /// [`Block::punch`](crate::Block::punch) that makes pages missing, before this, while the guest does not run.
-    pub fn arm(ram: &'a GuestRam) -> Result<Self, ArrivalError> {
+    pub fn arm(ram: Arc<GuestRam>) -> Result<Self, ArrivalError> {
         // Also the kernel's accesses for QEMU must wait, such as those of KVM and of a disk that is read into RAM.
         let Inside { descriptor, number, stood_still } = make_in(ram.process(), Reach::Kernel, Keep::There)?;
         let userfaultfd = Userfaultfd::over(descriptor);
-        let arrival = Self { ram, userfaultfd, number, blocks: ram.addresses(), stood_still };
+        let blocks = ram.addresses();
+        let arrival = Self { ram, userfaultfd, number, blocks, stood_still };
         match arrival.register() {
             Ok(()) => Ok(arrival),
             Err(error) => {
                 // With its last descriptor the userfaultfd ends, and with it what was registered. The first error is the
                 // one to tell.
-                let _ = close_in(ram.process(), number);
+                let _ = close_in(arrival.ram.process(), number);
                 Err(error)
             }
         }
@@ -123,17 +125,20 @@ impl<'a> Arrival<'a> {
 
     /// Goes on with what an agent that ended has armed; `number` is what [`number`](Arrival::number) told it. Whoever
     /// waits is told of again.
-    pub fn again(ram: &'a GuestRam, number: RawFd) -> Result<Self, ArrivalError> {
+    pub fn again(ram: Arc<GuestRam>, number: RawFd) -> Result<Self, ArrivalError> {
         if !ram.process().has_userfaultfd(number) {
             return Err(if ram.is_gone() { ArrivalError::Gone } else { InjectError::NotOurs { number }.into() });
         }
         let userfaultfd = Userfaultfd::over(ram.process().take(number)?);
-        let arrival = Self { ram, userfaultfd, number, blocks: ram.addresses(), stood_still: Duration::ZERO };
-        // The other agent may have been told of pages and have placed none of them.
-        for addresses in &arrival.blocks {
-            arrival.userfaultfd.wake(addresses.all())?;
-        }
+        let blocks = ram.addresses();
+        let arrival = Self { ram, userfaultfd, number, blocks, stood_still: Duration::ZERO };
+        arrival.wake_all()?;
         Ok(arrival)
+    }
+
+    /// Whoever waits looks again, and is told of again: who was told of it before may have placed nothing.
+    pub fn wake_all(&self) -> Result<(), ArrivalError> {
+        Ok(self.blocks.iter().try_for_each(|addresses| self.userfaultfd.wake(addresses.all()))?)
     }
 
     /// What an agent needs to know to go on after this one: the userfaultfd's descriptor in QEMU.
@@ -216,7 +221,7 @@ impl<'a> Arrival<'a> {
     }
 
     /// Nobody waits any more: zeros are found where nothing was placed. Nothing is left in QEMU.
-    pub fn disarm(self) -> Result<(), ArrivalError> {
+    pub fn disarm(&self) -> Result<(), ArrivalError> {
         for addresses in &self.blocks {
             self.userfaultfd.unregister(addresses.all())?;
         }

@@ -13,16 +13,27 @@
 //! [`Block`] by its place in [`GuestRam::blocks`], and offsets within it in bytes.
 
 mod arrival;
+mod destination;
+mod error;
 mod kernel;
 mod memory;
+mod pages;
 mod process;
+mod source;
+#[cfg(test)]
+mod tests;
 mod tracking;
+mod wire;
 pub mod zero;
 
 pub use arrival::{Arrival, ArrivalError, Placed};
+pub use destination::{Ended, Landing, serve};
+pub use error::RamError;
 pub use kernel::{InjectError, Unsupported, support};
 pub use memory::{Backend, Block, GuestRam, MemoryError, PunchError};
+pub use source::{Progress, Source};
 pub use tracking::{Tracking, TrackingError};
+pub use wire::Malformed;
 
 /// What memory is mapped, tracked and placed by, in bytes.
 ///

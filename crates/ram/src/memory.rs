@@ -136,6 +136,27 @@ impl GuestRam {
         Ok(Self { process, blocks })
     }
 
+    /// Blocks of our own, of these sizes.
+    #[cfg(test)]
+    pub(crate) fn of_our_own(sizes: &[u64]) -> Self {
+        let block = |(number, size): (usize, &u64)| {
+            let id = format!("ram{number}");
+            let file = File::from(rustix::fs::memfd_create(&id, rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+            file.set_len(*size).unwrap();
+            Block { id, size: *size, address: 0, file }
+        };
+        let process = Process::open(std::process::id()).unwrap();
+        Self { process, blocks: sizes.iter().enumerate().map(block).collect() }
+    }
+
+    /// The same blocks once more.
+    #[cfg(test)]
+    pub(crate) fn same(other: &Self) -> Self {
+        let again = |block: &Block| Block { id: block.id.clone(), file: block.file.try_clone().unwrap(), ..*block };
+        let process = Process::open(std::process::id()).unwrap();
+        Self { process, blocks: other.blocks.iter().map(again).collect() }
+    }
+
     /// In the order in which the backends were given.
     pub fn blocks(&self) -> &[Block] {
         &self.blocks

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use vmferry_agent::api::types::EngineName;
 use vmferry_agent::config::{Listen, Rate};
 
 const EXIT_CODES: &str = "\
@@ -210,6 +211,9 @@ pub(crate) struct MigrateOptions {
     /// Never run the guest on the destination before all of its memory is there
     #[arg(long)]
     pub no_post_copy: bool,
+    /// Who moves the memory: external (the agents) or qemu (QEMU itself) [default: the agents, where they can]
+    #[arg(long, value_name = "ENGINE")]
+    pub engine: Option<EngineName>,
     /// I know that the VM's disks are the same on both hosts, also where vmferry cannot tell
     #[arg(long)]
     pub disks_are_shared: bool,

@@ -191,9 +191,43 @@ pub struct MigrateRequest {
     pub bandwidth: Option<u64>,
     /// Post-copy may be used.
     pub post_copy: bool,
+    /// The RAM engine; without it the host's configuration decides, and then what is possible.
+    #[serde(default)]
+    pub engine: Option<EngineName>,
     /// The user vouches that block devices of this VM are the same on both hosts.
     #[serde(default)]
     pub disks_are_shared: bool,
+}
+
+/// Who moves a guest's RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum EngineName {
+    /// The agents.
+    External,
+    /// QEMU itself.
+    Qemu,
+}
+
+impl std::fmt::Display for EngineName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::External => "external",
+            Self::Qemu => "qemu",
+        })
+    }
+}
+
+impl std::str::FromStr for EngineName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "external" => Ok(Self::External),
+            "qemu" => Ok(Self::Qemu),
+            other => Err(format!("{other:?} is no RAM engine: there are external and qemu")),
+        }
+    }
 }
 
 /// What a migration would do, found out without touching anything.

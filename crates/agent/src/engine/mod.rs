@@ -3,6 +3,7 @@
 //! The migration (see `migration.rs`) drives an engine without knowing which one it is: start, observe, do what the
 //! policy says, and stop observing when the destination can take over. An engine says so in [`Seen`].
 
+pub mod external;
 pub mod qemu;
 
 use std::time::Instant;
@@ -10,9 +11,10 @@ use std::time::Instant;
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
-use vmferry_link::Cipher;
+use vmferry_link::{Cipher, SessionId, SessionKey};
 use vmferry_policy::{Action, Observation};
 use vmferry_qemu::{QmpError, StreamKey};
+use vmferry_ram::RamError;
 
 /// What the destination's QEMU must be set to before it receives.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -78,6 +80,15 @@ pub struct Totals {
     pub downtime_ms: Option<u64>,
 }
 
+/// Where the destination waits for a new connection.
+#[derive(Clone, Debug)]
+pub enum NewConnection {
+    /// Its QEMU, at this URI.
+    Uri(String),
+    /// Its agent, for a link with this session and key.
+    Session(SessionId, SessionKey),
+}
+
 /// Why copying the RAM failed. The guest runs on at the source unless the destination was committed to.
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
@@ -93,6 +104,9 @@ pub enum EngineError {
     /// The guest's QEMU does not answer.
     #[error("the guest's QEMU does not do as told")]
     Qmp(#[from] QmpError),
+    /// The agents cannot move it.
+    #[error("copying the RAM failed")]
+    Ram(#[from] RamError),
 }
 
 /// Copies a guest's RAM to a destination that is prepared for it.
@@ -107,12 +121,15 @@ pub trait RamEngine: Send {
     /// Does what the policy said. [`Action::GiveUp`] is the migration's to do, by [`RamEngine::abandon`].
     async fn apply(&mut self, action: &Action) -> Result<(), EngineError>;
 
-    /// Post-copy goes on over a new connection to the destination, which waits for it at this URI.
-    async fn reconnect(&mut self, uri: &str) -> Result<(), EngineError>;
+    /// Post-copy goes on over a new connection to the destination, which waits for it.
+    async fn reconnect(&mut self, to: &NewConnection) -> Result<(), EngineError>;
 
     /// Stops copying and leaves no trace in the guest. Only before the destination is committed to;
     /// [`EngineError::TooLate`] when QEMU has let go of the guest.
     async fn abandon(&mut self) -> Result<(), EngineError>;
+
+    /// The destination has everything: nothing more is said to it.
+    async fn close(&mut self) {}
 
     /// What is known so far.
     fn totals(&self) -> Totals;

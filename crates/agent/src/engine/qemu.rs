@@ -21,13 +21,13 @@ use vmferry_policy::{Action, Bytes, BytesPerSec, Limits, Observation, Percent, P
 use vmferry_qemu::qmp::commands::{self, MigrationInfo, MigrationParameters};
 use vmferry_qemu::{Event, EventStream, Features, MigrationStatus, Qmp, QmpError, RunState};
 
-use super::{EngineError, RamEngine, Seen, Setup, Totals};
+use super::{EngineError, NewConnection, RamEngine, Seen, Setup, Totals};
 
 /// What this engine is called.
 pub const NAME: &str = "qemu";
 
 /// QEMU's own default is 128 MiB/s; this is as good as none and fits its signed arithmetic.
-const UNLIMITED: u64 = 1 << 50;
+pub(super) const UNLIMITED: u64 = 1 << 50;
 /// A guest with more RAM may send more than 256 GiB over one connection, in bytes.
 const MOST_RAM_WITH_TLS: u64 = 96 << 30;
 /// As good as never, while QEMU cannot tell what switching over would cost: zero would mean without a last look.
@@ -140,7 +140,15 @@ pub(crate) fn tls_carries(ram_bytes: u64) -> bool {
 
 /// Switches these capabilities on and all others that we ever use off, in one command, as QEMU checks them together.
 pub(crate) async fn set_capabilities(qmp: &Qmp, known: &BTreeSet<String>, wanted: &[&str]) -> Result<(), QmpError> {
-    const OURS: [&str; 6] = ["events", "return-path", "auto-converge", "postcopy-ram", "postcopy-preempt", "multifd"];
+    const OURS: [&str; 7] = [
+        "events",
+        "return-path",
+        "auto-converge",
+        "postcopy-ram",
+        "postcopy-preempt",
+        "multifd",
+        super::external::CAPABILITY,
+    ];
     let capabilities = OURS
         .iter()
         .filter(|name| known.contains(**name))
@@ -330,7 +338,10 @@ impl RamEngine for QemuEngine {
         Ok(())
     }
 
-    async fn reconnect(&mut self, uri: &str) -> Result<(), EngineError> {
+    async fn reconnect(&mut self, to: &NewConnection) -> Result<(), EngineError> {
+        let NewConnection::Uri(uri) = to else {
+            return Err(EngineError::Failed { reason: "the destination's QEMU waits nowhere".into() });
+        };
         self.qmp.execute(commands::Migrate { uri: uri.into(), resume: Some(true) }).await?;
         Ok(())
     }

@@ -10,7 +10,7 @@ const KEPT: usize = 32 << 20;
 
 /// Buffers that are not in use.
 #[derive(Debug, Default)]
-pub(crate) struct Pool(Mutex<Free>);
+pub struct Pool(Mutex<Free>);
 
 #[derive(Debug, Default)]
 struct Free {
@@ -20,7 +20,7 @@ struct Free {
 
 impl Pool {
     /// A buffer of this length; what it holds is left from before.
-    pub(crate) fn take(self: &Arc<Self>, length: usize) -> Buffer {
+    pub fn take(self: &Arc<Self>, length: usize) -> Buffer {
         let mut bytes = {
             let mut free = self.0.lock().expect("no holder of this lock panics");
             let buffer = free.buffers.pop().unwrap_or_default();
@@ -35,7 +35,7 @@ impl Pool {
 }
 
 /// A buffer from a pool, to which it returns.
-pub(crate) struct Buffer {
+pub struct Buffer {
     bytes: Vec<u8>,
     length: usize,
     home: Weak<Pool>,
@@ -43,7 +43,7 @@ pub(crate) struct Buffer {
 
 impl Buffer {
     /// As what users get; the buffer returns when they let go of it.
-    pub(crate) fn freeze(self) -> Bytes {
+    pub fn freeze(self) -> Bytes {
         // A small payload must not keep a large buffer busy for as long as its user likes.
         if self.length < self.bytes.capacity() / 4 {
             return Bytes::copy_from_slice(self.as_ref());

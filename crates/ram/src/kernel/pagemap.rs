@@ -40,6 +40,12 @@ impl Pagemap {
                     _ => found.push(region.start..region.end),
                 }
             }
+            if count < regions.len() {
+                // There was room for more, so all was walked. The kernel may tell an earlier end: it collects 512
+                // regions at a time, and when the walk ends within the last of these, it tells where that began.
+                break;
+            }
+            let walked = regions.last().map_or(walked, |last| walked.max(last.end));
             if walked <= start {
                 return Err(io::Error::other("the scan of a page map did not move on"));
             }

@@ -6,6 +6,7 @@ use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::Arc;
 
 use tempfile::TempDir;
 use vmferry_ram::{Backend, GuestRam};
@@ -102,8 +103,8 @@ impl Guest {
         Backend { id: "ram".into(), size: RAM_BYTES, address: None }
     }
 
-    pub(crate) fn ram(&self) -> GuestRam {
-        GuestRam::open(self.pid(), &[Self::backend()]).unwrap()
+    pub(crate) fn ram(&self) -> Arc<GuestRam> {
+        Arc::new(GuestRam::open(self.pid(), &[Self::backend()]).unwrap())
     }
 
     /// How many descriptors QEMU has.

@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -39,7 +40,7 @@ fn nothing() -> Vec<Range<u64>> {
 }
 
 /// The next fault that somebody is told of.
-fn next_faults(arrival: &Arrival<'_>) -> Vec<(usize, u64)> {
+fn next_faults(arrival: &Arrival) -> Vec<(usize, u64)> {
     let mut faults = Vec::new();
     arrival.faults(PATIENCE, &mut faults).unwrap();
     faults
@@ -130,7 +131,7 @@ fn a_sandboxed_qemu_is_refused_and_lives_on() {
         let ram = guest.ram();
         let error = Tracking::begin(&ram).unwrap_err();
         assert!(matches!(error, TrackingError::Inject(InjectError::Sandboxed)), "{error:?}");
-        let error = Arrival::arm(&ram).unwrap_err();
+        let error = Arrival::arm(Arc::clone(&ram)).unwrap_err();
         assert!(matches!(error, ArrivalError::Inject(InjectError::Sandboxed)), "{error:?}");
         guest.write(5);
     }
@@ -153,7 +154,7 @@ fn a_qemu_without_rights_is_tracked_and_cannot_be_served() {
         assert_eq!(take_written(&tracking), vec![5..6; 1]);
         drop(tracking);
         if std::fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd").unwrap().trim() == "0" {
-            let error = Arrival::arm(&ram).unwrap_err();
+            let error = Arrival::arm(Arc::clone(&ram)).unwrap_err();
             assert!(matches!(error, ArrivalError::Inject(InjectError::QemuNotAllowed)), "{error:?}");
         }
         assert_eq!(guest.descriptors(), descriptors);
@@ -185,7 +186,7 @@ fn ram_arrives_while_the_guest_runs_on_it() {
         let block = &ram.blocks()[0];
         guest.write(9);
         block.punch(pages(10..100)).unwrap();
-        let arrival = Arrival::arm(&ram).unwrap();
+        let arrival = Arrival::arm(Arc::clone(&ram)).unwrap();
         println!("{qemu:?}: a thread stood still for {:?}", arrival.stood_still());
         assert_eq!(guest.descriptors(), descriptors + 1);
         assert!(guest.flags(&ram).contains(&"um".to_owned()));
@@ -240,8 +241,11 @@ fn the_next_agent_is_told_again_of_who_waits() {
         assert_eq!(holder.answer(), format!("0 {}", 12 * PAGE));
         holder.kill();
 
-        assert!(matches!(Arrival::again(&ram, 0), Err(ArrivalError::Inject(InjectError::NotOurs { number: 0 }))));
-        let arrival = Arrival::again(&ram, number).unwrap();
+        assert!(matches!(
+            Arrival::again(Arc::clone(&ram), 0),
+            Err(ArrivalError::Inject(InjectError::NotOurs { number: 0 }))
+        ));
+        let arrival = Arrival::again(Arc::clone(&ram), number).unwrap();
         assert_eq!(next_faults(&arrival), [(0, 12 * PAGE)]);
         arrival.place(0, 12 * PAGE, &[0x42; PAGE_BYTES]).unwrap();
         assert_eq!(guest.answer(), 0x42);
@@ -254,7 +258,7 @@ fn the_next_agent_is_told_again_of_who_waits() {
 fn the_end_of_qemu_ends_the_wait_for_faults() {
     let mut guest = Guest::start(&qemus()[0], &[]);
     let ram = guest.ram();
-    let arrival = Arrival::arm(&ram).unwrap();
+    let arrival = Arrival::arm(Arc::clone(&ram)).unwrap();
     thread::scope(|scope| {
         let waiting = scope.spawn(|| arrival.faults(PATIENCE, &mut Vec::new()));
         guest.kill();
@@ -286,7 +290,7 @@ fn every_kind_of_shared_memory_is_tracked_and_served() {
         assert_eq!(take_written(&tracking), vec![5..6; 1], "{memory}");
         drop(tracking);
         ram.blocks()[0].punch(pages(10..20)).unwrap();
-        let arrival = Arrival::arm(&ram).unwrap();
+        let arrival = Arrival::arm(Arc::clone(&ram)).unwrap();
         guest.begin_read(12);
         assert_eq!(next_faults(&arrival), [(0, 12 * PAGE)], "{memory}");
         arrival.place(0, 12 * PAGE, &[0x42; PAGE_BYTES]).unwrap();
@@ -345,7 +349,7 @@ impl Drop for Holder {
 fn a_process_that_holds_a_guests_ram() {
     let Ok(held) = env::var(HELD) else { return };
     let (pid, what) = held.split_once(' ').unwrap();
-    let ram = GuestRam::open(pid.parse().unwrap(), &[Guest::backend()]).unwrap();
+    let ram = Arc::new(GuestRam::open(pid.parse().unwrap(), &[Guest::backend()]).unwrap());
     let say = |text: String| {
         println!("\nholder: {text}");
         std::io::stdout().flush().unwrap();
@@ -357,7 +361,7 @@ fn a_process_that_holds_a_guests_ram() {
         // Until it is killed, or the test has ended.
         let _ = std::io::stdin().read(&mut [0]);
     } else {
-        let arrival = Arrival::arm(&ram).unwrap();
+        let arrival = Arrival::arm(Arc::clone(&ram)).unwrap();
         say("holding".into());
         say(arrival.number().to_string());
         for (block, offset) in next_faults(&arrival) {

@@ -1,0 +1,359 @@
+//! The `external` engine: the agents move the guest's RAM, over their own link; QEMU moves nothing but the device state.
+//!
+//! See the `vmferry-ram` crate for how. Here is what has to do with QEMU: it is paused when what is left is little, or
+//! when the policy wants post-copy, and then writes the device state to a socket of ours. QEMU never lets go of the
+//! guest by itself, so that everything can be undone until the destination is committed to.
+
+use std::os::unix::fs::DirBuilderExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use tokio::net::UnixListener;
+use vmferry_link::{Cipher, Fingerprint, Identity, Link, LinkOptions, SessionId, SessionKey, TcpDialer};
+use vmferry_policy::{Action, Bytes, BytesPerSec, Limits, Observation, Percent, Phase};
+use vmferry_qemu::qmp::commands::{self, MigrationParameters};
+use vmferry_qemu::{MigrationStatus, Qmp, QmpError, RamBackend};
+use vmferry_ram::{Backend, GuestRam, Progress, RamError, Source};
+
+use super::qemu::{UNLIMITED, abandon};
+use super::{EngineError, NewConnection, RamEngine, Seen, Totals};
+use crate::Agent;
+use crate::error::{AgentError, in_one_line};
+use crate::server::bind_anew;
+use crate::vm::Vm;
+
+/// What this engine is called.
+pub const NAME: &str = "external";
+/// The only capability of QEMU's migration that is used: shared RAM stays where it is.
+pub(crate) const CAPABILITY: &str = "x-ignore-shared";
+
+const TICK: Duration = Duration::from_millis(100);
+/// How long QEMU may take to begin with the device state, or to be done with it.
+const STATE_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// See the module's text.
+pub struct ExternalEngine {
+    qmp: Qmp,
+    wishes: Wishes,
+    source: Option<Arc<Source>>,
+    started: Instant,
+    paused_at: Option<Instant>,
+    /// The destination was told what it misses.
+    post_copy: bool,
+    /// The destination has the device state.
+    switched: bool,
+    last: Option<Progress>,
+    dirty_rate: u64,
+    sent: u64,
+}
+
+/// What one migration with this engine is started with.
+pub struct Wishes {
+    /// The process of the guest's QEMU.
+    pub pid: u32,
+    /// Its RAM.
+    pub backends: Vec<Backend>,
+    /// A folder of this VM that QEMU can reach.
+    pub dir: PathBuf,
+    /// The way to the destination.
+    pub way: WayThere,
+    /// The first session.
+    pub session: (SessionId, SessionKey),
+    /// What the user set.
+    pub limits: Limits,
+    /// The most to send, in bytes a second.
+    pub bandwidth: Option<u64>,
+    /// The guest ran when the migration began: it must run again when it is abandoned.
+    pub was_running: bool,
+}
+
+/// Where the destination's agent takes streams, and how they are protected.
+#[derive(Clone)]
+pub struct WayThere {
+    /// HOST:PORT.
+    pub address: String,
+    /// Who we are.
+    pub identity: Arc<Identity>,
+    /// Who is there.
+    pub peer: Fingerprint,
+    /// None when both hosts trust the network; else the cipher, or whichever TLS prefers.
+    pub protection: Option<Option<Cipher>>,
+}
+
+impl WayThere {
+    fn connect(&self, (session, key): (SessionId, SessionKey), rate: Option<u64>) -> Result<Link, RamError> {
+        let dialer = match self.protection {
+            Some(cipher) => TcpDialer::tls(&self.address, &self.identity, self.peer, cipher),
+            None => TcpDialer::plain(&self.address),
+        };
+        Ok(Link::connect(dialer, link_options(session, key, rate))?)
+    }
+}
+
+/// Both sides' link.
+pub(crate) fn link_options(session: SessionId, key: SessionKey, rate: Option<u64>) -> LinkOptions {
+    LinkOptions { rate, ..LinkOptions::new(session, key) }
+}
+
+impl ExternalEngine {
+    /// An engine for this QEMU, not started.
+    pub fn new(qmp: Qmp, wishes: Wishes) -> Self {
+        Self {
+            qmp,
+            wishes,
+            source: None,
+            started: Instant::now(),
+            paused_at: None,
+            post_copy: false,
+            switched: false,
+            last: None,
+            dirty_rate: 0,
+            sent: 0,
+        }
+    }
+
+    /// One whose guest runs at the destination already, and waits for a connection.
+    pub fn in_post_copy(qmp: Qmp, wishes: Wishes) -> Self {
+        Self { post_copy: true, switched: true, ..Self::new(qmp, wishes) }
+    }
+
+    fn source(&self) -> Result<Arc<Source>, EngineError> {
+        self.source.clone().ok_or_else(|| EngineError::Failed { reason: "it has not begun".into() })
+    }
+
+    /// Pauses the guest and gives the destination all that it needs to run it.
+    async fn switch_over(&mut self, post_copy: bool) -> Result<(), EngineError> {
+        let source = self.source()?;
+        self.qmp.execute(commands::Stop {}).await?;
+        self.paused_at = Some(Instant::now());
+        if post_copy {
+            let told = Arc::clone(&source);
+            blocking(move || told.post_copy()).await?;
+            self.send_state(source).await?;
+            self.post_copy = true;
+        } else {
+            let finished = Arc::clone(&source);
+            tokio::try_join!(blocking(move || finished.finish()), self.send_state(source))?;
+        }
+        self.switched = true;
+        Ok(())
+    }
+
+    /// Has QEMU write the device state to us, and passes it on.
+    async fn send_state(&self, source: Arc<Source>) -> Result<(), EngineError> {
+        let socket = self.wishes.dir.join("state.sock");
+        let refused = |error: std::io::Error| EngineError::Failed { reason: format!("{}: {error}", socket.display()) };
+        let listener: UnixListener = bind_anew(&socket).map_err(refused)?;
+        self.qmp.execute(commands::Migrate { uri: format!("unix:{}", socket.display()), resume: None }).await?;
+        let passed = async {
+            let (from_qemu, _) = listener.accept().await.map_err(refused)?;
+            let from_qemu = from_qemu.into_std().map_err(refused)?;
+            from_qemu.set_nonblocking(false).map_err(refused)?;
+            blocking(move || source.send_state(from_qemu)).await?;
+            loop {
+                let info = self.qmp.execute(commands::QueryMigrate {}).await?;
+                match info.status.unwrap_or(MigrationStatus::None) {
+                    MigrationStatus::Completed => return Ok(()),
+                    MigrationStatus::Failed | MigrationStatus::Cancelled => {
+                        let reason = info.error_desc.unwrap_or_else(|| "QEMU gives no reason".into());
+                        return Err(EngineError::Failed { reason: format!("the device state: {reason}") });
+                    }
+                    _ => tokio::time::sleep(Duration::from_micros(500)).await,
+                }
+            }
+        };
+        tokio::time::timeout(STATE_TIMEOUT, passed).await.unwrap_or_else(|_| {
+            Err(EngineError::Failed { reason: format!("QEMU gave no device state for {} s", STATE_TIMEOUT.as_secs()) })
+        })
+    }
+
+    fn see(&mut self, progress: Progress) -> Seen {
+        let phase = match () {
+            () if self.post_copy => Phase::PostCopy,
+            () if self.switched || progress.converged => Phase::SwitchOver,
+            () => Phase::PreCopy,
+        };
+        self.dirty_rate = self.dirty_rate.max(progress.dirty_rate);
+        if let Some(source) = &self.source {
+            self.sent = source.link_stats().wire_sent;
+        }
+        let observation = Observation {
+            elapsed: self.started.elapsed(),
+            phase,
+            round: progress.round,
+            remaining: Bytes(progress.remaining),
+            total: Bytes(progress.total),
+            sent: Bytes(self.sent),
+            dirty_rate: BytesPerSec(progress.dirty_rate),
+            link_rate: BytesPerSec(progress.link_rate),
+            throttle: Percent(0),
+            limits: self.wishes.limits,
+        };
+        let complete = progress.complete;
+        self.last = Some(progress);
+        Seen { observation, ready_to_commit: self.switched, complete, paused_at: self.paused_at, broken: None }
+    }
+
+    /// The guest is at the destination and its link is not there.
+    async fn see_broken(&mut self, why: String) -> Seen {
+        tokio::time::sleep(TICK).await;
+        let progress = self.last.clone().unwrap_or(Progress {
+            round: 0,
+            remaining: 0,
+            total: self.wishes.backends.iter().map(|backend| backend.size).sum(),
+            dirty_rate: 0,
+            link_rate: 0,
+            converged: false,
+            complete: false,
+        });
+        Seen { broken: Some(why), ..self.see(progress) }
+    }
+}
+
+#[async_trait]
+impl RamEngine for ExternalEngine {
+    async fn start(&mut self) -> Result<(), EngineError> {
+        let Wishes { pid, backends, way, session, limits, bandwidth, .. } = &self.wishes;
+        let parameters = MigrationParameters { max_bandwidth: Some(UNLIMITED), ..MigrationParameters::default() };
+        self.qmp.execute(parameters).await?;
+        self.started = Instant::now();
+        let (pid, backends, way, session) = (*pid, backends.clone(), way.clone(), session.clone());
+        let (downtime, rate) = (limits.downtime, *bandwidth);
+        let begun = blocking(move || {
+            let link = way.connect(session, rate)?;
+            Source::begin(GuestRam::open(pid, &backends)?, link, downtime)
+        });
+        self.source = Some(Arc::new(begun.await?));
+        Ok(())
+    }
+
+    async fn observe(&mut self) -> Result<Seen, EngineError> {
+        let Some(source) = self.source.clone() else { return Ok(self.see_broken("it has not begun".into()).await) };
+        let progress = match blocking(move || source.wait(TICK)).await {
+            Ok(progress) => progress,
+            Err(error) if self.post_copy && self.switched => {
+                return Ok(self.see_broken(in_one_line(&error)).await);
+            }
+            Err(error) => return Err(error),
+        };
+        if progress.converged && !self.switched {
+            self.switch_over(false).await?;
+            let progress = Progress { complete: true, remaining: 0, ..progress };
+            return Ok(self.see(progress));
+        }
+        Ok(self.see(progress))
+    }
+
+    async fn apply(&mut self, action: &Action) -> Result<(), EngineError> {
+        match action {
+            Action::PostCopy if !self.switched => self.switch_over(true).await,
+            _ => Ok(()),
+        }
+    }
+
+    async fn reconnect(&mut self, to: &NewConnection) -> Result<(), EngineError> {
+        let NewConnection::Session(session, key) = to else {
+            return Err(EngineError::Failed { reason: "the destination gives no session for its memory".into() });
+        };
+        if let Some(old) = self.source.take() {
+            tokio::task::spawn_blocking(move || old.abandon());
+        }
+        let Wishes { pid, backends, way, bandwidth, .. } = &self.wishes;
+        let (pid, backends, way, rate) = (*pid, backends.clone(), way.clone(), *bandwidth);
+        let session = (*session, key.clone());
+        let resumed = blocking(move || {
+            let link = way.connect(session, rate)?;
+            Source::resume(GuestRam::open(pid, &backends)?, link)
+        });
+        self.source = Some(Arc::new(resumed.await?));
+        Ok(())
+    }
+
+    async fn abandon(&mut self) -> Result<(), EngineError> {
+        if let Some(source) = self.source.take() {
+            let ended = tokio::task::spawn_blocking(move || source.abandon()).await;
+            ended.expect("abandoning does not panic");
+        }
+        abandon(&self.qmp, self.wishes.was_running).await?;
+        self.switched = false;
+        Ok(())
+    }
+
+    async fn close(&mut self) {
+        if let Some(source) = self.source.take() {
+            let closed = blocking(move || source.close()).await;
+            if let Err(error) = closed {
+                tracing::debug!(error = in_one_line(&error), "the link did not end in order");
+            }
+        }
+    }
+
+    fn totals(&self) -> Totals {
+        Totals {
+            sent: self.sent,
+            rounds: self.last.as_ref().map_or(0, |last| last.round),
+            dirty_rate: self.dirty_rate,
+            downtime_ms: None,
+        }
+    }
+}
+
+/// Where the source's QEMU and this agent meet.
+pub(crate) fn sending_dir(vm: &Vm) -> PathBuf {
+    vm.dir.join("ram-out")
+}
+
+/// There when the link is not encrypted.
+const PLAIN: &str = "plain";
+
+/// The agents move this VM's RAM from now on, which a new agent must be able to tell.
+pub(crate) fn begin_sending(vm: &Vm, plain: bool) -> Result<(), AgentError> {
+    forget(vm);
+    let dir = sending_dir(vm);
+    let make = || {
+        std::fs::DirBuilder::new().mode(0o700).create(&dir)?;
+        if plain { std::fs::write(dir.join(PLAIN), "") } else { Ok(()) }
+    };
+    make().map_err(AgentError::io(&dir))
+}
+
+/// They do not any more.
+pub(crate) fn forget(vm: &Vm) {
+    // What is not there need not go.
+    let _ = std::fs::remove_dir_all(sending_dir(vm));
+}
+
+/// Whether an agent was about to move this VM's RAM, and whether the link was plain.
+pub(crate) fn is_sending(vm: &Vm) -> Option<bool> {
+    let dir = sending_dir(vm);
+    dir.exists().then(|| dir.join(PLAIN).exists())
+}
+
+/// Why the agents cannot move this VM's RAM; none when they can.
+pub(crate) async fn obstacle(agent: &Agent, vm: &Vm) -> Result<Option<String>, AgentError> {
+    if let Some(why) = agent.external_obstacle() {
+        return Ok(Some(why));
+    }
+    if let Some(first) = vmferry_qemu::external_obstacles(&vm.qmp).await?.into_iter().next() {
+        return Ok(Some(first.to_string()));
+    }
+    Ok(vmferry_qemu::uses_direct_io(&vm.qmp).await?.then(|| DIRECT_IO.into()))
+}
+
+/// A disk's controller writes into RAM when it is done, and only the beginning is noticed.
+const DIRECT_IO: &str = "a disk goes around the host's cache (cache=none), and what is read from it cannot be tracked";
+
+/// What there is to move.
+pub(crate) async fn backends_of(vm: &Vm) -> Result<Vec<Backend>, QmpError> {
+    let layout = vmferry_qemu::ram_backends(&vm.qmp).await?;
+    let backend = |it: RamBackend| Backend { id: it.id, size: it.size, address: it.address };
+    Ok(layout.backends.into_iter().map(backend).collect())
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, RamError> + Send + 'static,
+) -> Result<T, EngineError> {
+    Ok(tokio::task::spawn_blocking(work).await.expect("moving RAM does not panic")?)
+}

@@ -1,0 +1,163 @@
+//! RAM that the source's agent sends: where it lands, and over which link.
+//!
+//! What belongs to a VM's arrival is in a folder of it, so that a new agent can tell: the socket where QEMU waits for
+//! the device state, and, in post-copy, the record of what is missing. There the guest may run and QEMU need not answer
+//! before its pages come, so that nothing here asks QEMU for anything once it began.
+
+use std::collections::BTreeSet;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+use vmferry_link::{Fingerprint, Link, Protection, SessionId, SessionKey, SessionOptions};
+use vmferry_qemu::qmp::commands;
+use vmferry_ram::{GuestRam, Landing, serve};
+
+use crate::Agent;
+use crate::engine::external::{CAPABILITY, backends_of, link_options};
+use crate::engine::qemu::set_capabilities;
+use crate::error::{AgentError, in_one_line};
+use crate::vm::Vm;
+
+/// Where QEMU waits for the device state.
+const STATE: &str = "state.sock";
+/// What is missing in post-copy.
+const RECORD: &str = "post-copy";
+/// There when the link is not encrypted.
+const PLAIN: &str = "plain";
+
+/// One VM's RAM, and what brings it.
+pub(crate) struct Arrival {
+    landing: Arc<Landing>,
+    link: Arc<Link>,
+    /// Nobody takes anything from the link any more.
+    over: Arc<CancellationToken>,
+}
+
+fn folder(vm_dir: &Path) -> PathBuf {
+    vm_dir.join("ram-in")
+}
+
+/// Its RAM comes from the source's agent.
+pub(crate) fn is_expected(vm_dir: &Path) -> bool {
+    folder(vm_dir).exists()
+}
+
+/// The link that a source is about to make.
+pub(crate) struct Expected {
+    pub(crate) session: (SessionId, SessionKey),
+    pub(crate) source: Fingerprint,
+    /// Both hosts trust the network.
+    pub(crate) plain: bool,
+}
+
+/// Has a QEMU wait for its device state, and takes its RAM as soon as it comes.
+pub(crate) async fn begin(
+    agent: &Arc<Agent>,
+    vm: &Vm,
+    id: Uuid,
+    known: &BTreeSet<String>,
+    expected: Expected,
+) -> Result<(), AgentError> {
+    let dir = folder(&vm.dir);
+    let make = || {
+        // What an earlier arrival of a VM of this name left.
+        let _ = std::fs::remove_dir_all(&dir);
+        std::fs::DirBuilder::new().mode(0o700).create(&dir)?;
+        match expected.plain {
+            true => std::fs::write(dir.join(PLAIN), ""),
+            false => Ok(()),
+        }
+    };
+    make().map_err(AgentError::io(&dir))?;
+    set_capabilities(&vm.qmp, known, &[CAPABILITY]).await?;
+    let uri = format!("unix:{}", dir.join(STATE).display());
+    vm.qmp.execute(commands::MigrateIncoming { uri }).await?;
+    let (pid, backends, record) = (vm.pid, backends_of(vm).await?, dir.join(RECORD));
+    let landing = tokio::task::spawn_blocking(move || Ok(Landing::new(GuestRam::open(pid, &backends)?, &record)));
+    let landing = landing.await.expect("opening RAM does not panic").map_err(AgentError::Ram)?;
+    expect(agent, id, dir, Arc::new(landing), expected)
+}
+
+impl Arrival {
+    /// Nothing more is taken.
+    pub(crate) fn give_up(&self) {
+        self.link.give_up();
+    }
+}
+
+/// Takes what comes over the link, in a thread of its own, to its end.
+fn expect(
+    agent: &Arc<Agent>,
+    id: Uuid,
+    dir: PathBuf,
+    landing: Arc<Landing>,
+    expected: Expected,
+) -> Result<(), AgentError> {
+    let protection = match expected.plain {
+        true => Protection::Plain,
+        false => Protection::Tls(expected.source),
+    };
+    let (session, key) = expected.session;
+    let options = SessionOptions { link: link_options(session, key, None), protection };
+    let link = Arc::new(agent.sessions.expect(options).map_err(|down| AgentError::Ram(down.into()))?);
+    let arrival = Arrival { landing: Arc::clone(&landing), link: Arc::clone(&link), over: Arc::default() };
+    let over = Arc::clone(&arrival.over);
+    agent.state().arrivals.insert(id, arrival);
+    let there = Arc::clone(agent);
+    let take = move || {
+        match serve(&link, &landing, &dir.join(STATE)) {
+            Ok(ended) => {
+                tracing::debug!(migration = %id, ?ended, "its RAM has arrived");
+                there.state().arrivals.remove(&id);
+            }
+            Err(error) => {
+                tracing::warn!(migration = %id, error = in_one_line(&error), "its RAM does not arrive");
+                if landing.missing().is_none() {
+                    there.state().arrivals.remove(&id);
+                }
+            }
+        }
+        over.cancel();
+    };
+    std::thread::Builder::new().name("ram-arrival".into()).spawn(take).map_err(AgentError::io("a thread"))?;
+    Ok(())
+}
+
+/// How the RAM of a guest that this host owns stands.
+pub(crate) enum Standing {
+    /// All of it is here.
+    Complete,
+    /// The rest comes over this session.
+    Awaited(SessionId, SessionKey),
+}
+
+/// The source has lost its link, or is another agent than before, or this one is. Post-copy goes on over a new one.
+pub(crate) async fn again(
+    agent: &Arc<Agent>,
+    id: Uuid,
+    vm_dir: &Path,
+    pid: u32,
+    source: Fingerprint,
+) -> Result<Standing, AgentError> {
+    let dir = folder(vm_dir);
+    let landing = if let Some(arrival) = agent.take_arrival(id) {
+        arrival.link.give_up();
+        arrival.over.cancelled().await;
+        Some(arrival.landing)
+    } else {
+        let record = dir.join(RECORD);
+        let found = tokio::task::spawn_blocking(move || Landing::again(pid, &record));
+        found.await.expect("opening RAM does not panic").map_err(AgentError::Ram)?.map(Arc::new)
+    };
+    // Without a record it was complete before the guest ran.
+    let Some(landing) = landing.filter(|landing| landing.missing().is_some_and(|missing| missing > 0)) else {
+        return Ok(Standing::Complete);
+    };
+    let (session, key) = (SessionId::random(), SessionKey::random());
+    let plain = dir.join(PLAIN).exists();
+    expect(agent, id, dir, landing, Expected { session: (session, key.clone()), source, plain })?;
+    Ok(Standing::Awaited(session, key))
+}

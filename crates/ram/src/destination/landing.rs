@@ -1,0 +1,167 @@
+//! Where a guest's RAM arrives, over one link or several, before an agent's end and after it.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use crate::PAGE;
+use crate::RamError;
+use crate::arrival::Arrival;
+use crate::memory::{Backend, Block, GuestRam};
+use crate::pages::PageSet;
+use crate::wire::{Malformed, Reader, Run, decode_missing, encode_missing};
+
+/// See the module's text.
+pub struct Landing {
+    ram: Arc<GuestRam>,
+    /// Where what a new agent needs in post-copy is written.
+    record: PathBuf,
+    armed: OnceLock<Armed>,
+}
+
+/// What there is in post-copy only.
+pub(super) struct Armed {
+    pub(super) arrival: Arrival,
+    /// Pages that the source has and this side has not. A hole that is not among them is a page of zeroes.
+    pub(super) missing: Vec<PageSet>,
+    left: AtomicU64,
+}
+
+impl Landing {
+    /// In the RAM of a QEMU that waits for its guest. `record` is a file that is written when the guest may run before
+    /// its RAM is complete, and goes when it is.
+    pub fn new(ram: GuestRam, record: &Path) -> Self {
+        Self { ram: Arc::new(ram), record: record.into(), armed: OnceLock::new() }
+    }
+
+    /// In the RAM of a guest that may run already, which an earlier agent has left: what has arrived is there, and all
+    /// else is missing. `None` when there is no record of such a guest. Its QEMU, process `pid`, is asked for nothing.
+    pub fn again(pid: u32, record: &Path) -> Result<Option<Self>, RamError> {
+        let bytes = match std::fs::read(record) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(RamError::record(error)),
+        };
+        let mut reader = Reader(&bytes);
+        let (number, backends) = read_head(&mut reader)?;
+        let ram = Arc::new(GuestRam::open(pid, &backends)?);
+        let missing: Vec<PageSet> = ram.blocks().iter().map(|block| PageSet::new(block.size() / PAGE)).collect();
+        while !reader.0.is_empty() {
+            let length = reader.u32()? as usize;
+            decode_missing(reader.bytes(length)?, &missing)?;
+        }
+        let mut left = 0;
+        for (block, set) in ram.blocks().iter().zip(&missing) {
+            for data in block.data(0..block.size()).map_err(RamError::io)? {
+                set.remove(data.start / PAGE..data.end / PAGE);
+            }
+            left += set.count(0..set.pages());
+        }
+        let arrival = Arrival::again(Arc::clone(&ram), number)?;
+        let armed = OnceLock::from(Armed { arrival, missing, left: AtomicU64::new(left) });
+        Ok(Some(Self { ram, record: record.into(), armed }))
+    }
+
+    /// What is not here yet, in bytes; `None` before post-copy.
+    pub fn missing(&self) -> Option<u64> {
+        self.armed.get().map(|armed| armed.left.load(Ordering::Relaxed) * PAGE)
+    }
+
+    #[cfg(test)]
+    pub(crate) fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    pub(super) fn armed(&self) -> Option<&Armed> {
+        self.armed.get()
+    }
+
+    pub(super) fn blocks(&self) -> &[Block] {
+        self.ram.blocks()
+    }
+
+    /// Whatever a QEMU that waits has put into its RAM is none of the guest's.
+    pub(super) fn clear(&self) -> Result<(), RamError> {
+        Ok(self.blocks().iter().try_for_each(|block| block.punch(0..block.size()))?)
+    }
+
+    /// Faults are taken from now on, and these pages will come.
+    pub(super) fn arm(&self, missing: Vec<PageSet>) -> Result<&Armed, RamError> {
+        let mut left = 0;
+        for (block, set) in self.blocks().iter().zip(&missing) {
+            for data in block.data(0..block.size()).map_err(RamError::io)? {
+                let mut from = data.start / PAGE;
+                while let Some(stale) = set.next_run(from..data.end / PAGE) {
+                    from = stale.end;
+                    block.punch(stale.start * PAGE..stale.end * PAGE)?;
+                }
+            }
+            left += set.count(0..set.pages());
+        }
+        let arrival = Arrival::arm(Arc::clone(&self.ram))?;
+        self.write_record(arrival.number(), &missing).map_err(RamError::record)?;
+        let armed = Armed { arrival, missing, left: AtomicU64::new(left) };
+        if self.armed.set(armed).is_err() {
+            return Err(Malformed("post-copy begins twice").into());
+        }
+        Ok(self.armed.get().expect("it was just set"))
+    }
+
+    /// Puts a run of pages where it belongs. True when it was the last that was missing.
+    pub(super) fn put(&self, run: &Run, data: &[u8]) -> Result<bool, RamError> {
+        let bytes = run.pages.start * PAGE..run.pages.end * PAGE;
+        let block = &self.blocks()[run.block];
+        let Some(armed) = self.armed.get() else {
+            match run.zero {
+                false => block.write_at(bytes.start, data).map_err(RamError::io)?,
+                true => block.punch(bytes)?,
+            }
+            return Ok(false);
+        };
+        match run.zero {
+            false => armed.arrival.place(run.block, bytes.start, data),
+            true => armed.arrival.place_zero(run.block, bytes),
+        }?;
+        let new = armed.missing[run.block].remove(run.pages.clone());
+        Ok(new > 0 && armed.left.fetch_sub(new, Ordering::AcqRel) == new)
+    }
+
+    /// All RAM is here: nothing is left of post-copy, in the guest or on record.
+    pub(super) fn disarm(&self) -> Result<(), RamError> {
+        let Some(armed) = self.armed.get() else { return Ok(()) };
+        armed.arrival.disarm()?;
+        std::fs::remove_file(&self.record).map_err(RamError::record)
+    }
+
+    fn write_record(&self, number: i32, missing: &[PageSet]) -> std::io::Result<()> {
+        let begun = self.record.with_extension("new");
+        let mut file = std::io::BufWriter::new(std::fs::File::create(&begun)?);
+        for number in [number as u32, self.blocks().len() as u32] {
+            file.write_all(&number.to_le_bytes())?;
+        }
+        for block in self.blocks() {
+            file.write_all(&block.size().to_le_bytes())?;
+            file.write_all(&block.address().to_le_bytes())?;
+            file.write_all(&(block.id().len() as u32).to_le_bytes())?;
+            file.write_all(block.id().as_bytes())?;
+        }
+        for frame in encode_missing(missing) {
+            file.write_all(&(frame.len() as u32).to_le_bytes())?;
+            file.write_all(&frame)?;
+        }
+        file.flush()?;
+        std::fs::rename(begun, &self.record)
+    }
+}
+
+/// The number of the userfaultfd in QEMU, and where its RAM is.
+fn read_head(reader: &mut Reader<'_>) -> Result<(i32, Vec<Backend>), Malformed> {
+    let (number, blocks) = (reader.u32()? as i32, reader.u32()?);
+    let mut backend = || {
+        let (size, address, length) = (reader.u64()?, reader.u64()?, reader.u32()?);
+        let id = String::from_utf8_lossy(reader.bytes(length as usize)?).into_owned();
+        Ok(Backend { id, size, address: Some(address) })
+    };
+    Ok((number, (0..blocks).map(|_| backend()).collect::<Result<_, _>>()?))
+}

@@ -1,0 +1,326 @@
+//! One link's worth of arrival: several threads take what comes and put it into place.
+
+use std::collections::BTreeSet;
+use std::io::Write;
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use vmferry_link::{Frame, Link, LinkDown};
+
+use super::faults::Windows;
+use super::landing::Landing;
+use crate::PAGE;
+use crate::RamError;
+use crate::pages::PageSet;
+use crate::wire::{
+    ARM, ARMED, COMPLETE, HELLO, Hello, MISSING, Malformed, PAGES, PLACED, Pages, READY, REFUSED, STATE, STATE_END,
+    WANT, Want, decode_missing, decode_number, encode_missing,
+};
+
+/// Threads that put bulk frames into place.
+const WORKERS: usize = 2;
+/// What is in place is told no more often than this.
+const TELL_EVERY: Duration = Duration::from_millis(1);
+/// How long frames that were sent before post-copy may take.
+const STRAGGLERS: Duration = Duration::from_secs(30);
+/// How often a thread that waits for faults looks whether it is over.
+const LOOK: Duration = Duration::from_millis(50);
+/// How far ahead of the last frame in place another may be.
+const MOST_AHEAD: u64 = 1 << 20;
+/// The most device state that may wait for QEMU to take it, in bytes.
+const MOST_STATE: u64 = 1 << 30;
+
+/// How the source ended it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// In order, before post-copy: it has sent what it wanted to, or does not want the guest to move any more.
+    Closed,
+    /// All of the guest's RAM is here, and post-copy is over.
+    Complete,
+}
+
+/// Takes what a source sends over this link, until that is over. `state_socket` is where QEMU waits for the device
+/// state. Blocks. In post-copy an error leaves the guest waiting for what is missing: another link goes on.
+pub fn serve(link: &Link, landing: &Landing, state_socket: &Path) -> Result<Ended, RamError> {
+    let session = Session {
+        link,
+        landing,
+        blocks: landing.blocks().iter().map(|block| block.size() / PAGE).collect(),
+        placed: Mutex::default(),
+        progress: Condvar::new(),
+        faults_taken: AtomicBool::new(false),
+        over: AtomicBool::new(false),
+        failure: Mutex::default(),
+    };
+    let (pieces, to_qemu) = channel();
+    std::thread::scope(|scope| {
+        for _ in 0..WORKERS {
+            scope.spawn(|| session.part(Session::take_bulk));
+        }
+        scope.spawn(|| session.part(Session::tell_placed));
+        scope.spawn(|| session.part(Session::take_faults));
+        scope.spawn(|| session.part(|_| hand_over_state(to_qemu, state_socket)));
+        session.part(|session| session.take_urgent(pieces));
+        session.over.store(true, Ordering::Relaxed);
+        session.progress.notify_all();
+    });
+    // The source is told that its last words were heard.
+    let _ = link.close();
+    let failure = session.failure.into_inner().expect("no holder of this lock panics");
+    match (landing.missing(), failure) {
+        // What is said after that does not matter any more.
+        (Some(0), _) => Ok(Ended::Complete),
+        (_, Some(error)) => Err(error),
+        (Some(_), None) => Err(RamError::Link(LinkDown::Closed)),
+        (None, None) => Ok(Ended::Closed),
+    }
+}
+
+struct Session<'a> {
+    link: &'a Link,
+    landing: &'a Landing,
+    /// How many pages each block has.
+    blocks: Vec<u64>,
+    placed: Mutex<Placed>,
+    /// More is in place, or it is over.
+    progress: Condvar,
+    /// Faults are this session's to take.
+    faults_taken: AtomicBool,
+    over: AtomicBool,
+    /// The first one.
+    failure: Mutex<Option<RamError>>,
+}
+
+/// Which frames of pages are in place.
+#[derive(Default)]
+struct Placed {
+    /// All up to this one.
+    low: u64,
+    /// And these.
+    beyond: BTreeSet<u64>,
+    /// What the source was told.
+    told: u64,
+}
+
+impl Session<'_> {
+    fn part(&self, part: impl FnOnce(&Self) -> Result<(), RamError>) {
+        if let Err(error) = part(self) {
+            self.fail(error);
+        }
+    }
+
+    fn fail(&self, error: RamError) {
+        let mut failure = self.failure.lock().expect("no holder of this lock panics");
+        if failure.is_none() {
+            if !matches!(error, RamError::Link(_)) {
+                // The link takes it with its last words, if there is still a link.
+                let _ = self.link.send_urgent(REFUSED, crate::error::in_one_line(&error).into_bytes());
+                let _ = self.link.close();
+            }
+            *failure = Some(error);
+        }
+        drop(failure);
+        // All threads come back.
+        self.over.store(true, Ordering::Relaxed);
+        self.link.give_up();
+        self.progress.notify_all();
+    }
+
+    fn is_over(&self) -> bool {
+        self.over.load(Ordering::Relaxed)
+    }
+
+    fn placed(&self) -> MutexGuard<'_, Placed> {
+        self.placed.lock().expect("no holder of this lock panics")
+    }
+
+    fn take_bulk(&self) -> Result<(), RamError> {
+        while let Some(frame) = self.link.recv()? {
+            match frame.kind {
+                PAGES => self.pages(&frame)?,
+                _ => return Err(Malformed("a bulk frame of an unknown kind").into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts pages into place, and remembers that they are.
+    fn pages(&self, frame: &Frame) -> Result<(), RamError> {
+        let pages = Pages::decode(&frame.payload, &self.blocks)?;
+        let mut last = false;
+        for (run, data) in pages.contents() {
+            last |= self.landing.put(run, data)?;
+        }
+        {
+            let mut placed = self.placed();
+            let number = pages.number;
+            if number <= placed.low || number > placed.low + MOST_AHEAD || !placed.beyond.insert(number) {
+                return Err(Malformed("a frame of pages comes twice").into());
+            }
+            while let next = placed.low + 1
+                && placed.beyond.remove(&next)
+            {
+                placed.low = next;
+            }
+        }
+        self.progress.notify_all();
+        if last {
+            self.landing.disarm()?;
+            self.link.send_urgent(COMPLETE, Vec::new())?;
+        }
+        Ok(())
+    }
+
+    /// Tells the source what is in place, now and then.
+    fn tell_placed(&self) -> Result<(), RamError> {
+        loop {
+            let low = {
+                let nothing_new = |placed: &mut Placed| placed.low == placed.told && !self.is_over();
+                let waited = self.progress.wait_while(self.placed(), nothing_new);
+                let mut placed = waited.expect("no holder of this lock panics");
+                if self.is_over() {
+                    return Ok(());
+                }
+                placed.told = placed.low;
+                placed.low
+            };
+            self.link.send_urgent(PLACED, low.to_le_bytes().to_vec())?;
+            std::thread::sleep(TELL_EVERY);
+        }
+    }
+
+    fn take_urgent(&self, state: Sender<Bytes>) -> Result<(), RamError> {
+        let mut missing: Vec<PageSet> = self.blocks.iter().map(|pages| PageSet::new(*pages)).collect();
+        let (mut greeted, mut state, mut state_bytes) = (false, Some(state), 0);
+        while let Some(frame) = self.link.recv_urgent()? {
+            match frame.kind {
+                HELLO if !greeted => {
+                    self.greet(&Hello::decode(&frame.payload)?)?;
+                    greeted = true;
+                }
+                _ if !greeted => return Err(Malformed("it does not begin with what RAM it has").into()),
+                PAGES => self.pages(&frame)?,
+                MISSING => decode_missing(&frame.payload, &missing)?,
+                ARM => {
+                    self.wait_for_stragglers(decode_number(&frame.payload)?)?;
+                    self.landing.arm(std::mem::take(&mut missing))?;
+                    self.faults_taken.store(true, Ordering::Release);
+                    self.link.send_urgent(ARMED, Vec::new())?;
+                    if self.landing.missing() == Some(0) {
+                        self.landing.disarm()?;
+                        self.link.send_urgent(COMPLETE, Vec::new())?;
+                    }
+                }
+                STATE => {
+                    state_bytes += frame.payload.len() as u64;
+                    let state = state.as_ref().ok_or(Malformed("there is device state after its end"))?;
+                    if state_bytes > MOST_STATE {
+                        return Err(Malformed("there is more device state than any VM has").into());
+                    }
+                    // Whoever takes it tells why it does not any more.
+                    let _ = state.send(frame.payload);
+                }
+                STATE_END => state = None,
+                _ => return Err(Malformed("a frame of an unknown kind").into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes sure that both sides mean the same RAM.
+    fn greet(&self, hello: &Hello) -> Result<(), RamError> {
+        let ours = self.landing.blocks().iter().map(|block| (block.id(), block.size()));
+        if !ours.clone().eq(hello.blocks.iter().map(|(id, size)| (id.as_str(), *size))) {
+            let told = |blocks: &mut dyn Iterator<Item = (&str, u64)>| {
+                blocks.map(|(id, size)| format!("{id}: {size}")).collect::<Vec<_>>().join(", ")
+            };
+            let theirs = told(&mut hello.blocks.iter().map(|(id, size)| (id.as_str(), *size)));
+            return Err(RamError::Layout { here: told(&mut ours.into_iter()), there: theirs });
+        }
+        match (hello.resume, self.landing.armed()) {
+            (false, None) => self.landing.clear()?,
+            (true, Some(armed)) => {
+                for frame in encode_missing(&armed.missing) {
+                    self.link.send_urgent(MISSING, frame)?;
+                }
+                // Faults that the last link was asked for are raised again.
+                armed.arrival.wake_all()?;
+                self.faults_taken.store(true, Ordering::Release);
+            }
+            (false, Some(_)) => return Err(Malformed("it begins what has begun already").into()),
+            (true, None) => return Err(Malformed("it goes on with a post-copy that has not begun").into()),
+        }
+        self.link.send_urgent(READY, Vec::new())?;
+        if hello.resume && self.landing.missing() == Some(0) {
+            self.link.send_urgent(COMPLETE, Vec::new())?;
+        }
+        Ok(())
+    }
+
+    /// Waits until everything up to this frame is in place.
+    fn wait_for_stragglers(&self, number: u64) -> Result<(), RamError> {
+        let until = Instant::now() + STRAGGLERS;
+        let mut placed = self.placed();
+        while placed.low < number {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() || self.is_over() {
+                return Err(RamError::NoAnswer { after: STRAGGLERS });
+            }
+            placed = self.progress.wait_timeout(placed, left).expect("no holder of this lock panics").0;
+        }
+        Ok(())
+    }
+
+    /// Asks for what faults need.
+    fn take_faults(&self) -> Result<(), RamError> {
+        let (mut windows, mut faults) = (Windows::default(), Vec::new());
+        let asked: Vec<PageSet> = self.blocks.iter().map(|pages| PageSet::new(*pages)).collect();
+        while !self.is_over() {
+            let armed = match self.landing.armed() {
+                Some(armed) if self.faults_taken.load(Ordering::Acquire) => armed,
+                _ => {
+                    // Until post-copy begins.
+                    let _ = self.progress.wait_timeout(self.placed(), LOOK);
+                    continue;
+                }
+            };
+            faults.clear();
+            armed.arrival.faults(LOOK, &mut faults)?;
+            for (block, offset) in faults.iter().copied() {
+                let page = offset / PAGE;
+                if !armed.missing[block].contains(page) {
+                    // A page that has never been written, or one that came meanwhile.
+                    armed.arrival.place_zero(block, page * PAGE..(page + 1) * PAGE)?;
+                    continue;
+                }
+                if asked[block].contains(page) {
+                    continue;
+                }
+                let pages = windows.on_fault(block, page, self.blocks[block]);
+                asked[block].insert(pages.clone());
+                self.link.send_urgent(WANT, Want { block, pages }.encode())?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Writes the device state to QEMU, which may take it only as fast as its pages come.
+fn hand_over_state(pieces: Receiver<Bytes>, socket: &Path) -> Result<(), RamError> {
+    let Ok(first) = pieces.recv() else { return Ok(()) };
+    let write = || {
+        let mut qemu = UnixStream::connect(socket)?;
+        qemu.write_all(&first)?;
+        for piece in pieces {
+            qemu.write_all(&piece)?;
+        }
+        qemu.shutdown(Shutdown::Write)
+    };
+    write().map_err(RamError::device_state)
+}

@@ -1,0 +1,319 @@
+//! The source's side: a guest's RAM leaves while the guest writes to it.
+//!
+//! In pre-copy ([`rounds`]) all RAM is sent once and then, round by round, what was written meanwhile. A page is
+//! protected before it is read: a write that comes later is seen by the next look, so that what was read is either
+//! still true or will be sent again. When the guest is paused, either the rest is sent ([`Source::finish`]), or the
+//! destination is told what it does not have and fetches it ([`Source::post_copy`], [`serving`]).
+//!
+//! In post-copy the source is a server with nothing to remember: its guest's RAM does not change any more, and the
+//! destination knows what it misses. So a new agent, or a new link, goes on by asking ([`Source::resume`]).
+
+mod rounds;
+mod serving;
+mod shipping;
+
+use std::io::{self, Read};
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, RwLock};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use vmferry_link::{Link, LinkDown, LinkStats};
+
+use crate::PAGE;
+use crate::RamError;
+use crate::memory::{Block, GuestRam};
+use crate::pages::PageSet;
+use crate::tracking::Tracking;
+use crate::wire::{ARM, HELLO, Hello, MISSING, STATE, STATE_END, encode_missing};
+use shipping::{CHUNK, Shipping};
+
+/// How long the destination may take to look at what RAM it has, or to arm it.
+const ANSWER: Duration = Duration::from_secs(30);
+/// How much of the device state is sent at once, in bytes.
+const STATE_PIECE: usize = 64 << 10;
+/// More threads than these are not needed to keep a link busy.
+const MOST_WORKERS: usize = 8;
+
+/// Tells which pages a guest writes. Bytes of a block, whole pages.
+pub(crate) trait WriteLog: Send + Sync {
+    /// Writes to these are noticed from now on.
+    fn protect(&self, block: usize, bytes: Range<u64>) -> io::Result<()>;
+
+    /// Which of these were written since they were protected; they are protected again.
+    fn take_written(&self, block: usize, bytes: Range<u64>, out: &mut Vec<Range<u64>>) -> io::Result<()>;
+}
+
+impl WriteLog for Tracking {
+    fn protect(&self, block: usize, bytes: Range<u64>) -> io::Result<()> {
+        Tracking::protect(self, block, bytes)
+    }
+
+    fn take_written(&self, block: usize, bytes: Range<u64>, out: &mut Vec<Range<u64>>) -> io::Result<()> {
+        Tracking::take_written(self, block, bytes, out)
+    }
+}
+
+/// How sending stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// The round of pre-copy, from 1.
+    pub round: u32,
+    /// What is still to be sent, in bytes; in the first round pages of zeroes count.
+    pub remaining: u64,
+    /// The guest's RAM, in bytes.
+    pub total: u64,
+    /// How fast the guest made pages stale during the last round, in bytes a second.
+    pub dirty_rate: u64,
+    /// How fast the link carries pages, in bytes a second; 0 when that is not known yet.
+    pub link_rate: u64,
+    /// What is left can be sent within the downtime, and waiting would hardly make it less: pause the guest now.
+    pub converged: bool,
+    /// The destination has all RAM.
+    pub complete: bool,
+}
+
+/// See the module's text. Dropping it ends tracking and gives the link up.
+pub struct Source {
+    inner: Arc<Inner>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+struct Inner {
+    link: Arc<Link>,
+    ram: GuestRam,
+    /// None in post-copy that is resumed, and when tracking has ended.
+    log: RwLock<Option<Box<dyn WriteLog>>>,
+    resumed: bool,
+    downtime: Duration,
+    shipping: Shipping,
+    /// What the destination does not have, as far as it is known.
+    pending: Vec<PageSet>,
+    /// Chunks of which nothing was sent yet, by their number in the block.
+    untouched: Vec<PageSet>,
+    remaining: AtomicU64,
+    /// The guest is paused, or nobody wants the copy any more: no more rounds.
+    stop: AtomicBool,
+    state: Mutex<State>,
+    news: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    round: u32,
+    dirty_rate: u64,
+    converged: bool,
+    rounds_ended: bool,
+    ready: bool,
+    armed: bool,
+    complete: bool,
+    /// Where post-copy sends from next: block and page.
+    cursor: (usize, u64),
+    failed: Option<RamError>,
+}
+
+impl Source {
+    /// Begins to send the RAM of a guest, which may run. Its pages are tracked from here until this is dropped. Fails
+    /// when the destination's RAM is another one.
+    pub fn begin(ram: GuestRam, link: Link, downtime: Duration) -> Result<Self, RamError> {
+        let log: Box<dyn WriteLog> = Box::new(Tracking::begin(&ram)?);
+        Self::begin_with(ram, Some(log), link, downtime)
+    }
+
+    /// Post-copy goes on over a new link; the guest stays paused.
+    pub fn resume(ram: GuestRam, link: Link) -> Result<Self, RamError> {
+        Self::begin_with(ram, None, link, Duration::ZERO)
+    }
+
+    pub(crate) fn begin_with(
+        ram: GuestRam,
+        log: Option<Box<dyn WriteLog>>,
+        link: Link,
+        downtime: Duration,
+    ) -> Result<Self, RamError> {
+        let link = Arc::new(link);
+        let blocks: Vec<u64> = ram.blocks().iter().map(|block| block.size() / PAGE).collect();
+        let resume = log.is_none();
+        let inner = Arc::new(Inner {
+            shipping: Shipping::new(Arc::clone(&link), &blocks),
+            pending: blocks.iter().map(|pages| PageSet::new(*pages)).collect(),
+            untouched: blocks.iter().map(|pages| PageSet::new(pages.div_ceil(CHUNK))).collect(),
+            remaining: AtomicU64::new(blocks.iter().sum()),
+            link,
+            ram,
+            log: RwLock::new(log),
+            resumed: resume,
+            downtime,
+            stop: AtomicBool::new(false),
+            state: Mutex::default(),
+            news: Condvar::new(),
+        });
+        let source = Self { inner, threads: Mutex::default() };
+        source.spawn("ram-urgent", Inner::listen)?;
+        let blocks = source.inner.ram.blocks().iter().map(|block| (block.id().to_owned(), block.size())).collect();
+        source.inner.link.send_urgent(HELLO, Hello { resume, blocks }.encode())?;
+        source.inner.wait_for(|state| state.ready)?;
+        match resume {
+            true => source.spawn_pushing()?,
+            false => source.spawn("ram-rounds", Inner::rounds)?,
+        }
+        Ok(source)
+    }
+
+    /// Waits for news, at most so long.
+    pub fn wait(&self, at_most: Duration) -> Result<Progress, RamError> {
+        let inner = &self.inner;
+        let state = inner.lock();
+        let quiet = |state: &mut State| state.failed.is_none() && !state.converged && !state.complete;
+        let (state, _) = inner.news.wait_timeout_while(state, at_most, quiet).expect("no holder of this lock panics");
+        if let Some(error) = state.failed.as_ref().filter(|_| !state.complete) {
+            return Err(error.clone());
+        }
+        Ok(Progress {
+            round: state.round,
+            remaining: inner.remaining.load(Ordering::Relaxed) * PAGE,
+            total: inner.ram.blocks().iter().map(Block::size).sum(),
+            dirty_rate: state.dirty_rate,
+            link_rate: inner.shipping.rate(),
+            converged: state.converged,
+            complete: state.complete,
+        })
+    }
+
+    /// Sends what is left, of a guest that is paused for good: after this the destination has all RAM.
+    pub fn finish(&self) -> Result<(), RamError> {
+        self.inner.end_rounds()?;
+        self.inner.last_look()?;
+        self.inner.send_rest()?;
+        self.inner.shipping.settle()?;
+        self.inner.lock().complete = true;
+        Ok(())
+    }
+
+    /// Tells the destination what it does not have, of a guest that is paused for good: after this the guest may run
+    /// there, and what it misses follows.
+    pub fn post_copy(&self) -> Result<(), RamError> {
+        let inner = &self.inner;
+        inner.end_rounds()?;
+        inner.last_look()?;
+        for frame in encode_missing(&inner.pending) {
+            inner.link.send_urgent(MISSING, frame)?;
+        }
+        inner.link.send_urgent(ARM, inner.shipping.frames().to_le_bytes().to_vec())?;
+        inner.wait_for(|state| state.armed)?;
+        self.spawn_pushing()
+    }
+
+    /// Sends the device state, as QEMU writes it, to its end. Gives back how many bytes that were.
+    pub fn send_state(&self, mut from: impl Read) -> Result<u64, RamError> {
+        let mut sent = 0;
+        loop {
+            let mut piece = vec![0; STATE_PIECE];
+            let length = match from.read(&mut piece) {
+                Ok(0) => break,
+                Ok(length) => length,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(RamError::device_state(error)),
+            };
+            piece.truncate(length);
+            self.inner.link.send_urgent(STATE, piece)?;
+            sent += length as u64;
+        }
+        self.inner.link.send_urgent(STATE_END, Vec::new())?;
+        Ok(sent)
+    }
+
+    /// Caps what is sent, in bytes a second.
+    pub fn set_rate(&self, rate: Option<u64>) {
+        self.inner.link.set_rate(rate);
+    }
+
+    /// What the link did.
+    pub fn link_stats(&self) -> LinkStats {
+        self.inner.link.stats()
+    }
+
+    /// Ends the link in order, when all RAM is there: waits until the destination has taken all that was said.
+    pub fn close(&self) -> Result<(), RamError> {
+        Ok(self.inner.link.close()?)
+    }
+
+    /// Stops at once, whatever else is under way, and leaves nothing in the guest.
+    pub fn abandon(&self) {
+        self.inner.stop.store(true, Ordering::Relaxed);
+        self.inner.link.give_up();
+        self.inner.fail(RamError::Link(LinkDown::GivenUp));
+        let threads = std::mem::take(&mut *self.threads.lock().expect("no holder of this lock panics"));
+        for thread in threads {
+            // What it had to say is in the state.
+            let _ = thread.join();
+        }
+        self.inner.log.write().expect("no holder of this lock panics").take();
+    }
+
+    fn spawn_pushing(&self) -> Result<(), RamError> {
+        for _ in 0..workers() {
+            self.spawn("ram-push", Inner::push)?;
+        }
+        Ok(())
+    }
+
+    fn spawn(&self, name: &str, run: fn(&Inner) -> Result<(), RamError>) -> Result<(), RamError> {
+        let inner = Arc::clone(&self.inner);
+        let body = move || {
+            if let Err(error) = run(&inner) {
+                inner.fail(error);
+            }
+        };
+        let thread = std::thread::Builder::new().name(name.into()).spawn(body).map_err(RamError::thread)?;
+        self.threads.lock().expect("no holder of this lock panics").push(thread);
+        Ok(())
+    }
+}
+
+impl Drop for Source {
+    fn drop(&mut self) {
+        self.abandon();
+    }
+}
+
+/// How many threads read RAM.
+fn workers() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from).clamp(1, MOST_WORKERS)
+}
+
+impl Inner {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("no holder of this lock panics")
+    }
+
+    fn fail(&self, error: RamError) {
+        let down = match &error {
+            RamError::Link(down) => down.clone(),
+            _ => LinkDown::GivenUp,
+        };
+        self.lock().failed.get_or_insert(error);
+        self.shipping.end(down);
+        self.news.notify_all();
+    }
+
+    /// Waits for an answer of the destination.
+    fn wait_for(&self, answered: impl Fn(&State) -> bool) -> Result<(), RamError> {
+        let state = self.lock();
+        let waiting = |state: &mut State| state.failed.is_none() && !answered(state);
+        let (state, _) = self.news.wait_timeout_while(state, ANSWER, waiting).expect("no holder of this lock panics");
+        match &state.failed {
+            Some(error) => Err(error.clone()),
+            None if answered(&state) => Ok(()),
+            None => Err(RamError::NoAnswer { after: ANSWER }),
+        }
+    }
+
+    /// Has the rounds end, and waits for it.
+    fn end_rounds(&self) -> Result<(), RamError> {
+        self.stop.store(true, Ordering::Relaxed);
+        self.news.notify_all();
+        self.wait_for(|state| state.rounds_ended)
+    }
+}

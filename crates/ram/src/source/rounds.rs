@@ -1,0 +1,315 @@
+//! Pre-copy: all RAM once, then what was written since, until what is left is little.
+//!
+//! A look at all pages begins each round. It tells which were written since the last look, and protects them again, so
+//! that the guest pays one fault for a page and round. Pages that one look after another finds written are hot: they
+//! come last within a round, when a new look has not found them cold, since whatever is sent of them is stale soon.
+
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use super::shipping::{CHUNK, Filling};
+use super::{Inner, RamError, WriteLog, workers};
+use crate::PAGE;
+
+/// Written at so many looks in a row, a page is hot.
+const HOT: u8 = 2;
+/// How often all pages are looked at while there is enough to send.
+const LOOK: Duration = Duration::from_millis(250);
+/// What takes no longer than this is not worth another round.
+const LITTLE: Duration = Duration::from_millis(4);
+/// A round that leaves more than this share of what the last one left is not worth another one either.
+const SHRINKS: f64 = 0.7;
+/// How often what fits the downtime is tried to be made less.
+const MOST_ATTEMPTS: u32 = 6;
+/// How long the guest may take to be paused once it is time for it.
+const PAUSE: Duration = Duration::from_millis(500);
+/// About what the device state takes.
+const STATE_TIME: Duration = Duration::from_millis(15);
+
+/// At how many looks in a row each page was found written, by block.
+struct Heat(Vec<Vec<AtomicU8>>);
+
+impl Heat {
+    fn of(&self, block: usize, page: u64) -> u8 {
+        self.0[block][page as usize].load(Ordering::Relaxed)
+    }
+
+    /// A look found these written, and the others not.
+    fn look(&self, block: usize, written: &[Range<u64>]) {
+        let heat = &self.0[block];
+        let mut from = 0;
+        for run in written {
+            let (start, end) = ((run.start / PAGE) as usize, (run.end / PAGE) as usize);
+            heat[from..start].iter().for_each(|cold| cold.store(0, Ordering::Relaxed));
+            heat[start..end]
+                .iter()
+                .for_each(|page| page.store(page.load(Ordering::Relaxed).saturating_add(1), Ordering::Relaxed));
+            from = end;
+        }
+        heat[from..].iter().for_each(|cold| cold.store(0, Ordering::Relaxed));
+    }
+}
+
+/// A part of a block that one thread sends at a time.
+#[derive(Clone, Copy)]
+struct Chunk {
+    block: usize,
+    index: u64,
+}
+
+impl Inner {
+    /// Fails when tracking has ended.
+    fn tracked<T>(&self, ask: impl FnOnce(&dyn WriteLog) -> io::Result<T>) -> Result<T, RamError> {
+        let log = self.log.read().expect("no holder of this lock panics");
+        log.as_deref().map_or(Err(io::ErrorKind::NotConnected.into()), ask).map_err(RamError::io)
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
+    fn pages_of(&self, chunk: Chunk) -> Range<u64> {
+        let first = chunk.index * CHUNK;
+        first..(first + CHUNK).min(self.pending[chunk.block].pages())
+    }
+
+    fn all_chunks(&self) -> Vec<Chunk> {
+        let blocks = self.pending.iter().enumerate();
+        blocks
+            .flat_map(|(block, set)| (0..set.pages().div_ceil(CHUNK)).map(move |index| Chunk { block, index }))
+            .collect()
+    }
+
+    /// Sends round after round until somebody stops it.
+    pub(super) fn rounds(&self) -> Result<(), RamError> {
+        let result = self.all_rounds();
+        self.lock().rounds_ended = true;
+        self.news.notify_all();
+        result
+    }
+
+    fn all_rounds(&self) -> Result<(), RamError> {
+        let heat = Heat(self.pending.iter().map(|set| (0..set.pages()).map(|_| AtomicU8::new(0)).collect()).collect());
+        let chunks = self.all_chunks();
+        self.lock().round = 1;
+        let mut looked = Instant::now();
+        // What is not sent of it when it is stopped is still to be sent.
+        for set in self.pending.iter().chain(&self.untouched) {
+            set.insert(0..set.pages());
+        }
+        self.each_chunk(&chunks, true, |chunk, frame| self.first_time(chunk, frame))?;
+        let (mut before, mut attempts) = (u64::MAX, 0);
+        while !self.is_stopped() {
+            let written = self.look(&heat)?;
+            let since = looked.elapsed();
+            looked = Instant::now();
+            let left: u64 = self.pending.iter().map(|set| set.count(0..set.pages())).sum();
+            self.remaining.store(left, Ordering::Relaxed);
+            let dirty_rate = (written as f64 * PAGE as f64 / since.as_secs_f64().max(1e-3)) as u64;
+            let time = self.time_for(left);
+            let fits = time.is_some_and(|time| time + STATE_TIME <= self.downtime);
+            attempts = if fits { attempts + 1 } else { 0 };
+            let enough = time.is_some_and(|time| time <= LITTLE) || left as f64 > before as f64 * SHRINKS;
+            before = left;
+            {
+                let mut state = self.lock();
+                state.round += 1;
+                state.dirty_rate = dirty_rate;
+                if left == 0 || fits && (enough || attempts >= MOST_ATTEMPTS) {
+                    state.converged = true;
+                    self.news.notify_all();
+                    // It is up to whoever watches to pause the guest.
+                    let waiting = |_: &mut super::State| !self.is_stopped();
+                    drop(self.news.wait_timeout_while(state, PAUSE, waiting));
+                    self.lock().converged = false;
+                    continue;
+                }
+            }
+            self.news.notify_all();
+            self.each_chunk(&chunks, true, |chunk, frame| self.again(chunk, frame, &heat, HOT))?;
+            if looked.elapsed() < LOOK && !self.is_stopped() {
+                self.each_chunk(&chunks, true, |chunk, frame| match looked.elapsed() < LOOK {
+                    true => self.again(chunk, frame, &heat, u8::MAX),
+                    false => Ok(()),
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// How long so many pages take; `None` while that is not known.
+    fn time_for(&self, pages: u64) -> Option<Duration> {
+        let rate = self.shipping.rate();
+        (rate > 0).then(|| Duration::from_secs_f64(pages as f64 * PAGE as f64 / rate as f64))
+    }
+
+    /// Looks which pages were written, and protects them. Gives back how many.
+    fn look(&self, heat: &Heat) -> Result<u64, RamError> {
+        let (mut runs, mut pages) = (Vec::new(), 0);
+        for (block, set) in self.pending.iter().enumerate() {
+            runs.clear();
+            self.tracked(|log| log.take_written(block, 0..set.pages() * PAGE, &mut runs))?;
+            for run in &runs {
+                set.insert(run.start / PAGE..run.end / PAGE);
+                pages += (run.end - run.start) / PAGE;
+            }
+            heat.look(block, &runs);
+        }
+        Ok(pages)
+    }
+
+    /// Nothing was sent of it yet.
+    fn first_time(&self, chunk: Chunk, frame: &mut Filling) -> Result<(), RamError> {
+        let pages = self.pages_of(chunk);
+        let bytes = pages.start * PAGE..pages.end * PAGE;
+        self.tracked(|log| log.protect(chunk.block, bytes.clone()))?;
+        self.untouched[chunk.block].remove(chunk.index..chunk.index + 1);
+        self.remaining.fetch_sub(self.pending[chunk.block].remove(pages), Ordering::Relaxed);
+        for data in self.ram.blocks()[chunk.block].data(bytes).map_err(RamError::io)? {
+            // The destination's RAM is all zero when it is new.
+            self.read(frame, chunk.block, data.start / PAGE..data.end / PAGE, false)?;
+        }
+        Ok(())
+    }
+
+    /// Sends what is pending of it and colder than that.
+    fn again(&self, chunk: Chunk, frame: &mut Filling, heat: &Heat, below: u8) -> Result<(), RamError> {
+        let pages = self.pages_of(chunk);
+        let pending = &self.pending[chunk.block];
+        if !self.any_below(chunk, heat, below) {
+            return Ok(());
+        }
+        let mut written = Vec::new();
+        let bytes = pages.start * PAGE..pages.end * PAGE;
+        self.tracked(|log| log.take_written(chunk.block, bytes, &mut written))?;
+        for run in written {
+            let new = pending.insert(run.start / PAGE..run.end / PAGE);
+            self.remaining.fetch_add(new, Ordering::Relaxed);
+        }
+        let mut from = pages.start;
+        while let Some(run) = pending.next_run(from..pages.end) {
+            from = run.end;
+            let mut page = run.start;
+            while page < run.end {
+                let is_cold = |page: &u64| heat.of(chunk.block, *page) < below;
+                let cold = (page..run.end).take_while(is_cold).count() as u64;
+                if cold > 0 {
+                    self.remaining.fetch_sub(pending.remove(page..page + cold), Ordering::Relaxed);
+                    self.read(frame, chunk.block, page..page + cold, true)?;
+                }
+                page += cold + 1;
+            }
+        }
+        Ok(())
+    }
+
+    fn any_below(&self, chunk: Chunk, heat: &Heat, below: u8) -> bool {
+        let pages = self.pages_of(chunk);
+        let mut from = pages.start;
+        while let Some(run) = self.pending[chunk.block].next_run(from..pages.end) {
+            if run.clone().any(|page| heat.of(chunk.block, page) < below) {
+                return true;
+            }
+            from = run.end;
+        }
+        false
+    }
+
+    /// Reads pages into frames, and sends each that is full.
+    pub(super) fn read(
+        &self,
+        frame: &mut Filling,
+        block: usize,
+        mut pages: Range<u64>,
+        tell_zeroes: bool,
+    ) -> Result<(), RamError> {
+        while !pages.is_empty() {
+            let room = frame.room();
+            if room == 0 {
+                self.shipping.ship(std::mem::replace(frame, self.shipping.filling()))?;
+                continue;
+            }
+            let end = pages.end.min(pages.start + room);
+            frame.read(&self.ram, block, pages.start..end, tell_zeroes).map_err(RamError::io)?;
+            pages.start = end;
+        }
+        Ok(())
+    }
+
+    /// Has several threads do this for each chunk, each with a frame of its own, to the end or until it is stopped.
+    fn each_chunk(
+        &self,
+        chunks: &[Chunk],
+        can_be_stopped: bool,
+        send: impl Fn(Chunk, &mut Filling) -> Result<(), RamError> + Sync,
+    ) -> Result<(), RamError> {
+        // Each of them sends a page once.
+        self.shipping.next_pass();
+        let next = AtomicUsize::new(0);
+        let work = || {
+            let mut frame = self.shipping.filling();
+            while !(can_be_stopped && self.is_stopped())
+                && let Some(chunk) = chunks.get(next.fetch_add(1, Ordering::Relaxed))
+            {
+                send(*chunk, &mut frame)?;
+            }
+            self.shipping.ship(frame).map_err(RamError::from)
+        };
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = (1..workers()).map(|_| scope.spawn(work)).collect();
+            let mut result = work();
+            for thread in threads {
+                result = result.and(thread.join().expect("sending pages does not panic"));
+            }
+            result
+        })
+    }
+
+    /// The guest is paused: what was written since the last look is the last of it.
+    pub(super) fn last_look(&self) -> Result<(), RamError> {
+        let mut runs = Vec::new();
+        for (block, set) in self.pending.iter().enumerate() {
+            runs.clear();
+            self.tracked(|log| log.take_written(block, 0..set.pages() * PAGE, &mut runs))?;
+            for run in &runs {
+                set.insert(run.start / PAGE..run.end / PAGE);
+            }
+        }
+        self.forget_holes()?;
+        let left = self.pending.iter().map(|set| set.count(0..set.pages())).sum();
+        self.remaining.store(left, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// What was never sent and has never been written is zero at the destination too.
+    fn forget_holes(&self) -> Result<(), RamError> {
+        for (block, untouched) in self.untouched.iter().enumerate() {
+            while let Some(run) = untouched.take_run(0..untouched.pages(), u64::MAX) {
+                let set = &self.pending[block];
+                let pages = run.start * CHUNK..(run.end * CHUNK).min(set.pages());
+                let mut from = pages.start;
+                let data = self.ram.blocks()[block].data(pages.start * PAGE..pages.end * PAGE);
+                for data in data.map_err(RamError::io)? {
+                    set.remove(from..data.start / PAGE);
+                    from = data.end / PAGE;
+                }
+                set.remove(from..pages.end);
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends all that is pending.
+    pub(super) fn send_rest(&self) -> Result<(), RamError> {
+        self.each_chunk(&self.all_chunks(), false, |chunk, frame| {
+            let pages = self.pages_of(chunk);
+            while let Some(run) = self.pending[chunk.block].take_run(pages.clone(), CHUNK) {
+                self.remaining.fetch_sub(run.end - run.start, Ordering::Relaxed);
+                self.read(frame, chunk.block, run, true)?;
+            }
+            Ok(())
+        })
+    }
+}

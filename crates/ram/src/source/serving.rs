@@ -1,0 +1,98 @@
+//! Post-copy at the source: pages that faults ask for at once, and all others one after the other.
+
+use std::sync::atomic::Ordering;
+
+use super::{Inner, RamError};
+use crate::wire::{
+    ARMED, COMPLETE, MISSING, MOST_DATA, Malformed, PLACED, READY, REFUSED, WANT, Want, decode_missing, decode_number,
+};
+
+impl Inner {
+    /// Hears what the destination says, until the link is over.
+    pub(super) fn listen(&self) -> Result<(), RamError> {
+        let blocks: Vec<u64> = self.pending.iter().map(crate::pages::PageSet::pages).collect();
+        while let Some(frame) = self.link.recv_urgent()? {
+            match frame.kind {
+                PLACED => {
+                    if !self.shipping.on_placed(decode_number(&frame.payload)?) {
+                        return Err(Malformed("it has put into place what was not sent").into());
+                    }
+                }
+                WANT => self.answer(&Want::decode(&frame.payload, &blocks)?)?,
+                READY => {
+                    if self.resumed {
+                        let left = self.pending.iter().map(|set| set.count(0..set.pages())).sum();
+                        self.remaining.store(left, Ordering::Relaxed);
+                    }
+                    self.lock().ready = true;
+                }
+                // Only to a source that resumes: before it is ready.
+                MISSING if self.resumed && !self.lock().ready => decode_missing(&frame.payload, &self.pending)?,
+                ARMED => self.lock().armed = true,
+                COMPLETE => self.lock().complete = true,
+                REFUSED => {
+                    return Err(RamError::Refused { reason: String::from_utf8_lossy(&frame.payload).into_owned() });
+                }
+                _ => return Err(Malformed("a frame of an unknown kind").into()),
+            }
+            self.news.notify_all();
+        }
+        Err(RamError::Link(vmferry_link::LinkDown::Closed))
+    }
+
+    /// Sends what a fault asks for, unless it is on its way already, and goes on from there.
+    fn answer(&self, want: &Want) -> Result<(), RamError> {
+        let set = &self.pending[want.block];
+        self.lock().cursor = (want.block, want.pages.end);
+        let mut frame = self.shipping.filling();
+        while let Some(run) = set.take_run(want.pages.clone(), MOST_DATA) {
+            self.remaining.fetch_sub(run.end - run.start, Ordering::Relaxed);
+            let mut pages = run;
+            while !pages.is_empty() {
+                let room = frame.room();
+                if room == 0 {
+                    self.shipping.ship_urgently(std::mem::replace(&mut frame, self.shipping.filling()))?;
+                    continue;
+                }
+                let end = pages.end.min(pages.start + room);
+                frame.read(&self.ram, want.block, pages.start..end, true).map_err(RamError::io)?;
+                pages.start = end;
+            }
+        }
+        Ok(self.shipping.ship_urgently(frame)?)
+    }
+
+    /// Sends what nobody has asked for yet.
+    pub(super) fn push(&self) -> Result<(), RamError> {
+        loop {
+            let mut frame = self.shipping.filling();
+            while frame.room() > 0
+                && let Some((block, run)) = self.next_to_push(frame.room())
+            {
+                self.remaining.fetch_sub(run.end - run.start, Ordering::Relaxed);
+                frame.read(&self.ram, block, run, true).map_err(RamError::io)?;
+            }
+            if frame.is_empty() {
+                return Ok(());
+            }
+            self.shipping.ship(frame)?;
+        }
+    }
+
+    /// The next pages from where the last fault was, and then around.
+    fn next_to_push(&self, most: u64) -> Option<(usize, std::ops::Range<u64>)> {
+        let mut state = self.lock();
+        let (block, page) = state.cursor;
+        let blocks = self.pending.len();
+        // The block of the cursor comes twice: from there on, and up to there.
+        let parts = (0..=blocks).map(|turn| ((block + turn) % blocks, if turn == 0 { page } else { 0 }));
+        let found = parts.into_iter().find_map(|(block, from)| {
+            let set = &self.pending[block];
+            Some((block, set.take_run(from.min(set.pages())..set.pages(), most)?))
+        });
+        if let Some((block, run)) = &found {
+            state.cursor = (*block, run.end);
+        }
+        found
+    }
+}

@@ -1,0 +1,306 @@
+//! Frames of pages on their way: filled, numbered, and counted until the destination has put them in place.
+//!
+//! Two things follow from the count. Not more is on its way than keeps the link busy, so that a switchover does not wait
+//! for what was sent before it. And pages are not sent again before what was sent of them last is in place: frames of
+//! different streams overtake each other, and an old page must not land on a newer one.
+
+use std::collections::VecDeque;
+use std::io;
+use std::ops::Range;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use vmferry_link::{Buffer, Link, LinkDown, Pool};
+
+use crate::PAGE;
+use crate::memory::GuestRam;
+use crate::wire::{MOST_DATA, MOST_RUNS, PAGES, Pages, Run};
+use crate::zero::is_zero;
+
+/// Pages that are tracked and sent together: 2 MiB.
+pub(super) const CHUNK: u64 = 512;
+/// How much may be on its way, in bytes: at least, and at most.
+const IN_FLIGHT: (u64, u64) = (4 << 20, 64 << 20);
+/// How long what is on its way may take beyond the round trip.
+const QUEUE: Duration = Duration::from_millis(25);
+/// So much more than that, so that the link can turn out to be faster.
+const HEADROOM: f64 = 1.5;
+/// How often the link's rate is reckoned.
+const SAMPLE: Duration = Duration::from_millis(100);
+/// Weight of a new sample.
+const WEIGHT: f64 = 0.3;
+
+/// A frame that is being filled.
+pub(super) struct Filling {
+    buffer: Buffer,
+    runs: Vec<Run>,
+    data: u64,
+}
+
+/// The longest head; the data begins after it.
+const HEAD: usize = 12 + MOST_RUNS * 16;
+
+impl Filling {
+    /// How many pages can be read into it.
+    pub(super) fn room(&self) -> u64 {
+        // Each page may turn out to be a run of its own.
+        (MOST_DATA - self.data).min((MOST_RUNS - self.runs.len()) as u64)
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.runs.is_empty()
+    }
+
+    /// Reads these pages, of which there must be room for, from the guest's RAM. Pages of zeroes take no room, and are
+    /// left out when nobody needs to be told of them.
+    pub(super) fn read(
+        &mut self,
+        ram: &GuestRam,
+        block: usize,
+        pages: Range<u64>,
+        tell_zeroes: bool,
+    ) -> io::Result<()> {
+        assert!(pages.end - pages.start <= self.room(), "more pages than there is room for");
+        let begin = HEAD + (self.data * PAGE) as usize;
+        let length = ((pages.end - pages.start) * PAGE) as usize;
+        let bytes = &mut self.buffer.as_mut()[begin..begin + length];
+        ram.blocks()[block].read_at(pages.start * PAGE, bytes)?;
+        let mut kept = 0;
+        for (index, page) in pages.enumerate() {
+            let from = index * PAGE as usize;
+            let zero = is_zero(&bytes[from..from + PAGE as usize]);
+            if !zero {
+                if kept != from {
+                    bytes.copy_within(from..from + PAGE as usize, kept);
+                }
+                kept += PAGE as usize;
+            } else if !tell_zeroes {
+                continue;
+            }
+            match self.runs.last_mut() {
+                Some(last) if last.block == block && last.pages.end == page && last.zero == zero => last.pages.end += 1,
+                _ => self.runs.push(Run { block, pages: page..page + 1, zero }),
+            }
+        }
+        self.data += kept as u64 / PAGE;
+        Ok(())
+    }
+
+    fn finish(mut self, number: u64) -> Bytes {
+        let head = Pages::head_length(self.runs.len());
+        Pages::encode_head(number, &self.runs, &mut self.buffer.as_mut()[HEAD - head..HEAD]);
+        self.buffer.freeze().slice(HEAD - head..HEAD + (self.data * PAGE) as usize)
+    }
+}
+
+/// See the module's text.
+pub(super) struct Shipping {
+    link: Arc<Link>,
+    pool: Arc<Pool>,
+    sent: Mutex<Sent>,
+    progress: Condvar,
+}
+
+struct Sent {
+    /// The number of the next frame.
+    next: u64,
+    /// Everything up to this one is in place.
+    placed: u64,
+    /// What is on its way: numbers and bytes of data.
+    on_the_way: VecDeque<(u64, u64)>,
+    bytes: u64,
+    /// The last frame that had pages of a chunk, by block and chunk.
+    last: Vec<Vec<u64>>,
+    /// The first frame of this pass.
+    pass: u64,
+    /// Nothing can be sent any more.
+    over: Option<LinkDown>,
+    rate: Rate,
+}
+
+impl Shipping {
+    /// For blocks of so many pages.
+    pub(super) fn new(link: Arc<Link>, blocks: &[u64]) -> Self {
+        let sent = Sent {
+            next: 1,
+            placed: 0,
+            on_the_way: VecDeque::new(),
+            bytes: 0,
+            last: blocks.iter().map(|pages| vec![0; pages.div_ceil(CHUNK) as usize]).collect(),
+            pass: 1,
+            over: None,
+            rate: Rate::new(),
+        };
+        Self { link, pool: Arc::default(), sent: Mutex::new(sent), progress: Condvar::new() }
+    }
+
+    pub(super) fn filling(&self) -> Filling {
+        let buffer = self.pool.take(HEAD + (MOST_DATA * PAGE) as usize);
+        Filling { buffer, runs: Vec::with_capacity(MOST_RUNS), data: 0 }
+    }
+
+    /// Sends a frame over one of the bulk streams, as soon as it may go.
+    pub(super) fn ship(&self, frame: Filling) -> Result<(), LinkDown> {
+        if frame.is_empty() {
+            return Ok(());
+        }
+        let mut sent = self.lock();
+        loop {
+            if let Some(down) = &sent.over {
+                return Err(down.clone());
+            }
+            if sent.has_room() && !sent.would_overtake(&frame.runs) {
+                break;
+            }
+            sent = self.progress.wait(sent).expect("no holder of this lock panics");
+        }
+        let number = sent.number(&frame);
+        drop(sent);
+        self.link.send(PAGES, frame.finish(number))
+    }
+
+    /// Sends a frame over the urgent stream, at once. Only where pages are sent once, as in post-copy.
+    pub(super) fn ship_urgently(&self, frame: Filling) -> Result<(), LinkDown> {
+        if frame.is_empty() {
+            return Ok(());
+        }
+        let number = self.lock().number(&frame);
+        self.link.send_urgent(PAGES, frame.finish(number))
+    }
+
+    /// Pages that were sent before may be sent again from here on.
+    pub(super) fn next_pass(&self) {
+        let mut sent = self.lock();
+        sent.pass = sent.next;
+    }
+
+    /// Everything up to this frame is in place. False for a number that makes no sense.
+    #[must_use]
+    pub(super) fn on_placed(&self, number: u64) -> bool {
+        let round_trip = self.link.stats().round_trip.unwrap_or_default();
+        let mut sent = self.lock();
+        if number >= sent.next || number < sent.placed {
+            return false;
+        }
+        sent.placed = number;
+        let mut bytes = 0;
+        while let Some((first, length)) = sent.on_the_way.front().copied()
+            && first <= number
+        {
+            sent.on_the_way.pop_front();
+            bytes += length;
+        }
+        sent.bytes -= bytes;
+        let idle = sent.on_the_way.is_empty();
+        sent.rate.on_placed(Instant::now(), bytes, round_trip, idle);
+        drop(sent);
+        self.progress.notify_all();
+        true
+    }
+
+    /// Waits until everything that was sent is in place.
+    pub(super) fn settle(&self) -> Result<(), LinkDown> {
+        let mut sent = self.lock();
+        loop {
+            if sent.placed + 1 == sent.next {
+                return Ok(());
+            }
+            if let Some(down) = &sent.over {
+                return Err(down.clone());
+            }
+            sent = self.progress.wait(sent).expect("no holder of this lock panics");
+        }
+    }
+
+    /// Nobody waits here any more.
+    pub(super) fn end(&self, why: LinkDown) {
+        self.lock().over.get_or_insert(why);
+        self.progress.notify_all();
+    }
+
+    /// How many frames were sent.
+    pub(super) fn frames(&self) -> u64 {
+        self.lock().next - 1
+    }
+
+    /// How fast pages get into place while there are enough of them, in bytes a second; 0 when it is not known.
+    pub(super) fn rate(&self) -> u64 {
+        self.lock().rate.now as u64
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Sent> {
+        self.sent.lock().expect("no holder of this lock panics")
+    }
+}
+
+impl Sent {
+    fn has_room(&self) -> bool {
+        self.bytes < self.rate.in_flight()
+    }
+
+    /// Some of these pages may be on their way since an earlier pass.
+    fn would_overtake(&self, runs: &[Run]) -> bool {
+        chunks(runs).any(|(block, chunk)| {
+            let last = self.last[block][chunk];
+            last < self.pass && last > self.placed
+        })
+    }
+
+    fn number(&mut self, frame: &Filling) -> u64 {
+        let number = self.next;
+        self.next += 1;
+        for (block, chunk) in chunks(&frame.runs) {
+            self.last[block][chunk] = number;
+        }
+        self.on_the_way.push_back((number, frame.data * PAGE));
+        self.bytes += frame.data * PAGE;
+        number
+    }
+}
+
+fn chunks(runs: &[Run]) -> impl Iterator<Item = (usize, usize)> + '_ {
+    runs.iter().flat_map(|run| {
+        let chunks = run.pages.start / CHUNK..run.pages.end.div_ceil(CHUNK);
+        chunks.map(|chunk| (run.block, chunk as usize))
+    })
+}
+
+/// How fast the link carries pages.
+struct Rate {
+    now: f64,
+    round_trip: Duration,
+    since: Instant,
+    bytes: u64,
+    /// There was a moment in this sample in which nothing was on its way.
+    idle: bool,
+}
+
+impl Rate {
+    fn new() -> Self {
+        Self { now: 0.0, round_trip: Duration::ZERO, since: Instant::now(), bytes: 0, idle: true }
+    }
+
+    fn on_placed(&mut self, now: Instant, bytes: u64, round_trip: Duration, idle: bool) {
+        self.bytes += bytes;
+        self.idle |= idle;
+        self.round_trip = round_trip;
+        let took = now.duration_since(self.since);
+        if took < SAMPLE {
+            return;
+        }
+        let sample = self.bytes as f64 / took.as_secs_f64();
+        // A link that waits for us is at least that fast.
+        self.now = match self.idle {
+            true => self.now.max(sample),
+            false if self.now == 0.0 => sample,
+            false => self.now + WEIGHT * (sample - self.now),
+        };
+        (self.since, self.bytes, self.idle) = (now, 0, idle);
+    }
+
+    fn in_flight(&self) -> u64 {
+        let wanted = self.now * (self.round_trip + QUEUE).as_secs_f64() * HEADROOM;
+        (wanted as u64).clamp(IN_FLIGHT.0, IN_FLIGHT.1)
+    }
+}
