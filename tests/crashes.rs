@@ -167,7 +167,11 @@ async fn when_the_destinations_agent_is_killed_mid_copy_and_comes_back_the_migra
 
 #[tokio::test(flavor = "multi_thread")]
 async fn wherever_an_agent_is_killed_the_guest_ends_up_running_once() {
-    let mut bed = bed::start(options(), guest(Mode::Random)).await;
+    agents_are_killed(bed::start(options(), guest(Mode::Random)).await).await;
+}
+
+/// In ten migrations, each at another moment.
+pub(crate) async fn agents_are_killed(mut bed: Bed) {
     let mut host = 0;
     // From the first step to after the last one; which agent dies alternates.
     for (round, delay_ms) in [20, 120, 250, 350, 450, 600, 800, 1000, 1300, 1700].into_iter().enumerate() {

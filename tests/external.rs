@@ -1,8 +1,12 @@
 //! Migrations in which the agents move the guest's RAM.
 
-use vmferry_bench::Mode;
+use std::time::Duration;
 
-use crate::bed::{self, guest};
+use vmferry_bench::Mode;
+use vmferry_bench::testbed::TestbedOptions;
+
+use crate::bed::{self, Bed, VM, assert_success, external, guest, text};
+use crate::crashes::{agents_are_killed, in_post_copy};
 use crate::migrate::report;
 
 /// Migrates such a guest between two hosts with this QEMU (0 is the older one); whether it took post-copy.
@@ -32,4 +36,100 @@ async fn a_guest_that_writes_faster_than_the_link_moves_by_post_copy_whatever_qe
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_that_writes_to_random_pages_moves_whole() {
     moves_whole(1, Mode::Random, &["--bandwidth", "80MiB/s"]).await;
+}
+
+/// What the source's QEMU has of ours: descriptors that are userfaultfds, and memory that they track or serve.
+async fn traces_in_qemu(bed: &Bed, host: usize) -> (usize, usize) {
+    let pid = bed.view(host).await.pid;
+    let descriptors = std::fs::read_dir(format!("/proc/{pid}/fd")).expect("it lives");
+    let links = descriptors.filter_map(|it| std::fs::read_link(it.ok()?.path()).ok());
+    let userfaultfds = links.filter(|it| it.to_string_lossy().contains("userfaultfd")).count();
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).expect("it lives");
+    let flags = maps.lines().filter_map(|line| line.strip_prefix("VmFlags:"));
+    (userfaultfds, flags.filter(|flags| flags.split(' ').any(|flag| flag == "uw" || flag == "um")).count())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_migration_that_is_cancelled_leaves_the_guest_as_it_was_and_untracked() {
+    let bed = bed::start(external(1, 1), guest(Mode::Write)).await;
+    let mut migrate = bed.begin_slow_migration().await;
+    assert_eq!(traces_in_qemu(&bed, 0).await.1, 1, "its RAM is tracked");
+    assert_success(&bed.alpha().vmferry(&["cancel", VM]).await.expect("vmferry runs"), &bed);
+    assert_eq!(migrate.wait().await.expect("it ends").code(), Some(130), "{}", bed.logs());
+    assert_eq!(traces_in_qemu(&bed, 0).await, (0, 0));
+    bed.assert_runs_only_on(0).await;
+    bed.assert_never_stopped().await;
+    bed.assert_intact(0).await;
+    assert_success(&bed.migrate(&[]).await, &bed);
+    bed.assert_runs_only_on(1).await;
+    assert_eq!(traces_in_qemu(&bed, 1).await, (0, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wherever_an_agent_is_killed_the_guest_ends_up_running_once_when_agents_move_its_ram() {
+    agents_are_killed(bed::start(external(1, 1), guest(Mode::Random)).await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn in_post_copy_either_agent_may_be_killed_and_the_guest_goes_on_whole() {
+    for victim in [0, 1] {
+        let mut bed = bed::start(external(1, 1), guest(Mode::Write)).await;
+        let migrate = in_post_copy(&bed).await;
+        bed.testbed.host_mut(victim).kill_agent().await.expect("killed");
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        bed.testbed.host_mut(victim).start_agent().await.expect("starts");
+        bed.eventually("the source has forgotten it", async || {
+            bed.alpha().show(VM).await.expect("answers").is_none()
+        })
+        .await;
+        drop(migrate);
+        bed.assert_runs_only_on(1).await;
+        bed.assert_intact(1).await;
+        assert_eq!(traces_in_qemu(&bed, 1).await, (0, 0), "nothing is left in QEMU");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_link_that_is_cut_for_five_seconds_in_namespaces_only_delays_a_migration() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("not run: only root can make network namespaces");
+        return;
+    }
+    for post_copy in [false, true] {
+        let bed = bed::start(TestbedOptions { namespaces: true, ..external(1, 1) }, guest(Mode::Write)).await;
+        let migrate = match post_copy {
+            true => in_post_copy(&bed).await,
+            false => bed.begin_slow_migration().await,
+        };
+        bed.set_link(false).expect("cut");
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        bed.set_link(true).expect("mended");
+        let output = migrate.wait_with_output().await.expect("it ends");
+        assert!(output.status.success(), "{}\n{}", text(&output), bed.logs());
+        bed.assert_runs_only_on(1).await;
+        bed.assert_intact(1).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_moves_back_and_forth_twenty_times_and_nothing_is_left_behind() {
+    let bed = bed::start(external(1, 1), guest(Mode::Random)).await;
+    let descriptors = |bed: &Bed| {
+        let agents = [bed.alpha(), bed.beta()].map(|host| host.agent_pid().expect("it runs"));
+        agents.map(|pid| std::fs::read_dir(format!("/proc/{pid}/fd")).expect("it lives").count())
+    };
+    let before = descriptors(&bed);
+    for round in 0..20 {
+        let hosts = [bed.alpha(), bed.beta()];
+        let (here, there) = (hosts[round % 2], hosts[1 - round % 2]);
+        let output = here.vmferry(&["migrate", VM, "--to", &there.address.to_string()]).await.expect("vmferry runs");
+        assert_success(&output, &bed);
+    }
+    bed.assert_runs_only_on(0).await;
+    bed.assert_intact(0).await;
+    assert_eq!(traces_in_qemu(&bed, 0).await, (0, 0));
+    bed.eventually("no descriptor is left", async || {
+        descriptors(&bed).iter().zip(&before).all(|(now, before)| *now <= before + 2)
+    })
+    .await;
 }
