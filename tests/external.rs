@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use vmferry_agent::api::types::Report;
 use vmferry_bench::Mode;
 use vmferry_bench::testbed::TestbedOptions;
 
@@ -9,27 +10,29 @@ use crate::bed::{self, Bed, VM, assert_success, external, guest, text};
 use crate::crashes::{agents_are_killed, in_post_copy};
 use crate::migrate::report;
 
-/// Migrates such a guest between two hosts with this QEMU (0 is the older one); whether it took post-copy.
-async fn moves_whole(qemu: usize, mode: Mode, arguments: &[&str]) -> bool {
+/// Migrates such a guest between two hosts with this QEMU (0 is the older one).
+async fn moves_whole(qemu: usize, mode: Mode, arguments: &[&str]) -> Report {
     let bed = bed::start(bed::external(qemu, qemu), guest(mode)).await;
     let report = report(&bed, arguments).await;
     assert_eq!(report.engine, "external", "{report:?}");
     bed.assert_runs_only_on(1).await;
     bed.assert_intact(1).await;
-    report.post_copy
+    report
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_idle_guest_moves_without_post_copy_whatever_qemu_it_has() {
     for qemu in [0, 1] {
-        assert!(!moves_whole(qemu, Mode::Idle, &[]).await);
+        let report = moves_whole(qemu, Mode::Idle, &[]).await;
+        assert!(!report.post_copy);
+        assert!(report.sent < 256 << 20, "its RAM was sent once, by the agents alone: {report:?}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_that_writes_faster_than_the_link_moves_by_post_copy_whatever_qemu_it_has() {
     for qemu in [0, 1] {
-        assert!(moves_whole(qemu, Mode::Write, &["--bandwidth", "60MiB/s"]).await);
+        assert!(moves_whole(qemu, Mode::Write, &["--bandwidth", "60MiB/s"]).await.post_copy);
     }
 }
 
@@ -78,10 +81,8 @@ async fn in_post_copy_either_agent_may_be_killed_and_the_guest_goes_on_whole() {
         bed.testbed.host_mut(victim).kill_agent().await.expect("killed");
         tokio::time::sleep(Duration::from_millis(500)).await;
         bed.testbed.host_mut(victim).start_agent().await.expect("starts");
-        bed.eventually("the source has forgotten it", async || {
-            bed.alpha().show(VM).await.expect("answers").is_none()
-        })
-        .await;
+        bed.eventually("the source has forgotten it", async || bed.alpha().show(VM).await.expect("answers").is_none())
+            .await;
         drop(migrate);
         bed.assert_runs_only_on(1).await;
         bed.assert_intact(1).await;

@@ -27,6 +27,7 @@ use vmferry_qemu::{
 use crate::Agent;
 use crate::api::types::VmSpec;
 use crate::config::Security;
+use crate::engine::external;
 use crate::engine::qemu::{set_capabilities, tls_priority};
 use crate::engine::{Protection, Setup};
 use crate::error::{AgentError, in_one_line};
@@ -430,6 +431,19 @@ pub(crate) async fn set_running(agent: &Agent, vm: &Vm) -> Result<(), AgentError
         Err(error) => tracing::error!(vm = vm.name(), %error, "its QEMU ended before it could be set running"),
         Ok(()) => {}
     }
+    if arrival::is_expected(&vm.dir) {
+        // What somebody saves to a file later is to have all RAM. It can wait until pages have come.
+        let vm = vm.qmp.clone();
+        tokio::spawn(async move {
+            while let Err(error) = external::set_capability(&vm, false).await {
+                if vm.is_closed() {
+                    return;
+                }
+                tracing::debug!(error = in_one_line(&error), "QEMU does not answer yet");
+                tokio::time::sleep(RUN_TIMEOUT).await;
+            }
+        });
+    }
     Ok(agent.store.did_run(vm.name())?)
 }
 
@@ -567,6 +581,9 @@ async fn await_ram(agent: &Arc<Agent>, id: Uuid, name: &str, caller: &Caller) ->
     let records = agent.store.vms()?;
     let lives = |it: &&VmRecord| it.spec.name == name && vmferry_qemu::is_same_process(it.pid, it.start_time);
     let Some(record) = records.iter().find(lives) else {
+        if let Some(arrival) = agent.take_arrival(id) {
+            arrival.give_up();
+        }
         let message = format!("{name} does not run on {} any more", agent.config.name);
         return Err(AgentError::Conflict { message, hint: None });
     };
@@ -634,7 +651,10 @@ pub(crate) async fn watch_lease(agent: Arc<Agent>, incoming: Arc<Incoming>) {
             return;
         }
         let is_closed = incoming.vm.qmp.is_closed();
-        if !is_closed && (incoming.silent_for() < LEASE || in_post_copy(&incoming.vm).await) {
+        // Agents that move the RAM have the guest at the source until the commit.
+        let may_be_left = !arrival::is_expected(&incoming.vm.dir);
+        let silent = incoming.silent_for() >= LEASE;
+        if !is_closed && (!silent || may_be_left && in_post_copy(&incoming.vm).await) {
             continue;
         }
         tracing::warn!(vm = incoming.vm.name(), migration = %incoming.id, why, "abandons an incoming migration");

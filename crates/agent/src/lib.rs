@@ -71,6 +71,8 @@ pub struct Agent {
     ciphers: Vec<CipherSpeed>,
     /// Places for trials of the link.
     trials: Arc<Semaphore>,
+    /// Held while an arrival of RAM goes on over another link.
+    resuming: tokio::sync::Mutex<()>,
     /// Whether this agent can move RAM itself, once that was tried.
     external: OnceLock<Result<(), String>>,
     state: Mutex<State>,
@@ -131,6 +133,7 @@ impl Agent {
             sessions,
             ciphers: measure_ciphers(),
             trials: Arc::new(Semaphore::new(MOST_TRIALS)),
+            resuming: tokio::sync::Mutex::default(),
             external: OnceLock::new(),
             state: Mutex::default(),
             probed: tokio::sync::Mutex::default(),

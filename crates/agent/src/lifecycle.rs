@@ -1,5 +1,6 @@
 //! From `run` to the end of a VM's QEMU: starting, adopting, watching, stopping.
 
+use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -185,7 +186,12 @@ impl Agent {
         make_private_dir(&dir)?;
         let accelerator = if matches!(accel, Accel::Kvm) { "kvm" } else { "tcg" };
         let (id, incoming) = incoming.unzip();
-        let settings = LaunchSettings { name: &spec.name, run_dir: &dir, accel, shared_ram: spec.shared_ram, incoming };
+        let ram = match spec.shared_ram {
+            true => Some(vmferry_qemu::ram_memfd().map_err(AgentError::io("memfd"))?),
+            false => None,
+        };
+        let shared_ram = ram.as_ref().map(AsRawFd::as_raw_fd);
+        let settings = LaunchSettings { name: &spec.name, run_dir: &dir, accel, shared_ram, incoming };
         let plan = plan_launch(command, &settings)?;
         // Recorded before it is started: an agent that dies in between is not followed by a QEMU that nobody knows.
         let mut record = VmRecord {
@@ -200,7 +206,7 @@ impl Agent {
         };
         self.store.put_vm(&record)?;
         let started = async {
-            let launched = vmferry_qemu::launch(&binary, &plan, &spec.cwd, &dir, START_TIMEOUT).await?;
+            let launched = vmferry_qemu::launch(&binary, &plan, ram, &spec.cwd, &dir, START_TIMEOUT).await?;
             (record.pid, record.start_time) = (launched.pid, launched.start_time);
             self.store.put_vm(&record)?;
             self.take(&record, launched.qmp).await

@@ -18,7 +18,7 @@ use crate::engine::external::{self, ExternalEngine, WayThere};
 use crate::engine::qemu::{self, QemuEngine};
 use crate::engine::{EngineError, RamEngine, Setup};
 use crate::error::{AgentError, in_one_line};
-use crate::incoming::{Incoming, set_running, watch_lease};
+use crate::incoming::{Incoming, arrival, set_running, watch_lease};
 use crate::migration::{Way, follow_post_copy, retire, settle_commit, strand};
 use crate::peer::Peer;
 use crate::relay::Relay;
@@ -83,6 +83,14 @@ async fn find_again(agent: &Arc<Agent>, mut record: VmRecord) -> Result<(), Agen
         && matches!(agent.store.step_in(id)?, Some((InStep::Abandoned, _)))
     {
         tracing::warn!(vm = name, pid = record.pid, migration = %id, "was abandoned, and goes");
+        vmferry_qemu::kill_process(record.pid, record.start_time, GRACE).await;
+        return Ok(agent.store.remove_vm(&name)?);
+    }
+    if let Some(id) = record.incoming
+        && arrival::is_expected(&dir)
+        && agent.store.abandon_in(id, "the destination's agent ended before it had the guest")?
+    {
+        // What was to bring the guest ended with the old agent, and QEMU may wait for it and not answer.
         vmferry_qemu::kill_process(record.pid, record.start_time, GRACE).await;
         return Ok(agent.store.remove_vm(&name)?);
     }

@@ -9,6 +9,8 @@ mod cpio;
 mod guest;
 pub mod link;
 mod log;
+pub mod migration;
+pub mod ram;
 pub mod testbed;
 
 pub use guest::{Fill, GuestOptions, Mode, ParseError};

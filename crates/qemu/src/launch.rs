@@ -9,6 +9,7 @@ pub use plan::{Incoming, LaunchPlan, LaunchSettings, plan_launch, wants_shared_r
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom};
+use std::os::fd::OwnedFd;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
@@ -80,10 +81,17 @@ pub enum LaunchError {
     },
 }
 
-/// Starts what was planned, in this folder, and waits until it answers on QMP. Dropping the future ends the QEMU.
+/// An empty memfd, for [`LaunchSettings::shared_ram`] and [`launch`].
+pub fn ram_memfd() -> std::io::Result<OwnedFd> {
+    Ok(rustix::fs::memfd_create("vmferry-ram", rustix::fs::MemfdFlags::CLOEXEC)?)
+}
+
+/// Starts what was planned, in this folder, and waits until it answers on QMP. It inherits `ram`, the memfd that was
+/// planned with. Dropping the future ends the QEMU.
 pub async fn launch(
     binary: &Path,
     plan: &LaunchPlan,
+    ram: Option<OwnedFd>,
     cwd: &Path,
     run_dir: &Path,
     deadline: Duration,
@@ -104,7 +112,7 @@ pub async fn launch(
 
     let mut command = Command::new(binary);
     command.args(plan.argv.iter().skip(1)).current_dir(cwd).stdin(Stdio::null()).stdout(output).stderr(errors);
-    detach(&mut command);
+    detach(&mut command, ram);
     let child = command.spawn().map_err(|source| LaunchError::Start { binary: binary.into(), source })?;
     let mut starting = Starting(Some(child));
 
@@ -136,10 +144,13 @@ pub async fn launch(
 
 /// Puts the child into a session of its own, so that no terminal's and no service's signals reach it, and keeps from it
 /// the descriptors that we were given without the mark to close them. All of our own have that mark.
-fn detach(command: &mut Command) {
+fn detach(command: &mut Command, ram: Option<OwnedFd>) {
     let inherited = descriptors_without_close_on_exec();
     let in_child = move || {
         rustix::process::setsid()?;
+        if let Some(ram) = &ram {
+            rustix::io::fcntl_setfd(ram, FdFlags::empty())?;
+        }
         for fd in &inherited {
             // SAFETY: the descriptor is only marked, in a child that has one thread and does nothing but become QEMU;
             // one that was closed in the meantime is an error that is ignored.

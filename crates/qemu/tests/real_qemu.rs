@@ -6,7 +6,7 @@ mod ram;
 
 use std::ffi::OsString;
 use std::future::Future;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -76,15 +76,16 @@ impl<'a> Wish<'a> {
 async fn try_start(qemu: &Path, wish: Wish<'_>) -> Result<Vm, LaunchError> {
     let dir = tempfile::tempdir().unwrap();
     let argv: Vec<String> = format!("qemu-system-x86_64 {}", wish.line).split_whitespace().map(str::to_owned).collect();
+    let ram = wish.shared_ram.then(|| ram_memfd().unwrap());
     let settings = LaunchSettings {
         name: "web1",
         run_dir: dir.path(),
         accel: tcg(),
-        shared_ram: wish.shared_ram,
+        shared_ram: ram.as_ref().map(AsRawFd::as_raw_fd),
         incoming: wish.machine.map(|machine| Incoming { machine_type: machine.into() }),
     };
     let plan = plan_launch(&CommandLine::parse(&argv).unwrap(), &settings).unwrap();
-    let launched = launch(qemu, &plan, Path::new("/"), dir.path(), SOON).await?;
+    let launched = launch(qemu, &plan, ram, Path::new("/"), dir.path(), SOON).await?;
     Ok(Vm { dir, plan, launched })
 }
 
@@ -318,11 +319,11 @@ async fn old_words_in_the_log_are_not_quoted() {
     std::fs::write(dir.path().join("qemu.log"), "old words\n").unwrap();
     std::fs::write(dir.path().join("qmp.sock"), "no socket at all").unwrap();
     let plan = LaunchPlan { argv: vec!["x".into(), "-bad".into()], notes: vec![], console: false };
-    let error = launch(&qemus()[0], &plan, Path::new("/"), dir.path(), SOON).await.unwrap_err();
+    let error = launch(&qemus()[0], &plan, None, Path::new("/"), dir.path(), SOON).await.unwrap_err();
     assert!(!error.to_string().contains("old words") && error.to_string().contains("-bad"), "{error}");
     assert!(std::fs::read_to_string(dir.path().join("qemu.log")).unwrap().starts_with("old words\n"));
 
-    let error = launch(Path::new("/no/qemu"), &plan, Path::new("/"), dir.path(), SOON).await.unwrap_err();
+    let error = launch(Path::new("/no/qemu"), &plan, None, Path::new("/"), dir.path(), SOON).await.unwrap_err();
     assert!(matches!(error, LaunchError::Start { .. }), "{error}");
 }
 
@@ -350,7 +351,7 @@ async fn a_qemu_that_does_not_answer_is_killed_whether_we_wait_or_not() {
     for patience in [Duration::from_millis(300), SOON] {
         let dir = tempfile::tempdir().unwrap();
         let program = deaf_program(dir.path());
-        let launching = launch(&program, &plan, dir.path(), dir.path(), patience);
+        let launching = launch(&program, &plan, None, dir.path(), dir.path(), patience);
         match tokio::time::timeout(Duration::from_secs(1), launching).await {
             Ok(result) => {
                 let error = result.unwrap_err();

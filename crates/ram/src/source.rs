@@ -26,7 +26,7 @@ use crate::RamError;
 use crate::memory::{Block, GuestRam};
 use crate::pages::PageSet;
 use crate::tracking::Tracking;
-use crate::wire::{ARM, HELLO, Hello, MISSING, STATE, STATE_END, encode_missing};
+use crate::wire::{ARM, HELLO, Hello, MISSING, STATE, STATE_END, STATE_GO, encode_missing};
 use shipping::{CHUNK, Shipping};
 
 /// How long the destination may take to look at what RAM it has, or to arm it.
@@ -99,14 +99,27 @@ struct Inner {
     news: Condvar,
 }
 
+/// What the destination may say depends on it.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+enum Phase {
+    #[default]
+    PreCopy,
+    /// The destination was told to take faults.
+    Arming,
+    /// It does.
+    PostCopy,
+}
+
 #[derive(Default)]
 struct State {
     round: u32,
+    /// The last one that somebody who waits was told of.
+    seen_round: u32,
     dirty_rate: u64,
     converged: bool,
     rounds_ended: bool,
     ready: bool,
-    armed: bool,
+    phase: Phase,
     complete: bool,
     /// Where post-copy sends from next: block and page.
     cursor: (usize, u64),
@@ -135,6 +148,7 @@ impl Source {
         let link = Arc::new(link);
         let blocks: Vec<u64> = ram.blocks().iter().map(|block| block.size() / PAGE).collect();
         let resume = log.is_none();
+        let phase = if resume { Phase::PostCopy } else { Phase::PreCopy };
         let inner = Arc::new(Inner {
             shipping: Shipping::new(Arc::clone(&link), &blocks),
             pending: blocks.iter().map(|pages| PageSet::new(*pages)).collect(),
@@ -146,7 +160,7 @@ impl Source {
             resumed: resume,
             downtime,
             stop: AtomicBool::new(false),
-            state: Mutex::default(),
+            state: Mutex::new(State { phase, ..State::default() }),
             news: Condvar::new(),
         });
         let source = Self { inner, threads: Mutex::default() };
@@ -156,7 +170,10 @@ impl Source {
         source.inner.wait_for(|state| state.ready)?;
         match resume {
             true => source.spawn_pushing()?,
-            false => source.spawn("ram-rounds", Inner::rounds)?,
+            false => source.spawn("ram-rounds", |inner| {
+                inner.rounds();
+                Ok(())
+            })?,
         }
         Ok(source)
     }
@@ -165,7 +182,10 @@ impl Source {
     pub fn wait(&self, at_most: Duration) -> Result<Progress, RamError> {
         let inner = &self.inner;
         let state = inner.lock();
-        let quiet = |state: &mut State| state.failed.is_none() && !state.converged && !state.complete;
+        let quiet = |state: &mut State| {
+            let same_round = state.round == std::mem::replace(&mut state.seen_round, state.round);
+            same_round && state.failed.is_none() && !state.converged && !state.complete
+        };
         let (state, _) = inner.news.wait_timeout_while(state, at_most, quiet).expect("no holder of this lock panics");
         if let Some(error) = state.failed.as_ref().filter(|_| !state.complete) {
             return Err(error.clone());
@@ -187,6 +207,7 @@ impl Source {
         self.inner.last_look()?;
         self.inner.send_rest()?;
         self.inner.shipping.settle()?;
+        self.inner.let_state_go()?;
         self.inner.lock().complete = true;
         Ok(())
     }
@@ -200,12 +221,15 @@ impl Source {
         for frame in encode_missing(&inner.pending) {
             inner.link.send_urgent(MISSING, frame)?;
         }
+        inner.lock().phase = Phase::Arming;
         inner.link.send_urgent(ARM, inner.shipping.frames().to_le_bytes().to_vec())?;
-        inner.wait_for(|state| state.armed)?;
+        inner.wait_for(|state| state.phase == Phase::PostCopy)?;
+        inner.let_state_go()?;
         self.spawn_pushing()
     }
 
-    /// Sends the device state, as QEMU writes it, to its end. Gives back how many bytes that were.
+    /// Sends the device state, as QEMU writes it, to its end. Gives back how many bytes that were. The destination's QEMU
+    /// gets it when [`Source::finish`] or [`Source::post_copy`] have done their part: it looks into the RAM.
     pub fn send_state(&self, mut from: impl Read) -> Result<u64, RamError> {
         let mut sent = 0;
         loop {
@@ -241,7 +265,7 @@ impl Source {
 
     /// Stops at once, whatever else is under way, and leaves nothing in the guest.
     pub fn abandon(&self) {
-        self.inner.stop.store(true, Ordering::Relaxed);
+        self.inner.stop();
         self.inner.link.give_up();
         self.inner.fail(RamError::Link(LinkDown::GivenUp));
         let threads = std::mem::take(&mut *self.threads.lock().expect("no holder of this lock panics"));
@@ -312,8 +336,21 @@ impl Inner {
 
     /// Has the rounds end, and waits for it.
     fn end_rounds(&self) -> Result<(), RamError> {
-        self.stop.store(true, Ordering::Relaxed);
-        self.news.notify_all();
+        self.stop();
         self.wait_for(|state| state.rounds_ended)
+    }
+
+    /// No more rounds.
+    fn stop(&self) {
+        // Whoever is about to wait for this holds the lock.
+        let state = self.lock();
+        self.stop.store(true, Ordering::Relaxed);
+        drop(state);
+        self.news.notify_all();
+    }
+
+    /// The destination's QEMU may look into the RAM.
+    fn let_state_go(&self) -> Result<(), RamError> {
+        Ok(self.link.send_urgent(STATE_GO, Vec::new())?)
     }
 }

@@ -35,6 +35,9 @@ pub(crate) const STATE: u16 = 5;
 /// That was all of it.
 pub(crate) const STATE_END: u16 = 6;
 
+/// QEMU may have it: what it refers to is in place, or will be fetched.
+pub(crate) const STATE_GO: u16 = 7;
+
 /// The destination has that RAM, and waits.
 pub(crate) const READY: u16 = 32;
 /// The destination cannot go on, for the reason that follows.

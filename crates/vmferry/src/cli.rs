@@ -149,6 +149,23 @@ and a configuration of its own, on the loopback address only.
 
 To another host, both agents must run and be paired; plain is measured where both hosts' configuration permits it.")]
     Link(BenchLinkOptions),
+    /// The engines side by side: the same guests over the same link, moved by the agents and by QEMU
+    #[command(after_long_help = "\
+Needs root, for two hosts in network namespaces of this one, QEMU, and the kernel of the measuring guest.")]
+    Ram(BenchRamOptions),
+}
+
+#[derive(Args)]
+pub(crate) struct BenchRamOptions {
+    /// How often; the table has medians
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=99))]
+    pub rounds: u32,
+    /// Only set-ups whose names contain this
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    pub only: String,
+    /// Write the report there, as JSON
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
 }
 
 #[derive(Args)]

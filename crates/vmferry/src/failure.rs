@@ -6,6 +6,7 @@ use vmferry_agent::api::types::Code;
 use vmferry_agent::client::ClientError;
 use vmferry_agent::error::in_one_line;
 use vmferry_bench::link::LinkBenchError;
+use vmferry_bench::testbed::TestbedError;
 
 /// Why a command did not do what it was asked. The exit codes are listed in the help (`cli.rs`).
 #[derive(Debug, thiserror::Error)]
@@ -27,6 +28,8 @@ pub(crate) enum Failure {
     NoTokenOverSsh { host: String, code: Option<i32> },
     #[error("cannot measure the link")]
     Bench(#[source] LinkBenchError),
+    #[error("cannot measure the engines")]
+    BenchRam(#[from] TestbedError),
     #[error("cannot write the report to {}", path.display())]
     Report { path: PathBuf, source: std::io::Error },
     #[error("cannot tell the current folder")]
@@ -81,6 +84,7 @@ impl Failure {
             Self::Ssh(_) | Self::NoTokenOverSsh { .. } => 3,
             Self::Agent(ClientError::Lost(_))
             | Self::Bench(_)
+            | Self::BenchRam(_)
             | Self::Report { .. }
             | Self::Serve(_)
             | Self::Terminal(_)

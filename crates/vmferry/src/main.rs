@@ -59,6 +59,7 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Unpair { peer } => pair::unpair(&client()?, &peer).await,
         Command::Migrations { json } => migrate::list(&client()?, json).await,
         Command::Bench(Bench::Link(options)) => bench::link(client, options).await,
+        Command::Bench(Bench::Ram(options)) => bench::ram(options).await,
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "vmferry", &mut std::io::stdout());
             Ok(())

@@ -166,7 +166,8 @@ async fn abandon(State(agent): Shared, Began { id, caller }: Began) -> Answer<In
 #[utoipa::path(post, path = "/v1/incoming/{id}/recover", params(("id" = Uuid, Path)),
     responses((status = 200, body = IncomingState), (status = "default", body = Problem)))]
 async fn recover(State(agent): Shared, Began { id, caller }: Began) -> Answer<IncomingState> {
-    Ok(Json(incoming::recover(&agent, id, &caller).await?))
+    let recovered = tokio::spawn(async move { incoming::recover(&agent, id, &caller).await });
+    Ok(Json(recovered.await.expect("recovering does not panic")?))
 }
 
 /// One of the connections of the two QEMUs: upgraded to its bytes, both ways.

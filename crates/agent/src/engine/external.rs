@@ -30,6 +30,10 @@ pub const NAME: &str = "external";
 pub(crate) const CAPABILITY: &str = "x-ignore-shared";
 
 const TICK: Duration = Duration::from_millis(100);
+/// A switchover that takes so much longer than the downtime that was allowed is undone, as nothing is lost by that yet.
+const LATE: u32 = 10;
+/// But none that takes less than this.
+const LEAST_PAUSE: Duration = Duration::from_secs(10);
 /// How long QEMU may take to begin with the device state, or to be done with it.
 const STATE_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -44,6 +48,8 @@ pub struct ExternalEngine {
     post_copy: bool,
     /// The destination has the device state.
     switched: bool,
+    /// Nobody was told of that yet.
+    just_switched: bool,
     last: Option<Progress>,
     dirty_rate: u64,
     sent: u64,
@@ -108,6 +114,7 @@ impl ExternalEngine {
             paused_at: None,
             post_copy: false,
             switched: false,
+            just_switched: false,
             last: None,
             dirty_rate: 0,
             sent: 0,
@@ -128,16 +135,17 @@ impl ExternalEngine {
         let source = self.source()?;
         self.qmp.execute(commands::Stop {}).await?;
         self.paused_at = Some(Instant::now());
-        if post_copy {
-            let told = Arc::clone(&source);
-            blocking(move || told.post_copy()).await?;
-            self.send_state(source).await?;
-            self.post_copy = true;
-        } else {
-            let finished = Arc::clone(&source);
-            tokio::try_join!(blocking(move || finished.finish()), self.send_state(source))?;
-        }
-        self.switched = true;
+        let rest = Arc::clone(&source);
+        let rest = blocking(move || if post_copy { rest.post_copy() } else { rest.finish() });
+        let given = async { tokio::try_join!(rest, self.send_state(source)) };
+        let most = LEAST_PAUSE.max(self.wishes.limits.downtime * LATE);
+        tokio::time::timeout(most, given).await.unwrap_or_else(|_| {
+            let reason =
+                format!("switching over took longer than {} s: the link is slower than it was", most.as_secs());
+            Err(EngineError::Failed { reason })
+        })?;
+        self.post_copy = post_copy;
+        (self.switched, self.just_switched) = (true, true);
         Ok(())
     }
 
@@ -231,7 +239,9 @@ impl RamEngine for ExternalEngine {
 
     async fn observe(&mut self) -> Result<Seen, EngineError> {
         let Some(source) = self.source.clone() else { return Ok(self.see_broken("it has not begun".into()).await) };
-        let progress = match blocking(move || source.wait(TICK)).await {
+        // Once the guest is paused, every moment counts.
+        let at_most = if std::mem::take(&mut self.just_switched) { Duration::ZERO } else { TICK };
+        let progress = match blocking(move || source.wait(at_most)).await {
             Ok(progress) => progress,
             Err(error) if self.post_copy && self.switched => {
                 return Ok(self.see_broken(in_one_line(&error)).await);
@@ -277,6 +287,8 @@ impl RamEngine for ExternalEngine {
             ended.expect("abandoning does not panic");
         }
         abandon(&self.qmp, self.wishes.was_running).await?;
+        // What somebody saves to a file later is to have all RAM.
+        set_capability(&self.qmp, false).await?;
         self.switched = false;
         Ok(())
     }
@@ -350,6 +362,13 @@ pub(crate) async fn backends_of(vm: &Vm) -> Result<Vec<Backend>, QmpError> {
     let layout = vmferry_qemu::ram_backends(&vm.qmp).await?;
     let backend = |it: RamBackend| Backend { id: it.id, size: it.size, address: it.address };
     Ok(layout.backends.into_iter().map(backend).collect())
+}
+
+/// Has QEMU's own migration leave out shared RAM, or not any more.
+pub(crate) async fn set_capability(qmp: &Qmp, state: bool) -> Result<(), QmpError> {
+    let capabilities = vec![commands::CapabilityState { capability: CAPABILITY.into(), state }];
+    qmp.execute(commands::MigrateSetCapabilities { capabilities }).await?;
+    Ok(())
 }
 
 async fn blocking<T: Send + 'static>(

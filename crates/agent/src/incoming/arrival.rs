@@ -33,7 +33,7 @@ pub(crate) struct Arrival {
     landing: Arc<Landing>,
     link: Arc<Link>,
     /// Nobody takes anything from the link any more.
-    over: Arc<CancellationToken>,
+    over: CancellationToken,
 }
 
 fn folder(vm_dir: &Path) -> PathBuf {
@@ -103,11 +103,13 @@ fn expect(
     let (session, key) = expected.session;
     let options = SessionOptions { link: link_options(session, key, None), protection };
     let link = Arc::new(agent.sessions.expect(options).map_err(|down| AgentError::Ram(down.into()))?);
-    let arrival = Arrival { landing: Arc::clone(&landing), link: Arc::clone(&link), over: Arc::default() };
-    let over = Arc::clone(&arrival.over);
+    let arrival = Arrival { landing: Arc::clone(&landing), link: Arc::clone(&link), over: CancellationToken::new() };
+    let over = arrival.over.clone();
     agent.state().arrivals.insert(id, arrival);
     let there = Arc::clone(agent);
     let take = move || {
+        // Also when it panics.
+        let _over = over.drop_guard();
         match serve(&link, &landing, &dir.join(STATE)) {
             Ok(ended) => {
                 tracing::debug!(migration = %id, ?ended, "its RAM has arrived");
@@ -120,9 +122,12 @@ fn expect(
                 }
             }
         }
-        over.cancel();
     };
-    std::thread::Builder::new().name("ram-arrival".into()).spawn(take).map_err(AgentError::io("a thread"))?;
+    let thread = std::thread::Builder::new().name("ram-arrival".into()).spawn(take);
+    if let Err(error) = thread {
+        agent.take_arrival(id);
+        return Err(AgentError::io("a thread")(error));
+    }
     Ok(())
 }
 
@@ -142,6 +147,8 @@ pub(crate) async fn again(
     pid: u32,
     source: Fingerprint,
 ) -> Result<Standing, AgentError> {
+    // Two at once would take each other's faults.
+    let _turn = agent.resuming.lock().await;
     let dir = folder(vm_dir);
     let landing = if let Some(arrival) = agent.take_arrival(id) {
         arrival.link.give_up();

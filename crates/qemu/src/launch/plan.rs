@@ -1,6 +1,7 @@
 //! From a VM's own command line to the one that is run: what we need is added, what would tie QEMU to a terminal is led
 //! to a socket, and everything else stays as it was written.
 
+use std::os::fd::RawFd;
 use std::path::Path;
 
 use crate::command_line::{CommandLine, CommandLineError, CommandOption, Properties, escape_commas};
@@ -31,9 +32,12 @@ pub struct LaunchSettings<'a> {
     pub run_dir: &'a Path,
     /// What the host can do.
     pub accel: Accel,
-    /// Make the guest's RAM a shared memfd where the command line leaves that open. Source and destination must agree:
-    /// the RAM has another name in the migration then.
-    pub shared_ram: bool,
+    /// Put the guest's RAM into this memfd of the caller's, where the command line leaves that open; QEMU inherits the
+    /// descriptor. Source and destination must agree: the RAM has another name in the migration then.
+    ///
+    /// It is given to QEMU as a file with a path, since QEMU 8.1 and newer leave only such RAM out of a migration
+    /// (`x-ignore-shared`), and not a memfd that they made themselves.
+    pub shared_ram: Option<RawFd>,
     /// It waits for a guest.
     pub incoming: Option<Incoming>,
 }
@@ -260,9 +264,10 @@ impl Planner<'_> {
         if !command.has("name") {
             self.add("-name", &format!("guest={}", escape_commas(self.settings.name)));
         }
-        if self.settings.shared_ram && wants_shared_ram(command) {
+        if let Some(memfd) = self.settings.shared_ram.filter(|_| wants_shared_ram(command)) {
             let size = command.memory_size()?;
-            self.add("-object", &format!("memory-backend-memfd,id={RAM},size={size},share=on"));
+            let path = format!("/proc/self/fd/{memfd}");
+            self.add("-object", &format!("memory-backend-file,id={RAM},mem-path={path},size={size},share=on"));
             self.add("-machine", &format!("memory-backend={RAM}"));
         }
         if self.console == Console::Default {

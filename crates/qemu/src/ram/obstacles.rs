@@ -3,12 +3,15 @@
 //!
 //! The kernel's own vhost writes through QEMU's page tables, and is none of this.
 
-use super::{OBJECTS, RamLayout, ask, children, monitor, ram_backends};
+use super::{BackendKind, OBJECTS, RamLayout, ask, children, monitor, ram_backends};
 use crate::qmp::commands::{QueryMigrateCapabilities, QueryNamedBlockNodes};
 use crate::qmp::{Qmp, QmpError};
 
 /// The capability without which QEMU sends shared RAM along with the device state.
 const IGNORE_SHARED: &str = "x-ignore-shared";
+
+/// A capability that came with the release in which `x-ignore-shared` began to mean only RAM that has a path.
+const SINCE_8_1: &str = "switchover-ack";
 
 /// Why a guest's RAM cannot be moved from outside QEMU, in words for its user.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -51,6 +54,14 @@ pub enum Obstacle {
         /// What does.
         what: String,
     },
+    /// QEMU would send the RAM too, as it has no path.
+    #[error(
+        "its RAM {backend} is not in a file with a path, and this QEMU leaves only such RAM out of a migration: use memory-backend-file,share=on"
+    )]
+    NoPath {
+        /// The id of the backend.
+        backend: String,
+    },
     /// QEMU would send the RAM too.
     #[error("this QEMU cannot leave RAM out of a migration: it lacks {IGNORE_SHARED}")]
     NoIgnoreShared,
@@ -60,7 +71,8 @@ pub enum Obstacle {
 /// cannot tell, such as a seccomp sandbox around it or that a backend's file is on a disk, is for others to find.
 pub async fn external_obstacles(qmp: &Qmp) -> Result<Vec<Obstacle>, QmpError> {
     let page_size = rustix::param::page_size() as u64;
-    let mut found = of_ram(&ram_backends(qmp).await?, page_size);
+    let layout = ram_backends(qmp).await?;
+    let mut found = of_ram(&layout, page_size);
     for device in devices(qmp).await? {
         found.extend(of_device(&device));
     }
@@ -78,8 +90,13 @@ pub async fn external_obstacles(qmp: &Qmp) -> Result<Vec<Obstacle>, QmpError> {
         found.extend(of_block_driver(&node.drv).filter(|obstacle| !found.contains(obstacle)));
     }
     let capabilities = qmp.execute(QueryMigrateCapabilities {}).await?;
-    if capabilities.iter().all(|known| known.capability != IGNORE_SHARED) {
+    let has = |name: &str| capabilities.iter().any(|known| known.capability == name);
+    if !has(IGNORE_SHARED) {
         found.push(Obstacle::NoIgnoreShared);
+    }
+    if has(SINCE_8_1) {
+        let without = layout.backends.iter().filter(|ram| ram.kind != BackendKind::File);
+        found.extend(without.map(|ram| Obstacle::NoPath { backend: ram.id.clone() }));
     }
     Ok(found)
 }

@@ -7,8 +7,9 @@ use std::sync::{Arc, OnceLock};
 
 use crate::PAGE;
 use crate::RamError;
-use crate::arrival::Arrival;
-use crate::memory::{Backend, Block, GuestRam};
+use crate::arrival::{Arrival, ArrivalError};
+use crate::kernel::InjectError;
+use crate::memory::{Backend, Block, GuestRam, PunchError};
 use crate::pages::PageSet;
 use crate::wire::{Malformed, Reader, Run, decode_missing, encode_missing};
 
@@ -38,11 +39,18 @@ impl Landing {
     /// In the RAM of a guest that may run already, which an earlier agent has left: what has arrived is there, and all
     /// else is missing. `None` when there is no record of such a guest. Its QEMU, process `pid`, is asked for nothing.
     pub fn again(pid: u32, record: &Path) -> Result<Option<Self>, RamError> {
-        let bytes = match std::fs::read(record) {
-            Ok(bytes) => bytes,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(RamError::record(error)),
-        };
+        if let Some(bytes) = read(&complete(record))? {
+            let (number, backends) = read_head(&mut Reader(&bytes))?;
+            match Arrival::again(Arc::new(GuestRam::open(pid, &backends)?), number) {
+                Ok(arrival) => arrival.disarm()?,
+                // The earlier agent came so far.
+                Err(ArrivalError::Inject(InjectError::NotOurs { .. })) => {}
+                Err(error) => return Err(error.into()),
+            }
+            std::fs::remove_file(complete(record)).map_err(RamError::record)?;
+            return Ok(None);
+        }
+        let Some(bytes) = read(record)? else { return Ok(None) };
         let mut reader = Reader(&bytes);
         let (number, backends) = read_head(&mut reader)?;
         let ram = Arc::new(GuestRam::open(pid, &backends)?);
@@ -60,7 +68,12 @@ impl Landing {
         }
         let arrival = Arrival::again(Arc::clone(&ram), number)?;
         let armed = OnceLock::from(Armed { arrival, missing, left: AtomicU64::new(left) });
-        Ok(Some(Self { ram, record: record.into(), armed }))
+        let landing = Self { ram, record: record.into(), armed };
+        if left == 0 {
+            landing.disarm()?;
+            return Ok(None);
+        }
+        Ok(Some(landing))
     }
 
     /// What is not here yet, in bytes; `None` before post-copy.
@@ -88,8 +101,28 @@ impl Landing {
 
     /// Faults are taken from now on, and these pages will come.
     pub(super) fn arm(&self, missing: Vec<PageSet>) -> Result<&Armed, RamError> {
+        if self.armed.get().is_some() {
+            return Err(Malformed("post-copy begins twice").into());
+        }
+        // First, so that the kernel fills no hole with a large page of zeroes meanwhile.
+        let arrival = Arrival::arm(Arc::clone(&self.ram))?;
+        let left = match self.make_missing(&missing) {
+            Ok(left) => left,
+            Err(error) => {
+                // The first error is the one to tell.
+                let _ = arrival.disarm();
+                return Err(error);
+            }
+        };
+        self.write_record(arrival.number(), &missing).map_err(RamError::record)?;
+        let armed = Armed { arrival, missing, left: AtomicU64::new(left) };
+        Ok(self.armed.get_or_init(|| armed))
+    }
+
+    /// Takes away what is stale; how many pages are missing then.
+    fn make_missing(&self, missing: &[PageSet]) -> Result<u64, RamError> {
         let mut left = 0;
-        for (block, set) in self.blocks().iter().zip(&missing) {
+        for (block, set) in self.blocks().iter().zip(missing) {
             for data in block.data(0..block.size()).map_err(RamError::io)? {
                 let mut from = data.start / PAGE;
                 while let Some(stale) = set.next_run(from..data.end / PAGE) {
@@ -99,13 +132,7 @@ impl Landing {
             }
             left += set.count(0..set.pages());
         }
-        let arrival = Arrival::arm(Arc::clone(&self.ram))?;
-        self.write_record(arrival.number(), &missing).map_err(RamError::record)?;
-        let armed = Armed { arrival, missing, left: AtomicU64::new(left) };
-        if self.armed.set(armed).is_err() {
-            return Err(Malformed("post-copy begins twice").into());
-        }
-        Ok(self.armed.get().expect("it was just set"))
+        Ok(left)
     }
 
     /// Puts a run of pages where it belongs. True when it was the last that was missing.
@@ -115,10 +142,17 @@ impl Landing {
         let Some(armed) = self.armed.get() else {
             match run.zero {
                 false => block.write_at(bytes.start, data).map_err(RamError::io)?,
-                true => block.punch(bytes)?,
+                true => match block.punch(bytes) {
+                    // Zeroes they are.
+                    Ok(()) | Err(PunchError::StillThere(_)) => {}
+                    Err(error) => return Err(error.into()),
+                },
             }
             return Ok(false);
         };
+        if armed.left.load(Ordering::Acquire) == 0 {
+            return Ok(false);
+        }
         match run.zero {
             false => armed.arrival.place(run.block, bytes.start, data),
             true => armed.arrival.place_zero(run.block, bytes),
@@ -130,8 +164,11 @@ impl Landing {
     /// All RAM is here: nothing is left of post-copy, in the guest or on record.
     pub(super) fn disarm(&self) -> Result<(), RamError> {
         let Some(armed) = self.armed.get() else { return Ok(()) };
+        // From when faults are not taken any more, holes do not tell what is missing.
+        let complete = complete(&self.record);
+        std::fs::rename(&self.record, &complete).map_err(RamError::record)?;
         armed.arrival.disarm()?;
-        std::fs::remove_file(&self.record).map_err(RamError::record)
+        std::fs::remove_file(complete).map_err(RamError::record)
     }
 
     fn write_record(&self, number: i32, missing: &[PageSet]) -> std::io::Result<()> {
@@ -152,6 +189,19 @@ impl Landing {
         }
         file.flush()?;
         std::fs::rename(begun, &self.record)
+    }
+}
+
+/// What a record becomes when all is there.
+fn complete(record: &Path) -> PathBuf {
+    record.with_extension("complete")
+}
+
+fn read(path: &Path) -> Result<Option<Vec<u8>>, RamError> {
+    match std::fs::read(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(RamError::record(error)),
     }
 }
 

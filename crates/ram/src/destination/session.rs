@@ -20,7 +20,7 @@ use crate::RamError;
 use crate::pages::PageSet;
 use crate::wire::{
     ARM, ARMED, COMPLETE, HELLO, Hello, MISSING, Malformed, PAGES, PLACED, Pages, READY, REFUSED, STATE, STATE_END,
-    WANT, Want, decode_missing, decode_number, encode_missing,
+    STATE_GO, WANT, Want, decode_missing, decode_number, encode_missing,
 };
 
 /// Threads that put bulk frames into place.
@@ -34,7 +34,7 @@ const LOOK: Duration = Duration::from_millis(50);
 /// How far ahead of the last frame in place another may be.
 const MOST_AHEAD: u64 = 1 << 20;
 /// The most device state that may wait for QEMU to take it, in bytes.
-const MOST_STATE: u64 = 1 << 30;
+const MOST_STATE: u64 = 256 << 20;
 
 /// How the source ended it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,8 +67,7 @@ pub fn serve(link: &Link, landing: &Landing, state_socket: &Path) -> Result<Ende
         scope.spawn(|| session.part(Session::take_faults));
         scope.spawn(|| session.part(|_| hand_over_state(to_qemu, state_socket)));
         session.part(|session| session.take_urgent(pieces));
-        session.over.store(true, Ordering::Relaxed);
-        session.progress.notify_all();
+        session.end();
     });
     // The source is told that its last words were heard.
     let _ = link.close();
@@ -116,19 +115,30 @@ impl Session<'_> {
     }
 
     fn fail(&self, error: RamError) {
-        let mut failure = self.failure.lock().expect("no holder of this lock panics");
-        if failure.is_none() {
-            if !matches!(error, RamError::Link(_)) {
-                // The link takes it with its last words, if there is still a link.
-                let _ = self.link.send_urgent(REFUSED, crate::error::in_one_line(&error).into_bytes());
-                let _ = self.link.close();
+        let words = crate::error::in_one_line(&error);
+        let is_ours = !matches!(error, RamError::Link(_));
+        {
+            let mut failure = self.failure.lock().expect("no holder of this lock panics");
+            if failure.is_some() {
+                return;
             }
             *failure = Some(error);
         }
-        drop(failure);
-        // All threads come back.
-        self.over.store(true, Ordering::Relaxed);
+        self.end();
+        if is_ours {
+            // The link takes it with its last words, if there is still a link.
+            let _ = self.link.send_urgent(REFUSED, words.into_bytes());
+            let _ = self.link.close();
+        }
         self.link.give_up();
+    }
+
+    /// All threads come back.
+    fn end(&self) {
+        // Whoever is about to wait for this holds the lock.
+        let placed = self.placed();
+        self.over.store(true, Ordering::Relaxed);
+        drop(placed);
         self.progress.notify_all();
     }
 
@@ -198,6 +208,8 @@ impl Session<'_> {
     fn take_urgent(&self, state: Sender<Bytes>) -> Result<(), RamError> {
         let mut missing: Vec<PageSet> = self.blocks.iter().map(|pages| PageSet::new(*pages)).collect();
         let (mut greeted, mut state, mut state_bytes) = (false, Some(state), 0);
+        // Device state that QEMU must not have yet.
+        let (mut held, mut ended) = (Some(Vec::new()), None);
         while let Some(frame) = self.link.recv_urgent()? {
             match frame.kind {
                 HELLO if !greeted => {
@@ -219,13 +231,23 @@ impl Session<'_> {
                 }
                 STATE => {
                     state_bytes += frame.payload.len() as u64;
-                    let state = state.as_ref().ok_or(Malformed("there is device state after its end"))?;
-                    if state_bytes > MOST_STATE {
+                    let to_qemu = state.as_ref().ok_or(Malformed("there is device state after its end"))?;
+                    if state_bytes > MOST_STATE || frame.payload.is_empty() {
                         return Err(Malformed("there is more device state than any VM has").into());
                     }
-                    // Whoever takes it tells why it does not any more.
-                    let _ = state.send(frame.payload);
+                    match &mut held {
+                        Some(held) => held.push(frame.payload),
+                        // Whoever takes it tells why it does not any more.
+                        None => drop(to_qemu.send(frame.payload)),
+                    }
                 }
+                STATE_GO => {
+                    for piece in held.take().ok_or(Malformed("the device state goes twice"))? {
+                        let _ = state.as_ref().or(ended.as_ref()).map(|to_qemu| to_qemu.send(piece));
+                    }
+                    ended = None;
+                }
+                STATE_END if held.is_some() => ended = state.take(),
                 STATE_END => state = None,
                 _ => return Err(Malformed("a frame of an unknown kind").into()),
             }
@@ -279,6 +301,14 @@ impl Session<'_> {
 
     /// Asks for what faults need.
     fn take_faults(&self) -> Result<(), RamError> {
+        match self.all_faults() {
+            // Those that were left needed nothing any more.
+            Err(_) if self.landing.missing() == Some(0) => Ok(()),
+            result => result,
+        }
+    }
+
+    fn all_faults(&self) -> Result<(), RamError> {
         let (mut windows, mut faults) = (Windows::default(), Vec::new());
         let asked: Vec<PageSet> = self.blocks.iter().map(|pages| PageSet::new(*pages)).collect();
         while !self.is_over() {

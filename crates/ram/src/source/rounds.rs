@@ -83,11 +83,14 @@ impl Inner {
     }
 
     /// Sends round after round until somebody stops it.
-    pub(super) fn rounds(&self) -> Result<(), RamError> {
+    pub(super) fn rounds(&self) {
         let result = self.all_rounds();
+        // Nobody may take what failed for ended.
+        if let Err(error) = result {
+            self.fail(error);
+        }
         self.lock().rounds_ended = true;
         self.news.notify_all();
-        result
     }
 
     fn all_rounds(&self) -> Result<(), RamError> {

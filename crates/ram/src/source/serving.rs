@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
-use super::{Inner, RamError};
+use super::{Inner, Phase, RamError};
 use crate::wire::{
     ARMED, COMPLETE, MISSING, MOST_DATA, Malformed, PLACED, READY, REFUSED, WANT, Want, decode_missing, decode_number,
 };
@@ -18,7 +18,7 @@ impl Inner {
                         return Err(Malformed("it has put into place what was not sent").into());
                     }
                 }
-                WANT => self.answer(&Want::decode(&frame.payload, &blocks)?)?,
+                WANT if self.lock().phase == Phase::PostCopy => self.answer(&Want::decode(&frame.payload, &blocks)?)?,
                 READY => {
                     if self.resumed {
                         let left = self.pending.iter().map(|set| set.count(0..set.pages())).sum();
@@ -28,12 +28,12 @@ impl Inner {
                 }
                 // Only to a source that resumes: before it is ready.
                 MISSING if self.resumed && !self.lock().ready => decode_missing(&frame.payload, &self.pending)?,
-                ARMED => self.lock().armed = true,
-                COMPLETE => self.lock().complete = true,
+                ARMED if self.lock().phase == Phase::Arming => self.lock().phase = Phase::PostCopy,
+                COMPLETE if self.lock().phase == Phase::PostCopy => self.lock().complete = true,
                 REFUSED => {
                     return Err(RamError::Refused { reason: String::from_utf8_lossy(&frame.payload).into_owned() });
                 }
-                _ => return Err(Malformed("a frame of an unknown kind").into()),
+                _ => return Err(Malformed("a frame that has no place here").into()),
             }
             self.news.notify_all();
         }

@@ -203,11 +203,11 @@ impl Shipping {
     pub(super) fn settle(&self) -> Result<(), LinkDown> {
         let mut sent = self.lock();
         loop {
-            if sent.placed + 1 == sent.next {
-                return Ok(());
-            }
             if let Some(down) = &sent.over {
                 return Err(down.clone());
+            }
+            if sent.placed + 1 == sent.next {
+                return Ok(());
             }
             sent = self.progress.wait(sent).expect("no holder of this lock panics");
         }

@@ -5,7 +5,7 @@ use super::*;
 const RUN_DIR: &str = "/run/v,m";
 
 fn settings(accel: Accel) -> LaunchSettings<'static> {
-    LaunchSettings { name: "web1", run_dir: Path::new(RUN_DIR), accel, shared_ram: false, incoming: None }
+    LaunchSettings { name: "web1", run_dir: Path::new(RUN_DIR), accel, shared_ram: None, incoming: None }
 }
 
 fn no_kvm() -> Accel {
@@ -158,15 +158,15 @@ fn the_loss_of_kvm_is_told_once_and_with_its_reason() {
 
 #[test]
 fn ram_becomes_shared_where_the_command_line_leaves_it_open() {
-    let shared = LaunchSettings { shared_ram: true, ..settings(Accel::Kvm) };
+    let shared = LaunchSettings { shared_ram: Some(37), ..settings(Accel::Kvm) };
     for line in ["-m 64", "", "-m 4G,slots=2,maxmem=8G -M q35"] {
         let plan = plan_with(line, &shared);
         let size = CommandLine::parse(&plan.argv).unwrap().memory_size().unwrap();
         let wanted = format!(
-            "-object memory-backend-memfd,id=vmferry-ram,size={size},share=on -machine memory-backend=vmferry-ram"
+            "-object memory-backend-file,id=vmferry-ram,mem-path=/proc/self/fd/37,size={size},share=on -machine memory-backend=vmferry-ram"
         );
         assert!(text(&plan).contains(&wanted), "{line}: {}", text(&plan));
-        assert!(!text(&plan_with(line, &settings(Accel::Kvm))).contains("memfd"));
+        assert!(!text(&plan_with(line, &settings(Accel::Kvm))).contains("memory-backend"));
     }
     for line in [
         "-mem-path /x",

@@ -1,0 +1,110 @@
+//! One migration on a testbed, measured: what its report says, what the guest felt, and what it cost the agents.
+
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use tokio::io::AsyncReadExt;
+use vmferry_agent::api::types::{MigrationEvent, Report};
+
+use crate::testbed::{GuestWatch, Testbed, TestbedError};
+
+/// A guest that goes on for so long afterwards shows what it felt.
+const AFTERWARDS: Duration = Duration::from_secs(1);
+/// How often the agents are looked at.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// What became of a migration.
+#[derive(Clone, Debug)]
+pub struct Measured {
+    /// What vmferry says of it.
+    pub report: Report,
+    /// From the wish to the end, in ms.
+    pub total_ms: f64,
+    /// How long nobody ran the guest, from its heartbeat, in ms.
+    pub downtime_felt_ms: f64,
+    /// The longest that its heart stood still besides, in ms.
+    pub worst_stall_ms: f64,
+    /// The longest that it took for 64 MiB, in ms.
+    pub worst_64_mib_ms: f64,
+    /// The median of that before it began, and until it ran elsewhere, in ms.
+    pub median_64_mib_ms: (f64, f64),
+    /// Resident memory of the source's agent and the destination's, in MiB: before.
+    pub idle_rss_mib: [f64; 2],
+    /// The most of it while it lasted.
+    pub most_rss_mib: [f64; 2],
+    /// Processor time of both agents, in seconds.
+    pub cpu_s: [f64; 2],
+}
+
+/// Migrates a guest from the first host of a testbed to the second with these arguments, and has it verify its memory
+/// there.
+pub async fn measure(bed: &Testbed, watch: &GuestWatch, vm: &str, more: &[&str]) -> Result<Measured, TestbedError> {
+    let failed = |text: String| TestbedError::Io(std::io::Error::other(text));
+    let pids = [bed.alpha(), bed.beta()].map(crate::testbed::Host::agent_pid);
+    let [Some(here), Some(there)] = pids else { return Err(failed("an agent has ended".into())) };
+    let agents = [here, there];
+    let (idle_rss_mib, cpu) = (agents.map(rss_mib), agents.map(cpu_s));
+    let (mut most_rss_mib, mut text) = (idle_rss_mib, String::new());
+    let to = bed.beta().address.to_string();
+    let arguments: Vec<&str> = ["migrate", vm, "--to", &to, "--json"].iter().chain(more).copied().collect();
+    let before = Instant::now();
+    tokio::time::sleep(AFTERWARDS).await;
+    let begun = Instant::now();
+    let mut command = bed.alpha().command(&arguments).stdout(Stdio::piped()).spawn()?;
+    let mut said = command.stdout.take().ok_or_else(|| failed("no output".into()))?;
+    let reading = said.read_to_string(&mut text);
+    tokio::pin!(reading);
+    loop {
+        tokio::select! {
+            read = &mut reading => { read?; break }
+            () = tokio::time::sleep(LOOK) => {
+                for (most, pid) in most_rss_mib.iter_mut().zip(agents) {
+                    *most = most.max(rss_mib(pid));
+                }
+            }
+        }
+    }
+    command.wait().await?;
+    let total = begun.elapsed();
+    let cpu_s = [cpu_s(agents[0]) - cpu[0], cpu_s(agents[1]) - cpu[1]];
+    let last = text.lines().last().ok_or_else(|| failed("the migration said nothing".into()))?;
+    let report = match serde_json::from_str(last) {
+        Ok(MigrationEvent::Finished(report)) => *report,
+        _ => return Err(failed(format!("the migration did not finish: {last}"))),
+    };
+    tokio::time::sleep(AFTERWARDS).await;
+    let end = Instant::now();
+    let (pages, corrupt) = watch.verify(1).await?;
+    let log = watch.log();
+    if corrupt > 0 || log.restarted() {
+        return Err(failed(format!("{corrupt} of {pages} pages are stale or torn, or the kernel crashed")));
+    }
+    let ms = |time: Option<Duration>| time.map_or(f64::NAN, |time| time.as_secs_f64() * 1e3);
+    let left = log.switchovers().next_back().map_or(end, |it| it.last.at);
+    Ok(Measured {
+        total_ms: total.as_secs_f64() * 1e3,
+        downtime_felt_ms: ms(log.downtime_felt()),
+        worst_stall_ms: ms(log.worst_stall(begun, end)),
+        worst_64_mib_ms: ms(log.worst_64_mib(begun, end)),
+        median_64_mib_ms: (ms(log.median_64_mib(before, begun)), ms(log.median_64_mib(begun, left))),
+        idle_rss_mib,
+        most_rss_mib,
+        cpu_s,
+        report,
+    })
+}
+
+/// Resident memory of a process, in MiB.
+fn rss_mib(pid: u32) -> f64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let kib = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    kib.and_then(|kib| kib.trim().trim_end_matches(" kB").parse::<f64>().ok()).unwrap_or(f64::NAN) / 1024.0
+}
+
+/// Processor time of a process, in seconds.
+fn cpu_s(pid: u32) -> f64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let fields: Vec<&str> = stat.rsplit_once(") ").map_or("", |(_, rest)| rest).split(' ').collect();
+    let ticks = |field: usize| fields.get(field).and_then(|it| it.parse::<f64>().ok()).unwrap_or(f64::NAN);
+    (ticks(11) + ticks(12)) / rustix::param::clock_ticks_per_second() as f64
+}

@@ -1,0 +1,218 @@
+//! `vmferry bench ram`: the engines side by side, with the same guests over the same link in one run.
+//!
+//! Two hosts in network namespaces, a guest of 1 GiB. Set-ups alternate, so that a machine that gets slower does so for
+//! all of them. What a set-up did is told as the median of its rounds.
+
+use std::fmt::Write;
+use std::path::PathBuf;
+
+use serde::Serialize;
+use vmferry_agent::api::types::EngineName;
+
+use crate::migration::{Measured, measure};
+use crate::testbed::{Testbed, TestbedError, TestbedOptions, two_qemus};
+use crate::{Fill, GuestOptions, Mode};
+
+const RAM_MIB: u64 = 1024;
+const WRITTEN: u64 = 512 << 20;
+const GIGABIT: u64 = 1_000_000_000;
+/// What a guest that converges may write a second.
+const LEISURELY: u64 = 48 << 20;
+const VM: &str = "bench";
+
+/// What to measure.
+#[derive(Clone, Debug)]
+pub struct RamBenchOptions {
+    /// The `vmferry` binary.
+    pub vmferry: PathBuf,
+    /// How often.
+    pub rounds: u32,
+    /// Only set-ups whose names contain this.
+    pub only: String,
+}
+
+/// A guest, a link and an engine.
+struct SetUp {
+    guest: &'static str,
+    mode: Mode,
+    rate: Option<u64>,
+    link_bits: Option<u64>,
+    engine: EngineName,
+    how: &'static str,
+    arguments: &'static [&'static str],
+    plain: bool,
+}
+
+impl SetUp {
+    fn name(&self) -> String {
+        let link = if self.link_bits.is_some() { "1 Gbit/s" } else { "unshaped" };
+        let plain = if self.plain { ", plain" } else { "" };
+        format!("{}, {link}: {}{}{plain}", self.guest, self.engine, self.how)
+    }
+}
+
+fn set_ups() -> Vec<SetUp> {
+    let mut all = Vec::new();
+    let engines: [(EngineName, &str, &[&str]); 3] = [
+        (EngineName::External, "", &[]),
+        (EngineName::Qemu, "", &[]),
+        (EngineName::Qemu, " (multifd)", &["--no-post-copy"]),
+    ];
+    for (engine, how, arguments) in engines {
+        for plain in [false, true] {
+            let (guest, mode) = ("idle", Mode::Idle);
+            all.push(SetUp { guest, mode, rate: None, link_bits: None, engine, how, arguments, plain });
+        }
+    }
+    for (engine, how, arguments) in &engines[..2] {
+        let guests = [("writing", Mode::Write, None), ("hotcold", Mode::HotCold, Some(LEISURELY))];
+        for (guest, mode, rate) in guests {
+            let link_bits = Some(GIGABIT);
+            all.push(SetUp { guest, mode, rate, link_bits, engine: *engine, how, arguments, plain: false });
+        }
+    }
+    all
+}
+
+/// What a set-up did: medians.
+#[derive(Clone, Debug, Serialize)]
+struct Row {
+    set_up: String,
+    runs: usize,
+    total_ms: f64,
+    downtime_felt_ms: f64,
+    downtime_reported_ms: f64,
+    worst_stall_ms: f64,
+    worst_64_mib_ms: f64,
+    /// How fast the guest rewrote memory until it left, against before.
+    speed_while_copied: f64,
+    sent_mib: f64,
+    rounds: f64,
+    post_copy: f64,
+    source_rss_mib: f64,
+    destination_rss_mib: f64,
+    source_cpu_s: f64,
+    destination_cpu_s: f64,
+}
+
+/// What all of them did.
+#[derive(Clone, Debug, Serialize)]
+pub struct RamReport {
+    qemu: String,
+    processors: usize,
+    rows: Vec<Row>,
+}
+
+/// Measures; needs root, for the namespaces. `tell` hears what is under way.
+pub async fn bench_ram(options: &RamBenchOptions, tell: impl Fn(&str)) -> Result<RamReport, TestbedError> {
+    let newer = two_qemus().ok().and_then(|[_, newer]| newer);
+    let set_ups: Vec<SetUp> = set_ups().into_iter().filter(|it| it.name().contains(&options.only)).collect();
+    let mut measured: Vec<Vec<Measured>> = set_ups.iter().map(|_| Vec::new()).collect();
+    for round in 1..=options.rounds {
+        for (set_up, runs) in set_ups.iter().zip(&mut measured) {
+            tell(&format!("round {round}: {}", set_up.name()));
+            runs.push(run(options, set_up, newer.clone()).await?);
+        }
+    }
+    let rows =
+        set_ups.iter().zip(&measured).filter(|(_, runs)| !runs.is_empty()).map(|(set_up, runs)| row(set_up, runs));
+    let qemu = newer.map_or_else(|| "the system's".into(), |dir| dir.display().to_string());
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    Ok(RamReport { qemu, processors, rows: rows.collect() })
+}
+
+async fn run(options: &RamBenchOptions, set_up: &SetUp, qemu: Option<PathBuf>) -> Result<Measured, TestbedError> {
+    let trusted = "[[network]]\ncidr = \"192.0.2.0/24\"\nsecurity = \"plain\"".to_owned();
+    let config = if set_up.plain { trusted } else { String::new() };
+    let bed = Testbed::start(TestbedOptions {
+        namespaces: true,
+        link_bits: set_up.link_bits,
+        qemu_dirs: [qemu.clone(), qemu],
+        engine: Some(set_up.engine),
+        config: [config.clone(), config],
+        ..TestbedOptions::new(&options.vmferry)
+    })
+    .await?;
+    let guest = GuestOptions { mem: WRITTEN, threads: 1, mode: set_up.mode, rate: set_up.rate, fill: Fill::Random };
+    let watch = bed.start_guest(VM, bed.guest_command_line(&guest, RAM_MIB, 1)?).await?;
+    measure(&bed, &watch, VM, set_up.arguments).await
+}
+
+fn row(set_up: &SetUp, runs: &[Measured]) -> Row {
+    let median = |figure: &dyn Fn(&Measured) -> f64| {
+        let mut figures: Vec<f64> = runs.iter().map(figure).collect();
+        figures.sort_by(f64::total_cmp);
+        figures[figures.len() / 2]
+    };
+    Row {
+        set_up: set_up.name(),
+        runs: runs.len(),
+        total_ms: median(&|it| it.total_ms),
+        downtime_felt_ms: median(&|it| it.downtime_felt_ms),
+        downtime_reported_ms: median(&|it| it.report.downtime_ms),
+        worst_stall_ms: median(&|it| it.worst_stall_ms),
+        worst_64_mib_ms: median(&|it| it.worst_64_mib_ms),
+        speed_while_copied: median(&|it| it.median_64_mib_ms.0 / it.median_64_mib_ms.1),
+        sent_mib: median(&|it| it.report.sent as f64 / f64::from(1 << 20)),
+        rounds: median(&|it| f64::from(it.report.rounds)),
+        post_copy: runs.iter().filter(|it| it.report.post_copy).count() as f64 / runs.len() as f64,
+        source_rss_mib: median(&|it| it.most_rss_mib[0]),
+        destination_rss_mib: median(&|it| it.most_rss_mib[1]),
+        source_cpu_s: median(&|it| it.cpu_s[0]),
+        destination_cpu_s: median(&|it| it.cpu_s[1]),
+    }
+}
+
+impl RamReport {
+    /// A table to be read.
+    pub fn to_text(&self) -> String {
+        let mut text = format!(
+            "guest of {RAM_MIB} MiB, {} MiB of it in use, {} processors, QEMU in {}; medians\n\n",
+            WRITTEN >> 20,
+            self.processors,
+            self.qemu
+        );
+        let head = [
+            "total s",
+            "downtime",
+            "stall",
+            "64 MiB",
+            "speed",
+            "MiB sent",
+            "rounds",
+            "post-copy",
+            "RSS MiB",
+            "agents' CPU s",
+        ];
+        let _ = write!(text, "{:40}", "");
+        for word in head {
+            let _ = write!(text, "{word:>14}");
+        }
+        text.push('\n');
+        for row in &self.rows {
+            let cells = [
+                format!("{:.2}", row.total_ms / 1e3),
+                format!("{:.0} ms", row.downtime_felt_ms),
+                format!("{:.0} ms", row.worst_stall_ms),
+                format!("{:.0} ms", row.worst_64_mib_ms),
+                format!("{:.2}", row.speed_while_copied),
+                format!("{:.0}", row.sent_mib),
+                format!("{:.0}", row.rounds),
+                format!("{:.0} %", row.post_copy * 100.0),
+                format!("{:.0} / {:.0}", row.source_rss_mib, row.destination_rss_mib),
+                format!("{:.1} / {:.1}", row.source_cpu_s, row.destination_cpu_s),
+            ];
+            let _ = write!(text, "{:40}", row.set_up);
+            for cell in cells {
+                let _ = write!(text, "{cell:>14}");
+            }
+            text.push('\n');
+        }
+        text
+    }
+
+    /// The same for programs.
+    pub fn to_json(&self) -> String {
+        serde_json::to_string_pretty(self).expect("plain data")
+    }
+}
