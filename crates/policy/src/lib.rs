@@ -64,6 +64,9 @@ pub struct Observation {
     pub remaining: Bytes,
     /// The guest's RAM.
     pub total: Bytes,
+    /// How much of what the first round has sent the guest has written again; 0 while too little was sent to tell, and
+    /// where that is not known before the end of a round.
+    pub stale: Percent,
     /// What went over the link so far.
     pub sent: Bytes,
     /// How fast the guest makes pages stale, as of the last completed round; 0 before that.

@@ -12,6 +12,10 @@ use crate::{Action, Bytes, Observation, Percent, Phase, Policy, Reason};
 
 /// A round counts as progress when it has at most this share of the round before to send.
 const PROGRESS: f64 = 0.8;
+/// When more of what the first round has sent is stale while it goes on, rounds lead nowhere.
+const STALE: Percent = Percent(50);
+/// But only when it has gone on for so long.
+const STALE_AFTER: Duration = Duration::from_millis(400);
 /// The throttle begins here and grows by the step, as QEMU's auto-converge does by default.
 const THROTTLE_FIRST: u8 = 20;
 const THROTTLE_STEP: u8 = 10;
@@ -38,6 +42,9 @@ impl Policy for Simple {
         }
         if let Some(action) = self.mind_the_time(seen) {
             return action;
+        }
+        if seen.limits.post_copy && goes_stale(seen) {
+            return self.post_copy();
         }
         if seen.round <= self.round {
             return Action::Continue;
@@ -98,6 +105,11 @@ fn time_for_the_rest(seen: &Observation) -> Duration {
     by_rate.min(seen.elapsed.mul_f64(seen.remaining.0 as f64 / done as f64))
 }
 
+/// The guest writes what was just sent again: another round would only be sent for nothing.
+fn goes_stale(seen: &Observation) -> bool {
+    seen.round == 1 && seen.elapsed >= STALE_AFTER && seen.stale > STALE
+}
+
 fn fits_the_downtime(seen: &Observation) -> bool {
     seen.remaining.time_at(seen.link_rate).is_some_and(|time| time <= seen.limits.downtime)
 }
@@ -146,6 +158,7 @@ mod tests {
                         round,
                         remaining: Bytes((remaining as f64 * (1.0 - part)) as u64),
                         total: Bytes(1024 * MIB),
+                        stale: Percent(0),
                         sent: Bytes(0),
                         dirty_rate: BytesPerSec(dirty_rate),
                         link_rate: BytesPerSec(self.link_rate),
@@ -187,6 +200,7 @@ mod tests {
             round: 1,
             remaining: Bytes(3072 * MIB),
             total: Bytes(4096 * MIB),
+            stale: Percent(0),
             sent: Bytes(5 * MIB),
             dirty_rate: BytesPerSec(0),
             link_rate: BytesPerSec(5 * MIB),
@@ -196,6 +210,31 @@ mod tests {
         assert_eq!(Simple::default().decide(&seen), Action::Continue);
         let slow = Observation { remaining: Bytes(4000 * MIB), ..seen };
         assert_eq!(Simple::default().decide(&slow), Action::PostCopy, "at this pace it takes 40 s");
+    }
+
+    #[test]
+    fn a_guest_that_writes_again_what_was_just_sent_goes_to_post_copy_within_the_first_round() {
+        let seen = Observation {
+            elapsed: Duration::from_secs(1),
+            phase: Phase::PreCopy,
+            round: 1,
+            remaining: Bytes(900 * MIB),
+            total: Bytes(1024 * MIB),
+            stale: Percent(80),
+            sent: Bytes(119 * MIB),
+            dirty_rate: BytesPerSec(0),
+            link_rate: BytesPerSec(119 * MIB),
+            throttle: Percent(0),
+            limits: limits(),
+        };
+        assert_eq!(Simple::default().decide(&seen), Action::PostCopy);
+        for other in [
+            Observation { stale: Percent(40), ..seen },
+            Observation { elapsed: Duration::from_millis(300), ..seen },
+            Observation { limits: Limits { post_copy: false, ..limits() }, ..seen },
+        ] {
+            assert_eq!(Simple::default().decide(&other), Action::Continue, "{other:?}");
+        }
     }
 
     #[test]
@@ -256,6 +295,7 @@ mod tests {
             round: 9,
             remaining: Bytes(512 * MIB),
             total: Bytes(1024 * MIB),
+            stale: Percent(0),
             sent: Bytes(0),
             dirty_rate: BytesPerSec(500 * MIB),
             link_rate: BytesPerSec(119 * MIB),

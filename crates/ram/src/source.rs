@@ -41,6 +41,9 @@ pub(crate) trait WriteLog: Send + Sync {
     /// Writes to these are noticed from now on.
     fn protect(&self, block: usize, bytes: Range<u64>) -> io::Result<()>;
 
+    /// Which of these were written since they were protected. They stay as they are.
+    fn written(&self, block: usize, bytes: Range<u64>, out: &mut Vec<Range<u64>>) -> io::Result<()>;
+
     /// Which of these were written since they were protected; they are protected again.
     fn take_written(&self, block: usize, bytes: Range<u64>, out: &mut Vec<Range<u64>>) -> io::Result<()>;
 }
@@ -48,6 +51,10 @@ pub(crate) trait WriteLog: Send + Sync {
 impl WriteLog for Tracking {
     fn protect(&self, block: usize, bytes: Range<u64>) -> io::Result<()> {
         Tracking::protect(self, block, bytes)
+    }
+
+    fn written(&self, block: usize, bytes: Range<u64>, out: &mut Vec<Range<u64>>) -> io::Result<()> {
+        Tracking::written(self, block, bytes, out)
     }
 
     fn take_written(&self, block: usize, bytes: Range<u64>, out: &mut Vec<Range<u64>>) -> io::Result<()> {
@@ -64,6 +71,9 @@ pub struct Progress {
     pub remaining: u64,
     /// The guest's RAM, in bytes.
     pub total: u64,
+    /// How much of what the first round has sent the guest has written again, as of lately, in percent; 0 while too
+    /// little was sent to tell.
+    pub stale: u8,
     /// How fast the guest made pages stale during the last round, in bytes a second.
     pub dirty_rate: u64,
     /// How fast the link carries pages, in bytes a second; 0 when that is not known yet.
@@ -116,6 +126,7 @@ struct State {
     /// The last one that somebody who waits was told of.
     seen_round: u32,
     dirty_rate: u64,
+    stale: u8,
     converged: bool,
     rounds_ended: bool,
     ready: bool,
@@ -194,6 +205,7 @@ impl Source {
             round: state.round,
             remaining: inner.remaining.load(Ordering::Relaxed) * PAGE,
             total: inner.ram.blocks().iter().map(Block::size).sum(),
+            stale: state.stale,
             dirty_rate: state.dirty_rate,
             link_rate: inner.shipping.rate(),
             converged: state.converged,

@@ -37,6 +37,13 @@ impl WriteLog for Arc<Log> {
         self.take_written(block, bytes, &mut Vec::new())
     }
 
+    fn written(&self, block: usize, bytes: Range<u64>, out: &mut Vec<Range<u64>>) -> io::Result<()> {
+        let written = self.0.lock().unwrap();
+        let pages = written.range((block, bytes.start / PAGE)..(block, bytes.end / PAGE));
+        out.extend(pages.map(|(_, page)| page * PAGE..(page + 1) * PAGE));
+        Ok(())
+    }
+
     fn take_written(&self, block: usize, bytes: Range<u64>, out: &mut Vec<Range<u64>>) -> io::Result<()> {
         let mut written = self.0.lock().unwrap();
         let pages = (block, bytes.start / PAGE)..(block, bytes.end / PAGE);

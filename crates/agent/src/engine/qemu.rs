@@ -287,6 +287,7 @@ impl QemuEngine {
             round: ram.dirty_sync_count as u32,
             remaining: Bytes(ram.remaining),
             total: Bytes(ram.total),
+            stale: Percent(0),
             sent: Bytes(ram.transferred),
             dirty_rate: BytesPerSec(dirty_rate),
             link_rate: BytesPerSec(self.rate.update(ram.transferred, Instant::now())),

@@ -6,6 +6,7 @@
 
 use std::io;
 use std::ops::Range;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
@@ -17,6 +18,10 @@ use crate::PAGE;
 const HOT: u8 = 2;
 /// How often all pages are looked at while there is enough to send.
 const LOOK: Duration = Duration::from_millis(250);
+/// How often it is looked in the first round how much is stale already.
+const GLANCE: Duration = Duration::from_millis(150);
+/// So many pages must have been sent for that: 32 MiB.
+const TELLING: u64 = 8192;
 /// What takes no longer than this is not worth another round.
 const LITTLE: Duration = Duration::from_millis(4);
 /// A round that leaves more than this share of what the last one left is not worth another one either.
@@ -102,7 +107,19 @@ impl Inner {
         for set in self.pending.iter().chain(&self.untouched) {
             set.insert(0..set.pages());
         }
-        self.each_chunk(&chunks, true, |chunk, frame| self.first_time(chunk, frame))?;
+        let glanced = Mutex::new(Instant::now());
+        self.each_chunk(&chunks, true, |chunk, frame| {
+            self.first_time(chunk, frame)?;
+            match glanced.try_lock() {
+                Ok(mut last) if last.elapsed() >= GLANCE => {
+                    self.glance()?;
+                    *last = Instant::now();
+                    Ok(())
+                }
+                _ => Ok(()),
+            }
+        })?;
+        self.lock().stale = 0;
         let (mut before, mut attempts) = (u64::MAX, 0);
         while !self.is_stopped() {
             let written = self.look(&heat)?;
@@ -163,6 +180,27 @@ impl Inner {
         Ok(pages)
     }
 
+    /// Finds out how much of what was sent is stale already.
+    fn glance(&self) -> Result<(), RamError> {
+        let (mut runs, mut stale) = (Vec::new(), 0);
+        for (block, untouched) in self.untouched.iter().enumerate() {
+            let (set, mut chunk) = (&self.pending[block], 0);
+            while chunk < untouched.pages() {
+                let next = untouched.next_run(chunk..untouched.pages()).unwrap_or(untouched.pages()..untouched.pages());
+                let bytes = chunk * CHUNK * PAGE..(next.start * CHUNK).min(set.pages()) * PAGE;
+                runs.clear();
+                self.tracked(|log| log.written(block, bytes, &mut runs))?;
+                stale += runs.iter().map(|run| (run.end - run.start) / PAGE).sum::<u64>();
+                chunk = next.end;
+            }
+        }
+        let sent = self.shipping.pages();
+        if sent >= TELLING {
+            self.lock().stale = (stale * 100 / sent).min(100) as u8;
+        }
+        Ok(())
+    }
+
     /// Nothing was sent of it yet.
     fn first_time(&self, chunk: Chunk, frame: &mut Filling) -> Result<(), RamError> {
         let pages = self.pages_of(chunk);
@@ -170,11 +208,11 @@ impl Inner {
         self.tracked(|log| log.protect(chunk.block, bytes.clone()))?;
         self.untouched[chunk.block].remove(chunk.index..chunk.index + 1);
         self.remaining.fetch_sub(self.pending[chunk.block].remove(pages), Ordering::Relaxed);
-        for data in self.ram.blocks()[chunk.block].data(bytes).map_err(RamError::io)? {
-            // The destination's RAM is all zero when it is new.
-            self.read(frame, chunk.block, data.start / PAGE..data.end / PAGE, false)?;
+        match self.ram.blocks()[chunk.block].first_data(bytes.clone()).map_err(RamError::io)? {
+            // The destination's RAM is all zero when it is new: holes and zeroes are not told.
+            Some(data) => self.read(frame, chunk.block, data / PAGE..bytes.end / PAGE, false),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     /// Sends what is pending of it and colder than that.

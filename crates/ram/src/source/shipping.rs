@@ -117,6 +117,8 @@ struct Sent {
     /// Nothing can be sent any more.
     over: Option<LinkDown>,
     rate: Rate,
+    /// How many were sent at all.
+    pages: u64,
 }
 
 impl Shipping {
@@ -131,6 +133,7 @@ impl Shipping {
             pass: 1,
             over: None,
             rate: Rate::new(),
+            pages: 0,
         };
         Self { link, pool: Arc::default(), sent: Mutex::new(sent), progress: Condvar::new() }
     }
@@ -219,6 +222,11 @@ impl Shipping {
         self.progress.notify_all();
     }
 
+    /// How many pages were sent, without those of zeroes.
+    pub(super) fn pages(&self) -> u64 {
+        self.lock().pages
+    }
+
     /// How many frames were sent.
     pub(super) fn frames(&self) -> u64 {
         self.lock().next - 1
@@ -253,6 +261,7 @@ impl Sent {
         for (block, chunk) in chunks(&frame.runs) {
             self.last[block][chunk] = number;
         }
+        self.pages += frame.data;
         self.on_the_way.push_back((number, frame.data * PAGE));
         self.bytes += frame.data * PAGE;
         number
