@@ -14,8 +14,9 @@ use crate::{Action, Bytes, Observation, Percent, Phase, Policy, Reason};
 const PROGRESS: f64 = 0.8;
 /// When more of what the first round has sent is stale while it goes on, rounds lead nowhere.
 const STALE: Percent = Percent(50);
-/// But only when it has gone on for so long.
-const STALE_AFTER: Duration = Duration::from_millis(400);
+/// The same while it has not gone on for long: what goes stale so fast outruns the link.
+const STALE_SOON: Percent = Percent(30);
+const SOON: Duration = Duration::from_secs(2);
 /// The throttle begins here and grows by the step, as QEMU's auto-converge does by default.
 const THROTTLE_FIRST: u8 = 20;
 const THROTTLE_STEP: u8 = 10;
@@ -107,7 +108,8 @@ fn time_for_the_rest(seen: &Observation) -> Duration {
 
 /// The guest writes what was just sent again: another round would only be sent for nothing.
 fn goes_stale(seen: &Observation) -> bool {
-    seen.round == 1 && seen.elapsed >= STALE_AFTER && seen.stale > STALE
+    let most = if seen.elapsed <= SOON { STALE_SOON } else { STALE };
+    seen.round == 1 && seen.stale > most
 }
 
 fn fits_the_downtime(seen: &Observation) -> bool {
@@ -229,8 +231,8 @@ mod tests {
         };
         assert_eq!(Simple::default().decide(&seen), Action::PostCopy);
         for other in [
-            Observation { stale: Percent(40), ..seen },
-            Observation { elapsed: Duration::from_millis(300), ..seen },
+            Observation { stale: Percent(25), ..seen },
+            Observation { stale: Percent(45), elapsed: Duration::from_secs(4), ..seen },
             Observation { limits: Limits { post_copy: false, ..limits() }, ..seen },
         ] {
             assert_eq!(Simple::default().decide(&other), Action::Continue, "{other:?}");
