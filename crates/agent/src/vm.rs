@@ -196,6 +196,7 @@ impl Vm {
             adopted: self.spec.adopted,
             console: self.console.is_some(),
             engine: crate::engine::qemu::NAME.into(),
+            external_obstacle: None,
             migration,
         }
     }

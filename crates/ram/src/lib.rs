@@ -1,16 +1,45 @@
 //! The RAM of a running QEMU, moved from outside: QEMU knows nothing of it and is not changed.
 //!
-//! Guest RAM is a shared file, so [`GuestRam`] reads and writes it like one. Two kernel interfaces do the rest:
+//! # How it works
 //!
-//! - [`Tracking`], at the source: which pages the guest wrote since they were last looked at.
-//! - [`Arrival`], at the destination: the guest runs while RAM is missing, waits at a page that is not there yet, and
-//!   goes on when it is placed.
+//! Guest RAM is a shared file that QEMU has mapped, so [`GuestRam`] reads and writes it like one. Two kernel interfaces
+//! do the rest, and both are for a process's own memory only: so a *userfaultfd* is made inside QEMU, by stopping one of
+//! its threads for a fraction of a millisecond and having it make one system call (`kernel/inject.rs`).
 //!
-//! Both rest on a userfaultfd, which a process can make only for its own memory. So it is made inside QEMU: one of its
-//! threads is stopped for less than a millisecond, makes one system call, and goes on as if nothing had been.
+//! - [`Tracking`], at the source: pages are write-protected in a way in which nobody waits (`UFFD_FEATURE_WP_ASYNC`). The
+//!   first write to a page lifts its protection, and a scan of the page map (`PAGEMAP_SCAN`) finds those and protects
+//!   them again in one step. Its descriptor is ours alone, so whatever becomes of the agent, the kernel undoes it.
+//! - [`Arrival`], at the destination in post-copy: whoever touches a page that is not there waits
+//!   (`UFFDIO_REGISTER_MODE_MISSING`) until it is put there (`UFFDIO_COPY`), which never overwrites a page that is. Its
+//!   descriptor stays in QEMU, so that the guest's threads simply wait while there is no agent, and the next one goes on.
 //!
-//! [`support`] tells whether this host can do that. Addresses are nobody's business but this crate's: callers name a
-//! [`Block`] by its place in [`GuestRam::blocks`], and offsets within it in bytes.
+//! [`Source`] sends: all RAM once, then in rounds what was written since; each page is protected before it is read, so
+//! what was read is still true or will be sent again. Hot pages come last in a round. When the guest is paused, the rest
+//! is sent, or the destination is told what it has not got. [`serve`] receives into a [`Landing`]. There, in post-copy,
+//! what is stale was punched out before the guest runs, so a hole is either a page to be fetched or one of zeroes, and
+//! the RAM itself is the record of what has come. So the source of a post-copy needs no memory of its own: over a new
+//! link, or as a new process, it is told what is missing and sends that.
+//!
+//! # What it relies on
+//!
+//! Linux 6.7 for `PAGEMAP_SCAN` and asynchronous write protection (Documentation/admin-guide/mm/pagemap.rst and
+//! userfaultfd.rst); `pidfd_getfd` and `ptrace` on QEMU; shared RAM in memory or on tmpfs; QEMU's `x-ignore-shared`,
+//! which since 8.1 wants RAM that was given by a path. [`support`] tells by trying whether this host can do it.
+//!
+//! Writes are seen when they go through QEMU's page tables: the guest's, QEMU's own, the kernel's for either (vhost).
+//! What other processes or devices write by themselves is not (vhost-user, VFIO), and of a read around the host's cache
+//! (`O_DIRECT`) only the beginning is: such VMs are left to QEMU's own engine.
+//!
+//! # Limits
+//!
+//! Tried under TCG on x86-64 with QEMU 7.2 and 10.0. KVM was not at hand: there a write fault also takes the hardware's
+//! second page table apart, which costs more than here, and a guest that nests guests has writes that only KVM knows of.
+//! A look at all pages takes about 1 to 2 ms a GiB and thread, also the last one with the guest paused, and what is stale
+//! is punched out by one thread: guests of hundreds of GiB wait for that. An agent that is killed while a thread
+//! of QEMU makes our system call leaves that thread astray. Huge pages of hugetlbfs are refused.
+//!
+//! Addresses are nobody's business but this crate's: callers name a [`Block`] by its place in [`GuestRam::blocks`], and
+//! offsets within it in bytes.
 
 mod arrival;
 mod destination;

@@ -319,6 +319,15 @@ fn workers() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from).clamp(1, MOST_WORKERS)
 }
 
+/// Has so many threads, of which the caller's is one, do the same.
+fn in_threads(count: usize, work: impl Fn() -> Result<(), RamError> + Sync) -> Result<(), RamError> {
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (1..count).map(|_| scope.spawn(&work)).collect();
+        let result = work();
+        threads.into_iter().fold(result, |result, thread| result.and(thread.join().expect("moving RAM does not panic")))
+    })
+}
+
 impl Inner {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().expect("no holder of this lock panics")

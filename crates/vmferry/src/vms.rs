@@ -56,6 +56,10 @@ pub(crate) async fn show(client: &Client, name: &str, json: bool) -> Result<(), 
         Some(detail) => format!("{} ({detail})", vm.state),
         None => vm.state.clone(),
     };
+    let engine = match &vm.external_obstacle {
+        Some(why) => format!("{} (external cannot be used: {why})", vm.engine),
+        None => format!("{} (external can be used)", vm.engine),
+    };
     let rows = [
         ("name", Some(vm.name.clone())),
         ("state", Some(state)),
@@ -65,7 +69,7 @@ pub(crate) async fn show(client: &Client, name: &str, json: bool) -> Result<(), 
         ("qemu", vm.qemu_version.clone()),
         ("machine", vm.machine.clone()),
         ("accelerator", vm.accelerator.clone()),
-        ("RAM engine", Some(vm.engine.clone())),
+        ("RAM engine", Some(engine)),
         ("console", Some(yes_no(vm.console))),
         ("adopted", Some(yes_no(vm.adopted))),
         ("command line", Some(vm.argv.join(" "))),

@@ -19,12 +19,13 @@ use utoipa_axum::routes;
 use uuid::Uuid;
 
 use super::types::{
-    AdoptRequest, Hello, MigrateRequest, MigrationEvent, MigrationView, PairRequest, PeerView, PeersView, PlanView,
-    Problem, RunRequest, Started, StopRequest, TokenRequest, TokenView, TrialRequest, VmView,
+    AdoptRequest, EngineName, Hello, MigrateRequest, MigrationEvent, MigrationView, PairRequest, PeerView, PeersView,
+    PlanView, Problem, RunRequest, Started, StopRequest, TokenRequest, TokenView, TrialRequest, VmView,
 };
 use super::{Answer, ApiError, upgraded};
 use crate::console::Viewer;
-use crate::error::AgentError;
+use crate::engine::external;
+use crate::error::{AgentError, in_one_line};
 use crate::link_trial::TrialResult;
 use crate::{Agent, lifecycle, link_trial, migration, trust};
 
@@ -94,7 +95,15 @@ async fn adopt(State(agent): Shared, Json(request): Json<AdoptRequest>) -> Answe
 #[utoipa::path(get, path = "/v1/vms/{name}", params(("name" = String, Path)),
     responses((status = 200, body = VmView), (status = "default", body = Problem)))]
 async fn show(State(agent): Shared, Path(name): Path<String>) -> Answer<VmView> {
-    Ok(Json(agent.vm(&name)?.view().await))
+    let vm = agent.vm(&name)?;
+    let mut view = vm.view().await;
+    view.engine = agent.config.engine.unwrap_or(EngineName::Qemu).to_string();
+    if view.migration.is_none() && vm.is_alive() {
+        // A QEMU that does not answer keeps nobody from being shown.
+        view.external_obstacle =
+            external::obstacle(&agent, &vm).await.unwrap_or_else(|error| Some(in_one_line(&error)));
+    }
+    Ok(Json(view))
 }
 
 /// Stops a VM.

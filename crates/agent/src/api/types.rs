@@ -169,8 +169,11 @@ pub struct VmView {
     pub adopted: bool,
     /// `vmferry console` works for it.
     pub console: bool,
-    /// The RAM engine that a migration would use.
+    /// The RAM engine that a migration uses unless its user says otherwise.
     pub engine: String,
+    /// Why the agents cannot move this VM's RAM themselves; none when they can, or when that was not looked at.
+    #[serde(default)]
+    pub external_obstacle: Option<String>,
     /// The migration under way.
     pub migration: Option<Uuid>,
 }

@@ -9,7 +9,7 @@ use serde_json::json;
 use vmferry_qemu::qmp::commands::*;
 use vmferry_qemu::*;
 
-use super::{Vm, start, with_each_qemu};
+use super::{Vm, Wish, start, try_start, with_each_qemu};
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
@@ -72,8 +72,29 @@ async fn assert_memfds(vm: &Vm, expected: &[(&str, u64, u64)]) {
     assert_eq!(obstacles(vm).await, []);
 }
 
+/// All but that the RAM of these tests, being memfds, has no path.
 async fn obstacles(vm: &Vm) -> Vec<Obstacle> {
-    external_obstacles(&vm.launched.qmp).await.unwrap()
+    let all = external_obstacles(&vm.launched.qmp).await.unwrap();
+    all.into_iter().filter(|it| !matches!(it, Obstacle::NoPath { .. })).collect()
+}
+
+#[tokio::test]
+async fn ram_that_qemu_would_send_itself_is_an_obstacle_and_ours_is_not() {
+    with_each_qemu(|qemu| async move {
+        let ours =
+            try_start(&qemu, Wish { shared_ram: true, ..Wish::new("-M q35 -m 64M -nodefaults -S") }).await.unwrap();
+        assert_eq!(external_obstacles(&ours.launched.qmp).await.unwrap(), []);
+        let memfd =
+            "-M q35,memory-backend=ram0 -m 64M -nodefaults -S -object memory-backend-memfd,id=ram0,size=64M,share=on";
+        let memfd = start(&qemu, memfd).await;
+        let version = memfd.launched.qmp.execute(QueryVersion {}).await.unwrap().to_string();
+        let expected = match version.starts_with("7.") {
+            true => vec![],
+            false => vec![Obstacle::NoPath { backend: "ram0".into() }],
+        };
+        assert_eq!(external_obstacles(&memfd.launched.qmp).await.unwrap(), expected, "{version}");
+    })
+    .await;
 }
 
 /// Plugs 256 MiB in, as `more`.

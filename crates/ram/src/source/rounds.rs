@@ -7,15 +7,18 @@
 use std::io;
 use std::ops::Range;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use super::shipping::{CHUNK, Filling};
-use super::{Inner, RamError, WriteLog, workers};
+use super::{Inner, RamError, WriteLog, in_threads, workers};
 use crate::PAGE;
+use crate::pages::PageSet;
 
 /// Written at so many looks in a row, a page is hot.
 const HOT: u8 = 2;
+/// How many pages one thread looks at, at a time: 512 MiB.
+const SPAN: u64 = 1 << 17;
 /// How often all pages are looked at while there is enough to send.
 const LOOK: Duration = Duration::from_millis(250);
 /// How often it is looked in the first round how much is stale already.
@@ -41,10 +44,10 @@ impl Heat {
         self.0[block][page as usize].load(Ordering::Relaxed)
     }
 
-    /// A look found these written, and the others not.
-    fn look(&self, block: usize, written: &[Range<u64>]) {
-        let heat = &self.0[block];
-        let mut from = 0;
+    /// A look at these pages found some written, and the others not.
+    fn look(&self, span: &Span, written: &[Range<u64>]) {
+        let heat = &self.0[span.block][..span.pages.end as usize];
+        let mut from = span.pages.start as usize;
         for run in written {
             let (start, end) = ((run.start / PAGE) as usize, (run.end / PAGE) as usize);
             heat[from..start].iter().for_each(|cold| cold.store(0, Ordering::Relaxed));
@@ -55,6 +58,12 @@ impl Heat {
         }
         heat[from..].iter().for_each(|cold| cold.store(0, Ordering::Relaxed));
     }
+}
+
+/// A part of a block that one thread looks at, at a time.
+struct Span {
+    block: usize,
+    pages: Range<u64>,
 }
 
 /// A part of a block that one thread sends at a time.
@@ -122,14 +131,15 @@ impl Inner {
         self.lock().stale = 0;
         let (mut before, mut attempts) = (u64::MAX, 0);
         while !self.is_stopped() {
-            let written = self.look(&heat)?;
             let since = looked.elapsed();
             looked = Instant::now();
+            let written = self.look(|span, runs| heat.look(span, runs))?;
+            let look = looked.elapsed();
             let left: u64 = self.pending.iter().map(|set| set.count(0..set.pages())).sum();
             self.remaining.store(left, Ordering::Relaxed);
             let dirty_rate = (written as f64 * PAGE as f64 / since.as_secs_f64().max(1e-3)) as u64;
             let time = self.time_for(left);
-            let fits = time.is_some_and(|time| time + STATE_TIME <= self.downtime);
+            let fits = time.is_some_and(|time| time + look + STATE_TIME <= self.downtime);
             attempts = if fits { attempts + 1 } else { 0 };
             let enough = time.is_some_and(|time| time <= LITTLE) || left as f64 > before as f64 * SHRINKS;
             before = left;
@@ -165,19 +175,30 @@ impl Inner {
         (rate > 0).then(|| Duration::from_secs_f64(pages as f64 * PAGE as f64 / rate as f64))
     }
 
-    /// Looks which pages were written, and protects them. Gives back how many.
-    fn look(&self, heat: &Heat) -> Result<u64, RamError> {
-        let (mut runs, mut pages) = (Vec::new(), 0);
-        for (block, set) in self.pending.iter().enumerate() {
-            runs.clear();
-            self.tracked(|log| log.take_written(block, 0..set.pages() * PAGE, &mut runs))?;
-            for run in &runs {
-                set.insert(run.start / PAGE..run.end / PAGE);
-                pages += (run.end - run.start) / PAGE;
+    /// Looks which pages were written, protects them, and tells of each part. Gives back how many there were.
+    fn look(&self, found: impl Fn(&Span, &[Range<u64>]) + Sync) -> Result<u64, RamError> {
+        let blocks = self.pending.iter().map(PageSet::pages).enumerate();
+        let spans = blocks.flat_map(|(block, pages)| {
+            (0..pages).step_by(SPAN as usize).map(move |first| Span { block, pages: first..(first + SPAN).min(pages) })
+        });
+        let (spans, pages): (Vec<Span>, _) = (spans.collect(), AtomicU64::new(0));
+        let next = AtomicUsize::new(0);
+        let look = || {
+            let mut runs = Vec::new();
+            while let Some(span) = spans.get(next.fetch_add(1, Ordering::Relaxed)) {
+                runs.clear();
+                let bytes = span.pages.start * PAGE..span.pages.end * PAGE;
+                self.tracked(|log| log.take_written(span.block, bytes, &mut runs))?;
+                for run in &runs {
+                    self.pending[span.block].insert(run.start / PAGE..run.end / PAGE);
+                    pages.fetch_add((run.end - run.start) / PAGE, Ordering::Relaxed);
+                }
+                found(span, &runs);
             }
-            heat.look(block, &runs);
-        }
-        Ok(pages)
+            Ok(())
+        };
+        in_threads(workers().min(spans.len()), look)?;
+        Ok(pages.into_inner())
     }
 
     /// Finds out how much of what was sent is stale already.
@@ -298,26 +319,12 @@ impl Inner {
             }
             self.shipping.ship(frame).map_err(RamError::from)
         };
-        std::thread::scope(|scope| {
-            let threads: Vec<_> = (1..workers()).map(|_| scope.spawn(work)).collect();
-            let mut result = work();
-            for thread in threads {
-                result = result.and(thread.join().expect("sending pages does not panic"));
-            }
-            result
-        })
+        in_threads(workers(), work)
     }
 
     /// The guest is paused: what was written since the last look is the last of it.
     pub(super) fn last_look(&self) -> Result<(), RamError> {
-        let mut runs = Vec::new();
-        for (block, set) in self.pending.iter().enumerate() {
-            runs.clear();
-            self.tracked(|log| log.take_written(block, 0..set.pages() * PAGE, &mut runs))?;
-            for run in &runs {
-                set.insert(run.start / PAGE..run.end / PAGE);
-            }
-        }
+        self.look(|_, _| ())?;
         self.forget_holes()?;
         let left = self.pending.iter().map(|set| set.count(0..set.pages())).sum();
         self.remaining.store(left, Ordering::Relaxed);
