@@ -311,7 +311,7 @@ async fn drive_by_hand(qemu: Option<PathBuf>, guest: &GuestOptions) -> Result<Ru
 
     let mut command = bed.beta().process(&binary);
     command
-        .args(argv.iter().skip(1).map(|word| word.replace(&theirs, &dir.display().to_string())))
+        .args(argv.iter().skip(1).map(|word| of_its_own(&word.replace(&theirs, &dir.display().to_string()))))
         .args(["-incoming", "defer"])
         .envs(environment_of(&environment))
         .current_dir(&dir)
@@ -356,6 +356,17 @@ async fn drive_by_hand(qemu: Option<PathBuf>, guest: &GuestOptions) -> Result<Ru
     let run = felt(&watch, begun, total, copy);
     there.kill().await?;
     Ok(run)
+}
+
+/// The source's RAM is a descriptor that it has inherited.
+fn of_its_own(word: &str) -> String {
+    match word.split_once("mem-path=/proc/self/fd/") {
+        Some((before, after)) => {
+            let rest = after.trim_start_matches(|digit: char| digit.is_ascii_digit());
+            format!("{before}mem-path=/dev/shm{rest}")
+        }
+        None => word.to_owned(),
+    }
 }
 
 fn environment_of(bytes: &[u8]) -> impl Iterator<Item = (String, String)> {
