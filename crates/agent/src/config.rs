@@ -177,8 +177,8 @@ pub struct Config {
     pub reserved_memory: ByteSize,
     /// Folders searched for QEMU before `PATH`.
     pub qemu_dirs: Vec<PathBuf>,
-    /// Which RAM engine is used unless a user says otherwise; without it, the agents move the RAM wherever they can.
-    pub engine: Option<EngineName>,
+    /// Which RAM engine is used unless a user says otherwise.
+    pub engine: EngineName,
     /// How log lines are written.
     pub log_format: LogFormat,
 }
@@ -196,7 +196,7 @@ impl Default for Config {
             authority: None,
             reserved_memory: ByteSize::mib(512),
             qemu_dirs: Vec::new(),
-            engine: None,
+            engine: EngineName::default(),
             log_format: LogFormat::Text,
         }
     }

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
-use vmferry_link::{CipherSpeed, SessionId, SessionKey};
+use vmferry_link::CipherSpeed;
 use vmferry_qemu::qmp::commands;
 use vmferry_qemu::{
     Accel, CommandLine, Endpoint, Incoming as IncomingLaunch, MigrationStatus, QemuInfo, QmpError, RunState,
@@ -29,12 +29,12 @@ use crate::api::types::VmSpec;
 use crate::config::Security;
 use crate::engine::external;
 use crate::engine::qemu::{set_capabilities, tls_priority};
-use crate::engine::{Protection, Setup};
+use crate::engine::{NewSession, Protection, Setup};
 use crate::error::{AgentError, in_one_line};
 use crate::lifecycle::check_name;
 use crate::recovery;
 use crate::relay;
-use crate::store::{InStep, Source, VmRecord};
+use crate::store::{InStep, Source};
 use crate::trust::{self, Caller};
 use crate::vm::{Stage, Vm};
 
@@ -83,17 +83,6 @@ pub struct Offer {
     /// The agents move the RAM themselves, over a link with this session.
     #[serde(default)]
     pub external: Option<NewSession>,
-}
-
-/// A link that is about to be made.
-#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
-pub struct NewSession {
-    /// Its session.
-    #[schema(value_type = String)]
-    pub session: SessionId,
-    /// Its key.
-    #[schema(value_type = String)]
-    pub key: SessionKey,
 }
 
 /// This host could take the VM.
@@ -268,9 +257,9 @@ pub async fn prepare(agent: &Arc<Agent>, mut offer: Offer, caller: Caller) -> Re
     tokio::spawn(watch_lease(Arc::clone(agent), incoming));
     let known = info.features.capabilities();
     let received = match offer.external {
-        Some(NewSession { session, key }) => {
+        Some(session) => {
             let plain = offer.protection == Protection::Plain;
-            let expected = arrival::Expected { session: (session, key), source: caller.key, plain };
+            let expected = arrival::Expected { session, source: caller.key, plain };
             let begun = arrival::begin(agent, &vm, offer.id, known, expected).await;
             begun.map(|()| Prepared { port: None, setup: offer.setup, notes: Vec::new() })
         }
@@ -578,9 +567,7 @@ pub async fn recover(agent: &Arc<Agent>, id: Uuid, caller: &Caller) -> Result<In
 
 /// The source's agent is to send the rest of the RAM over a new link. QEMU is not asked: it may wait for that.
 async fn await_ram(agent: &Arc<Agent>, id: Uuid, name: &str, caller: &Caller) -> Result<IncomingState, AgentError> {
-    let records = agent.store.vms()?;
-    let lives = |it: &&VmRecord| it.spec.name == name && vmferry_qemu::is_same_process(it.pid, it.start_time);
-    let Some(record) = records.iter().find(lives) else {
+    let Some(record) = recovery::living(agent, name)? else {
         if let Some(arrival) = agent.take_arrival(id) {
             arrival.give_up();
         }
@@ -590,9 +577,7 @@ async fn await_ram(agent: &Arc<Agent>, id: Uuid, name: &str, caller: &Caller) ->
     let mut state = state(agent, id)?;
     match arrival::again(agent, id, &agent.config.vm_dir(name), record.pid, caller.key).await? {
         arrival::Standing::Complete => state.complete = true,
-        arrival::Standing::Awaited(session, key) => {
-            (state.listens, state.session) = (true, Some(NewSession { session, key }));
-        }
+        arrival::Standing::Awaited(session) => (state.listens, state.session) = (true, Some(session)),
     }
     Ok(state)
 }

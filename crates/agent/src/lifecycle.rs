@@ -1,7 +1,7 @@
 //! From `run` to the end of a VM's QEMU: starting, adopting, watching, stopping.
 
 use std::os::fd::AsRawFd;
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -47,7 +47,7 @@ pub(crate) async fn run(agent: &Arc<Agent>, request: RunRequest) -> Result<Start
     };
     let (vm, notes) = agent.launch(&spec, &command, accel, None).await?;
     tracing::info!(vm = vm.name(), pid = vm.pid, "runs");
-    Ok(Started { vm: vm.view().await, notes })
+    Ok(Started { vm: vm.view(agent.config.engine).await, notes })
 }
 
 /// Takes over a QEMU that somebody else started.
@@ -90,7 +90,7 @@ pub(crate) async fn adopt(agent: &Arc<Agent>, request: AdoptRequest) -> Result<S
     let vm = agent.take(&record, qmp).await?;
     agent.store.put_vm(&record)?;
     tracing::info!(vm = vm.name(), pid, "adopted");
-    Ok(Started { vm: vm.view().await, notes: Vec::new() })
+    Ok(Started { vm: vm.view(agent.config.engine).await, notes: Vec::new() })
 }
 
 /// Stops a VM: asks the guest to shut down, or ends its QEMU.
@@ -294,7 +294,8 @@ impl Agent {
 }
 
 /// A new, empty folder that only we may enter.
-fn make_private_dir(dir: &PathBuf) -> Result<(), AgentError> {
+/// Makes a folder that only we can enter, in place of what was there.
+pub(crate) fn make_private_dir(dir: &Path) -> Result<(), AgentError> {
     use std::os::unix::fs::DirBuilderExt;
     match std::fs::remove_dir_all(dir) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(AgentError::io(dir)(error)),

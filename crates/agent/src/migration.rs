@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
-use vmferry_link::{Cipher, Fingerprint, SessionId, SessionKey, fastest_cipher};
+use vmferry_link::{Cipher, Fingerprint, fastest_cipher};
 use vmferry_policy::{Action, Limits, Policy, Simple};
 use vmferry_qemu::qmp::commands;
 use vmferry_qemu::{Endpoint, Features, MigrationStatus, QmpError, RunState, StreamKey, protect_streams};
@@ -32,9 +32,9 @@ use crate::config::Security;
 use crate::disks;
 use crate::engine::external::{self, ExternalEngine, WayThere};
 use crate::engine::qemu::{self, QemuEngine, Wishes};
-use crate::engine::{EngineError, NewConnection, Protection, RamEngine, Seen, Setup, Totals};
+use crate::engine::{EngineError, NewConnection, NewSession, Protection, RamEngine, Seen, Setup, Totals};
 use crate::error::{AgentError, in_one_line};
-use crate::incoming::{CheckReply, IncomingState, NewSession, Offer, tcp_uri};
+use crate::incoming::{CheckReply, IncomingState, Offer, tcp_uri};
 use crate::peer::{Peer, PeerError};
 use crate::relay::Relay;
 use crate::store::{InStep, OutRecord, OutStep};
@@ -277,7 +277,7 @@ async fn plan(agent: &Agent, vm: &Vm, id: Uuid, request: &MigrateRequest) -> Res
     let there = peer.check(&offer).await?;
     let (features, can_tls) = agent.features_of(vm).await?;
     let mut notes = Vec::new();
-    let engine = choose_engine(agent, vm, request, &there, &mut notes).await?;
+    let engine = choose_engine(agent, vm, request, &there).await?;
     let is_external = engine.name() == EngineName::External;
     let cipher = fastest_cipher(&agent.ciphers_for(remote), &there.ciphers);
     let protect = match (agent.config.security_of(remote), there.security) {
@@ -347,34 +347,27 @@ async fn plan(agent: &Agent, vm: &Vm, id: Uuid, request: &MigrateRequest) -> Res
     })
 }
 
-/// The agents move the RAM wherever they can.
+/// The one that is wanted, if it can be used.
 async fn choose_engine(
     agent: &Agent,
     vm: &Vm,
     request: &MigrateRequest,
     there: &CheckReply,
-    notes: &mut Vec<String>,
 ) -> Result<Engine, AgentError> {
-    // The younger engine is for those who ask for it.
-    let wanted = request.engine.or(agent.config.engine).or(Some(EngineName::Qemu));
-    if wanted == Some(EngineName::Qemu) {
+    if request.engine.unwrap_or(agent.config.engine) == EngineName::Qemu {
         return Ok(Engine::Qemu);
     }
-    let here = external::obstacle(agent, vm).await?;
+    let here = external::movable(agent, vm).await?;
     let at_destination = there.external_obstacle.as_ref().map(|why| format!("at {}: {why}", there.host));
     // Nothing but post-copy makes every guest's migration end yet.
     let without = (!request.post_copy).then(|| "without post-copy only QEMU can slow the guest down".to_owned());
-    match (here.or(at_destination).or(without), wanted) {
-        (None, _) => Ok(Engine::External(external::backends_of(vm).await?)),
-        (Some(why), Some(EngineName::External)) => Err(AgentError::NotMigratable {
+    match (here, at_destination.or(without)) {
+        (Ok(backends), None) => Ok(Engine::External(backends)),
+        (Err(why), _) | (Ok(_), Some(why)) => Err(AgentError::NotMigratable {
             name: vm.name().into(),
             reason: format!("its RAM cannot be moved by the agents: {why}"),
             hint: Some("let QEMU move it: --engine qemu".into()),
         }),
-        (Some(why), _) => {
-            notes.push(format!("QEMU moves the RAM itself: {why}."));
-            Ok(Engine::Qemu)
-        }
     }
 }
 
@@ -549,10 +542,9 @@ impl Run {
             vmferry_qemu::unprotect_streams(&self.vm.qmp).await?;
             qemu::set_capabilities(&self.vm.qmp, plan.features.capabilities(), &[external::CAPABILITY]).await?;
             let trusted = plan.protect == Protect::Not;
-            external::begin_sending(&self.vm, trusted)?;
+            external::make_folder(&external::sending_dir(&self.vm), trusted)?;
             plan.offer.protection = if trusted { Protection::Plain } else { Protection::Relay };
-            let (session, key) = (SessionId::random(), SessionKey::random());
-            plan.offer.external = Some(NewSession { session, key });
+            plan.offer.external = Some(NewSession::random());
         } else {
             external::forget(&self.vm);
             plan.offer.setup = qemu::choose(&self.vm.qmp, &plan.features, has, self.limits.post_copy).await?;
@@ -566,7 +558,7 @@ impl Run {
         for note in &prepared.notes {
             self.migration.note(note.clone());
         }
-        if let (Engine::External(backends), Some(NewSession { session, key })) = (&plan.engine, &plan.offer.external) {
+        if let (Engine::External(backends), Some(session)) = (&plan.engine, &plan.offer.external) {
             let way = WayThere {
                 address: plan.peer.address().into(),
                 identity: Arc::clone(&self.agent.trusts.identity),
@@ -582,12 +574,11 @@ impl Run {
                 backends: backends.clone(),
                 dir: external::sending_dir(&self.vm),
                 way,
-                session: (*session, key.clone()),
                 limits: self.limits,
                 bandwidth: self.bandwidth,
                 was_running: plan.offer.running,
             };
-            return Ok(Box::new(ExternalEngine::new(self.vm.qmp.clone(), wishes)));
+            return Ok(Box::new(ExternalEngine::new(self.vm.qmp.clone(), wishes, session.clone())));
         }
         if prepared.setup != plan.offer.setup {
             let names: Vec<&str> = prepared.setup.capabilities.iter().map(String::as_str).collect();
@@ -933,7 +924,7 @@ impl Way {
         match self {
             Self::Direct(address) => Some(NewConnection::Uri(tcp_uri(*address, state.port?))),
             Self::Relayed(uri) => Some(NewConnection::Uri(uri.clone())),
-            Self::Link => state.session.clone().map(|it| NewConnection::Session(it.session, it.key)),
+            Self::Link => state.session.clone().map(NewConnection::Session),
         }
     }
 }

@@ -8,7 +8,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use uuid::Uuid;
-use vmferry_link::{SessionId, SessionKey};
 use vmferry_policy::Limits;
 use vmferry_qemu::Qmp;
 use vmferry_qemu::qmp::commands::QueryMigrate;
@@ -105,7 +104,7 @@ async fn find_again(agent: &Arc<Agent>, mut record: VmRecord) -> Result<(), Agen
         tokio::spawn(watch_lease(Arc::clone(agent), incoming));
     } else {
         set_running(agent, &vm).await?;
-        let state = vm.view().await.state;
+        let state = vm.view(agent.config.engine).await.state;
         tracing::info!(vm = name, pid = record.pid, state, "found again");
     }
     Ok(())
@@ -133,8 +132,13 @@ pub(crate) async fn settle(agent: Arc<Agent>, record: OutRecord) {
 
 /// A QEMU of that name is on record and lives, whether or not it answers.
 pub(crate) fn lives(agent: &Agent, name: &str) -> bool {
-    let records = agent.store.vms().unwrap_or_default();
-    records.iter().any(|it| it.spec.name == name && vmferry_qemu::is_same_process(it.pid, it.start_time))
+    matches!(living(agent, name), Ok(Some(_)))
+}
+
+/// The record of a QEMU of that name that lives, whether or not it answers.
+pub(crate) fn living(agent: &Agent, name: &str) -> Result<Option<VmRecord>, AgentError> {
+    let is_it = |it: &VmRecord| it.spec.name == name && vmferry_qemu::is_same_process(it.pid, it.start_time);
+    Ok(agent.store.vms()?.into_iter().find(is_it))
 }
 
 /// The source's QEMU is gone: nothing is left to hand over, and what was handed over stays where it is.
@@ -266,7 +270,6 @@ async fn resumed_external(agent: &Agent, vm: &Vm, record: &OutRecord) -> Result<
             peer: record.peer_key,
             protection: (!plain).then_some(None),
         },
-        session: (SessionId::random(), SessionKey::random()),
         limits: NO_LIMITS,
         bandwidth: None,
         was_running: record.running,

@@ -8,7 +8,7 @@ use uuid::Uuid;
 use vmferry_qemu::qmp::commands;
 use vmferry_qemu::{Qmp, QmpError, RunState};
 
-use crate::api::types::{VmSpec, VmView};
+use crate::api::types::{EngineName, VmSpec, VmView};
 use crate::console::Console;
 use crate::store::VmRecord;
 
@@ -162,7 +162,7 @@ impl Vm {
     }
 
     /// The VM as a user sees it now.
-    pub(crate) async fn view(&self) -> VmView {
+    pub(crate) async fn view(&self, engine: EngineName) -> VmView {
         let (state, detail, migration) = match self.stage() {
             Stage::Owned | Stage::Planning | Stage::Stopping => {
                 let (state, detail) = self.run_state_in_words().await;
@@ -195,7 +195,7 @@ impl Vm {
             accelerator: Some(self.accelerator.clone()),
             adopted: self.spec.adopted,
             console: self.console.is_some(),
-            engine: crate::engine::qemu::NAME.into(),
+            engine: engine.to_string(),
             external_obstacle: None,
             migration,
         }

@@ -26,6 +26,7 @@ use vmferry_link::{
     SessionOptions, Sessions, TcpDialer, fastest_cipher, measure_ciphers, usual_streams,
 };
 
+use crate::median;
 use cost::Idle;
 use sshd::Sshd;
 
@@ -259,12 +260,6 @@ fn word(data: Data) -> String {
         Data::Zero => "zero",
     }
     .into()
-}
-
-fn median(values: impl Iterator<Item = f64>) -> Option<f64> {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied()
 }
 
 /// Two agents' ends in this process, and what else is measured beside them.

@@ -20,12 +20,8 @@ pub struct Measured {
     pub report: Report,
     /// From the wish to the end, in ms.
     pub total_ms: f64,
-    /// How long nobody ran the guest, from its heartbeat, in ms.
-    pub downtime_felt_ms: f64,
-    /// The longest that its heart stood still besides, in ms.
-    pub worst_stall_ms: f64,
-    /// The longest that it took for 64 MiB, in ms.
-    pub worst_64_mib_ms: f64,
+    /// What the guest felt.
+    pub felt: Felt,
     /// The median of that before it began, and until it ran elsewhere, in ms.
     pub median_64_mib_ms: (f64, f64),
     /// Resident memory of the source's agent and the destination's, in MiB: before.
@@ -36,10 +32,44 @@ pub struct Measured {
     pub cpu_s: [f64; 2],
 }
 
+/// What a guest felt of a migration, from its heartbeat and its writes.
+#[derive(Clone, Copy, Debug)]
+pub struct Felt {
+    /// How long nobody ran it, in ms.
+    pub downtime_ms: f64,
+    /// The longest that its heart stood still besides, in ms.
+    pub worst_stall_ms: f64,
+    /// The longest that it took for 64 MiB, in ms.
+    pub worst_64_mib_ms: f64,
+}
+
+/// Lets a guest that was moved go on for a moment, has it verify its memory, and tells what it felt since it began.
+pub async fn felt(watch: &GuestWatch, begun: Instant) -> Result<Felt, TestbedError> {
+    tokio::time::sleep(AFTERWARDS).await;
+    let end = Instant::now();
+    let (pages, corrupt) = watch.verify(1).await?;
+    let log = watch.log();
+    if corrupt > 0 || log.restarted() {
+        return Err(failed(format!("{corrupt} of {pages} pages are stale or torn, or the kernel crashed")));
+    }
+    Ok(Felt {
+        downtime_ms: ms(log.downtime_felt()),
+        worst_stall_ms: ms(log.worst_stall(begun, end)),
+        worst_64_mib_ms: ms(log.worst_64_mib(begun, end)),
+    })
+}
+
+fn failed(text: String) -> TestbedError {
+    TestbedError::Io(std::io::Error::other(text))
+}
+
+fn ms(time: Option<Duration>) -> f64 {
+    time.map_or(f64::NAN, |time| time.as_secs_f64() * 1e3)
+}
+
 /// Migrates a guest from the first host of a testbed to the second with these arguments, and has it verify its memory
 /// there.
 pub async fn measure(bed: &Testbed, watch: &GuestWatch, vm: &str, more: &[&str]) -> Result<Measured, TestbedError> {
-    let failed = |text: String| TestbedError::Io(std::io::Error::other(text));
     let pids = [bed.alpha(), bed.beta()].map(crate::testbed::Host::agent_pid);
     let [Some(here), Some(there)] = pids else { return Err(failed("an agent has ended".into())) };
     let agents = [here, there];
@@ -72,20 +102,12 @@ pub async fn measure(bed: &Testbed, watch: &GuestWatch, vm: &str, more: &[&str])
         Ok(MigrationEvent::Finished(report)) => *report,
         _ => return Err(failed(format!("the migration did not finish: {last}"))),
     };
-    tokio::time::sleep(AFTERWARDS).await;
-    let end = Instant::now();
-    let (pages, corrupt) = watch.verify(1).await?;
+    let felt = felt(watch, begun).await?;
     let log = watch.log();
-    if corrupt > 0 || log.restarted() {
-        return Err(failed(format!("{corrupt} of {pages} pages are stale or torn, or the kernel crashed")));
-    }
-    let ms = |time: Option<Duration>| time.map_or(f64::NAN, |time| time.as_secs_f64() * 1e3);
-    let left = log.switchovers().next_back().map_or(end, |it| it.last.at);
+    let left = log.switchovers().next_back().map_or_else(Instant::now, |it| it.last.at);
     Ok(Measured {
         total_ms: total.as_secs_f64() * 1e3,
-        downtime_felt_ms: ms(log.downtime_felt()),
-        worst_stall_ms: ms(log.worst_stall(begun, end)),
-        worst_64_mib_ms: ms(log.worst_64_mib(begun, end)),
+        felt,
         median_64_mib_ms: (ms(log.median_64_mib(before, begun)), ms(log.median_64_mib(begun, left))),
         idle_rss_mib,
         most_rss_mib,

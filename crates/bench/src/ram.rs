@@ -11,7 +11,7 @@ use vmferry_agent::api::types::EngineName;
 
 use crate::migration::{Measured, measure};
 use crate::testbed::{Testbed, TestbedError, TestbedOptions, two_qemus};
-use crate::{Fill, GuestOptions, Mode};
+use crate::{Fill, GuestOptions, Mode, median};
 
 const RAM_MIB: u64 = 1024;
 const WRITTEN: u64 = 512 << 20;
@@ -139,19 +139,15 @@ async fn run(options: &RamBenchOptions, set_up: &SetUp, qemu: Option<PathBuf>) -
 }
 
 fn row(set_up: &SetUp, runs: &[Measured]) -> Row {
-    let median = |figure: &dyn Fn(&Measured) -> f64| {
-        let mut figures: Vec<f64> = runs.iter().map(figure).collect();
-        figures.sort_by(f64::total_cmp);
-        figures[figures.len() / 2]
-    };
+    let median = |figure: &dyn Fn(&Measured) -> f64| median(runs.iter().map(figure)).unwrap_or(f64::NAN);
     Row {
         set_up: set_up.name(),
         runs: runs.len(),
         total_ms: median(&|it| it.total_ms),
-        downtime_felt_ms: median(&|it| it.downtime_felt_ms),
+        downtime_felt_ms: median(&|it| it.felt.downtime_ms),
         downtime_reported_ms: median(&|it| it.report.downtime_ms),
-        worst_stall_ms: median(&|it| it.worst_stall_ms),
-        worst_64_mib_ms: median(&|it| it.worst_64_mib_ms),
+        worst_stall_ms: median(&|it| it.felt.worst_stall_ms),
+        worst_64_mib_ms: median(&|it| it.felt.worst_64_mib_ms),
         speed_while_copied: median(&|it| it.median_64_mib_ms.0 / it.median_64_mib_ms.1),
         sent_mib: median(&|it| it.report.sent as f64 / f64::from(1 << 20)),
         rounds: median(&|it| f64::from(it.report.rounds)),

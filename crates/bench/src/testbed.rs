@@ -76,7 +76,7 @@ pub struct TestbedOptions {
     pub link_bits: Option<u64>,
     /// A folder searched for QEMU before `PATH`, for each host.
     pub qemu_dirs: [Option<PathBuf>; 2],
-    /// The RAM engine that is used; whatever can be, when absent.
+    /// The RAM engine that is used; the usual one, when absent.
     pub engine: Option<EngineName>,
     /// More lines for each host's configuration.
     pub config: [String; 2],

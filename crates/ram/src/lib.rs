@@ -53,7 +53,7 @@ mod source;
 mod tests;
 mod tracking;
 mod wire;
-pub mod zero;
+mod zero;
 
 pub use arrival::{Arrival, ArrivalError, Placed};
 pub use destination::{Ended, Landing, serve};

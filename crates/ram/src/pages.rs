@@ -34,6 +34,11 @@ impl PageSet {
         self.each_word(pages, |word, mask| (mask & word.fetch_and(!mask, Ordering::Relaxed)).count_ones())
     }
 
+    /// How many are there.
+    pub(crate) fn len(&self) -> u64 {
+        self.count(0..self.pages)
+    }
+
     /// How many of these are there.
     pub(crate) fn count(&self, pages: Range<u64>) -> u64 {
         self.each_word(pages, |word, mask| (mask & word.load(Ordering::Relaxed)).count_ones())

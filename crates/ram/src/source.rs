@@ -27,7 +27,7 @@ use crate::memory::{Block, GuestRam};
 use crate::pages::PageSet;
 use crate::tracking::Tracking;
 use crate::wire::{ARM, HELLO, Hello, MISSING, STATE, STATE_END, STATE_GO, encode_missing};
-use shipping::{CHUNK, Shipping};
+use shipping::{CHUNK, Filling, Shipping};
 
 /// How long the destination may take to look at what RAM it has, or to arm it.
 const ANSWER: Duration = Duration::from_secs(30);
@@ -63,7 +63,7 @@ impl WriteLog for Tracking {
 }
 
 /// How sending stands.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Progress {
     /// The round of pre-copy, from 1.
     pub round: u32,
@@ -260,11 +260,6 @@ impl Source {
         Ok(sent)
     }
 
-    /// Caps what is sent, in bytes a second.
-    pub fn set_rate(&self, rate: Option<u64>) {
-        self.inner.link.set_rate(rate);
-    }
-
     /// What the link did.
     pub fn link_stats(&self) -> LinkStats {
         self.inner.link.stats()
@@ -368,6 +363,35 @@ impl Inner {
         self.stop.store(true, Ordering::Relaxed);
         drop(state);
         self.news.notify_all();
+    }
+
+    /// Counts what is to be sent anew.
+    fn recount(&self) -> u64 {
+        let left = self.pending.iter().map(PageSet::len).sum();
+        self.remaining.store(left, Ordering::Relaxed);
+        left
+    }
+
+    /// Reads pages into frames, and has each that is full sent.
+    fn read(
+        &self,
+        frame: &mut Filling,
+        block: usize,
+        mut pages: Range<u64>,
+        tell_zeroes: bool,
+        ship: fn(&Shipping, Filling) -> Result<(), LinkDown>,
+    ) -> Result<(), RamError> {
+        while !pages.is_empty() {
+            let room = frame.room();
+            if room == 0 {
+                ship(&self.shipping, std::mem::replace(frame, self.shipping.filling()))?;
+                continue;
+            }
+            let end = pages.end.min(pages.start + room);
+            frame.read(&self.ram, block, pages.start..end, tell_zeroes).map_err(RamError::io)?;
+            pages.start = end;
+        }
+        Ok(())
     }
 
     /// The destination's QEMU may look into the RAM.

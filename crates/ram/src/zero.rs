@@ -9,7 +9,7 @@ const STRIDE: usize = 256;
 const WORD: usize = size_of::<u128>();
 
 /// There is nothing but zeros in these bytes.
-pub fn is_zero(bytes: &[u8]) -> bool {
+pub(crate) fn is_zero(bytes: &[u8]) -> bool {
     // Pages that are not zero are known by their first few bytes, usually; those that are must be read to the end.
     let (strides, rest) = bytes.as_chunks::<STRIDE>();
     strides.iter().all(stride_is_zero) && rest.iter().all(|byte| *byte == 0)
@@ -23,15 +23,15 @@ fn stride_is_zero(stride: &[u8; STRIDE]) -> bool {
 
 /// Pages that lie beside one another and are alike.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Run {
+pub(crate) struct Run {
     /// Bytes of the buffer, whole pages but for the last of the buffer.
-    pub range: Range<usize>,
+    pub(crate) range: Range<usize>,
     /// All of these pages hold nothing but zeros; otherwise none of them does.
-    pub zero: bool,
+    pub(crate) zero: bool,
 }
 
 /// The runs of zero and other pages, in order, that make up a buffer which begins with a page.
-pub fn runs(buffer: &[u8]) -> impl Iterator<Item = Run> + '_ {
+pub(crate) fn runs(buffer: &[u8]) -> impl Iterator<Item = Run> + '_ {
     let mut pages = buffer.chunks(PAGE as usize).map(|page| (page.len(), is_zero(page))).peekable();
     let mut start = 0;
     std::iter::from_fn(move || {

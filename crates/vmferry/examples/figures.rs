@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 use std::process::{ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
-use tokio::io::AsyncReadExt;
-use vmferry_agent::api::types::{MigrationEvent, Report, Step, StepTime};
-use vmferry_bench::testbed::{GuestWatch, Testbed, TestbedOptions, two_qemus};
+use vmferry_agent::api::types::{Step, StepTime};
+use vmferry_bench::migration::{Felt, felt, measure};
+use vmferry_bench::testbed::{Testbed, TestbedOptions, two_qemus};
 use vmferry_bench::{Fill, GuestOptions, Mode};
 use vmferry_qemu::qmp::commands::{
     CapabilityState, Migrate, MigrateIncoming, MigrateSetCapabilities, MigrationParameters, QueryMigrate, Quit,
@@ -65,9 +65,7 @@ struct Run {
     total: f64,
     /// Of that, copying the RAM and switching over.
     copy: f64,
-    downtime_felt: f64,
-    worst_stall: f64,
-    worst_64_mib: f64,
+    felt: Felt,
     sent_mib: f64,
     how: &'static str,
     steps: Vec<StepTime>,
@@ -120,13 +118,13 @@ async fn idle(qemu: Option<PathBuf>) -> Result<(), Error> {
             "| {name} | {} | {} | {} |",
             ms(runs, |it| it.total),
             ms(runs, |it| it.copy),
-            ms(runs, |it| it.downtime_felt)
+            ms(runs, |it| it.felt.downtime_ms)
         );
     }
     println!(
         "\nvmferry / by hand, both plain: total {:.2}, downtime felt {:.2}",
         median(&plain, |it| it.total) / median(&by_hand, |it| it.total),
-        median(&plain, |it| it.downtime_felt) / median(&by_hand, |it| it.downtime_felt)
+        median(&plain, |it| it.felt.downtime_ms) / median(&by_hand, |it| it.felt.downtime_ms)
     );
     steps(&plain);
     memory(&encrypted);
@@ -148,9 +146,9 @@ async fn writing(which: &str, qemu: Option<PathBuf>) -> Result<(), Error> {
     println!(
         "| {} | {} | {} | {} | {:.0} | {} |",
         ms(&runs, |it| it.total),
-        ms(&runs, |it| it.downtime_felt),
-        ms(&runs, |it| it.worst_stall),
-        ms(&runs, |it| it.worst_64_mib),
+        ms(&runs, |it| it.felt.downtime_ms),
+        ms(&runs, |it| it.felt.worst_stall_ms),
+        ms(&runs, |it| it.felt.worst_64_mib_ms),
         median(&runs, |it| it.sent_mib),
         runs[0].how
     );
@@ -224,71 +222,19 @@ async fn migrate(
 ) -> Result<Run, Error> {
     let bed = testbed(qemu, link_bits, network).await?;
     let watch = bed.start_guest(VM, bed.guest_command_line(guest, RAM_MIB, 1)?).await?;
-    tokio::time::sleep(Duration::from_secs(1)).await;
-    let agent = bed.alpha().agent_pid().ok_or("the agent ended")?;
-    let idle_rss = rss_mib(agent);
-
-    let to = bed.beta().address.to_string();
-    let arguments: Vec<&str> = ["migrate", VM, "--to", &to, "--json"].iter().chain(more).copied().collect();
-    let begun = Instant::now();
-    let mut command = bed.alpha().command(&arguments).stdout(Stdio::piped()).spawn()?;
-    let mut said = command.stdout.take().ok_or("no output")?;
-    let mut text = String::new();
-    let reading = said.read_to_string(&mut text);
-    tokio::pin!(reading);
-    let mut most_rss = idle_rss;
-    loop {
-        tokio::select! {
-            read = &mut reading => { read?; break }
-            () = tokio::time::sleep(Duration::from_millis(20)) => most_rss = most_rss.max(rss_mib(agent)),
-        }
-    }
-    command.wait().await?;
-    let total = begun.elapsed();
-    let report = report(&text)?;
-    tokio::time::sleep(Duration::from_secs(1)).await;
-    verify(&watch).await?;
+    let measured = measure(&bed, &watch, VM, more).await?;
+    let report = measured.report;
     let before_or_after = [Step::Plan, Step::Prepare, Step::Retire];
     let copy: f64 = report.steps.iter().filter(|it| !before_or_after.contains(&it.step)).map(|it| it.ms).sum();
     Ok(Run {
+        total: measured.total_ms,
+        copy,
+        felt: measured.felt,
         sent_mib: report.sent as f64 / f64::from(1 << 20),
         how: report.method(),
         steps: report.steps,
-        rss: (idle_rss, most_rss),
-        ..felt(&watch, begun, total, copy)
+        rss: (measured.idle_rss_mib[0], measured.most_rss_mib[0]),
     })
-}
-
-fn report(events: &str) -> Result<Report, Error> {
-    match serde_json::from_str(events.lines().last().ok_or("the migration said nothing")?)? {
-        MigrationEvent::Finished(report) => Ok(*report),
-        other => Err(format!("the migration did not finish: {other:?}").into()),
-    }
-}
-
-async fn verify(watch: &GuestWatch) -> Result<(), Error> {
-    let (pages, corrupt) = watch.verify(1).await?;
-    if corrupt > 0 || watch.log().restarted() {
-        return Err(format!("{corrupt} of {pages} pages are stale or torn, or the kernel crashed").into());
-    }
-    Ok(())
-}
-
-fn felt(watch: &GuestWatch, begun: Instant, total: Duration, copy: f64) -> Run {
-    let log = watch.log();
-    let ms = |time: Option<Duration>| time.map_or(f64::NAN, |time| time.as_secs_f64() * 1e3);
-    let end = Instant::now();
-    Run {
-        total: total.as_secs_f64() * 1e3,
-        copy,
-        downtime_felt: ms(log.downtime_felt()),
-        worst_stall: ms(log.worst_stall(begun, end)),
-        worst_64_mib: ms(log.worst_64_mib(begun, end)),
-        sent_mib: f64::NAN,
-        how: "by hand",
-        steps: Vec::new(),
-        rss: (f64::NAN, f64::NAN),
-    }
 }
 
 /// The same migration as somebody who knows QEMU well would do it in a script: the destination's QEMU with the source's
@@ -351,11 +297,11 @@ async fn drive_by_hand(qemu: Option<PathBuf>, guest: &GuestOptions) -> Result<Ru
     source.execute(Quit {}).await?;
     source.closed().await;
     let total = begun.elapsed();
-    tokio::time::sleep(Duration::from_secs(1)).await;
-    verify(&watch).await?;
-    let run = felt(&watch, begun, total, copy);
+    let felt = felt(&watch, begun).await?;
     there.kill().await?;
-    Ok(run)
+    let total = total.as_secs_f64() * 1e3;
+    let (sent_mib, rss) = (f64::NAN, (f64::NAN, f64::NAN));
+    Ok(Run { total, copy, felt, sent_mib, how: "by hand", steps: Vec::new(), rss })
 }
 
 /// The source's RAM is a descriptor that it has inherited.
@@ -374,11 +320,4 @@ fn environment_of(bytes: &[u8]) -> impl Iterator<Item = (String, String)> {
     let pairs: Vec<(String, String)> =
         text.split('\0').filter_map(|pair| pair.split_once('=').map(|(k, v)| (k.into(), v.into()))).collect();
     pairs.into_iter()
-}
-
-/// Resident memory of a process, in MiB.
-fn rss_mib(pid: u32) -> f64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let kib = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    kib.and_then(|kib| kib.trim().trim_end_matches(" kB").parse::<f64>().ok()).unwrap_or(f64::NAN) / 1024.0
 }

@@ -228,7 +228,7 @@ pub(crate) struct MigrateOptions {
     /// Never run the guest on the destination before all of its memory is there
     #[arg(long)]
     pub no_post_copy: bool,
-    /// Who moves the memory: external (the agents) or qemu (QEMU itself) [default: the agents, where they can]
+    /// Who moves the memory: external (the agents) or qemu (QEMU itself) [default: as this host's agent is configured]
     #[arg(long, value_name = "ENGINE")]
     pub engine: Option<EngineName>,
     /// I know that the VM's disks are the same on both hosts, also where vmferry cannot tell

@@ -19,8 +19,8 @@ use utoipa_axum::routes;
 use uuid::Uuid;
 
 use super::types::{
-    AdoptRequest, EngineName, Hello, MigrateRequest, MigrationEvent, MigrationView, PairRequest, PeerView, PeersView,
-    PlanView, Problem, RunRequest, Started, StopRequest, TokenRequest, TokenView, TrialRequest, VmView,
+    AdoptRequest, Hello, MigrateRequest, MigrationEvent, MigrationView, PairRequest, PeerView, PeersView, PlanView,
+    Problem, RunRequest, Started, StopRequest, TokenRequest, TokenView, TrialRequest, VmView,
 };
 use super::{Answer, ApiError, upgraded};
 use crate::console::Viewer;
@@ -72,7 +72,7 @@ async fn host(State(agent): Shared) -> Json<Hello> {
 #[utoipa::path(get, path = "/v1/vms", responses((status = 200, body = Vec<VmView>)))]
 async fn list(State(agent): Shared) -> Json<Vec<VmView>> {
     let vms = agent.vms();
-    Json(futures_util::future::join_all(vms.iter().map(|vm| vm.view())).await)
+    Json(futures_util::future::join_all(vms.iter().map(|vm| vm.view(agent.config.engine))).await)
 }
 
 /// Starts a VM.
@@ -96,12 +96,11 @@ async fn adopt(State(agent): Shared, Json(request): Json<AdoptRequest>) -> Answe
     responses((status = 200, body = VmView), (status = "default", body = Problem)))]
 async fn show(State(agent): Shared, Path(name): Path<String>) -> Answer<VmView> {
     let vm = agent.vm(&name)?;
-    let mut view = vm.view().await;
-    view.engine = agent.config.engine.unwrap_or(EngineName::Qemu).to_string();
+    let mut view = vm.view(agent.config.engine).await;
     if view.migration.is_none() && vm.is_alive() {
         // A QEMU that does not answer keeps nobody from being shown.
-        view.external_obstacle =
-            external::obstacle(&agent, &vm).await.unwrap_or_else(|error| Some(in_one_line(&error)));
+        let movable = external::movable(&agent, &vm).await.unwrap_or_else(|error| Err(in_one_line(&error)));
+        view.external_obstacle = movable.err();
     }
     Ok(Json(view))
 }

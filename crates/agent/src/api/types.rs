@@ -194,7 +194,7 @@ pub struct MigrateRequest {
     pub bandwidth: Option<u64>,
     /// Post-copy may be used.
     pub post_copy: bool,
-    /// The RAM engine; without it the host's configuration decides, and then what is possible.
+    /// The RAM engine; without it the host's configuration decides.
     #[serde(default)]
     pub engine: Option<EngineName>,
     /// The user vouches that block devices of this VM are the same on both hosts.
@@ -203,12 +203,13 @@ pub struct MigrateRequest {
 }
 
 /// Who moves a guest's RAM.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum EngineName {
-    /// The agents.
+    /// The agents. The younger engine is for those who ask for it.
     External,
     /// QEMU itself.
+    #[default]
     Qemu,
 }
 

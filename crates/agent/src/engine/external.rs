@@ -4,28 +4,26 @@
 //! when the policy wants post-copy, and then writes the device state to a socket of ours. QEMU never lets go of the
 //! guest by itself, so that everything can be undone until the destination is committed to.
 
-use std::os::unix::fs::DirBuilderExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use tokio::net::UnixListener;
-use vmferry_link::{Cipher, Fingerprint, Identity, Link, LinkOptions, SessionId, SessionKey, TcpDialer};
+use vmferry_link::{Cipher, Fingerprint, Identity, Link, LinkOptions, TcpDialer};
 use vmferry_policy::{Action, Bytes, BytesPerSec, Limits, Observation, Percent, Phase};
 use vmferry_qemu::qmp::commands::{self, MigrationParameters};
-use vmferry_qemu::{MigrationStatus, Qmp, QmpError, RamBackend};
+use vmferry_qemu::{MigrationStatus, Qmp, QmpError, RamBackend, RamLayout};
 use vmferry_ram::{Backend, GuestRam, Progress, RamError, Source};
 
 use super::qemu::{UNLIMITED, abandon};
-use super::{EngineError, NewConnection, RamEngine, Seen, Totals};
+use super::{EngineError, NewConnection, NewSession, RamEngine, Seen, Totals};
 use crate::Agent;
 use crate::error::{AgentError, in_one_line};
+use crate::lifecycle::make_private_dir;
 use crate::server::bind_anew;
 use crate::vm::Vm;
 
-/// What this engine is called.
-pub const NAME: &str = "external";
 /// The only capability of QEMU's migration that is used: shared RAM stays where it is.
 pub(crate) const CAPABILITY: &str = "x-ignore-shared";
 
@@ -41,6 +39,8 @@ const STATE_TIMEOUT: Duration = Duration::from_secs(20);
 pub struct ExternalEngine {
     qmp: Qmp,
     wishes: Wishes,
+    /// Of the first link, until that is made.
+    session: Option<NewSession>,
     source: Option<Arc<Source>>,
     started: Instant,
     paused_at: Option<Instant>,
@@ -65,8 +65,6 @@ pub struct Wishes {
     pub dir: PathBuf,
     /// The way to the destination.
     pub way: WayThere,
-    /// The first session.
-    pub session: (SessionId, SessionKey),
     /// What the user set.
     pub limits: Limits,
     /// The most to send, in bytes a second.
@@ -89,26 +87,36 @@ pub struct WayThere {
 }
 
 impl WayThere {
-    fn connect(&self, (session, key): (SessionId, SessionKey), rate: Option<u64>) -> Result<Link, RamError> {
+    fn connect(&self, session: NewSession, rate: Option<u64>) -> Result<Link, RamError> {
         let dialer = match self.protection {
             Some(cipher) => TcpDialer::tls(&self.address, &self.identity, self.peer, cipher),
             None => TcpDialer::plain(&self.address),
         };
-        Ok(Link::connect(dialer, link_options(session, key, rate))?)
+        Ok(Link::connect(dialer, link_options(session, rate))?)
     }
 }
 
 /// Both sides' link.
-pub(crate) fn link_options(session: SessionId, key: SessionKey, rate: Option<u64>) -> LinkOptions {
+pub(crate) fn link_options(NewSession { session, key }: NewSession, rate: Option<u64>) -> LinkOptions {
     LinkOptions { rate, ..LinkOptions::new(session, key) }
 }
 
 impl ExternalEngine {
-    /// An engine for this QEMU, not started.
-    pub fn new(qmp: Qmp, wishes: Wishes) -> Self {
+    /// An engine for this QEMU, not started, whose destination expects a link with this session.
+    pub fn new(qmp: Qmp, wishes: Wishes, session: NewSession) -> Self {
+        Self { session: Some(session), ..Self::of(qmp, wishes) }
+    }
+
+    /// One whose guest runs at the destination already, and waits for a connection.
+    pub fn in_post_copy(qmp: Qmp, wishes: Wishes) -> Self {
+        Self { post_copy: true, switched: true, ..Self::of(qmp, wishes) }
+    }
+
+    fn of(qmp: Qmp, wishes: Wishes) -> Self {
         Self {
             qmp,
             wishes,
+            session: None,
             source: None,
             started: Instant::now(),
             paused_at: None,
@@ -121,9 +129,20 @@ impl ExternalEngine {
         }
     }
 
-    /// One whose guest runs at the destination already, and waits for a connection.
-    pub fn in_post_copy(qmp: Qmp, wishes: Wishes) -> Self {
-        Self { post_copy: true, switched: true, ..Self::new(qmp, wishes) }
+    /// Makes a link and sends over it.
+    async fn connect(
+        &mut self,
+        session: NewSession,
+        send: impl FnOnce(GuestRam, Link) -> Result<Source, RamError> + Send + 'static,
+    ) -> Result<(), EngineError> {
+        let Wishes { pid, backends, way, bandwidth, .. } = &self.wishes;
+        let (pid, backends, way, rate) = (*pid, backends.clone(), way.clone(), *bandwidth);
+        let sending = blocking(move || {
+            let link = way.connect(session, rate)?;
+            send(GuestRam::open(pid, &backends)?, link)
+        });
+        self.source = Some(Arc::new(sending.await?));
+        Ok(())
     }
 
     fn source(&self) -> Result<Arc<Source>, EngineError> {
@@ -208,16 +227,8 @@ impl ExternalEngine {
     /// The guest is at the destination and its link is not there.
     async fn see_broken(&mut self, why: String) -> Seen {
         tokio::time::sleep(TICK).await;
-        let progress = self.last.clone().unwrap_or(Progress {
-            round: 0,
-            remaining: 0,
-            total: self.wishes.backends.iter().map(|backend| backend.size).sum(),
-            stale: 0,
-            dirty_rate: 0,
-            link_rate: 0,
-            converged: false,
-            complete: false,
-        });
+        let total = self.wishes.backends.iter().map(|backend| backend.size).sum();
+        let progress = self.last.clone().unwrap_or(Progress { total, ..Progress::default() });
         Seen { broken: Some(why), ..self.see(progress) }
     }
 }
@@ -225,18 +236,13 @@ impl ExternalEngine {
 #[async_trait]
 impl RamEngine for ExternalEngine {
     async fn start(&mut self) -> Result<(), EngineError> {
-        let Wishes { pid, backends, way, session, limits, bandwidth, .. } = &self.wishes;
+        let again = || EngineError::Failed { reason: "it has begun already".into() };
+        let session = self.session.take().ok_or_else(again)?;
         let parameters = MigrationParameters { max_bandwidth: Some(UNLIMITED), ..MigrationParameters::default() };
         self.qmp.execute(parameters).await?;
         self.started = Instant::now();
-        let (pid, backends, way, session) = (*pid, backends.clone(), way.clone(), session.clone());
-        let (downtime, rate) = (limits.downtime, *bandwidth);
-        let begun = blocking(move || {
-            let link = way.connect(session, rate)?;
-            Source::begin(GuestRam::open(pid, &backends)?, link, downtime)
-        });
-        self.source = Some(Arc::new(begun.await?));
-        Ok(())
+        let downtime = self.wishes.limits.downtime;
+        self.connect(session, move |ram, link| Source::begin(ram, link, downtime)).await
     }
 
     async fn observe(&mut self) -> Result<Seen, EngineError> {
@@ -266,21 +272,13 @@ impl RamEngine for ExternalEngine {
     }
 
     async fn reconnect(&mut self, to: &NewConnection) -> Result<(), EngineError> {
-        let NewConnection::Session(session, key) = to else {
+        let NewConnection::Session(session) = to else {
             return Err(EngineError::Failed { reason: "the destination gives no session for its memory".into() });
         };
         if let Some(old) = self.source.take() {
             tokio::task::spawn_blocking(move || old.abandon());
         }
-        let Wishes { pid, backends, way, bandwidth, .. } = &self.wishes;
-        let (pid, backends, way, rate) = (*pid, backends.clone(), way.clone(), *bandwidth);
-        let session = (*session, key.clone());
-        let resumed = blocking(move || {
-            let link = way.connect(session, rate)?;
-            Source::resume(GuestRam::open(pid, &backends)?, link)
-        });
-        self.source = Some(Arc::new(resumed.await?));
-        Ok(())
+        self.connect(session.clone(), Source::resume).await
     }
 
     async fn abandon(&mut self) -> Result<(), EngineError> {
@@ -322,15 +320,19 @@ pub(crate) fn sending_dir(vm: &Vm) -> PathBuf {
 /// There when the link is not encrypted.
 const PLAIN: &str = "plain";
 
-/// The agents move this VM's RAM from now on, which a new agent must be able to tell.
-pub(crate) fn begin_sending(vm: &Vm, plain: bool) -> Result<(), AgentError> {
-    forget(vm);
-    let dir = sending_dir(vm);
-    let make = || {
-        std::fs::DirBuilder::new().mode(0o700).create(&dir)?;
-        if plain { std::fs::write(dir.join(PLAIN), "") } else { Ok(()) }
-    };
-    make().map_err(AgentError::io(&dir))
+/// Makes the folder of one side of a journey, in place of one that another left. A new agent can tell from it that
+/// there is a journey, and whether its link is plain.
+pub(crate) fn make_folder(dir: &Path, plain: bool) -> Result<(), AgentError> {
+    make_private_dir(dir)?;
+    match plain {
+        true => std::fs::write(dir.join(PLAIN), "").map_err(AgentError::io(dir)),
+        false => Ok(()),
+    }
+}
+
+/// Whether the link of the journey with this folder is plain.
+pub(crate) fn is_plain(dir: &Path) -> bool {
+    dir.join(PLAIN).exists()
 }
 
 /// They do not any more.
@@ -342,18 +344,22 @@ pub(crate) fn forget(vm: &Vm) {
 /// Whether an agent was about to move this VM's RAM, and whether the link was plain.
 pub(crate) fn is_sending(vm: &Vm) -> Option<bool> {
     let dir = sending_dir(vm);
-    dir.exists().then(|| dir.join(PLAIN).exists())
+    dir.exists().then(|| is_plain(&dir))
 }
 
-/// Why the agents cannot move this VM's RAM; none when they can.
-pub(crate) async fn obstacle(agent: &Agent, vm: &Vm) -> Result<Option<String>, AgentError> {
+/// What the agents would move of this VM; or why they cannot.
+pub(crate) async fn movable(agent: &Agent, vm: &Vm) -> Result<Result<Vec<Backend>, String>, AgentError> {
     if let Some(why) = agent.external_obstacle() {
-        return Ok(Some(why));
+        return Ok(Err(why));
     }
-    if let Some(first) = vmferry_qemu::external_obstacles(&vm.qmp).await?.into_iter().next() {
-        return Ok(Some(first.to_string()));
+    let layout = vmferry_qemu::ram_backends(&vm.qmp).await?;
+    if let Some(first) = vmferry_qemu::external_obstacles(&vm.qmp, &layout).await?.into_iter().next() {
+        return Ok(Err(first.to_string()));
     }
-    Ok(vmferry_qemu::uses_direct_io(&vm.qmp).await?.then(|| DIRECT_IO.into()))
+    match vmferry_qemu::uses_direct_io(&vm.qmp).await? {
+        true => Ok(Err(DIRECT_IO.into())),
+        false => Ok(Ok(backends(layout))),
+    }
 }
 
 /// A disk's controller writes into RAM when it is done, and only the beginning is noticed.
@@ -361,9 +367,12 @@ const DIRECT_IO: &str = "a disk goes around the host's cache (cache=none), and w
 
 /// What there is to move.
 pub(crate) async fn backends_of(vm: &Vm) -> Result<Vec<Backend>, QmpError> {
-    let layout = vmferry_qemu::ram_backends(&vm.qmp).await?;
+    Ok(backends(vmferry_qemu::ram_backends(&vm.qmp).await?))
+}
+
+fn backends(layout: RamLayout) -> Vec<Backend> {
     let backend = |it: RamBackend| Backend { id: it.id, size: it.size, address: it.address };
-    Ok(layout.backends.into_iter().map(backend).collect())
+    layout.backends.into_iter().map(backend).collect()
 }
 
 /// Has QEMU's own migration leave out shared RAM, or not any more.

@@ -80,13 +80,31 @@ pub struct Totals {
     pub downtime_ms: Option<u64>,
 }
 
+/// A link between agents that is about to be made.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct NewSession {
+    /// Its session.
+    #[schema(value_type = String)]
+    pub session: SessionId,
+    /// Its key.
+    #[schema(value_type = String)]
+    pub key: SessionKey,
+}
+
+impl NewSession {
+    /// Like no other.
+    pub fn random() -> Self {
+        Self { session: SessionId::random(), key: SessionKey::random() }
+    }
+}
+
 /// Where the destination waits for a new connection.
 #[derive(Clone, Debug)]
 pub enum NewConnection {
     /// Its QEMU, at this URI.
     Uri(String),
-    /// Its agent, for a link with this session and key.
-    Session(SessionId, SessionKey),
+    /// Its agent, for a link with this session.
+    Session(NewSession),
 }
 
 /// Why copying the RAM failed. The guest runs on at the source unless the destination was committed to.

@@ -23,9 +23,6 @@ use vmferry_qemu::{Event, EventStream, Features, MigrationStatus, Qmp, QmpError,
 
 use super::{EngineError, NewConnection, RamEngine, Seen, Setup, Totals};
 
-/// What this engine is called.
-pub const NAME: &str = "qemu";
-
 /// QEMU's own default is 128 MiB/s; this is as good as none and fits its signed arithmetic.
 pub(super) const UNLIMITED: u64 = 1 << 50;
 /// A guest with more RAM may send more than 256 GiB over one connection, in bytes.

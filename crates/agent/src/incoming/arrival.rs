@@ -5,18 +5,18 @@
 //! before its pages come, so that nothing here asks QEMU for anything once it began.
 
 use std::collections::BTreeSet;
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
-use vmferry_link::{Fingerprint, Link, Protection, SessionId, SessionKey, SessionOptions};
+use vmferry_link::{Fingerprint, Link, Protection, SessionOptions};
 use vmferry_qemu::qmp::commands;
 use vmferry_ram::{GuestRam, Landing, serve};
 
 use crate::Agent;
-use crate::engine::external::{CAPABILITY, backends_of, link_options};
+use crate::engine::NewSession;
+use crate::engine::external::{CAPABILITY, backends_of, is_plain, link_options, make_folder};
 use crate::engine::qemu::set_capabilities;
 use crate::error::{AgentError, in_one_line};
 use crate::vm::Vm;
@@ -25,8 +25,6 @@ use crate::vm::Vm;
 const STATE: &str = "state.sock";
 /// What is missing in post-copy.
 const RECORD: &str = "post-copy";
-/// There when the link is not encrypted.
-const PLAIN: &str = "plain";
 
 /// One VM's RAM, and what brings it.
 pub(crate) struct Arrival {
@@ -47,7 +45,7 @@ pub(crate) fn is_expected(vm_dir: &Path) -> bool {
 
 /// The link that a source is about to make.
 pub(crate) struct Expected {
-    pub(crate) session: (SessionId, SessionKey),
+    pub(crate) session: NewSession,
     pub(crate) source: Fingerprint,
     /// Both hosts trust the network.
     pub(crate) plain: bool,
@@ -62,16 +60,7 @@ pub(crate) async fn begin(
     expected: Expected,
 ) -> Result<(), AgentError> {
     let dir = folder(&vm.dir);
-    let make = || {
-        // What an earlier arrival of a VM of this name left.
-        let _ = std::fs::remove_dir_all(&dir);
-        std::fs::DirBuilder::new().mode(0o700).create(&dir)?;
-        match expected.plain {
-            true => std::fs::write(dir.join(PLAIN), ""),
-            false => Ok(()),
-        }
-    };
-    make().map_err(AgentError::io(&dir))?;
+    make_folder(&dir, expected.plain)?;
     set_capabilities(&vm.qmp, known, &[CAPABILITY]).await?;
     let uri = format!("unix:{}", dir.join(STATE).display());
     vm.qmp.execute(commands::MigrateIncoming { uri }).await?;
@@ -100,8 +89,7 @@ fn expect(
         true => Protection::Plain,
         false => Protection::Tls(expected.source),
     };
-    let (session, key) = expected.session;
-    let options = SessionOptions { link: link_options(session, key, None), protection };
+    let options = SessionOptions { link: link_options(expected.session, None), protection };
     let link = Arc::new(agent.sessions.expect(options).map_err(|down| AgentError::Ram(down.into()))?);
     let arrival = Arrival { landing: Arc::clone(&landing), link: Arc::clone(&link), over: CancellationToken::new() };
     let over = arrival.over.clone();
@@ -136,7 +124,7 @@ pub(crate) enum Standing {
     /// All of it is here.
     Complete,
     /// The rest comes over this session.
-    Awaited(SessionId, SessionKey),
+    Awaited(NewSession),
 }
 
 /// The source has lost its link, or is another agent than before, or this one is. Post-copy goes on over a new one.
@@ -163,8 +151,7 @@ pub(crate) async fn again(
     let Some(landing) = landing.filter(|landing| landing.missing().is_some_and(|missing| missing > 0)) else {
         return Ok(Standing::Complete);
     };
-    let (session, key) = (SessionId::random(), SessionKey::random());
-    let plain = dir.join(PLAIN).exists();
-    expect(agent, id, dir, landing, Expected { session: (session, key.clone()), source, plain })?;
-    Ok(Standing::Awaited(session, key))
+    let (session, plain) = (NewSession::random(), is_plain(&dir));
+    expect(agent, id, dir, landing, Expected { session: session.clone(), source, plain })?;
+    Ok(Standing::Awaited(session))
 }

@@ -3,7 +3,7 @@
 //!
 //! The kernel's own vhost writes through QEMU's page tables, and is none of this.
 
-use super::{BackendKind, OBJECTS, RamLayout, ask, children, monitor, ram_backends};
+use super::{BackendKind, OBJECTS, RamLayout, ask, children, monitor};
 use crate::qmp::commands::{QueryMigrateCapabilities, QueryNamedBlockNodes};
 use crate::qmp::{Qmp, QmpError};
 
@@ -67,12 +67,11 @@ pub enum Obstacle {
     NoIgnoreShared,
 }
 
-/// Asks a QEMU what keeps its guest's RAM from being moved from outside; nothing, when the answer is empty. What QEMU
+/// Asks a QEMU what keeps its guest's RAM, of which this is the layout, from being moved from outside; nothing, when the answer is empty. What QEMU
 /// cannot tell, such as a seccomp sandbox around it or that a backend's file is on a disk, is for others to find.
-pub async fn external_obstacles(qmp: &Qmp) -> Result<Vec<Obstacle>, QmpError> {
+pub async fn external_obstacles(qmp: &Qmp, layout: &RamLayout) -> Result<Vec<Obstacle>, QmpError> {
     let page_size = rustix::param::page_size() as u64;
-    let layout = ram_backends(qmp).await?;
-    let mut found = of_ram(&layout, page_size);
+    let mut found = of_ram(layout, page_size);
     for device in devices(qmp).await? {
         found.extend(of_device(&device));
     }

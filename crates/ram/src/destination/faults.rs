@@ -24,20 +24,13 @@ pub(crate) struct Windows {
     history: u32,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 struct Stream {
     block: usize,
     /// What was fetched last.
-    last: Range64,
+    last: Range<u64>,
     /// It goes down.
     down: bool,
-}
-
-/// A range that can be copied.
-#[derive(Clone, Copy, Debug)]
-struct Range64 {
-    start: u64,
-    end: u64,
 }
 
 impl Windows {
@@ -55,12 +48,12 @@ impl Windows {
             None => (FIRST, false),
         };
         let last = match down {
-            true => Range64 { start: (page + 1).saturating_sub(window), end: page + 1 },
-            false => Range64 { start: page, end: (page + window).min(pages) },
+            true => (page + 1).saturating_sub(window)..page + 1,
+            false => page..(page + window).min(pages),
         };
-        self.streams.insert(0, Stream { block, last, down });
+        self.streams.insert(0, Stream { block, last: last.clone(), down });
         self.streams.truncate(STREAMS);
-        last.start..last.end
+        last
     }
 }
 
@@ -68,7 +61,7 @@ impl Stream {
     /// Whether a fault goes on with it, and downwards. It may come a bit later than expected, as some pages may be
     /// there already.
     fn direction(&self, block: usize, page: u64) -> Option<bool> {
-        let Range64 { start, end } = self.last;
+        let Range { start, end } = self.last;
         let reach = 2 * (end - start);
         if self.block != block {
             return None;

@@ -64,7 +64,7 @@ impl Landing {
             for data in block.data(0..block.size()).map_err(RamError::io)? {
                 set.remove(data.start / PAGE..data.end / PAGE);
             }
-            left += set.count(0..set.pages());
+            left += set.len();
         }
         let arrival = Arrival::again(Arc::clone(&ram), number)?;
         let armed = OnceLock::from(Armed { arrival, missing, left: AtomicU64::new(left) });
@@ -130,7 +130,7 @@ impl Landing {
                     block.punch(stale.start * PAGE..stale.end * PAGE)?;
                 }
             }
-            left += set.count(0..set.pages());
+            left += set.len();
         }
         Ok(left)
     }

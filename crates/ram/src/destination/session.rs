@@ -55,6 +55,7 @@ pub fn serve(link: &Link, landing: &Landing, state_socket: &Path) -> Result<Ende
         placed: Mutex::default(),
         progress: Condvar::new(),
         faults_taken: AtomicBool::new(false),
+        state_goes: AtomicBool::new(false),
         over: AtomicBool::new(false),
         failure: Mutex::default(),
     };
@@ -65,7 +66,7 @@ pub fn serve(link: &Link, landing: &Landing, state_socket: &Path) -> Result<Ende
         }
         scope.spawn(|| session.part(Session::tell_placed));
         scope.spawn(|| session.part(Session::take_faults));
-        scope.spawn(|| session.part(|_| hand_over_state(to_qemu, state_socket)));
+        scope.spawn(|| session.part(|session| session.hand_over_state(to_qemu, state_socket)));
         session.part(|session| session.take_urgent(pieces));
         session.end();
     });
@@ -91,6 +92,8 @@ struct Session<'a> {
     progress: Condvar,
     /// Faults are this session's to take.
     faults_taken: AtomicBool,
+    /// QEMU may have the device state.
+    state_goes: AtomicBool,
     over: AtomicBool,
     /// The first one.
     failure: Mutex<Option<RamError>>,
@@ -180,11 +183,13 @@ impl Session<'_> {
             }
         }
         self.progress.notify_all();
-        if last {
-            self.landing.disarm()?;
-            self.link.send_urgent(COMPLETE, Vec::new())?;
-        }
-        Ok(())
+        if last { self.complete() } else { Ok(()) }
+    }
+
+    /// Nothing is missing any more.
+    fn complete(&self) -> Result<(), RamError> {
+        self.landing.disarm()?;
+        Ok(self.link.send_urgent(COMPLETE, Vec::new())?)
     }
 
     /// Tells the source what is in place, now and then.
@@ -208,8 +213,6 @@ impl Session<'_> {
     fn take_urgent(&self, state: Sender<Bytes>) -> Result<(), RamError> {
         let mut missing: Vec<PageSet> = self.blocks.iter().map(|pages| PageSet::new(*pages)).collect();
         let (mut greeted, mut state, mut state_bytes) = (false, Some(state), 0);
-        // Device state that QEMU must not have yet.
-        let (mut held, mut ended) = (Some(Vec::new()), None);
         while let Some(frame) = self.link.recv_urgent()? {
             match frame.kind {
                 HELLO if !greeted => {
@@ -225,8 +228,7 @@ impl Session<'_> {
                     self.faults_taken.store(true, Ordering::Release);
                     self.link.send_urgent(ARMED, Vec::new())?;
                     if self.landing.missing() == Some(0) {
-                        self.landing.disarm()?;
-                        self.link.send_urgent(COMPLETE, Vec::new())?;
+                        self.complete()?;
                     }
                 }
                 STATE => {
@@ -235,23 +237,26 @@ impl Session<'_> {
                     if state_bytes > MOST_STATE || frame.payload.is_empty() {
                         return Err(Malformed("there is more device state than any VM has").into());
                     }
-                    match &mut held {
-                        Some(held) => held.push(frame.payload),
-                        // Whoever takes it tells why it does not any more.
-                        None => drop(to_qemu.send(frame.payload)),
-                    }
+                    // Whoever takes it tells why it does not any more.
+                    let _ = to_qemu.send(frame.payload);
                 }
-                STATE_GO => {
-                    for piece in held.take().ok_or(Malformed("the device state goes twice"))? {
-                        let _ = state.as_ref().or(ended.as_ref()).map(|to_qemu| to_qemu.send(piece));
-                    }
-                    ended = None;
-                }
-                STATE_END if held.is_some() => ended = state.take(),
                 STATE_END => state = None,
+                STATE_GO => self.let_state_go()?,
                 _ => return Err(Malformed("a frame of an unknown kind").into()),
             }
         }
+        Ok(())
+    }
+
+    /// What the device state refers to is in place, or will be fetched.
+    fn let_state_go(&self) -> Result<(), RamError> {
+        // Whoever is about to wait for this holds the lock.
+        let placed = self.placed();
+        if self.state_goes.swap(true, Ordering::Relaxed) {
+            return Err(Malformed("the device state goes twice").into());
+        }
+        drop(placed);
+        self.progress.notify_all();
         Ok(())
     }
 
@@ -339,18 +344,23 @@ impl Session<'_> {
         }
         Ok(())
     }
-}
 
-/// Writes the device state to QEMU, which may take it only as fast as its pages come.
-fn hand_over_state(pieces: Receiver<Bytes>, socket: &Path) -> Result<(), RamError> {
-    let Ok(first) = pieces.recv() else { return Ok(()) };
-    let write = || {
-        let mut qemu = UnixStream::connect(socket)?;
-        qemu.write_all(&first)?;
-        for piece in pieces {
-            qemu.write_all(&piece)?;
+    /// Writes the device state to QEMU once it may have it. QEMU may take it only as fast as its pages come.
+    fn hand_over_state(&self, pieces: Receiver<Bytes>, socket: &Path) -> Result<(), RamError> {
+        let goes = || self.state_goes.load(Ordering::Relaxed);
+        drop(self.progress.wait_while(self.placed(), |_| !goes() && !self.is_over()));
+        if !goes() {
+            return Ok(());
         }
-        qemu.shutdown(Shutdown::Write)
-    };
-    write().map_err(RamError::device_state)
+        let Ok(first) = pieces.recv() else { return Ok(()) };
+        let write = || {
+            let mut qemu = UnixStream::connect(socket)?;
+            qemu.write_all(&first)?;
+            for piece in pieces {
+                qemu.write_all(&piece)?;
+            }
+            qemu.shutdown(Shutdown::Write)
+        };
+        write().map_err(RamError::device_state)
+    }
 }

@@ -264,6 +264,8 @@ impl Stopped {
         let thread = Pid::from_raw(thread as i32);
         ptrace::seize(thread, ptrace::Options::PTRACE_O_TRACESYSGOOD).map_err(|errno| match errno {
             Errno::ESRCH => InjectError::Gone,
+            // It is also what the kernel says of a thread that has ended since we looked.
+            Errno::EPERM if has_ended(thread) => InjectError::Gone,
             Errno::EPERM => InjectError::NotAllowed { source: errno.into() },
             errno => failed("trace QEMU", errno),
         })?;

@@ -10,7 +10,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use super::shipping::{CHUNK, Filling};
+use super::shipping::{CHUNK, Filling, Shipping};
 use super::{Inner, RamError, WriteLog, in_threads, workers};
 use crate::PAGE;
 use crate::pages::PageSet;
@@ -135,8 +135,7 @@ impl Inner {
             looked = Instant::now();
             let written = self.look(|span, runs| heat.look(span, runs))?;
             let look = looked.elapsed();
-            let left: u64 = self.pending.iter().map(|set| set.count(0..set.pages())).sum();
-            self.remaining.store(left, Ordering::Relaxed);
+            let left = self.recount();
             let dirty_rate = (written as f64 * PAGE as f64 / since.as_secs_f64().max(1e-3)) as u64;
             let time = self.time_for(left);
             let fits = time.is_some_and(|time| time + look + STATE_TIME <= self.downtime);
@@ -231,7 +230,7 @@ impl Inner {
         self.remaining.fetch_sub(self.pending[chunk.block].remove(pages), Ordering::Relaxed);
         match self.ram.blocks()[chunk.block].first_data(bytes.clone()).map_err(RamError::io)? {
             // The destination's RAM is all zero when it is new: holes and zeroes are not told.
-            Some(data) => self.read(frame, chunk.block, data / PAGE..bytes.end / PAGE, false),
+            Some(data) => self.read(frame, chunk.block, data / PAGE..bytes.end / PAGE, false, Shipping::ship),
             None => Ok(()),
         }
     }
@@ -259,7 +258,7 @@ impl Inner {
                 let cold = (page..run.end).take_while(is_cold).count() as u64;
                 if cold > 0 {
                     self.remaining.fetch_sub(pending.remove(page..page + cold), Ordering::Relaxed);
-                    self.read(frame, chunk.block, page..page + cold, true)?;
+                    self.read(frame, chunk.block, page..page + cold, true, Shipping::ship)?;
                 }
                 page += cold + 1;
             }
@@ -277,27 +276,6 @@ impl Inner {
             from = run.end;
         }
         false
-    }
-
-    /// Reads pages into frames, and sends each that is full.
-    pub(super) fn read(
-        &self,
-        frame: &mut Filling,
-        block: usize,
-        mut pages: Range<u64>,
-        tell_zeroes: bool,
-    ) -> Result<(), RamError> {
-        while !pages.is_empty() {
-            let room = frame.room();
-            if room == 0 {
-                self.shipping.ship(std::mem::replace(frame, self.shipping.filling()))?;
-                continue;
-            }
-            let end = pages.end.min(pages.start + room);
-            frame.read(&self.ram, block, pages.start..end, tell_zeroes).map_err(RamError::io)?;
-            pages.start = end;
-        }
-        Ok(())
     }
 
     /// Has several threads do this for each chunk, each with a frame of its own, to the end or until it is stopped.
@@ -326,8 +304,7 @@ impl Inner {
     pub(super) fn last_look(&self) -> Result<(), RamError> {
         self.look(|_, _| ())?;
         self.forget_holes()?;
-        let left = self.pending.iter().map(|set| set.count(0..set.pages())).sum();
-        self.remaining.store(left, Ordering::Relaxed);
+        self.recount();
         Ok(())
     }
 
@@ -355,7 +332,7 @@ impl Inner {
             let pages = self.pages_of(chunk);
             while let Some(run) = self.pending[chunk.block].take_run(pages.clone(), CHUNK) {
                 self.remaining.fetch_sub(run.end - run.start, Ordering::Relaxed);
-                self.read(frame, chunk.block, run, true)?;
+                self.read(frame, chunk.block, run, true, Shipping::ship)?;
             }
             Ok(())
         })

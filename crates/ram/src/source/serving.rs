@@ -2,6 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
+use super::shipping::Shipping;
 use super::{Inner, Phase, RamError};
 use crate::wire::{
     ARMED, COMPLETE, MISSING, MOST_DATA, Malformed, PLACED, READY, REFUSED, WANT, Want, decode_missing, decode_number,
@@ -21,8 +22,7 @@ impl Inner {
                 WANT if self.lock().phase == Phase::PostCopy => self.answer(&Want::decode(&frame.payload, &blocks)?)?,
                 READY => {
                     if self.resumed {
-                        let left = self.pending.iter().map(|set| set.count(0..set.pages())).sum();
-                        self.remaining.store(left, Ordering::Relaxed);
+                        self.recount();
                     }
                     self.lock().ready = true;
                 }
@@ -47,17 +47,7 @@ impl Inner {
         let mut frame = self.shipping.filling();
         while let Some(run) = set.take_run(want.pages.clone(), MOST_DATA) {
             self.remaining.fetch_sub(run.end - run.start, Ordering::Relaxed);
-            let mut pages = run;
-            while !pages.is_empty() {
-                let room = frame.room();
-                if room == 0 {
-                    self.shipping.ship_urgently(std::mem::replace(&mut frame, self.shipping.filling()))?;
-                    continue;
-                }
-                let end = pages.end.min(pages.start + room);
-                frame.read(&self.ram, want.block, pages.start..end, true).map_err(RamError::io)?;
-                pages.start = end;
-            }
+            self.read(&mut frame, want.block, run, true, Shipping::ship_urgently)?;
         }
         Ok(self.shipping.ship_urgently(frame)?)
     }

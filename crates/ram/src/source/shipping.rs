@@ -16,7 +16,7 @@ use vmferry_link::{Buffer, Link, LinkDown, Pool};
 use crate::PAGE;
 use crate::memory::GuestRam;
 use crate::wire::{MOST_DATA, MOST_RUNS, PAGES, Pages, Run};
-use crate::zero::is_zero;
+use crate::zero;
 
 /// Pages that are tracked and sent together: 2 MiB.
 pub(super) const CHUNK: u64 = 512;
@@ -66,21 +66,21 @@ impl Filling {
         let length = ((pages.end - pages.start) * PAGE) as usize;
         let bytes = &mut self.buffer.as_mut()[begin..begin + length];
         ram.blocks()[block].read_at(pages.start * PAGE, bytes)?;
-        let mut kept = 0;
-        for (index, page) in pages.enumerate() {
-            let from = index * PAGE as usize;
-            let zero = is_zero(&bytes[from..from + PAGE as usize]);
-            if !zero {
-                if kept != from {
-                    bytes.copy_within(from..from + PAGE as usize, kept);
-                }
-                kept += PAGE as usize;
-            } else if !tell_zeroes {
+        let (mut kept, found): (usize, Vec<_>) = (0, zero::runs(bytes).collect());
+        for zero::Run { range, zero } in found {
+            if zero && !tell_zeroes {
                 continue;
             }
+            let [start, end] = [range.start, range.end].map(|at| pages.start + at as u64 / PAGE);
+            if !zero {
+                kept += range.len();
+                bytes.copy_within(range, kept - ((end - start) * PAGE) as usize);
+            }
             match self.runs.last_mut() {
-                Some(last) if last.block == block && last.pages.end == page && last.zero == zero => last.pages.end += 1,
-                _ => self.runs.push(Run { block, pages: page..page + 1, zero }),
+                Some(last) if last.block == block && last.pages.end == start && last.zero == zero => {
+                    last.pages.end = end;
+                }
+                _ => self.runs.push(Run { block, pages: start..end, zero }),
             }
         }
         self.data += kept as u64 / PAGE;

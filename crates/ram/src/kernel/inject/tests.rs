@@ -357,6 +357,12 @@ fn a_process_that_is_traced_is_refused_with_its_tracers_pid() {
         assert!(matches!(error, InjectError::AlreadyTraced { tracer } if tracer == us), "{error:?}");
         drop(end);
     });
+    // A thread lets go of what it traces only after everybody may think that it has ended.
+    let begun = Instant::now();
+    while program.process.thread_status(program.process.pid).unwrap().tracer.is_some() {
+        assert!(begun.elapsed() < Duration::from_secs(10), "still traced");
+        thread::yield_now();
+    }
     make_in(&program.process, Reach::User, Keep::Ours).unwrap();
     assert_eq!(program.end(), "");
 }
