@@ -37,6 +37,15 @@ async fn a_guest_that_writes_faster_than_the_link_moves_by_post_copy_whatever_qe
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn without_post_copy_the_writes_of_a_guest_are_paced_until_it_converges_whatever_qemu_it_has() {
+    for (qemu, mode) in [(0, Mode::Write), (1, Mode::Random)] {
+        let report = moves_whole(qemu, mode, &["--bandwidth", "60MiB/s", "--no-post-copy"]).await;
+        assert!(!report.post_copy && report.throttle > 0, "{report:?}");
+        assert!(report.total_ms < 20_000.0, "{report:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_guest_that_writes_to_random_pages_moves_whole() {
     moves_whole(1, Mode::Random, &["--bandwidth", "80MiB/s"]).await;
 }

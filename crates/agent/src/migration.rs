@@ -277,7 +277,8 @@ async fn plan(agent: &Agent, vm: &Vm, id: Uuid, request: &MigrateRequest) -> Res
     let there = peer.check(&offer).await?;
     let (features, can_tls) = agent.features_of(vm).await?;
     let mut notes = Vec::new();
-    let engine = choose_engine(agent, vm, request, &there).await?;
+    let (engine, other) = choose_engine(agent, vm, request, &there).await?;
+    notes.extend(other);
     let is_external = engine.name() == EngineName::External;
     let cipher = fastest_cipher(&agent.ciphers_for(remote), &there.ciphers);
     let protect = match (agent.config.security_of(remote), there.security) {
@@ -347,28 +348,32 @@ async fn plan(agent: &Agent, vm: &Vm, id: Uuid, request: &MigrateRequest) -> Res
     })
 }
 
-/// The one that is wanted, if it can be used.
+/// The one that is wanted; QEMU, and why, where the agents cannot and nobody insists on them.
 async fn choose_engine(
     agent: &Agent,
     vm: &Vm,
     request: &MigrateRequest,
     there: &CheckReply,
-) -> Result<Engine, AgentError> {
+) -> Result<(Engine, Option<String>), AgentError> {
     if request.engine.unwrap_or(agent.config.engine) == EngineName::Qemu {
-        return Ok(Engine::Qemu);
+        return Ok((Engine::Qemu, None));
     }
-    let here = external::movable(agent, vm).await?;
-    let at_destination = there.external_obstacle.as_ref().map(|why| format!("at {}: {why}", there.host));
-    // Nothing but post-copy makes every guest's migration end yet.
-    let without = (!request.post_copy).then(|| "without post-copy only QEMU can slow the guest down".to_owned());
-    match (here, at_destination.or(without)) {
-        (Ok(backends), None) => Ok(Engine::External(backends)),
-        (Err(why), _) | (Ok(_), Some(why)) => Err(AgentError::NotMigratable {
-            name: vm.name().into(),
-            reason: format!("its RAM cannot be moved by the agents: {why}"),
-            hint: Some("let QEMU move it: --engine qemu".into()),
-        }),
+    let why = match (external::movable(agent, vm).await?, &there.external_obstacle) {
+        (Err(why), _) => why,
+        (Ok(_), Some(why)) => format!("at {}: {why}", there.host),
+        (Ok(backends), None) => match external::ends(vm, request.post_copy).await {
+            Ok(()) => return Ok((Engine::External(backends), None)),
+            Err(why) => why,
+        },
+    };
+    if request.engine.is_none() {
+        return Ok((Engine::Qemu, Some(format!("QEMU moves the memory itself, as the agents cannot: {why}."))));
     }
+    Err(AgentError::NotMigratable {
+        name: vm.name().into(),
+        reason: format!("its RAM cannot be moved by the agents: {why}"),
+        hint: Some("let QEMU move it: --engine qemu".into()),
+    })
 }
 
 fn loses_writes(vm: &Vm) -> String {
@@ -629,6 +634,10 @@ impl Run {
                     self.migration
                         .note(format!("The guest writes faster than the link carries: slowed by {} %.", share.0));
                 }
+                Action::Pace(share) => self.migration.note(format!(
+                    "The guest writes faster than the link carries: its writes are held to {} % of what it does carry.",
+                    share.0
+                )),
                 Action::GiveUp(reason) => {
                     let name = self.vm.name().into();
                     return Err(Halt::Undo(AgentError::GaveUp { name, reason: reason.to_string() }));

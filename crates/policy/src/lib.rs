@@ -75,6 +75,8 @@ pub struct Observation {
     pub link_rate: BytesPerSec,
     /// How much the guest is slowed down on purpose.
     pub throttle: Percent,
+    /// The guest's writes can be paced.
+    pub can_pace: bool,
     /// What the user set.
     pub limits: Limits,
 }
@@ -86,6 +88,8 @@ pub enum Action {
     Continue,
     /// Slow the guest down by this share of its time.
     Throttle(Percent),
+    /// Have the guest make pages stale no faster than this share of what the link carries.
+    Pace(Percent),
     /// Let the destination run at once and fetch what it misses.
     PostCopy,
     /// Stop the migration; the guest stays where it is.

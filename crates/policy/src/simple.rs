@@ -1,5 +1,5 @@
-//! The simple rule: pre-copy while each round shrinks what is left, else post-copy; where post-copy may not be used,
-//! throttle the guest step by step.
+//! The simple rule: pre-copy while each round shrinks what is left, else post-copy; where post-copy may not be used, pace
+//! the guest's writes, or throttle it where that cannot be, step by step.
 //!
 //! Whether a round shrinks anything is judged when it begins: what it has to send is what the guest wrote while the
 //! round before was sent. If that is hardly less than the round before had to send, the rounds have met the guest's
@@ -21,7 +21,11 @@ const SOON: Duration = Duration::from_secs(2);
 const THROTTLE_FIRST: u8 = 20;
 const THROTTLE_STEP: u8 = 10;
 const THROTTLE_MOST: u8 = 99;
-/// Fully throttled rounds without progress before giving up.
+/// The guest may make pages stale at this share of the link's rate at first, and at the half of it at each step. All RAM
+/// then takes twice as long as if the guest stood still, and the guest is slow for that much less.
+const PACE_FIRST: u8 = 50;
+const PACE_LEAST: u8 = 6;
+/// Rounds without progress, with the guest as slow as can be, before giving up.
 const PATIENCE: u32 = 5;
 
 /// See the module's text.
@@ -31,7 +35,9 @@ pub struct Simple {
     /// What the current round had to send when it began.
     to_send: Bytes,
     throttle: Percent,
-    /// Fully throttled rounds without progress.
+    /// 0 while writes are not paced.
+    pace: Percent,
+    /// Rounds without progress, with the guest as slow as can be.
     stuck_rounds: u32,
     asked_post_copy: bool,
 }
@@ -44,8 +50,11 @@ impl Policy for Simple {
         if let Some(action) = self.mind_the_time(seen) {
             return action;
         }
-        if seen.limits.post_copy && goes_stale(seen) {
+        if goes_stale(seen) && seen.limits.post_copy {
             return self.post_copy();
+        }
+        if goes_stale(seen) && seen.can_pace && self.pace == Percent(0) {
+            return self.slow_down(seen);
         }
         if seen.round <= self.round {
             return Action::Continue;
@@ -59,7 +68,7 @@ impl Policy for Simple {
         if seen.limits.post_copy {
             return self.post_copy();
         }
-        self.throttle_more(seen)
+        self.slow_down(seen)
     }
 }
 
@@ -79,13 +88,20 @@ impl Simple {
         (seen.elapsed >= allowed).then_some(Action::GiveUp(Reason::OutOfTime { allowed }))
     }
 
-    fn throttle_more(&mut self, seen: &Observation) -> Action {
-        if self.throttle.0 >= THROTTLE_MOST {
+    fn slow_down(&mut self, seen: &Observation) -> Action {
+        if self.throttle.0 >= THROTTLE_MOST || self.pace != Percent(0) && self.pace.0 <= PACE_LEAST {
             self.stuck_rounds += 1;
             if self.stuck_rounds < PATIENCE {
                 return Action::Continue;
             }
             return Action::GiveUp(Reason::NotConverging { dirty_rate: seen.dirty_rate, link_rate: seen.link_rate });
+        }
+        if seen.can_pace {
+            self.pace = match self.pace {
+                Percent(0) => Percent(PACE_FIRST),
+                Percent(now) => Percent(now / 2),
+            };
+            return Action::Pace(self.pace);
         }
         self.throttle = match self.throttle {
             Percent(0) => Percent(THROTTLE_FIRST),
@@ -137,11 +153,12 @@ mod tests {
         write_rate: u64,
         link_rate: u64,
         limits: Limits,
+        can_pace: bool,
     }
 
     #[derive(Debug, PartialEq)]
     enum End {
-        SwitchedOver { rounds: u32, throttle: Percent },
+        SwitchedOver { at: Duration, throttle: Percent, pace: Percent },
         PostCopy { at: Duration },
         GaveUp(Reason),
     }
@@ -149,7 +166,7 @@ mod tests {
     impl Model {
         fn play(&self, policy: &mut dyn Policy) -> End {
             let (mut elapsed, mut remaining, mut throttle) = (0.0, 1024 * MIB, Percent(0));
-            let mut dirty_rate = 0;
+            let (mut dirty_rate, mut pace) = (0, Percent(0));
             for round in 1..1000 {
                 let round_time = remaining as f64 / self.link_rate as f64;
                 for step in 0..10 {
@@ -159,27 +176,30 @@ mod tests {
                         phase: Phase::PreCopy,
                         round,
                         remaining: Bytes((remaining as f64 * (1.0 - part)) as u64),
-                        total: Bytes(1024 * MIB),
-                        stale: Percent(0),
-                        sent: Bytes(0),
                         dirty_rate: BytesPerSec(dirty_rate),
                         link_rate: BytesPerSec(self.link_rate),
                         throttle,
+                        can_pace: self.can_pace,
                         limits: self.limits,
+                        ..seen()
                     };
                     match policy.decide(&seen) {
                         Action::Continue => {}
                         Action::Throttle(by) => throttle = by,
+                        Action::Pace(share) => pace = share,
                         Action::PostCopy => return End::PostCopy { at: seen.elapsed },
                         Action::GiveUp(reason) => return End::GaveUp(reason),
                     }
                 }
                 elapsed += round_time;
-                let speed = self.write_rate as f64 * f64::from(100 - throttle.0) / 100.0;
+                let mut speed = self.write_rate as f64 * f64::from(100 - throttle.0) / 100.0;
+                if pace != Percent(0) {
+                    speed = speed.min(self.link_rate as f64 * f64::from(pace.0) / 100.0);
+                }
                 remaining = ((speed * round_time) as u64).min(self.hot);
                 dirty_rate = (remaining as f64 / round_time) as u64;
                 if (remaining as f64 / self.link_rate as f64) <= self.limits.downtime.as_secs_f64() {
-                    return End::SwitchedOver { rounds: round, throttle };
+                    return End::SwitchedOver { at: Duration::from_secs_f64(elapsed), throttle, pace };
                 }
             }
             panic!("the rule never ended the migration");
@@ -191,23 +211,35 @@ mod tests {
     }
 
     fn model() -> Model {
-        Model { hot: 512 * MIB, write_rate: 1300 * MIB, link_rate: 119 * MIB, limits: limits() }
+        Model { hot: 512 * MIB, write_rate: 1300 * MIB, link_rate: 119 * MIB, limits: limits(), can_pace: false }
+    }
+
+    /// A first round that has gone on for a second.
+    fn seen() -> Observation {
+        Observation {
+            elapsed: Duration::from_secs(1),
+            phase: Phase::PreCopy,
+            round: 1,
+            remaining: Bytes(900 * MIB),
+            total: Bytes(1024 * MIB),
+            stale: Percent(0),
+            sent: Bytes(119 * MIB),
+            dirty_rate: BytesPerSec(0),
+            link_rate: BytesPerSec(119 * MIB),
+            throttle: Percent(0),
+            can_pace: false,
+            limits: limits(),
+        }
     }
 
     #[test]
     fn pages_of_zeroes_in_the_first_round_do_not_make_the_time_seem_short() {
         let seen = Observation {
-            elapsed: Duration::from_secs(1),
-            phase: Phase::PreCopy,
-            round: 1,
             remaining: Bytes(3072 * MIB),
             total: Bytes(4096 * MIB),
-            stale: Percent(0),
-            sent: Bytes(5 * MIB),
-            dirty_rate: BytesPerSec(0),
             link_rate: BytesPerSec(5 * MIB),
-            throttle: Percent(0),
             limits: Limits { max_time: Some(Duration::from_secs(10)), ..limits() },
+            ..seen()
         };
         assert_eq!(Simple::default().decide(&seen), Action::Continue);
         let slow = Observation { remaining: Bytes(4000 * MIB), ..seen };
@@ -216,19 +248,7 @@ mod tests {
 
     #[test]
     fn a_guest_that_writes_again_what_was_just_sent_goes_to_post_copy_within_the_first_round() {
-        let seen = Observation {
-            elapsed: Duration::from_secs(1),
-            phase: Phase::PreCopy,
-            round: 1,
-            remaining: Bytes(900 * MIB),
-            total: Bytes(1024 * MIB),
-            stale: Percent(80),
-            sent: Bytes(119 * MIB),
-            dirty_rate: BytesPerSec(0),
-            link_rate: BytesPerSec(119 * MIB),
-            throttle: Percent(0),
-            limits: limits(),
-        };
+        let seen = Observation { stale: Percent(80), ..seen() };
         assert_eq!(Simple::default().decide(&seen), Action::PostCopy);
         for other in [
             Observation { stale: Percent(25), ..seen },
@@ -265,6 +285,20 @@ mod tests {
     }
 
     #[test]
+    fn without_post_copy_writes_are_paced_where_that_can_be() {
+        let paced = Model { can_pace: true, limits: Limits { post_copy: false, ..limits() }, ..model() };
+        let End::SwitchedOver { at, throttle: Percent(0), pace: Percent(50) } = paced.play(&mut Simple::default())
+        else {
+            panic!("not paced, or not to its end")
+        };
+        assert!(at < Duration::from_secs(3 * 1024 / 119), "{at:?}");
+        let stale = Observation { stale: Percent(80), can_pace: true, limits: paced.limits, ..seen() };
+        let mut policy = Simple::default();
+        assert_eq!(policy.decide(&stale), Action::Pace(Percent(50)), "in the first round");
+        assert_eq!(policy.decide(&stale), Action::Continue);
+    }
+
+    #[test]
     fn without_post_copy_a_guest_that_no_throttle_tames_stays_where_it_is() {
         let wild = Model { write_rate: 100_000 * MIB, limits: Limits { post_copy: false, ..limits() }, ..model() };
         let end = wild.play(&mut Simple::default());
@@ -291,19 +325,8 @@ mod tests {
     fn post_copy_is_asked_for_once() {
         let mut policy = Simple::default();
         assert!(matches!(model().play(&mut policy), End::PostCopy { .. }));
-        let seen = Observation {
-            elapsed: Duration::from_secs(60),
-            phase: Phase::PreCopy,
-            round: 9,
-            remaining: Bytes(512 * MIB),
-            total: Bytes(1024 * MIB),
-            stale: Percent(0),
-            sent: Bytes(0),
-            dirty_rate: BytesPerSec(500 * MIB),
-            link_rate: BytesPerSec(119 * MIB),
-            throttle: Percent(0),
-            limits: limits(),
-        };
+        let seen =
+            Observation { elapsed: Duration::from_secs(60), round: 9, dirty_rate: BytesPerSec(500 * MIB), ..seen() };
         assert_eq!(policy.decide(&seen), Action::Continue);
     }
 }

@@ -10,15 +10,14 @@
 
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, RawFd};
+use std::os::fd::RawFd;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
 use crate::PAGE;
-use crate::kernel::{Copied, EnableError, Feature, InjectError, Inside, Keep, Mode, Reach, Userfaultfd};
+use crate::kernel::{Copied, EnableError, Fault, Feature, InjectError, Inside, Keep, Mode, Reach, Userfaultfd, Waited};
 use crate::kernel::{close_in, make_in};
 use crate::memory::{Addresses, GuestRam};
 
@@ -154,35 +153,20 @@ impl Arrival {
     /// Waits so long for somebody to touch a missing page, and adds all such pages: block and offset. The same page may
     /// be told of more than once, and also after it was placed.
     pub fn faults(&self, timeout: Duration, faults: &mut Vec<(usize, u64)>) -> Result<(), ArrivalError> {
-        if !self.wait(timeout)? {
-            return Ok(());
+        match self.userfaultfd.wait(self.ram.process(), timeout)? {
+            Waited::Faults => {}
+            Waited::Nothing => return Ok(()),
+            Waited::Gone => return Err(ArrivalError::Gone),
         }
-        let mut addresses = Vec::new();
-        self.userfaultfd.read_faults(&mut addresses)?;
-        for address in addresses {
+        let mut found = Vec::new();
+        self.userfaultfd.read_faults(&mut found)?;
+        for Fault { address, .. } in found {
             let mut blocks = self.blocks.iter().enumerate();
             let found = blocks.find_map(|(block, of)| Some((block, of.offset(address)?)));
             let (block, offset) = found.expect("only the blocks are registered");
             faults.push((block, offset - offset % PAGE));
         }
         Ok(())
-    }
-
-    /// There are faults to read.
-    fn wait(&self, timeout: Duration) -> Result<bool, ArrivalError> {
-        let deadline = Instant::now() + timeout;
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let left = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
-            let process = self.ram.process().as_fd();
-            let mut ready = [PollFd::new(&self.userfaultfd, PollFlags::IN), PollFd::new(&process, PollFlags::IN)];
-            match poll(&mut ready, Some(&left)) {
-                Ok(_) if !ready[1].revents().is_empty() => return Err(ArrivalError::Gone),
-                Ok(count) => return Ok(count > 0),
-                Err(Errno::INTR) => {}
-                Err(errno) => return Err(io::Error::from(errno).into()),
-            }
-        }
     }
 
     /// Places pages where there are none, and wakes who waits for them. `bytes` are whole pages.

@@ -12,4 +12,4 @@ pub use inject::InjectError;
 pub(crate) use inject::{Inside, Keep, Reach, close_in, make_in};
 pub(crate) use pagemap::Pagemap;
 pub use support::{Unsupported, support};
-pub(crate) use userfaultfd::{Copied, EnableError, Feature, Mode, Userfaultfd};
+pub(crate) use userfaultfd::{Copied, EnableError, Fault, Feature, Mode, Userfaultfd, Waited};

@@ -61,7 +61,7 @@ pub use error::RamError;
 pub use kernel::{InjectError, Unsupported, support};
 pub use memory::{Backend, Block, GuestRam, MemoryError, PunchError};
 pub use source::{Progress, Source};
-pub use tracking::{Tracking, TrackingError};
+pub use tracking::{Tracking, TrackingError, WriteFault, WriteFaults, can_pace};
 pub use wire::Malformed;
 
 /// What memory is mapped, tracked and placed by, in bytes.

@@ -8,6 +8,7 @@
 //! In post-copy the source is a server with nothing to remember: its guest's RAM does not change any more, and the
 //! destination knows what it misses. So a new agent, or a new link, goes on by asking ([`Source::resume`]).
 
+mod pacing;
 mod rounds;
 mod serving;
 mod shipping;
@@ -25,8 +26,9 @@ use crate::PAGE;
 use crate::RamError;
 use crate::memory::{Block, GuestRam};
 use crate::pages::PageSet;
-use crate::tracking::Tracking;
+use crate::tracking::{Tracking, TrackingError, WriteFaults};
 use crate::wire::{ARM, HELLO, Hello, MISSING, STATE, STATE_END, STATE_GO, encode_missing};
+use pacing::Pacing;
 use shipping::{CHUNK, Filling, Shipping};
 
 /// How long the destination may take to look at what RAM it has, or to arm it.
@@ -46,6 +48,12 @@ pub(crate) trait WriteLog: Send + Sync {
 
     /// Which of these were written since they were protected; they are protected again.
     fn take_written(&self, block: usize, bytes: Range<u64>, out: &mut Vec<Range<u64>>) -> io::Result<()>;
+
+    /// See [`Tracking::prepare_pacing`].
+    fn prepare_pacing(&mut self, ram: &GuestRam) -> Result<WriteFaults, TrackingError>;
+
+    /// See [`Tracking::pace`].
+    fn pace(&mut self, block: usize, bytes: Range<u64>) -> io::Result<()>;
 }
 
 impl WriteLog for Tracking {
@@ -59,6 +67,14 @@ impl WriteLog for Tracking {
 
     fn take_written(&self, block: usize, bytes: Range<u64>, out: &mut Vec<Range<u64>>) -> io::Result<()> {
         Tracking::take_written(self, block, bytes, out)
+    }
+
+    fn prepare_pacing(&mut self, ram: &GuestRam) -> Result<WriteFaults, TrackingError> {
+        Tracking::prepare_pacing(self, ram)
+    }
+
+    fn pace(&mut self, block: usize, bytes: Range<u64>) -> io::Result<()> {
+        Tracking::pace(self, block, bytes)
     }
 }
 
@@ -78,6 +94,8 @@ pub struct Progress {
     pub dirty_rate: u64,
     /// How fast the link carries pages, in bytes a second; 0 when that is not known yet.
     pub link_rate: u64,
+    /// How much of their time the guest's processors waited lately as their writes are paced, in percent.
+    pub slowed: u8,
     /// What is left can be sent within the downtime, and waiting would hardly make it less: pause the guest now.
     pub converged: bool,
     /// The destination has all RAM.
@@ -98,6 +116,7 @@ struct Inner {
     resumed: bool,
     downtime: Duration,
     shipping: Shipping,
+    pacing: Pacing,
     /// What the destination does not have, as far as it is known.
     pending: Vec<PageSet>,
     /// Chunks of which nothing was sent yet, by their number in the block.
@@ -170,6 +189,7 @@ impl Source {
             log: RwLock::new(log),
             resumed: resume,
             downtime,
+            pacing: Pacing::default(),
             stop: AtomicBool::new(false),
             state: Mutex::new(State { phase, ..State::default() }),
             news: Condvar::new(),
@@ -208,6 +228,7 @@ impl Source {
             stale: state.stale,
             dirty_rate: state.dirty_rate,
             link_rate: inner.shipping.rate(),
+            slowed: inner.pacing.slowed(),
             converged: state.converged,
             complete: state.complete,
         })
@@ -273,6 +294,7 @@ impl Source {
     /// Stops at once, whatever else is under way, and leaves nothing in the guest.
     pub fn abandon(&self) {
         self.inner.stop();
+        self.inner.pacing.end();
         self.inner.link.give_up();
         self.inner.fail(RamError::Link(LinkDown::GivenUp));
         let threads = std::mem::take(&mut *self.threads.lock().expect("no holder of this lock panics"));
@@ -290,7 +312,11 @@ impl Source {
         Ok(())
     }
 
-    fn spawn(&self, name: &str, run: fn(&Inner) -> Result<(), RamError>) -> Result<(), RamError> {
+    fn spawn(
+        &self,
+        name: &str,
+        run: impl FnOnce(&Inner) -> Result<(), RamError> + Send + 'static,
+    ) -> Result<(), RamError> {
         let inner = Arc::clone(&self.inner);
         let body = move || {
             if let Err(error) = run(&inner) {

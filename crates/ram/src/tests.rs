@@ -15,7 +15,7 @@ use vmferry_link::{
 use crate::destination::{Ended, Landing, serve};
 use crate::memory::GuestRam;
 use crate::source::{Source, WriteLog};
-use crate::{PAGE, RamError};
+use crate::{PAGE, RamError, TrackingError, WriteFaults};
 
 const DOWNTIME: Duration = Duration::from_millis(300);
 const MIB: u64 = 1 << 20;
@@ -53,6 +53,14 @@ impl WriteLog for Arc<Log> {
             out.push(page.1 * PAGE..(page.1 + 1) * PAGE);
         }
         Ok(())
+    }
+
+    fn prepare_pacing(&mut self, _: &GuestRam) -> Result<WriteFaults, TrackingError> {
+        Err(TrackingError::Lacks(vec!["writers that wait"]))
+    }
+
+    fn pace(&mut self, _: usize, _: Range<u64>) -> io::Result<()> {
+        unreachable!("it cannot be prepared")
     }
 }
 

@@ -9,15 +9,26 @@
 //! writes into the same memory (vhost-user), or a device that reaches it by itself (VFIO), is not. Nor is it a write when
 //! memory is given back to the host, as by a balloon, though zeros are read there then; a guest that gives memory back
 //! expects nothing to be in it.
+//!
+//! To pace the guest's writes, somebody has to wait after all. That takes a second userfaultfd without asynchronous
+//! protection, and memory can have one at a time; so range by range, the second takes over from the first. What was
+//! written in between is not seen by either: the guest must be paused meanwhile.
 
 use std::io;
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Duration;
 
-use crate::kernel::{EnableError, Feature, InjectError, Inside, Keep, Mode, Pagemap, Reach, Userfaultfd, make_in};
-use crate::memory::{Addresses, GuestRam};
+use crate::PAGE;
+use crate::kernel::make_in;
+use crate::kernel::{
+    EnableError, Fault, Feature, InjectError, Inside, Keep, Mode, Pagemap, Reach, Userfaultfd, Waited,
+};
+use crate::memory::{Addresses, GuestRam, MemoryError};
+use crate::process::Process;
 
 const FEATURES: [Feature; 3] = [Feature::WpAsync, Feature::WpUnpopulated, Feature::WpHugetlbfsShmem];
+const PACING: [Feature; 3] = [Feature::ThreadId, Feature::WpUnpopulated, Feature::WpHugetlbfsShmem];
 
 /// Why writes cannot be tracked.
 #[derive(Debug, thiserror::Error)]
@@ -34,6 +45,9 @@ pub enum TrackingError {
         /// The block's name.
         id: String,
     },
+    /// QEMU cannot be looked at.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
     /// Another error.
     #[error("cannot track RAM")]
     Io(#[from] io::Error),
@@ -57,6 +71,28 @@ pub struct Tracking {
     pagemap: Pagemap,
     blocks: Vec<Addresses>,
     stood_still: Duration,
+    pacing: Option<Paced>,
+}
+
+/// The memory in which writers wait.
+#[derive(Debug)]
+struct Paced {
+    userfaultfd: Arc<Userfaultfd>,
+    /// How much of each block, from its beginning, in bytes.
+    up_to: Vec<u64>,
+}
+
+/// Whether writes of this QEMU could be made to wait, tried out.
+pub fn can_pace(pid: u32) -> Result<(), TrackingError> {
+    let process = Process::open(pid).map_err(|source| MemoryError::Process { pid, source })?;
+    userfaultfd_for_pacing(&process).map(drop)
+}
+
+fn userfaultfd_for_pacing(process: &Process) -> Result<Userfaultfd, TrackingError> {
+    // Also what the kernel writes for QEMU must wait, or it would fail.
+    let userfaultfd = Userfaultfd::over(make_in(process, Reach::Kernel, Keep::Ours)?.descriptor);
+    userfaultfd.enable(&PACING)?;
+    Ok(userfaultfd)
 }
 
 impl Tracking {
@@ -74,7 +110,7 @@ impl Tracking {
             })?;
         }
         let pagemap = Pagemap::open(ram.process().pid)?;
-        Ok(Self { userfaultfd, pagemap, blocks, stood_still })
+        Ok(Self { userfaultfd, pagemap, blocks, stood_still, pacing: None })
     }
 
     /// How long one thread of QEMU stood still for the beginning.
@@ -86,12 +122,42 @@ impl Tracking {
     ///
     /// It makes QEMU's page tables for pages that were never used: 8 bytes for each.
     pub fn protect(&self, block: usize, range: Range<u64>) -> io::Result<()> {
-        self.userfaultfd.write_protect(self.blocks[block].of(&range))
+        for (userfaultfd, range, _) in self.parts(block, range) {
+            userfaultfd.write_protect(self.blocks[block].of(&range))?;
+        }
+        Ok(())
     }
 
     /// Adds what was written since it was protected, in order, with neighbours merged. It counts as written afterwards.
     pub fn written(&self, block: usize, range: Range<u64>, written: &mut Vec<Range<u64>>) -> io::Result<()> {
         self.scan(block, &range, false, written)
+    }
+
+    /// Prepares for writers to wait. None does yet.
+    pub fn prepare_pacing(&mut self, ram: &GuestRam) -> Result<WriteFaults, TrackingError> {
+        let userfaultfd = Arc::new(userfaultfd_for_pacing(ram.process())?);
+        self.pacing = Some(Paced { userfaultfd: Arc::clone(&userfaultfd), up_to: vec![0; self.blocks.len()] });
+        Ok(WriteFaults { userfaultfd, blocks: ram.addresses() })
+    }
+
+    /// From here on, whoever writes to a protected page of the next part of a block waits until it is let go. None of
+    /// these pages is protected at first, and so all count as written. The guest must be paused.
+    pub fn pace(&mut self, block: usize, range: Range<u64>) -> io::Result<()> {
+        let paced = self.pacing.as_mut().expect("pacing was prepared");
+        assert_eq!(paced.up_to[block], range.start, "parts follow each other");
+        let addresses = self.blocks[block].of(&range);
+        self.userfaultfd.unregister(addresses.clone())?;
+        paced.userfaultfd.register(addresses, Mode::WriteProtect)?;
+        paced.up_to[block] = range.end;
+        Ok(())
+    }
+
+    /// A range in up to two parts: whose userfaultfd each is of, and whether writers wait there.
+    fn parts(&self, block: usize, range: Range<u64>) -> impl Iterator<Item = (&Userfaultfd, Range<u64>, bool)> {
+        let limit = self.pacing.as_ref().map_or(0, |paced| paced.up_to[block]).clamp(range.start, range.end);
+        let paced = self.pacing.as_ref().map(|paced| (&*paced.userfaultfd, range.start..limit, true));
+        let parts = paced.into_iter().chain([(&self.userfaultfd, limit..range.end, false)]);
+        parts.filter(|(_, range, _)| !range.is_empty())
     }
 
     /// As [`written`](Tracking::written), and protects it again. Read it after this, not before.
@@ -102,10 +168,60 @@ impl Tracking {
     fn scan(&self, block: usize, range: &Range<u64>, protect: bool, written: &mut Vec<Range<u64>>) -> io::Result<()> {
         let addresses = &self.blocks[block];
         let begun = written.len();
-        self.pagemap.written(addresses.of(range), protect, written)?;
+        for (userfaultfd, range, waits) in self.parts(block, range.clone()) {
+            let found = written.len();
+            self.pagemap.written(addresses.of(&range), protect && !waits, written)?;
+            if protect && waits {
+                // What is written between the two is read after this, as are all of these pages.
+                written[found..].iter().try_for_each(|range| userfaultfd.write_protect(range.clone()))?;
+            }
+        }
         for range in &mut written[begun..] {
             *range = range.start - addresses.all().start..range.end - addresses.all().start;
         }
         Ok(())
+    }
+}
+
+/// Writers that wait. Whoever holds it must let them go.
+#[derive(Debug)]
+pub struct WriteFaults {
+    userfaultfd: Arc<Userfaultfd>,
+    blocks: Vec<Addresses>,
+}
+
+/// A thread waits to write to a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WriteFault {
+    /// The block's place.
+    pub block: usize,
+    /// The page's number in it.
+    pub page: u64,
+    /// The thread's id, as QEMU knows it.
+    pub thread: u32,
+}
+
+impl WriteFaults {
+    /// Waits so long for writers, and adds them. False when QEMU has ended.
+    pub fn wait(&self, ram: &GuestRam, timeout: Duration, faults: &mut Vec<WriteFault>) -> io::Result<bool> {
+        match self.userfaultfd.wait(ram.process(), timeout)? {
+            Waited::Gone => return Ok(false),
+            Waited::Nothing => return Ok(true),
+            Waited::Faults => {}
+        }
+        let mut found = Vec::new();
+        self.userfaultfd.read_faults(&mut found)?;
+        faults.extend(found.into_iter().map(|Fault { address, thread }| {
+            let mut blocks = self.blocks.iter().enumerate();
+            let found = blocks.find_map(|(block, of)| Some((block, of.offset(address)?)));
+            let (block, offset) = found.expect("only the blocks are registered");
+            WriteFault { block, page: offset / PAGE, thread }
+        }));
+        Ok(true)
+    }
+
+    /// This page may be written.
+    pub fn let_go(&self, block: usize, page: u64) -> io::Result<()> {
+        self.userfaultfd.let_write(self.blocks[block].of(&(page * PAGE..(page + 1) * PAGE)))
     }
 }

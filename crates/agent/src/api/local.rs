@@ -19,8 +19,8 @@ use utoipa_axum::routes;
 use uuid::Uuid;
 
 use super::types::{
-    AdoptRequest, Hello, MigrateRequest, MigrationEvent, MigrationView, PairRequest, PeerView, PeersView, PlanView,
-    Problem, RunRequest, Started, StopRequest, TokenRequest, TokenView, TrialRequest, VmView,
+    AdoptRequest, EngineName, Hello, MigrateRequest, MigrationEvent, MigrationView, PairRequest, PeerView, PeersView,
+    PlanView, Problem, RunRequest, Started, StopRequest, TokenRequest, TokenView, TrialRequest, VmView,
 };
 use super::{Answer, ApiError, upgraded};
 use crate::console::Viewer;
@@ -101,6 +101,9 @@ async fn show(State(agent): Shared, Path(name): Path<String>) -> Answer<VmView> 
         // A QEMU that does not answer keeps nobody from being shown.
         let movable = external::movable(&agent, &vm).await.unwrap_or_else(|error| Err(in_one_line(&error)));
         view.external_obstacle = movable.err();
+        if view.external_obstacle.is_some() {
+            view.engine = EngineName::Qemu.to_string();
+        }
     }
     Ok(Json(view))
 }

@@ -206,10 +206,10 @@ pub struct MigrateRequest {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum EngineName {
-    /// The agents. The younger engine is for those who ask for it.
+    /// The agents.
+    #[default]
     External,
     /// QEMU itself.
-    #[default]
     Qemu,
 }
 

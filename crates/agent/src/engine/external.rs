@@ -32,6 +32,10 @@ const TICK: Duration = Duration::from_millis(100);
 const LATE: u32 = 10;
 /// But none that takes less than this.
 const LEAST_PAUSE: Duration = Duration::from_secs(10);
+/// The guest is paused for pacing at most for about this share of the downtime that was allowed, and again after so long
+/// if that was not enough.
+const TAKE_OVER: u32 = 2;
+const BETWEEN: Duration = Duration::from_millis(300);
 /// How long QEMU may take to begin with the device state, or to be done with it.
 const STATE_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -46,6 +50,8 @@ pub struct ExternalEngine {
     paused_at: Option<Instant>,
     /// The destination was told what it misses.
     post_copy: bool,
+    /// The guest's writes are paced.
+    paced: bool,
     /// The destination has the device state.
     switched: bool,
     /// Nobody was told of that yet.
@@ -121,6 +127,7 @@ impl ExternalEngine {
             started: Instant::now(),
             paused_at: None,
             post_copy: false,
+            paced: false,
             switched: false,
             just_switched: false,
             last: None,
@@ -152,6 +159,8 @@ impl ExternalEngine {
     /// Pauses the guest and gives the destination all that it needs to run it.
     async fn switch_over(&mut self, post_copy: bool) -> Result<(), EngineError> {
         let source = self.source()?;
+        // A processor that waits to write cannot be stopped.
+        source.lift_pacing();
         self.qmp.execute(commands::Stop {}).await?;
         self.paused_at = Some(Instant::now());
         let rest = Arc::clone(&source);
@@ -165,6 +174,31 @@ impl ExternalEngine {
         })?;
         self.post_copy = post_copy;
         (self.switched, self.just_switched) = (true, true);
+        Ok(())
+    }
+
+    /// Has the guest's writes wait so that what becomes stale is this share of what the link carries.
+    async fn pace(&mut self, share: Percent) -> Result<(), EngineError> {
+        let source = self.source()?;
+        let begins = !std::mem::replace(&mut self.paced, true);
+        let processors = match begins {
+            true => self.qmp.execute(commands::QueryCpusFast {}).await?.iter().map(|cpu| cpu.thread_id).collect(),
+            false => Vec::new(),
+        };
+        let pacing = Arc::clone(&source);
+        blocking(move || pacing.pace(share.0, &processors)).await?;
+        let at_most = self.wishes.limits.downtime / TAKE_OVER;
+        let mut all = !begins;
+        while !all {
+            let source = Arc::clone(&source);
+            self.qmp.execute(commands::Stop {}).await?;
+            let taken = blocking(move || source.take_over(at_most)).await;
+            self.qmp.execute(commands::Cont {}).await?;
+            all = taken?;
+            if !all {
+                tokio::time::sleep(BETWEEN).await;
+            }
+        }
         Ok(())
     }
 
@@ -216,7 +250,8 @@ impl ExternalEngine {
             sent: Bytes(self.sent),
             dirty_rate: BytesPerSec(progress.dirty_rate),
             link_rate: BytesPerSec(progress.link_rate),
-            throttle: Percent(0),
+            throttle: Percent(progress.slowed),
+            can_pace: true,
             limits: self.wishes.limits,
         };
         let complete = progress.complete;
@@ -267,6 +302,7 @@ impl RamEngine for ExternalEngine {
     async fn apply(&mut self, action: &Action) -> Result<(), EngineError> {
         match action {
             Action::PostCopy if !self.switched => self.switch_over(true).await,
+            Action::Pace(share) if !self.switched => self.pace(*share).await,
             _ => Ok(()),
         }
     }
@@ -360,6 +396,16 @@ pub(crate) async fn movable(agent: &Agent, vm: &Vm) -> Result<Result<Vec<Backend
         true => Ok(Err(DIRECT_IO.into())),
         false => Ok(Ok(backends(layout))),
     }
+}
+
+/// Whether the agents have the means to bring this VM's migration to an end whatever the guest writes; or why not.
+pub(crate) async fn ends(vm: &Vm, post_copy: bool) -> Result<(), String> {
+    if post_copy {
+        return Ok(());
+    }
+    let pid = vm.pid;
+    let tried = tokio::task::spawn_blocking(move || vmferry_ram::can_pace(pid)).await.expect("trying does not panic");
+    tried.map_err(|error| format!("without post-copy its writes must be paced: {}", in_one_line(&error)))
 }
 
 /// A disk's controller writes into RAM when it is done, and only the beginning is noticed.

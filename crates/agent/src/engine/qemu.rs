@@ -289,6 +289,7 @@ impl QemuEngine {
             dirty_rate: BytesPerSec(dirty_rate),
             link_rate: BytesPerSec(self.rate.update(ram.transferred, Instant::now())),
             throttle: Percent(info.cpu_throttle_percentage.unwrap_or(0).min(100) as u8),
+            can_pace: false,
             limits: self.limits,
         };
         self.last = info;
@@ -331,7 +332,7 @@ impl RamEngine for QemuEngine {
                 parameters.set_throttle(*share);
                 self.qmp.execute(parameters).await?;
             }
-            Action::Continue | Action::GiveUp(_) => {}
+            Action::Continue | Action::Pace(_) | Action::GiveUp(_) => {}
         }
         Ok(())
     }

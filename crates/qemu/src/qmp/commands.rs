@@ -48,6 +48,8 @@ commands! {
     QueryVersion {} = "query-version" -> Version;
     /// Whether KVM is there and used.
     QueryKvm {} = "query-kvm" -> Kvm;
+    /// The guest's processors.
+    QueryCpusFast {} = "query-cpus-fast" -> Vec<Cpu>;
     /// Pauses the guest.
     Stop {} = "stop" -> Nothing;
     /// Sets the guest running.
@@ -196,6 +198,14 @@ pub struct Kvm {
     pub enabled: bool,
     /// This QEMU was built with it.
     pub present: bool,
+}
+
+/// One processor of the guest.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Cpu {
+    /// The thread of QEMU that runs it.
+    pub thread_id: u32,
 }
 
 /// One machine type.

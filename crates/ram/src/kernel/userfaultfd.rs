@@ -7,10 +7,13 @@ use std::io::{self, ErrorKind};
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::thread;
+use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
 use super::ioctls;
+use crate::process::Process;
 
 /// The length of a message, `struct uffd_msg`.
 const MESSAGE: usize = 32;
@@ -18,14 +21,17 @@ const MESSAGE: usize = 32;
 const MESSAGES: usize = 64;
 /// `UFFD_EVENT_PAGEFAULT`, the first byte of a message.
 const FAULT: u8 = 0x12;
-/// Where in a message the address is.
+/// Where in a message the address is, and the thread.
 const ADDRESS: Range<usize> = 16..24;
+const THREAD: Range<usize> = 24..28;
 
 /// What is needed beyond what every userfaultfd can do, by the name that the kernel's documentation gives it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Feature {
     /// Pages of shared memory can be missing. Linux 4.11.
     MissingShmem,
+    /// Faults tell whose they are. Linux 4.14.
+    ThreadId,
     /// Shared memory can be write-protected. Linux 5.19.
     WpHugetlbfsShmem,
     /// Pages that are not there yet can be write-protected. Linux 6.4.
@@ -38,6 +44,7 @@ impl Feature {
     fn bit(self) -> u64 {
         match self {
             Feature::MissingShmem => 1 << 5,
+            Feature::ThreadId => 1 << 8,
             Feature::WpHugetlbfsShmem => 1 << 12,
             Feature::WpUnpopulated => 1 << 13,
             Feature::WpAsync => 1 << 15,
@@ -47,6 +54,7 @@ impl Feature {
     fn name(self) -> &'static str {
         match self {
             Feature::MissingShmem => "UFFD_FEATURE_MISSING_SHMEM",
+            Feature::ThreadId => "UFFD_FEATURE_THREAD_ID",
             Feature::WpHugetlbfsShmem => "UFFD_FEATURE_WP_HUGETLBFS_SHMEM",
             Feature::WpUnpopulated => "UFFD_FEATURE_WP_UNPOPULATED",
             Feature::WpAsync => "UFFD_FEATURE_WP_ASYNC",
@@ -70,7 +78,7 @@ pub(crate) enum EnableError {
 pub(crate) enum Mode {
     /// Whoever touches a page that is not there waits until it is placed.
     Missing,
-    /// Writes to protected pages are noted.
+    /// Writes to protected pages are noted, or wait.
     WriteProtect,
 }
 
@@ -81,6 +89,26 @@ pub(crate) struct Copied {
     pub(crate) bytes: u64,
     /// The page after these was there already.
     pub(crate) met_a_page: bool,
+}
+
+/// Somebody waits at a page.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Fault {
+    /// Which it touched.
+    pub(crate) address: u64,
+    /// Its thread, as the process knows it; only with [`Feature::ThreadId`].
+    pub(crate) thread: u32,
+}
+
+/// What a wait for faults ended with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Waited {
+    /// There are some to read.
+    Faults,
+    /// There were none for so long.
+    Nothing,
+    /// The process has ended.
+    Gone,
 }
 
 /// See the module's text. Ending it ends all that was registered: the kernel lifts protections and wakes who waits.
@@ -122,7 +150,16 @@ impl Userfaultfd {
     }
 
     pub(crate) fn write_protect(&self, range: Range<u64>) -> io::Result<()> {
-        while let Err(error) = ioctls::write_protect(self, range.clone(), true) {
+        self.set_write_protection(range, true)
+    }
+
+    /// Lifts the protection, and wakes who waits.
+    pub(crate) fn let_write(&self, range: Range<u64>) -> io::Result<()> {
+        self.set_write_protection(range, false)
+    }
+
+    fn set_write_protection(&self, range: Range<u64>, protect: bool) -> io::Result<()> {
+        while let Err(error) = ioctls::write_protect(self, range.clone(), protect) {
             wait_for_mappings(error)?;
         }
         Ok(())
@@ -143,8 +180,25 @@ impl Userfaultfd {
         Ok(ioctls::wake(self, range)?)
     }
 
-    /// The addresses of the pages at which somebody began to wait. Does not wait itself.
-    pub(crate) fn read_faults(&self, faults: &mut Vec<u64>) -> io::Result<()> {
+    /// Waits so long for somebody to wait at a page.
+    pub(crate) fn wait(&self, process: &Process, timeout: Duration) -> io::Result<Waited> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let left = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
+            let mut ready = [PollFd::new(self, PollFlags::IN), PollFd::new(process, PollFlags::IN)];
+            match poll(&mut ready, Some(&left)) {
+                Ok(_) if !ready[1].revents().is_empty() => return Ok(Waited::Gone),
+                Ok(0) => return Ok(Waited::Nothing),
+                Ok(_) => return Ok(Waited::Faults),
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
+
+    /// Who began to wait. Does not wait itself.
+    pub(crate) fn read_faults(&self, faults: &mut Vec<Fault>) -> io::Result<()> {
         let mut messages = [0; MESSAGE * MESSAGES];
         loop {
             let length = match rustix::io::read(self, &mut messages) {
@@ -155,7 +209,8 @@ impl Userfaultfd {
             };
             for message in messages[..length].chunks_exact(MESSAGE).filter(|message| message[0] == FAULT) {
                 let address = message[ADDRESS].try_into().expect("an address has 8 bytes");
-                faults.push(u64::from_ne_bytes(address));
+                let thread = message[THREAD].try_into().expect("a thread's id has 4 bytes");
+                faults.push(Fault { address: u64::from_ne_bytes(address), thread: u32::from_ne_bytes(thread) });
             }
             if length < messages.len() {
                 return Ok(());

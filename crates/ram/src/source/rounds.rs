@@ -17,6 +17,8 @@ use crate::pages::PageSet;
 
 /// Written at so many looks in a row, a page is hot.
 const HOT: u8 = 2;
+/// Nothing is hotter.
+const HOTTEST: u8 = u8::MAX - 1;
 /// How many pages one thread looks at, at a time: 512 MiB.
 const SPAN: u64 = 1 << 17;
 /// How often all pages are looked at while there is enough to send.
@@ -53,7 +55,7 @@ impl Heat {
             heat[from..start].iter().for_each(|cold| cold.store(0, Ordering::Relaxed));
             heat[start..end]
                 .iter()
-                .for_each(|page| page.store(page.load(Ordering::Relaxed).saturating_add(1), Ordering::Relaxed));
+                .for_each(|page| page.store((page.load(Ordering::Relaxed) + 1).min(HOTTEST), Ordering::Relaxed));
             from = end;
         }
         heat[from..].iter().for_each(|cold| cold.store(0, Ordering::Relaxed));
@@ -133,7 +135,14 @@ impl Inner {
         while !self.is_stopped() {
             let since = looked.elapsed();
             looked = Instant::now();
-            let written = self.look(|span, runs| heat.look(span, runs))?;
+            // Where writes are paced, what is protected is what writers wait for: what is to be sent anyway is not, and
+            // what is written to all the time is not told from what waits to be sent.
+            let paced = self.pacing.is_on();
+            let written = match paced {
+                true => self.look(false, |_, _| ())?,
+                false => self.look(true, |span, runs| heat.look(span, runs))?,
+            };
+            let below = if paced { u8::MAX } else { HOT };
             let look = looked.elapsed();
             let left = self.recount();
             let dirty_rate = (written as f64 * PAGE as f64 / since.as_secs_f64().max(1e-3)) as u64;
@@ -157,7 +166,7 @@ impl Inner {
                 }
             }
             self.news.notify_all();
-            self.each_chunk(&chunks, true, |chunk, frame| self.again(chunk, frame, &heat, HOT))?;
+            self.each_chunk(&chunks, true, |chunk, frame| self.again(chunk, frame, &heat, below))?;
             if looked.elapsed() < LOOK && !self.is_stopped() {
                 self.each_chunk(&chunks, true, |chunk, frame| match looked.elapsed() < LOOK {
                     true => self.again(chunk, frame, &heat, u8::MAX),
@@ -174,8 +183,9 @@ impl Inner {
         (rate > 0).then(|| Duration::from_secs_f64(pages as f64 * PAGE as f64 / rate as f64))
     }
 
-    /// Looks which pages were written, protects them, and tells of each part. Gives back how many there were.
-    fn look(&self, found: impl Fn(&Span, &[Range<u64>]) + Sync) -> Result<u64, RamError> {
+    /// Looks which pages were written and tells of each part. Gives back how many there were. When they are not
+    /// protected, those that were to be sent anyway are found again and do not count.
+    fn look(&self, protect: bool, found: impl Fn(&Span, &[Range<u64>]) + Sync) -> Result<u64, RamError> {
         let blocks = self.pending.iter().map(PageSet::pages).enumerate();
         let spans = blocks.flat_map(|(block, pages)| {
             (0..pages).step_by(SPAN as usize).map(move |first| Span { block, pages: first..(first + SPAN).min(pages) })
@@ -187,10 +197,14 @@ impl Inner {
             while let Some(span) = spans.get(next.fetch_add(1, Ordering::Relaxed)) {
                 runs.clear();
                 let bytes = span.pages.start * PAGE..span.pages.end * PAGE;
-                self.tracked(|log| log.take_written(span.block, bytes, &mut runs))?;
+                self.tracked(|log| match protect {
+                    true => log.take_written(span.block, bytes, &mut runs),
+                    false => log.written(span.block, bytes, &mut runs),
+                })?;
                 for run in &runs {
-                    self.pending[span.block].insert(run.start / PAGE..run.end / PAGE);
-                    pages.fetch_add((run.end - run.start) / PAGE, Ordering::Relaxed);
+                    let new = self.pending[span.block].insert(run.start / PAGE..run.end / PAGE);
+                    let count = if protect { (run.end - run.start) / PAGE } else { new };
+                    pages.fetch_add(count, Ordering::Relaxed);
                 }
                 found(span, &runs);
             }
@@ -302,7 +316,7 @@ impl Inner {
 
     /// The guest is paused: what was written since the last look is the last of it.
     pub(super) fn last_look(&self) -> Result<(), RamError> {
-        self.look(|_, _| ())?;
+        self.look(false, |_, _| ())?;
         self.forget_holes()?;
         self.recount();
         Ok(())

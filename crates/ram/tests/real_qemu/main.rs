@@ -14,7 +14,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use guest::{Guest, RAM_BYTES, SHARED, qemus};
-use vmferry_ram::{Arrival, ArrivalError, GuestRam, InjectError, MemoryError, PAGE, Tracking, TrackingError};
+use vmferry_ram::can_pace;
+use vmferry_ram::{
+    Arrival, ArrivalError, GuestRam, InjectError, MemoryError, PAGE, Tracking, TrackingError, WriteFault,
+};
 
 /// Generous: a fault takes microseconds on a machine that has nothing else to do.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -96,6 +99,50 @@ fn a_scan_and_the_protection_again_take_little_time() {
     println!("{} MiB were scanned in {took:?}", RAM_BYTES >> 20);
     assert_eq!(written, vec![0..100; 1]);
     assert!(took < Duration::from_millis(100), "{took:?}");
+}
+
+#[test]
+fn writers_wait_where_their_writes_are_paced_and_readers_do_not() {
+    for qemu in qemus() {
+        let mut guest = Guest::start(&qemu, &[]);
+        let (ram, descriptors) = (guest.ram(), guest.descriptors());
+        can_pace(guest.pid()).unwrap();
+        let mut tracking = Tracking::begin(&ram).unwrap();
+        tracking.protect(0, 0..RAM_BYTES).unwrap();
+        guest.write(5);
+        let faults = tracking.prepare_pacing(&ram).unwrap();
+        assert_eq!(take_written(&tracking), vec![5..6; 1], "not yet");
+
+        // The first hundred pages.
+        let begun = Instant::now();
+        tracking.pace(0, pages(0..100)).unwrap();
+        println!("{qemu:?}: taken over in {:?}", begun.elapsed());
+        tracking.protect(0, pages(0..100)).unwrap();
+        assert_eq!(take_written(&tracking), nothing());
+        guest.read(7);
+        guest.write(101);
+        guest.begin_write(7);
+        let mut waiting = Vec::new();
+        while waiting.is_empty() {
+            assert!(faults.wait(&ram, PATIENCE, &mut waiting).unwrap());
+        }
+        let WriteFault { block, page, thread } = waiting[0];
+        assert_eq!((block, page), (0, 7));
+        assert!(std::path::Path::new(&format!("/proc/{}/task/{thread}", guest.pid())).exists());
+        assert_eq!(take_written(&tracking), vec![101..102; 1], "it waits");
+        faults.let_go(block, page).unwrap();
+        assert_eq!(guest.answer(), 7);
+        assert_eq!(take_written(&tracking), vec![7..8; 1]);
+        assert_eq!(take_written(&tracking), nothing(), "it is protected again");
+
+        // Nobody waits for an agent that is gone.
+        guest.begin_write(9);
+        assert!(faults.wait(&ram, PATIENCE, &mut waiting).unwrap());
+        drop((tracking, faults));
+        assert_eq!(guest.answer(), 9);
+        assert_eq!(guest.descriptors(), descriptors);
+        assert!(!guest.flags(&ram).contains(&"uw".to_owned()));
+    }
 }
 
 #[test]
