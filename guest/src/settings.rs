@@ -13,6 +13,8 @@ pub(crate) enum Mode {
     Random,
     /// A tenth of them gets nine tenths of the writes.
     HotCold,
+    /// As `Write` by every other thread; those between only read.
+    Mixed,
 }
 
 /// What the pages hold.
@@ -44,6 +46,7 @@ impl Mode {
             Mode::Write => "write",
             Mode::Random => "random",
             Mode::HotCold => "hotcold",
+            Mode::Mixed => "mixed",
         }
     }
 }
@@ -67,10 +70,10 @@ impl Settings {
                         .ok_or_else(|| refused("a number from 1 to 256"))?;
                 }
                 "mode" => {
-                    settings.mode = [Mode::Idle, Mode::Write, Mode::Random, Mode::HotCold]
+                    settings.mode = [Mode::Idle, Mode::Write, Mode::Random, Mode::HotCold, Mode::Mixed]
                         .into_iter()
                         .find(|mode| mode.name() == value)
-                        .ok_or_else(|| refused("idle, write, random or hotcold"))?;
+                        .ok_or_else(|| refused("idle, write, random, hotcold or mixed"))?;
                 }
                 "rate" => settings.rate = Some(size(value).ok_or_else(|| refused("a size a second such as 100M"))?),
                 "fill" => {

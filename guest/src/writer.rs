@@ -158,7 +158,8 @@ impl Writer {
                 self.shared.wait_for_round_after(self.round, None);
                 self.verify_if_asked();
             },
-            Mode::Write => Order::InTurn { next: 0 },
+            Mode::Mixed if self.thread % 2 == 1 => self.read(),
+            Mode::Write | Mode::Mixed => Order::InTurn { next: 0 },
             Mode::Random => Order::Random { random: Random::new(self.first), hot: None },
             Mode::HotCold => {
                 Order::Random { random: Random::new(self.first), hot: Some(self.pages.len().div_ceil(10)) }
@@ -175,7 +176,7 @@ impl Writer {
             written += page_bytes;
             if written.is_multiple_of(REPORT_BYTES) {
                 let now = Instant::now();
-                self.report(written / REPORT_BYTES, now - reported, written / part);
+                self.report("written", written / REPORT_BYTES, now - reported, written / part);
                 reported = now;
             }
             if let Some(deadline) = pace.as_mut().and_then(|pace| pace.after(page_bytes)) {
@@ -183,6 +184,27 @@ impl Writer {
                     self.shared.wait_for_round_after(self.round, Some(deadline));
                     self.verify_if_asked();
                 }
+            }
+        }
+    }
+
+    /// Verifies pages in turn, for ever.
+    fn read(mut self) -> ! {
+        let page_bytes = PAGE_BYTES as u64;
+        let part = self.pages.len() as u64 * page_bytes;
+        let (mut order, mut read, mut reported) = (Order::InTurn { next: 0 }, 0, Instant::now());
+        loop {
+            self.verify_if_asked();
+            let index = order.next(self.pages.len());
+            let number = self.first + index as u64;
+            if let Err(found) = self.pattern.verify(&self.pages[index], number, self.expected[index]) {
+                self.shared.report_corrupt(number, self.expected[index], found);
+            }
+            read += page_bytes;
+            if read.is_multiple_of(REPORT_BYTES) {
+                let now = Instant::now();
+                self.report("read", read / REPORT_BYTES, now - reported, read / part);
+                reported = now;
             }
         }
     }
@@ -221,9 +243,9 @@ impl Writer {
     }
 
     #[cold]
-    fn report(&self, n: u64, took: Duration, pass: u64) {
+    fn report(&self, what: &str, n: u64, took: Duration, pass: u64) {
         self.shared.console.say(&format!(
-            r#"{{"written":{{"thread":{},"n":{n},"ms":{:.1},"pass":{pass}}}}}"#,
+            r#"{{"{what}":{{"thread":{},"n":{n},"ms":{:.1},"pass":{pass}}}}}"#,
             self.thread,
             took.as_secs_f64() * 1e3,
         ));

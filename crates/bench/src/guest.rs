@@ -31,6 +31,8 @@ pub enum Mode {
     Random,
     /// A tenth of them gets nine tenths of the writes.
     HotCold,
+    /// As `Write` by every other thread; those between only read.
+    Mixed,
 }
 
 /// What the pages hold.
@@ -77,6 +79,7 @@ impl fmt::Display for Mode {
             Mode::Write => "write",
             Mode::Random => "random",
             Mode::HotCold => "hotcold",
+            Mode::Mixed => "mixed",
         })
     }
 }
@@ -85,10 +88,10 @@ impl FromStr for Mode {
     type Err = ParseError;
 
     fn from_str(given: &str) -> Result<Mode, ParseError> {
-        [Mode::Idle, Mode::Write, Mode::Random, Mode::HotCold]
+        [Mode::Idle, Mode::Write, Mode::Random, Mode::HotCold, Mode::Mixed]
             .into_iter()
             .find(|mode| mode.to_string() == given)
-            .ok_or_else(|| ParseError { given: given.to_owned(), allowed: "idle, write, random, hotcold" })
+            .ok_or_else(|| ParseError { given: given.to_owned(), allowed: "idle, write, random, hotcold, mixed" })
     }
 }
 
@@ -137,12 +140,15 @@ mod tests {
 
     #[test]
     fn modes_and_fills_are_read_as_they_are_printed() {
-        for mode in [Mode::Idle, Mode::Write, Mode::Random, Mode::HotCold] {
+        for mode in [Mode::Idle, Mode::Write, Mode::Random, Mode::HotCold, Mode::Mixed] {
             assert_eq!(mode.to_string().parse(), Ok(mode));
         }
         for fill in [Fill::Random, Fill::Text] {
             assert_eq!(fill.to_string().parse(), Ok(fill));
         }
-        assert_eq!("lazy".parse::<Mode>().unwrap_err().to_string(), "`lazy` is none of idle, write, random, hotcold");
+        assert_eq!(
+            "lazy".parse::<Mode>().unwrap_err().to_string(),
+            "`lazy` is none of idle, write, random, hotcold, mixed"
+        );
     }
 }

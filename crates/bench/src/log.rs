@@ -26,6 +26,7 @@ pub struct GuestLog {
     error: Option<String>,
     beats: Vec<Beat>,
     written: Vec<Written>,
+    read: Vec<Written>,
     verified: Vec<Verified>,
     corrupt: Vec<String>,
     restarted: bool,
@@ -54,7 +55,7 @@ pub struct Beat {
     pub n: u64,
 }
 
-/// 64 MiB were rewritten by one thread.
+/// 64 MiB were rewritten, or read, by one thread.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Written {
     /// When the record arrived.
@@ -67,7 +68,7 @@ pub struct Written {
     pub n: u64,
     /// How long it took, in milliseconds by the guest's clock.
     pub ms: f64,
-    /// How many times over the thread has rewritten its memory.
+    /// How many times over the thread has rewritten, or read, its memory.
     pub pass: u64,
 }
 
@@ -119,6 +120,7 @@ enum Line {
     Ready(Ready),
     Beat(u64),
     Written { thread: u32, n: u64, ms: f64, pass: u64 },
+    Read { thread: u32, n: u64, ms: f64, pass: u64 },
     Verified(Verified),
     Error(String),
 }
@@ -135,7 +137,7 @@ impl GuestLog {
             self.unfinished.extend_from_slice(piece);
             if piece.ends_with(b"\n") {
                 let line = std::mem::take(&mut self.unfinished);
-                self.read(host, at, &String::from_utf8_lossy(&line));
+                self.take(host, at, &String::from_utf8_lossy(&line));
             } else if self.unfinished.len() > LONGEST_LINE {
                 self.unfinished.clear();
                 self.unread += 1;
@@ -143,7 +145,7 @@ impl GuestLog {
         }
     }
 
-    fn read(&mut self, host: usize, at: Instant, line: &str) {
+    fn take(&mut self, host: usize, at: Instant, line: &str) {
         let line = line.trim();
         if line.is_empty() {
             return;
@@ -168,6 +170,7 @@ impl GuestLog {
             Some(Line::Written { thread, n, ms, pass }) => {
                 self.written.push(Written { at, host, thread, n, ms, pass });
             }
+            Some(Line::Read { thread, n, ms, pass }) => self.read.push(Written { at, host, thread, n, ms, pass }),
             Some(Line::Ready(ready)) => self.ready = Some(ready),
             Some(Line::Verified(verified)) => self.verified.push(verified),
             Some(Line::Error(error)) => self.error = Some(error),
@@ -209,6 +212,11 @@ impl GuestLog {
     /// Every record of 64 MiB rewritten, in the order of arrival.
     pub fn written(&self) -> &[Written] {
         &self.written
+    }
+
+    /// Bytes a second read in this window, by all threads together that do nothing else; 0 in modes without such.
+    pub fn read_per_second(&self, from: Instant, to: Instant) -> f64 {
+        per_second(&self.read, from, to)
     }
 
     /// Lines that made no sense: the kernel's, or cut ones.
@@ -266,8 +274,7 @@ impl GuestLog {
 
     /// Bytes a second rewritten in this window, by all threads together.
     pub fn rewritten_per_second(&self, from: Instant, to: Instant) -> f64 {
-        let records = self.written.iter().filter(|record| (from..=to).contains(&record.at)).count();
-        records as f64 * f64::from(64 << 20) / (to - from).as_secs_f64()
+        per_second(&self.written, from, to)
     }
 
     fn gaps(&self, from: Instant, to: Instant) -> impl Iterator<Item = Gap> {
@@ -294,6 +301,11 @@ impl GuestLog {
             })
             .collect()
     }
+}
+
+fn per_second(records: &[Written], from: Instant, to: Instant) -> f64 {
+    let records = records.iter().filter(|record| (from..=to).contains(&record.at)).count();
+    records as f64 * f64::from(64 << 20) / (to - from).as_secs_f64()
 }
 
 #[cfg(test)]

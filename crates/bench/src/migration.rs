@@ -24,6 +24,8 @@ pub struct Measured {
     pub felt: Felt,
     /// The median of that before it began, and until it ran elsewhere, in ms.
     pub median_64_mib_ms: (f64, f64),
+    /// What threads that only read did before it began, and until the guest ran elsewhere, in bytes a second.
+    pub read_per_second: (f64, f64),
     /// Resident memory of the source's agent and the destination's, in MiB: before.
     pub idle_rss_mib: [f64; 2],
     /// The most of it while it lasted.
@@ -109,6 +111,7 @@ pub async fn measure(bed: &Testbed, watch: &GuestWatch, vm: &str, more: &[&str])
         total_ms: total.as_secs_f64() * 1e3,
         felt,
         median_64_mib_ms: (ms(log.median_64_mib(before, begun)), ms(log.median_64_mib(begun, left))),
+        read_per_second: (log.read_per_second(before, begun), log.read_per_second(begun, left)),
         idle_rss_mib,
         most_rss_mib,
         cpu_s,

@@ -41,6 +41,8 @@ struct SetUp {
     how: &'static str,
     arguments: &'static [&'static str],
     plain: bool,
+    /// The guest's processors, and threads.
+    processors: u32,
 }
 
 impl SetUp {
@@ -61,14 +63,20 @@ fn set_ups() -> Vec<SetUp> {
     for (engine, how, arguments) in engines {
         for plain in [false, true] {
             let (guest, mode) = ("idle", Mode::Idle);
-            all.push(SetUp { guest, mode, rate: None, link_bits: None, engine, how, arguments, plain });
+            all.push(SetUp { guest, mode, rate: None, link_bits: None, engine, how, arguments, plain, processors: 1 });
         }
     }
     for (engine, how, arguments) in &engines[..2] {
         let guests = [("writing", Mode::Write, None), ("hotcold", Mode::HotCold, Some(LEISURELY))];
         for (guest, mode, rate) in guests {
-            let link_bits = Some(GIGABIT);
-            all.push(SetUp { guest, mode, rate, link_bits, engine: *engine, how, arguments, plain: false });
+            let (link_bits, engine, plain) = (Some(GIGABIT), *engine, false);
+            all.push(SetUp { guest, mode, rate, link_bits, engine, how, arguments, plain, processors: 1 });
+        }
+    }
+    for (engine, how) in [(EngineName::External, " (paced)"), (EngineName::Qemu, " (auto-converge)")] {
+        for (guest, mode, processors) in [("writing", Mode::Write, 1), ("writing and reading", Mode::Mixed, 2)] {
+            let (rate, link_bits, arguments, plain) = (None, Some(GIGABIT), &["--no-post-copy"][..], false);
+            all.push(SetUp { guest, mode, rate, link_bits, engine, how, arguments, plain, processors });
         }
     }
     all
@@ -86,6 +94,10 @@ struct Row {
     worst_64_mib_ms: f64,
     /// How fast the guest rewrote memory until it left, against before.
     speed_while_copied: f64,
+    /// The same for threads that only read.
+    reading_while_copied: f64,
+    /// The most that the guest was slowed down, in percent.
+    slowed: f64,
     sent_mib: f64,
     rounds: f64,
     post_copy: f64,
@@ -133,8 +145,14 @@ async fn run(options: &RamBenchOptions, set_up: &SetUp, qemu: Option<PathBuf>) -
         ..TestbedOptions::new(&options.vmferry)
     })
     .await?;
-    let guest = GuestOptions { mem: WRITTEN, threads: 1, mode: set_up.mode, rate: set_up.rate, fill: Fill::Random };
-    let watch = bed.start_guest(VM, bed.guest_command_line(&guest, RAM_MIB, 1)?).await?;
+    let guest = GuestOptions {
+        mem: WRITTEN,
+        threads: set_up.processors,
+        mode: set_up.mode,
+        rate: set_up.rate,
+        fill: Fill::Random,
+    };
+    let watch = bed.start_guest(VM, bed.guest_command_line(&guest, RAM_MIB, set_up.processors)?).await?;
     measure(&bed, &watch, VM, set_up.arguments).await
 }
 
@@ -149,6 +167,8 @@ fn row(set_up: &SetUp, runs: &[Measured]) -> Row {
         worst_stall_ms: median(&|it| it.felt.worst_stall_ms),
         worst_64_mib_ms: median(&|it| it.felt.worst_64_mib_ms),
         speed_while_copied: median(&|it| it.median_64_mib_ms.0 / it.median_64_mib_ms.1),
+        reading_while_copied: median(&|it| it.read_per_second.1 / it.read_per_second.0),
+        slowed: median(&|it| f64::from(it.report.throttle)),
         sent_mib: median(&|it| it.report.sent as f64 / f64::from(1 << 20)),
         rounds: median(&|it| f64::from(it.report.rounds)),
         post_copy: runs.iter().filter(|it| it.report.post_copy).count() as f64 / runs.len() as f64,
@@ -174,6 +194,8 @@ impl RamReport {
             "stall",
             "64 MiB",
             "speed",
+            "reading",
+            "slowed",
             "MiB sent",
             "rounds",
             "post-copy",
@@ -192,6 +214,8 @@ impl RamReport {
                 format!("{:.0} ms", row.worst_stall_ms),
                 format!("{:.0} ms", row.worst_64_mib_ms),
                 format!("{:.2}", row.speed_while_copied),
+                format!("{:.2}", row.reading_while_copied),
+                format!("{:.0} %", row.slowed),
                 format!("{:.0}", row.sent_mib),
                 format!("{:.0}", row.rounds),
                 format!("{:.0} %", row.post_copy * 100.0),
