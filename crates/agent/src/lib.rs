@@ -51,6 +51,10 @@ use crate::vm::{Stage, Vm};
 
 /// How many ended migrations can still be looked at in full.
 const KEPT_MIGRATIONS: usize = 32;
+/// How long a switchover takes besides its pages while none was seen.
+const SWITCHOVER: Duration = Duration::from_millis(40);
+/// How many VMs' switchovers are remembered.
+const KEPT_SWITCHOVERS: usize = 4096;
 
 /// A trial of KVM can fail because the host was busy.
 const TRY_KVM_AGAIN: Duration = Duration::from_secs(300);
@@ -88,6 +92,8 @@ struct State {
     preparing: HashSet<Uuid>,
     outgoing: Vec<Arc<Migration>>,
     incoming: HashMap<Uuid, Arc<Incoming>>,
+    /// How long the last switchover of a VM took besides its pages; and whether that was one to post-copy.
+    switchovers: HashMap<(String, bool), Duration>,
     /// RAM that other agents send.
     arrivals: HashMap<Uuid, Arrival>,
 }
@@ -219,6 +225,21 @@ impl Agent {
 
     fn incoming(&self, id: Uuid) -> Option<Arc<Incoming>> {
         self.state().incoming.get(&id).cloned()
+    }
+
+    /// How long a switchover of this VM takes besides its pages: as long as its last one from here, or any VM's.
+    fn switchover_time(&self, vm: &str, post_copy: bool) -> Duration {
+        let known = &self.state().switchovers;
+        let longest = || known.iter().filter(|((_, kind), _)| *kind == post_copy).map(|(_, time)| *time).max();
+        known.get(&(vm.to_owned(), post_copy)).copied().or_else(longest).unwrap_or(SWITCHOVER)
+    }
+
+    fn note_switchover(&self, vm: &str, post_copy: bool, time: Duration) {
+        let mut state = self.state();
+        if state.switchovers.len() >= KEPT_SWITCHOVERS {
+            state.switchovers.clear();
+        }
+        state.switchovers.insert((vm.into(), post_copy), time);
     }
 
     fn take_arrival(&self, id: Uuid) -> Option<Arrival> {

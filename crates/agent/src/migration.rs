@@ -19,7 +19,7 @@ use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use vmferry_link::{Cipher, Fingerprint, fastest_cipher};
-use vmferry_policy::{Action, Limits, Policy, Simple};
+use vmferry_policy::{Action, Limits, Observation, Policy, Simple};
 use vmferry_qemu::qmp::commands;
 use vmferry_qemu::{Endpoint, Features, MigrationStatus, QmpError, RunState, StreamKey, protect_streams};
 use vmferry_ram::Backend;
@@ -135,7 +135,7 @@ pub(crate) async fn begin(
     let claim = claim(&vm)?;
     let mut plan = plan(agent, &vm, id, &request).await?;
     if request.dry_run {
-        predict(&mut plan).await?;
+        predict(&mut plan, limits.post_copy).await?;
         return Ok((plan.view, None));
     }
     let migration = Migration::new(id, name);
@@ -153,6 +153,7 @@ pub(crate) async fn begin(
         to: request.to,
         steps: Steps::begin(begun),
         downtime: Duration::ZERO,
+        predicted: None,
         throttle: 0,
         keep: None,
         relay: None,
@@ -426,9 +427,13 @@ async fn movable(vm: &Vm) -> Result<RunState, AgentError> {
 }
 
 /// Only for a dry run, since it uses the link.
-async fn predict(plan: &mut Plan) -> Result<(), AgentError> {
+async fn predict(plan: &mut Plan, post_copy: bool) -> Result<(), AgentError> {
     plan.view.link_rate = plan.peer.try_link().await?;
     plan.view.first_round_ms = plan.view.ram_used_bytes * 1000 / plan.view.link_rate.max(1);
+    if post_copy {
+        let most = plan.view.first_round_ms.div_ceil(1000).max(1);
+        plan.view.notes.push(format!("Should it take post-copy, the guest needs both hosts for up to about {most} s."));
+    }
     Ok(())
 }
 
@@ -483,6 +488,7 @@ struct Run {
     to: String,
     steps: Steps,
     downtime: Duration,
+    predicted: Option<Duration>,
     throttle: u8,
     keep: Option<tokio_util::task::AbortOnDropHandle<()>>,
     relay: Option<Relay>,
@@ -580,6 +586,7 @@ impl Run {
                 dir: external::sending_dir(&self.vm),
                 way,
                 limits: self.limits,
+                besides: self.agent.switchover_time(self.vm.name(), false),
                 bandwidth: self.bandwidth,
                 was_running: plan.offer.running,
             };
@@ -629,7 +636,7 @@ impl Run {
             let action = policy.decide(&seen.observation);
             match &action {
                 Action::Continue => {}
-                Action::PostCopy => self.migration.note("The guest writes faster than the link carries: post-copy."),
+                Action::PostCopy => self.migration.note(post_copy_in_words(&seen.observation)),
                 Action::Throttle(share) => {
                     self.migration
                         .note(format!("The guest writes faster than the link carries: slowed by {} %.", share.0));
@@ -658,6 +665,11 @@ impl Run {
         self.downtime = paused_at.elapsed();
         match settled {
             Ok(()) => {
+                if let Some(pages) = switched.last_pages {
+                    let (name, post_copy) = (self.vm.name(), !switched.complete);
+                    self.predicted = Some(pages + self.agent.switchover_time(name, post_copy));
+                    self.agent.note_switchover(name, post_copy, self.downtime.saturating_sub(pages));
+                }
                 self.migration.tell(MigrationEvent::Step { step: Step::Commit });
                 let next = if switched.complete { OutStep::Retire } else { OutStep::PostCopy };
                 self.vm.set_stage(Stage::Left(self.migration.id));
@@ -700,6 +712,7 @@ impl Run {
             paused_first: self.plan.post_copy_first,
             total_ms: self.steps.request.elapsed().as_secs_f64() * 1e3,
             downtime_ms: self.downtime.as_secs_f64() * 1e3,
+            predicted_downtime_ms: self.predicted.map(|it| it.as_secs_f64() * 1e3),
             qemu_downtime_ms: totals.downtime_ms,
             sent: totals.sent,
             rounds: totals.rounds,
@@ -834,6 +847,17 @@ impl Run {
             link_rate: it.link_rate.0,
             throttle: it.throttle.0,
         }));
+    }
+}
+
+/// With what the user risks by it.
+fn post_copy_in_words(seen: &Observation) -> String {
+    let why = "The guest writes faster than the link carries: post-copy.";
+    match seen.remaining.time_at(seen.link_rate) {
+        Some(rest) => {
+            format!("{why} For about {:.0} s at most it needs both hosts.", rest.as_secs_f64().max(1.0).ceil())
+        }
+        None => why.into(),
     }
 }
 

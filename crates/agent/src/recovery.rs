@@ -271,6 +271,7 @@ async fn resumed_external(agent: &Agent, vm: &Vm, record: &OutRecord) -> Result<
             protection: (!plain).then_some(None),
         },
         limits: NO_LIMITS,
+        besides: Duration::ZERO,
         bandwidth: None,
         was_running: record.running,
     };

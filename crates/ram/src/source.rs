@@ -157,8 +157,9 @@ struct State {
 }
 
 impl Source {
-    /// Begins to send the RAM of a guest, which may run. Its pages are tracked from here until this is dropped. Fails
-    /// when the destination's RAM is another one.
+    /// Begins to send the RAM of a guest, which may run. Its pages are tracked from here until this is dropped. What is
+    /// sent while the guest is paused should take no longer than `downtime`. Fails when the destination's RAM is another
+    /// one.
     pub fn begin(ram: GuestRam, link: Link, downtime: Duration) -> Result<Self, RamError> {
         let log: Box<dyn WriteLog> = Box::new(Tracking::begin(&ram)?);
         Self::begin_with(ram, Some(log), link, downtime)

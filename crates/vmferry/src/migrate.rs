@@ -124,7 +124,10 @@ fn tell_plan(plan: &PlanView) {
 fn tell_report(report: &Report) {
     println!("{} runs on {} now.", report.vm, report.to);
     println!("  total        {}", seconds(report.total_ms));
-    println!("  downtime     {:.0} ms", report.downtime_ms);
+    match report.predicted_downtime_ms {
+        Some(predicted) => println!("  downtime     {:.0} ms ({predicted:.0} ms predicted)", report.downtime_ms),
+        None => println!("  downtime     {:.0} ms", report.downtime_ms),
+    }
     println!("  sent         {}", memory(report.sent));
     println!(
         "  how          {}, {} {}",

@@ -362,6 +362,9 @@ pub struct Report {
     pub total_ms: f64,
     /// Nobody ran the guest, in ms: from the source's pause to the destination's word that it runs.
     pub downtime_ms: f64,
+    /// How long that was expected to be when the guest was paused, where that could be told.
+    #[serde(default)]
+    pub predicted_downtime_ms: Option<f64>,
     /// The same as QEMU reckons it, where it does.
     pub qemu_downtime_ms: Option<u64>,
     /// Sent over the link, in bytes.

@@ -32,6 +32,8 @@ const TICK: Duration = Duration::from_millis(100);
 const LATE: u32 = 10;
 /// But none that takes less than this.
 const LEAST_PAUSE: Duration = Duration::from_secs(10);
+/// However long the rest of a switchover takes, this share of the downtime that was allowed is for pages.
+const LEAST_FOR_PAGES: u32 = 4;
 /// The guest is paused for pacing at most for about this share of the downtime that was allowed, and again after so long
 /// if that was not enough.
 const TAKE_OVER: u32 = 2;
@@ -48,6 +50,8 @@ pub struct ExternalEngine {
     source: Option<Arc<Source>>,
     started: Instant,
     paused_at: Option<Instant>,
+    /// How long what was left then takes on the link.
+    last_pages: Option<Duration>,
     /// The destination was told what it misses.
     post_copy: bool,
     /// The guest's writes are paced.
@@ -73,6 +77,8 @@ pub struct Wishes {
     pub way: WayThere,
     /// What the user set.
     pub limits: Limits,
+    /// How long a switchover of this VM takes besides its pages, as far as is known.
+    pub besides: Duration,
     /// The most to send, in bytes a second.
     pub bandwidth: Option<u64>,
     /// The guest ran when the migration began: it must run again when it is abandoned.
@@ -126,6 +132,7 @@ impl ExternalEngine {
             source: None,
             started: Instant::now(),
             paused_at: None,
+            last_pages: None,
             post_copy: false,
             paced: false,
             switched: false,
@@ -159,6 +166,11 @@ impl ExternalEngine {
     /// Pauses the guest and gives the destination all that it needs to run it.
     async fn switch_over(&mut self, post_copy: bool) -> Result<(), EngineError> {
         let source = self.source()?;
+        let last = self.last.as_ref().filter(|_| !post_copy);
+        self.last_pages = match last {
+            Some(last) => Bytes(last.remaining).time_at(BytesPerSec(last.link_rate)),
+            None => Some(Duration::ZERO),
+        };
         // A processor that waits to write cannot be stopped.
         source.lift_pacing();
         self.qmp.execute(commands::Stop {}).await?;
@@ -256,7 +268,14 @@ impl ExternalEngine {
         };
         let complete = progress.complete;
         self.last = Some(progress);
-        Seen { observation, ready_to_commit: self.switched, complete, paused_at: self.paused_at, broken: None }
+        Seen {
+            observation,
+            ready_to_commit: self.switched,
+            complete,
+            paused_at: self.paused_at,
+            last_pages: self.last_pages,
+            broken: None,
+        }
     }
 
     /// The guest is at the destination and its link is not there.
@@ -276,7 +295,8 @@ impl RamEngine for ExternalEngine {
         let parameters = MigrationParameters { max_bandwidth: Some(UNLIMITED), ..MigrationParameters::default() };
         self.qmp.execute(parameters).await?;
         self.started = Instant::now();
-        let downtime = self.wishes.limits.downtime;
+        let allowed = self.wishes.limits.downtime;
+        let downtime = allowed.saturating_sub(self.wishes.besides).max(allowed / LEAST_FOR_PAGES);
         self.connect(session, move |ram, link| Source::begin(ram, link, downtime)).await
     }
 
@@ -292,6 +312,7 @@ impl RamEngine for ExternalEngine {
             Err(error) => return Err(error),
         };
         if progress.converged && !self.switched {
+            self.last = Some(progress.clone());
             self.switch_over(false).await?;
             let progress = Progress { complete: true, remaining: 0, ..progress };
             return Ok(self.see(progress));

@@ -6,7 +6,7 @@
 pub mod external;
 pub mod qemu;
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
@@ -63,6 +63,8 @@ pub struct Seen {
     pub complete: bool,
     /// When the source's guest was paused.
     pub paused_at: Option<Instant>,
+    /// How long the pages that were left then were to take, where that is known.
+    pub last_pages: Option<Duration>,
     /// Post-copy lost its connection; the guest's faults wait until [`RamEngine::reconnect`].
     pub broken: Option<String>,
 }

@@ -293,7 +293,7 @@ impl QemuEngine {
             limits: self.limits,
         };
         self.last = info;
-        Ok(Seen { observation, ready_to_commit, complete, paused_at: self.paused_at, broken })
+        Ok(Seen { observation, ready_to_commit, complete, paused_at: self.paused_at, last_pages: None, broken })
     }
 }
 

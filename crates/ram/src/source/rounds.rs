@@ -35,8 +35,6 @@ const SHRINKS: f64 = 0.7;
 const MOST_ATTEMPTS: u32 = 6;
 /// How long the guest may take to be paused once it is time for it.
 const PAUSE: Duration = Duration::from_millis(500);
-/// About what the device state takes.
-const STATE_TIME: Duration = Duration::from_millis(15);
 
 /// At how many looks in a row each page was found written, by block.
 struct Heat(Vec<Vec<AtomicU8>>);
@@ -147,7 +145,7 @@ impl Inner {
             let left = self.recount();
             let dirty_rate = (written as f64 * PAGE as f64 / since.as_secs_f64().max(1e-3)) as u64;
             let time = self.time_for(left);
-            let fits = time.is_some_and(|time| time + look + STATE_TIME <= self.downtime);
+            let fits = time.is_some_and(|time| time + look <= self.downtime);
             attempts = if fits { attempts + 1 } else { 0 };
             let enough = time.is_some_and(|time| time <= LITTLE) || left as f64 > before as f64 * SHRINKS;
             before = left;
