@@ -147,8 +147,14 @@ impl Bed {
 
     /// Begins a migration that takes some seconds and waits until its copy is under way.
     pub(crate) async fn begin_slow_migration(&self) -> tokio::process::Child {
+        self.begin_slow_migration_with(&[]).await
+    }
+
+    /// With more arguments.
+    pub(crate) async fn begin_slow_migration_with(&self, more: &[&str]) -> tokio::process::Child {
         let to = self.to();
-        let mut command = self.alpha().command(&["migrate", VM, "--to", &to, "--bandwidth", "40MiB/s", "--json"]);
+        let first = ["migrate", VM, "--to", &to, "--bandwidth", "40MiB/s", "--json"];
+        let mut command = self.alpha().command(&[&first, more].concat());
         let mut child = command.stdout(std::process::Stdio::piped()).spawn().expect("vmferry runs");
         let mut lines =
             tokio::io::AsyncBufReadExt::lines(tokio::io::BufReader::new(child.stdout.take().expect("piped")));

@@ -50,6 +50,24 @@ async fn a_guest_that_writes_to_random_pages_moves_whole() {
     moves_whole(1, Mode::Random, &["--bandwidth", "80MiB/s"]).await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn post_copy_begins_when_it_is_asked_for_unless_it_was_forbidden() {
+    let bed = bed::start(external(0, 0), guest(Mode::Idle)).await;
+    let refused = bed.alpha().vmferry(&["post-copy", VM]).await.expect("vmferry runs");
+    assert!(!refused.status.success() && text(&refused).contains("is not being migrated"), "{}", text(&refused));
+    let mut forbidden = bed.begin_slow_migration_with(&["--no-post-copy"]).await;
+    let refused = bed.alpha().vmferry(&["post-copy", VM]).await.expect("vmferry runs");
+    assert!(!refused.status.success() && text(&refused).contains("was forbidden"), "{}", text(&refused));
+    assert_success(&bed.alpha().vmferry(&["cancel", VM]).await.expect("vmferry runs"), &bed);
+    assert_eq!(forbidden.wait().await.expect("it ends").code(), Some(130), "{}", bed.logs());
+    let mut migrate = bed.begin_slow_migration().await;
+    assert_success(&bed.alpha().vmferry(&["post-copy", VM]).await.expect("vmferry runs"), &bed);
+    bed.eventually("the guest is there before its memory", async || bed.view(0).await.state == "leaving").await;
+    assert!(migrate.wait().await.expect("it ends").success(), "{}", bed.logs());
+    bed.assert_runs_only_on(1).await;
+    bed.assert_intact(1).await;
+}
+
 /// What the source's QEMU has of ours: descriptors that are userfaultfds, and memory that they track or serve.
 async fn traces_in_qemu(bed: &Bed, host: usize) -> (usize, usize) {
     let pid = bed.view(host).await.pid;

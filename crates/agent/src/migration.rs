@@ -12,6 +12,7 @@
 //! Each step is written to the journal before it is done; `recovery.rs` goes on from there after a crash.
 
 use std::net::IpAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -59,6 +60,10 @@ pub(crate) struct Migration {
     /// The VM's name.
     pub(crate) vm: String,
     cancel: CancellationToken,
+    /// The user allows post-copy.
+    may_post_copy: bool,
+    /// The user wants it now.
+    wants_post_copy: AtomicBool,
     told: Mutex<Told>,
 }
 
@@ -70,9 +75,16 @@ struct Told {
 }
 
 impl Migration {
-    fn new(id: Uuid, vm: &str) -> Arc<Self> {
+    fn new(id: Uuid, vm: &str, may_post_copy: bool) -> Arc<Self> {
         let told = Told { history: Vec::new(), progress: None, live: broadcast::channel(256).0 };
-        Arc::new(Self { id, vm: vm.into(), cancel: CancellationToken::new(), told: Mutex::new(told) })
+        Arc::new(Self {
+            id,
+            vm: vm.into(),
+            cancel: CancellationToken::new(),
+            may_post_copy,
+            wants_post_copy: AtomicBool::new(false),
+            told: Mutex::new(told),
+        })
     }
 
     fn tell(&self, event: MigrationEvent) {
@@ -110,6 +122,13 @@ impl Migration {
         self.cancel.cancel();
     }
 
+    /// Asks it to switch to post-copy as soon as it can, if it has not. False when the user has forbidden that.
+    #[must_use]
+    pub(crate) fn post_copy(&self) -> bool {
+        self.wants_post_copy.store(true, Ordering::Relaxed);
+        self.may_post_copy
+    }
+
     fn told(&self) -> std::sync::MutexGuard<'_, Told> {
         self.told.lock().expect("no holder of this lock panics")
     }
@@ -138,7 +157,7 @@ pub(crate) async fn begin(
         predict(&mut plan, limits.post_copy).await?;
         return Ok((plan.view, None));
     }
-    let migration = Migration::new(id, name);
+    let migration = Migration::new(id, name, limits.post_copy);
     agent.add_migration(Arc::clone(&migration));
     claim.keep(Stage::Migrating(id));
     let view = plan.view.clone();
@@ -633,10 +652,11 @@ impl Run {
             if seen.ready_to_commit {
                 return Ok(seen);
             }
-            let action = policy.decide(&seen.observation);
+            let asked = self.post_copy_is_asked_for(&seen.observation);
+            let action = if asked { Action::PostCopy } else { policy.decide(&seen.observation) };
             match &action {
                 Action::Continue => {}
-                Action::PostCopy => self.migration.note(post_copy_in_words(&seen.observation)),
+                Action::PostCopy => self.migration.note(post_copy_in_words(&seen.observation, asked)),
                 Action::Throttle(share) => {
                     self.migration
                         .note(format!("The guest writes faster than the link carries: slowed by {} %.", share.0));
@@ -652,6 +672,18 @@ impl Run {
             }
             engine.apply(&action).await?;
         }
+    }
+
+    /// The user wants post-copy, and it is the moment for it.
+    fn post_copy_is_asked_for(&self, seen: &Observation) -> bool {
+        let copies = seen.phase == vmferry_policy::Phase::PreCopy && seen.round > 0;
+        if !copies || !self.migration.wants_post_copy.swap(false, Ordering::Relaxed) {
+            return false;
+        }
+        if !self.limits.post_copy {
+            self.migration.note("Post-copy was asked for and is not possible between these hosts.");
+        }
+        self.limits.post_copy
     }
 
     /// The destination takes the guest over. Until it has answered whether it did, the guest stays paused here.
@@ -851,8 +883,11 @@ impl Run {
 }
 
 /// With what the user risks by it.
-fn post_copy_in_words(seen: &Observation) -> String {
-    let why = "The guest writes faster than the link carries: post-copy.";
+fn post_copy_in_words(seen: &Observation, asked: bool) -> String {
+    let why = match asked {
+        true => "Post-copy, as asked for.",
+        false => "The guest writes faster than the link carries: post-copy.",
+    };
     match seen.remaining.time_at(seen.link_rate) {
         Some(rest) => {
             format!("{why} For about {:.0} s at most it needs both hosts.", rest.as_secs_f64().max(1.0).ceil())

@@ -88,6 +88,11 @@ shared memory for RAM when only -m is given. The VM outlives the agent.")]
     /// Move a running VM to another host
     #[command(after_long_help = EXIT_CODES)]
     Migrate(MigrateOptions),
+    /// Have the destination run a VM that is being migrated at once; what is missing of its memory follows
+    PostCopy {
+        /// The VM's name
+        name: String,
+    },
     /// Cancel the migration of a VM; the guest runs on here
     Cancel {
         /// The VM's name

@@ -52,6 +52,7 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Stop { name, force, timeout } => vms::stop(&client()?, &name, force, timeout.into()).await,
         Command::Console { name } => console::run(&client()?, &name).await,
         Command::Migrate(options) => migrate::run(&client()?, options).await,
+        Command::PostCopy { name } => migrate::post_copy(&client()?, &name).await,
         Command::Cancel { name } => migrate::cancel(&client()?, &name).await,
         Command::Pair { token: Some(token), .. } => pair::use_token(&client()?, token).await,
         Command::Pair { token: None, expires, quiet } => pair::make_token(&client()?, expires.into(), quiet).await,

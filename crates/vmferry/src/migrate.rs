@@ -1,4 +1,4 @@
-//! `migrate`, `cancel`, `migrations`: a migration as its user sees it.
+//! `migrate`, `post-copy`, `cancel`, `migrations`: a migration as its user sees it.
 
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
@@ -86,6 +86,12 @@ pub(crate) async fn cancel(client: &Client, name: &str) -> Result<(), Failure> {
     let path = format!("{}/migration", vm_path(name));
     client.delete(&path).await?;
     println!("the migration of {name} was asked to stop; `vmferry migrations` tells how it ended");
+    Ok(())
+}
+
+pub(crate) async fn post_copy(client: &Client, name: &str) -> Result<(), Failure> {
+    client.tell(&format!("{}/migration/post-copy", vm_path(name)), &()).await?;
+    println!("{name} was asked to go on at its destination; what of its memory is not there yet follows");
     Ok(())
 }
 

@@ -27,7 +27,8 @@ use crate::console::Viewer;
 use crate::engine::external;
 use crate::error::{AgentError, in_one_line};
 use crate::link_trial::TrialResult;
-use crate::{Agent, lifecycle, link_trial, migration, trust};
+use crate::migration::{self, Migration};
+use crate::{Agent, lifecycle, link_trial, trust};
 
 /// What the console route upgrades to: raw bytes both ways.
 pub const CONSOLE_PROTOCOL: &str = "vmferry-console";
@@ -54,6 +55,7 @@ pub(crate) fn routes() -> OpenApiRouter<Arc<Agent>> {
         .routes(routes!(stop))
         .routes(routes!(console))
         .routes(routes!(migrate, cancel))
+        .routes(routes!(post_copy))
         .routes(routes!(migrations))
         .routes(routes!(events))
         .routes(routes!(make_token))
@@ -169,12 +171,25 @@ async fn migrate(State(agent): Shared, Path(name): Path<String>, Json(request): 
 #[utoipa::path(delete, path = "/v1/vms/{name}/migration", params(("name" = String, Path)),
     responses((status = 204), (status = "default", body = Problem)))]
 async fn cancel(State(agent): Shared, Path(name): Path<String>) -> Result<StatusCode, ApiError> {
-    agent.vm(&name)?;
-    let migration = agent
-        .migration_of(&name)
-        .ok_or_else(|| AgentError::Conflict { message: format!("{name} is not being migrated"), hint: None })?;
-    migration.cancel();
+    migration_of(&agent, &name)?.cancel();
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// Has the destination run the guest at once; its memory follows.
+#[utoipa::path(post, path = "/v1/vms/{name}/migration/post-copy", params(("name" = String, Path)),
+    responses((status = 204), (status = "default", body = Problem)))]
+async fn post_copy(State(agent): Shared, Path(name): Path<String>) -> Result<StatusCode, ApiError> {
+    if migration_of(&agent, &name)?.post_copy() {
+        return Ok(StatusCode::NO_CONTENT);
+    }
+    let message = format!("post-copy was forbidden when the migration of {name} began");
+    Err(AgentError::Conflict { message, hint: Some("cancel it, and begin again without --no-post-copy".into()) }.into())
+}
+
+fn migration_of(agent: &Agent, name: &str) -> Result<Arc<Migration>, AgentError> {
+    agent.vm(name)?;
+    let none = || AgentError::Conflict { message: format!("{name} is not being migrated"), hint: None };
+    agent.migration_of(name).ok_or_else(none)
 }
 
 /// The last migrations away from this host, newest first.
