@@ -424,7 +424,7 @@ pub(crate) async fn set_running(agent: &Agent, vm: &Vm) -> Result<(), AgentError
         // What somebody saves to a file later is to have all RAM. It can wait until pages have come.
         let vm = vm.qmp.clone();
         tokio::spawn(async move {
-            while let Err(error) = external::set_capability(&vm, false).await {
+            while let Err(error) = external::reset_capabilities(&vm).await {
                 if vm.is_closed() {
                     return;
                 }

@@ -570,7 +570,9 @@ impl Run {
         let has = |name: &str| plan.there.capabilities.contains(name);
         if plan.engine.name() == EngineName::External {
             vmferry_qemu::unprotect_streams(&self.vm.qmp).await?;
-            qemu::set_capabilities(&self.vm.qmp, plan.features.capabilities(), &[external::CAPABILITY]).await?;
+            let stops_first = qemu::loses_writes(&plan.features, &self.vm.accelerator);
+            let wanted = external::capabilities(stops_first);
+            qemu::set_capabilities(&self.vm.qmp, plan.features.capabilities(), wanted).await?;
             let trusted = plan.protect == Protect::Not;
             external::make_folder(&external::sending_dir(&self.vm), trusted)?;
             plan.offer.protection = if trusted { Protection::Plain } else { Protection::Relay };
@@ -608,6 +610,7 @@ impl Run {
                 besides: self.agent.switchover_time(self.vm.name(), false),
                 bandwidth: self.bandwidth,
                 was_running: plan.offer.running,
+                stops_first: qemu::loses_writes(&plan.features, &self.vm.accelerator),
             };
             return Ok(Box::new(ExternalEngine::new(self.vm.qmp.clone(), wishes, session.clone())));
         }

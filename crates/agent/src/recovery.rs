@@ -274,6 +274,7 @@ async fn resumed_external(agent: &Agent, vm: &Vm, record: &OutRecord) -> Result<
         besides: Duration::ZERO,
         bandwidth: None,
         was_running: record.running,
+        stops_first: true,
     };
     Ok(ExternalEngine::in_post_copy(vm.qmp.clone(), wishes))
 }

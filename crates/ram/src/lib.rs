@@ -13,6 +13,11 @@
 //!   (`UFFDIO_REGISTER_MODE_MISSING`) until it is put there (`UFFDIO_COPY`), which never overwrites a page that is. Its
 //!   descriptor stays in QEMU, so that the guest's threads simply wait while there is no agent, and the next one goes on.
 //!
+//! Where post-copy may not be used, a guest that outruns the link has its writes *paced* (`source/pacing.rs`): a second
+//! userfaultfd, without asynchronous protection, takes the memory over while the guest is paused for some milliseconds.
+//! From then on a processor that writes to a page which was sent waits for its turn, and turns come at a share of what
+//! the link carries. Reading costs nothing, and so does writing to what must be sent anyway.
+//!
 //! [`Source`] sends: all RAM once, then in rounds what was written since; each page is protected before it is read, so
 //! what was read is still true or will be sent again. Hot pages come last in a round. When the guest is paused, the rest
 //! is sent, or the destination is told what it has not got. [`serve`] receives into a [`Landing`]. There, in post-copy,
@@ -35,7 +40,8 @@
 //! Tried under TCG on x86-64 with QEMU 7.2 and 10.0. KVM was not at hand: there a write fault also takes the hardware's
 //! second page table apart, which costs more than here, and a guest that nests guests has writes that only KVM knows of.
 //! A look at all pages takes about 1 to 2 ms a GiB and thread, also the last one with the guest paused, and what is stale
-//! is punched out by one thread: guests of hundreds of GiB wait for that. An agent that is killed while a thread
+//! is punched out by one thread: guests of hundreds of GiB wait for that. Pacing lets some 100 000 pages a second go, by
+//! one thread. An agent that is killed while a thread
 //! of QEMU makes our system call leaves that thread astray. Huge pages of hugetlbfs are refused.
 //!
 //! Addresses are nobody's business but this crate's: callers name a [`Block`] by its place in [`GuestRam::blocks`], and

@@ -27,7 +27,7 @@ use crate::RamError;
 use crate::memory::{Block, GuestRam};
 use crate::pages::PageSet;
 use crate::tracking::{Tracking, TrackingError, WriteFaults};
-use crate::wire::{ARM, HELLO, Hello, MISSING, STATE, STATE_END, STATE_GO, encode_missing};
+use crate::wire::{ARM, HELLO, Hello, MISSING, STATE, STATE_EARLY, STATE_END, STATE_GO, encode_missing};
 use pacing::Pacing;
 use shipping::{CHUNK, Filling, Shipping};
 
@@ -263,8 +263,9 @@ impl Source {
     }
 
     /// Sends the device state, as QEMU writes it, to its end. Gives back how many bytes that were. The destination's QEMU
-    /// gets it when [`Source::finish`] or [`Source::post_copy`] have done their part: it looks into the RAM.
-    pub fn send_state(&self, mut from: impl Read) -> Result<u64, RamError> {
+    /// gets it when [`Source::finish`] or [`Source::post_copy`] have done their part: it looks into the RAM. What is read
+    /// before `is_due` is no device's, and the destination's QEMU gets it at once.
+    pub fn send_state(&self, mut from: impl Read, is_due: &AtomicBool) -> Result<u64, RamError> {
         let mut sent = 0;
         loop {
             let mut piece = vec![0; STATE_PIECE];
@@ -275,7 +276,8 @@ impl Source {
                 Err(error) => return Err(RamError::device_state(error)),
             };
             piece.truncate(length);
-            self.inner.link.send_urgent(STATE, piece)?;
+            let kind = if is_due.load(Ordering::Acquire) { STATE } else { STATE_EARLY };
+            self.inner.link.send_urgent(kind, piece)?;
             sent += length as u64;
         }
         self.inner.link.send_urgent(STATE_END, Vec::new())?;

@@ -1,9 +1,10 @@
 //! Both sides over a real link, with RAM and a guest of our own: a thread that writes.
 
 use std::collections::BTreeSet;
-use std::io;
+use std::io::{self, Read, Write};
 use std::net::TcpListener;
 use std::ops::Range;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -153,6 +154,40 @@ fn a_guest_that_writes_meanwhile_arrives_as_it_was_when_it_was_paused() {
     });
     source.finish().unwrap();
     assert_same(&writer, landing.ram());
+    source.close().unwrap();
+    assert_eq!(taking.join().unwrap().unwrap(), Ended::Closed);
+}
+
+#[test]
+fn device_state_waits_for_the_ram_that_it_refers_to_and_what_comes_before_it_does_not() {
+    let (here, there) = links(None);
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("state.sock");
+    let qemu = UnixListener::bind(&socket).unwrap();
+    let landing = Landing::new(GuestRam::of_our_own(&[MIB]), &dir.path().join("record"));
+    let taking = std::thread::spawn(move || serve(&there, &landing, &socket));
+    let ram = GuestRam::of_our_own(&[MIB]);
+    let source = Source::begin_with(ram, Some(Box::new(Arc::<Log>::default())), here, DOWNTIME).unwrap();
+    let (mut qemu_here, to_source) = UnixStream::pair().unwrap();
+    let is_due = AtomicBool::new(false);
+    let mut buffer = [0; 16];
+    std::thread::scope(|scope| {
+        let sending = scope.spawn(|| source.send_state(to_source, &is_due));
+        qemu_here.write_all(b"firmware").unwrap();
+        let (mut arrived, _) = qemu.accept().unwrap();
+        arrived.read_exact(&mut buffer[..8]).unwrap();
+        is_due.store(true, Ordering::Release);
+        qemu_here.write_all(b"devices").unwrap();
+        drop(qemu_here);
+        assert_eq!(sending.join().unwrap().unwrap(), 15);
+        arrived.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+        assert_eq!(arrived.read(&mut buffer).unwrap_err().kind(), io::ErrorKind::WouldBlock, "too early");
+        source.finish().unwrap();
+        arrived.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let mut rest = Vec::new();
+        arrived.read_to_end(&mut rest).unwrap();
+        assert_eq!(rest, b"devices");
+    });
     source.close().unwrap();
     assert_eq!(taking.join().unwrap().unwrap(), Ended::Closed);
 }

@@ -34,9 +34,10 @@ pub(crate) const ARM: u16 = 4;
 pub(crate) const STATE: u16 = 5;
 /// That was all of it.
 pub(crate) const STATE_END: u16 = 6;
-
 /// QEMU may have it: what it refers to is in place, or will be fetched.
 pub(crate) const STATE_GO: u16 = 7;
+/// As [`STATE`], before the first of those: what QEMU may have at once.
+pub(crate) const STATE_EARLY: u16 = 8;
 
 /// The destination has that RAM, and waits.
 pub(crate) const READY: u16 = 32;

@@ -3,17 +3,22 @@
 //! See the `vmferry-ram` crate for how. Here is what has to do with QEMU: it is paused when what is left is little, or
 //! when the policy wants post-copy, and then writes the device state to a socket of ours. QEMU never lets go of the
 //! guest by itself, so that everything can be undone until the destination is committed to.
+//!
+//! QEMU's migration begins while the guest still runs: what it takes to set that up, and the memory that is not ours to
+//! move (firmware, video), is no downtime then. It pauses the guest itself, and waits for our word before the devices.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use tokio::net::UnixListener;
+use tokio_util::task::AbortOnDropHandle;
 use vmferry_link::{Cipher, Fingerprint, Identity, Link, LinkOptions, TcpDialer};
 use vmferry_policy::{Action, Bytes, BytesPerSec, Limits, Observation, Percent, Phase};
 use vmferry_qemu::qmp::commands::{self, MigrationParameters};
-use vmferry_qemu::{MigrationStatus, Qmp, QmpError, RamBackend, RamLayout};
+use vmferry_qemu::{EventStream, MigrationStatus, Qmp, QmpError, RamBackend, RamLayout};
 use vmferry_ram::{Backend, GuestRam, Progress, RamError, Source};
 
 use super::qemu::{UNLIMITED, abandon};
@@ -24,8 +29,15 @@ use crate::lifecycle::make_private_dir;
 use crate::server::bind_anew;
 use crate::vm::Vm;
 
-/// The only capability of QEMU's migration that is used: shared RAM stays where it is.
+/// The capability of QEMU's migration that all depends on: shared RAM stays where it is.
 pub(crate) const CAPABILITY: &str = "x-ignore-shared";
+/// Only at the source: QEMU pauses the guest and waits before it writes the device state.
+pub(crate) const PAUSES: &str = "pause-before-switchover";
+
+/// What the source's QEMU is set to, for a guest that is paused before QEMU copies anything or not.
+pub(crate) fn capabilities(stops_first: bool) -> &'static [&'static str] {
+    if stops_first { &[CAPABILITY] } else { &[CAPABILITY, PAUSES] }
+}
 
 const TICK: Duration = Duration::from_millis(100);
 /// A switchover that takes so much longer than the downtime that was allowed is undone, as nothing is lost by that yet.
@@ -38,6 +50,8 @@ const LEAST_FOR_PAGES: u32 = 4;
 /// if that was not enough.
 const TAKE_OVER: u32 = 2;
 const BETWEEN: Duration = Duration::from_millis(300);
+/// A guest whose writes are paced can be paused too, as each processor's turn comes; but not when that takes so long.
+const PACED_PAUSE: Duration = Duration::from_millis(50);
 /// How long QEMU may take to begin with the device state, or to be done with it.
 const STATE_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -83,6 +97,8 @@ pub struct Wishes {
     pub bandwidth: Option<u64>,
     /// The guest ran when the migration began: it must run again when it is abandoned.
     pub was_running: bool,
+    /// It must be paused before QEMU copies anything, as QEMU would lose what it writes.
+    pub stops_first: bool,
 }
 
 /// Where the destination's agent takes streams, and how they are protected.
@@ -171,13 +187,18 @@ impl ExternalEngine {
             Some(last) => Bytes(last.remaining).time_at(BytesPerSec(last.link_rate)),
             None => Some(Duration::ZERO),
         };
-        // A processor that waits to write cannot be stopped.
-        source.lift_pacing();
-        self.qmp.execute(commands::Stop {}).await?;
-        self.paused_at = Some(Instant::now());
-        let rest = Arc::clone(&source);
-        let rest = blocking(move || if post_copy { rest.post_copy() } else { rest.finish() });
-        let given = async { tokio::try_join!(rest, self.send_state(source)) };
+        let stops_first = self.wishes.stops_first;
+        if stops_first {
+            self.pause(&source).await?;
+        }
+        let is_due = Arc::new(AtomicBool::new(stops_first));
+        let events = self.qmp.events();
+        let state = self.begin_state(&source, &is_due).await?;
+        if !stops_first {
+            self.until_paused(&source, events).await?;
+        }
+        let rest = blocking(move || if post_copy { source.post_copy() } else { source.finish() });
+        let given = async { tokio::try_join!(rest, self.finish_state(state, &is_due)) };
         let most = LEAST_PAUSE.max(self.wishes.limits.downtime * LATE);
         tokio::time::timeout(most, given).await.unwrap_or_else(|_| {
             let reason =
@@ -214,32 +235,87 @@ impl ExternalEngine {
         Ok(())
     }
 
-    /// Has QEMU write the device state to us, and passes it on.
-    async fn send_state(&self, source: Arc<Source>) -> Result<(), EngineError> {
+    async fn pause(&mut self, source: &Source) -> Result<(), EngineError> {
+        // A processor that waits to write cannot be stopped.
+        source.lift_pacing();
+        self.qmp.execute(commands::Stop {}).await?;
+        self.paused_at = Some(Instant::now());
+        Ok(())
+    }
+
+    /// Has QEMU begin its migration, to us, and passes on what it writes. What it writes when that `is_due` is devices'.
+    async fn begin_state(
+        &self,
+        source: &Arc<Source>,
+        is_due: &Arc<AtomicBool>,
+    ) -> Result<AbortOnDropHandle<Result<u64, EngineError>>, EngineError> {
         let socket = self.wishes.dir.join("state.sock");
-        let refused = |error: std::io::Error| EngineError::Failed { reason: format!("{}: {error}", socket.display()) };
-        let listener: UnixListener = bind_anew(&socket).map_err(refused)?;
-        self.qmp.execute(commands::Migrate { uri: format!("unix:{}", socket.display()), resume: None }).await?;
-        let passed = async {
-            let (from_qemu, _) = listener.accept().await.map_err(refused)?;
-            let from_qemu = from_qemu.into_std().map_err(refused)?;
-            from_qemu.set_nonblocking(false).map_err(refused)?;
-            blocking(move || source.send_state(from_qemu)).await?;
-            loop {
-                let info = self.qmp.execute(commands::QueryMigrate {}).await?;
-                match info.status.unwrap_or(MigrationStatus::None) {
-                    MigrationStatus::Completed => return Ok(()),
-                    MigrationStatus::Failed | MigrationStatus::Cancelled => {
-                        let reason = info.error_desc.unwrap_or_else(|| "QEMU gives no reason".into());
-                        return Err(EngineError::Failed { reason: format!("the device state: {reason}") });
-                    }
-                    _ => tokio::time::sleep(Duration::from_micros(500)).await,
-                }
+        let refused =
+            move |error: std::io::Error| EngineError::Failed { reason: format!("{}: {error}", socket.display()) };
+        let listener: UnixListener = bind_anew(&self.wishes.dir.join("state.sock")).map_err(&refused)?;
+        let uri = format!("unix:{}", self.wishes.dir.join("state.sock").display());
+        self.qmp.execute(commands::Migrate { uri, resume: None }).await?;
+        let (source, is_due) = (Arc::clone(source), Arc::clone(is_due));
+        Ok(AbortOnDropHandle::new(tokio::spawn(async move {
+            let (from_qemu, _) = listener.accept().await.map_err(&refused)?;
+            let from_qemu = from_qemu.into_std().map_err(&refused)?;
+            from_qemu.set_nonblocking(false).map_err(&refused)?;
+            blocking(move || source.send_state(from_qemu, &is_due)).await
+        })))
+    }
+
+    /// Waits until QEMU has paused the guest.
+    async fn until_paused(&mut self, source: &Source, mut events: EventStream) -> Result<(), EngineError> {
+        let begun = Instant::now();
+        while !self.reaches(&MigrationStatus::PreSwitchover, begun + STATE_TIMEOUT).await? {
+            if begun.elapsed() > PACED_PAUSE {
+                source.lift_pacing();
             }
+        }
+        source.lift_pacing();
+        while let Ok(Some(event)) = tokio::time::timeout(Duration::ZERO, events.next()).await {
+            if event.name == "STOP" {
+                self.paused_at.get_or_insert(event.at);
+            }
+        }
+        self.paused_at.get_or_insert_with(Instant::now);
+        Ok(())
+    }
+
+    /// Has QEMU write the devices' state, and waits until all of it is passed on.
+    async fn finish_state(
+        &self,
+        state: AbortOnDropHandle<Result<u64, EngineError>>,
+        is_due: &AtomicBool,
+    ) -> Result<(), EngineError> {
+        if !is_due.swap(true, Ordering::Release) {
+            let state = MigrationStatus::PreSwitchover.to_string();
+            self.qmp.execute(commands::MigrateContinue { state }).await?;
+        }
+        state.await.expect("passing on what QEMU writes does not panic")?;
+        let deadline = Instant::now() + STATE_TIMEOUT;
+        while !self.reaches(&MigrationStatus::Completed, deadline).await? {}
+        Ok(())
+    }
+
+    /// Looks whether QEMU's migration has come so far, and waits a moment if not.
+    async fn reaches(&self, wanted: &MigrationStatus, deadline: Instant) -> Result<bool, EngineError> {
+        let info = self.qmp.execute(commands::QueryMigrate {}).await?;
+        let status = info.status.unwrap_or(MigrationStatus::None);
+        if *wanted == status {
+            return Ok(true);
+        }
+        let reason = match status {
+            MigrationStatus::Failed | MigrationStatus::Cancelled | MigrationStatus::Completed => {
+                info.error_desc.unwrap_or_else(|| "QEMU gives no reason".into())
+            }
+            _ if Instant::now() < deadline => {
+                tokio::time::sleep(Duration::from_micros(300)).await;
+                return Ok(false);
+            }
+            _ => format!("QEMU gave none for {} s", STATE_TIMEOUT.as_secs()),
         };
-        tokio::time::timeout(STATE_TIMEOUT, passed).await.unwrap_or_else(|_| {
-            Err(EngineError::Failed { reason: format!("QEMU gave no device state for {} s", STATE_TIMEOUT.as_secs()) })
-        })
+        Err(EngineError::Failed { reason: format!("the device state: {reason}") })
     }
 
     fn see(&mut self, progress: Progress) -> Seen {
@@ -345,7 +421,7 @@ impl RamEngine for ExternalEngine {
         }
         abandon(&self.qmp, self.wishes.was_running).await?;
         // What somebody saves to a file later is to have all RAM.
-        set_capability(&self.qmp, false).await?;
+        reset_capabilities(&self.qmp).await?;
         self.switched = false;
         Ok(())
     }
@@ -442,10 +518,10 @@ fn backends(layout: RamLayout) -> Vec<Backend> {
     layout.backends.into_iter().map(backend).collect()
 }
 
-/// Has QEMU's own migration leave out shared RAM, or not any more.
-pub(crate) async fn set_capability(qmp: &Qmp, state: bool) -> Result<(), QmpError> {
-    let capabilities = vec![commands::CapabilityState { capability: CAPABILITY.into(), state }];
-    qmp.execute(commands::MigrateSetCapabilities { capabilities }).await?;
+/// QEMU's own migration takes shared RAM along again, and stops nowhere.
+pub(crate) async fn reset_capabilities(qmp: &Qmp) -> Result<(), QmpError> {
+    let off = |capability: &str| commands::CapabilityState { capability: capability.into(), state: false };
+    qmp.execute(commands::MigrateSetCapabilities { capabilities: vec![off(CAPABILITY), off(PAUSES)] }).await?;
     Ok(())
 }
 

@@ -137,7 +137,7 @@ pub(crate) fn tls_carries(ram_bytes: u64) -> bool {
 
 /// Switches these capabilities on and all others that we ever use off, in one command, as QEMU checks them together.
 pub(crate) async fn set_capabilities(qmp: &Qmp, known: &BTreeSet<String>, wanted: &[&str]) -> Result<(), QmpError> {
-    const OURS: [&str; 7] = [
+    const OURS: [&str; 8] = [
         "events",
         "return-path",
         "auto-converge",
@@ -145,6 +145,7 @@ pub(crate) async fn set_capabilities(qmp: &Qmp, known: &BTreeSet<String>, wanted
         "postcopy-preempt",
         "multifd",
         super::external::CAPABILITY,
+        super::external::PAUSES,
     ];
     let capabilities = OURS
         .iter()

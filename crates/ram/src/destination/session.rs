@@ -19,8 +19,8 @@ use crate::PAGE;
 use crate::RamError;
 use crate::pages::PageSet;
 use crate::wire::{
-    ARM, ARMED, COMPLETE, HELLO, Hello, MISSING, Malformed, PAGES, PLACED, Pages, READY, REFUSED, STATE, STATE_END,
-    STATE_GO, WANT, Want, decode_missing, decode_number, encode_missing,
+    ARM, ARMED, COMPLETE, HELLO, Hello, MISSING, Malformed, PAGES, PLACED, Pages, READY, REFUSED, STATE, STATE_EARLY,
+    STATE_END, STATE_GO, WANT, Want, decode_missing, decode_number, encode_missing,
 };
 
 /// Threads that put bulk frames into place.
@@ -97,6 +97,14 @@ struct Session<'a> {
     over: AtomicBool,
     /// The first one.
     failure: Mutex<Option<RamError>>,
+}
+
+/// When QEMU may have a piece of the device state.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum When {
+    AtOnce,
+    /// When the source says so.
+    Told,
 }
 
 /// Which frames of pages are in place.
@@ -210,9 +218,9 @@ impl Session<'_> {
         }
     }
 
-    fn take_urgent(&self, state: Sender<Bytes>) -> Result<(), RamError> {
+    fn take_urgent(&self, state: Sender<(Bytes, When)>) -> Result<(), RamError> {
         let mut missing: Vec<PageSet> = self.blocks.iter().map(|pages| PageSet::new(*pages)).collect();
-        let (mut greeted, mut state, mut state_bytes) = (false, Some(state), 0);
+        let (mut greeted, mut state, mut state_bytes, mut early) = (false, Some(state), 0, true);
         while let Some(frame) = self.link.recv_urgent()? {
             match frame.kind {
                 HELLO if !greeted => {
@@ -231,14 +239,16 @@ impl Session<'_> {
                         self.complete()?;
                     }
                 }
-                STATE => {
+                STATE_EARLY if !early => return Err(Malformed("device state that is early comes late").into()),
+                kind @ (STATE | STATE_EARLY) => {
+                    early = kind == STATE_EARLY;
                     state_bytes += frame.payload.len() as u64;
                     let to_qemu = state.as_ref().ok_or(Malformed("there is device state after its end"))?;
                     if state_bytes > MOST_STATE || frame.payload.is_empty() {
                         return Err(Malformed("there is more device state than any VM has").into());
                     }
                     // Whoever takes it tells why it does not any more.
-                    let _ = to_qemu.send(frame.payload);
+                    let _ = to_qemu.send((frame.payload, if early { When::AtOnce } else { When::Told }));
                 }
                 STATE_END => state = None,
                 STATE_GO => self.let_state_go()?,
@@ -345,22 +355,33 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// Writes the device state to QEMU once it may have it. QEMU may take it only as fast as its pages come.
-    fn hand_over_state(&self, pieces: Receiver<Bytes>, socket: &Path) -> Result<(), RamError> {
-        let goes = || self.state_goes.load(Ordering::Relaxed);
-        drop(self.progress.wait_while(self.placed(), |_| !goes() && !self.is_over()));
-        if !goes() {
+    /// Writes the device state to QEMU when it may have it. QEMU may take it only as fast as its pages come.
+    fn hand_over_state(&self, pieces: Receiver<(Bytes, When)>, socket: &Path) -> Result<(), RamError> {
+        let mut qemu = None;
+        for (piece, when) in pieces {
+            if when == When::Told && !self.state_may_go() {
+                return Ok(());
+            }
+            let mut write = || {
+                let qemu = match &mut qemu {
+                    Some(qemu) => qemu,
+                    None => qemu.insert(UnixStream::connect(socket)?),
+                };
+                qemu.write_all(&piece)
+            };
+            write().map_err(RamError::device_state)?;
+        }
+        // QEMU must not take what was cut short for whole.
+        if !self.state_may_go() {
             return Ok(());
         }
-        let Ok(first) = pieces.recv() else { return Ok(()) };
-        let write = || {
-            let mut qemu = UnixStream::connect(socket)?;
-            qemu.write_all(&first)?;
-            for piece in pieces {
-                qemu.write_all(&piece)?;
-            }
-            qemu.shutdown(Shutdown::Write)
-        };
-        write().map_err(RamError::device_state)
+        qemu.map_or(Ok(()), |qemu| qemu.shutdown(Shutdown::Write)).map_err(RamError::device_state)
+    }
+
+    /// Waits until QEMU may have the device state. False when it is over before.
+    fn state_may_go(&self) -> bool {
+        let goes = || self.state_goes.load(Ordering::Relaxed);
+        drop(self.progress.wait_while(self.placed(), |_| !goes() && !self.is_over()));
+        goes()
     }
 }

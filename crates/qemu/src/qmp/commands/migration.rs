@@ -23,6 +23,11 @@ commands! {
         #[serde(skip_serializing_if = "Option::is_none")]
         resume: Option<bool>,
     } = "migrate" -> Nothing;
+    /// Goes on with the device state; only in the state that is named, such as `pre-switchover`.
+    MigrateContinue {
+        /// That state.
+        state: String,
+    } = "migrate-continue" -> Nothing;
     /// Listens for a guest; only for a QEMU started with `-incoming defer`.
     MigrateIncoming {
         /// Where to listen.
