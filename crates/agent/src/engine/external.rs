@@ -242,7 +242,7 @@ impl RamEngine for ExternalEngine {
         self.qmp.execute(parameters).await?;
         self.started = Instant::now();
         let downtime = self.wishes.limits.downtime;
-        self.connect(session, move |ram, link| Source::begin(ram, link, downtime)).await
+        self.connect(session, move |ram, link| Source::begin(ram, link, downtime, 0)).await
     }
 
     async fn observe(&mut self) -> Result<Seen, EngineError> {
