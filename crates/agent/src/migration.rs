@@ -576,6 +576,7 @@ impl Run {
                 way,
                 limits: self.limits,
                 bandwidth: self.bandwidth,
+                delta_cache: self.agent.config.delta_cache.as_u64(),
                 was_running: plan.offer.running,
             };
             return Ok(Box::new(ExternalEngine::new(self.vm.qmp.clone(), wishes, session.clone())));
@@ -693,6 +694,8 @@ impl Run {
             downtime_ms: self.downtime.as_secs_f64() * 1e3,
             qemu_downtime_ms: totals.downtime_ms,
             sent: totals.sent,
+            deltas: totals.deltas,
+            saved_by_deltas: totals.saved_by_deltas,
             rounds: totals.rounds,
             dirty_rate: totals.dirty_rate,
             throttle: self.throttle,

@@ -272,6 +272,7 @@ async fn resumed_external(agent: &Agent, vm: &Vm, record: &OutRecord) -> Result<
         },
         limits: NO_LIMITS,
         bandwidth: None,
+        delta_cache: 0,
         was_running: record.running,
     };
     Ok(ExternalEngine::in_post_copy(vm.qmp.clone(), wishes))

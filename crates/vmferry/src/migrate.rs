@@ -126,6 +126,9 @@ fn tell_report(report: &Report) {
     println!("  total        {}", seconds(report.total_ms));
     println!("  downtime     {:.0} ms", report.downtime_ms);
     println!("  sent         {}", memory(report.sent));
+    if report.deltas > 0 {
+        println!("  differences  of {} pages, which saved {}", report.deltas, memory(report.saved_by_deltas));
+    }
     println!(
         "  how          {}, {} {}",
         report.method(),
