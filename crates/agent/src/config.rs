@@ -179,6 +179,9 @@ pub struct Config {
     pub qemu_dirs: Vec<PathBuf>,
     /// Which RAM engine is used unless a user says otherwise.
     pub engine: EngineName,
+    /// Memory in which the `external` engine keeps what it has sent, for each migration, so that pages that change a
+    /// little go as differences; 0 to do without.
+    pub delta_cache: ByteSize,
     /// How log lines are written.
     pub log_format: LogFormat,
 }
@@ -197,6 +200,7 @@ impl Default for Config {
             reserved_memory: ByteSize::mib(512),
             qemu_dirs: Vec::new(),
             engine: EngineName::default(),
+            delta_cache: ByteSize::mib(64),
             log_format: LogFormat::Text,
         }
     }
@@ -292,6 +296,7 @@ mod tests {
         let uncommented = uncommented.join("\n");
         let config: Config = toml::from_str(&uncommented).unwrap();
         assert_eq!(config.reserved_memory, Config::default().reserved_memory);
+        assert_eq!(config.delta_cache, Config::default().delta_cache);
         assert_eq!(config.run_dir, Path::new("/run/vmferry"));
         assert_eq!(config.listen, Listen::default());
         assert_eq!(config.network.len(), 1);
@@ -310,6 +315,7 @@ mod tests {
             "key",
             "reserved_memory",
             "qemu_dirs",
+            "delta_cache",
             "log_format",
         ] {
             assert!(uncommented.contains(&format!("{key} =")), "{key} is not shown");

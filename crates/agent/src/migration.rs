@@ -609,6 +609,7 @@ impl Run {
                 limits: self.limits,
                 besides: self.agent.switchover_time(self.vm.name(), false),
                 bandwidth: self.bandwidth,
+                delta_cache: self.agent.config.delta_cache.as_u64(),
                 was_running: plan.offer.running,
                 stops_first: qemu::loses_writes(&plan.features, &self.vm.accelerator),
             };
@@ -750,6 +751,8 @@ impl Run {
             predicted_downtime_ms: self.predicted.map(|it| it.as_secs_f64() * 1e3),
             qemu_downtime_ms: totals.downtime_ms,
             sent: totals.sent,
+            deltas: totals.deltas,
+            saved_by_deltas: totals.saved_by_deltas,
             rounds: totals.rounds,
             dirty_rate: totals.dirty_rate,
             throttle: self.throttle,

@@ -273,6 +273,7 @@ async fn resumed_external(agent: &Agent, vm: &Vm, record: &OutRecord) -> Result<
         limits: NO_LIMITS,
         besides: Duration::ZERO,
         bandwidth: None,
+        delta_cache: 0,
         was_running: record.running,
         stops_first: true,
     };

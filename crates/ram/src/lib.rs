@@ -25,6 +25,11 @@
 //! the RAM itself is the record of what has come. So the source of a post-copy needs no memory of its own: over a new
 //! link, or as a new process, it is told what is missing and sends that.
 //!
+//! Until then, pages that were sent before and have changed a little go as differences from what was sent last, as far
+//! as a memory of a given size holds that (`source/last_sent.rs`, `delta.rs`). The destination has exactly this when they
+//! come: no page goes again before its last frame is in place. Trials before each round tell whether it pays, and how
+//! much less than all of it the link will have to carry.
+//!
 //! # What it relies on
 //!
 //! Linux 6.7 for `PAGEMAP_SCAN` and asynchronous write protection (Documentation/admin-guide/mm/pagemap.rst and
@@ -48,6 +53,7 @@
 //! offsets within it in bytes.
 
 mod arrival;
+mod delta;
 mod destination;
 mod error;
 mod kernel;

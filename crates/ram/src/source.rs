@@ -8,6 +8,7 @@
 //! In post-copy the source is a server with nothing to remember: its guest's RAM does not change any more, and the
 //! destination knows what it misses. So a new agent, or a new link, goes on by asking ([`Source::resume`]).
 
+mod last_sent;
 mod pacing;
 mod rounds;
 mod serving;
@@ -28,8 +29,9 @@ use crate::memory::{Block, GuestRam};
 use crate::pages::PageSet;
 use crate::tracking::{Tracking, TrackingError, WriteFaults};
 use crate::wire::{ARM, HELLO, Hello, MISSING, STATE, STATE_EARLY, STATE_END, STATE_GO, encode_missing};
+use last_sent::LastSent;
 use pacing::Pacing;
-use shipping::{CHUNK, Filling, Shipping};
+use shipping::{CHUNK, Filling, Shipping, There};
 
 /// How long the destination may take to look at what RAM it has, or to arm it.
 const ANSWER: Duration = Duration::from_secs(30);
@@ -92,10 +94,15 @@ pub struct Progress {
     pub stale: u8,
     /// How fast the guest made pages stale during the last round, in bytes a second.
     pub dirty_rate: u64,
-    /// How fast the link carries pages, in bytes a second; 0 when that is not known yet.
+    /// How fast the link carries pages, in bytes a second of what remains, part of which may go as differences; 0 when
+    /// that is not known yet.
     pub link_rate: u64,
     /// How much of their time the guest's processors waited lately as their writes are paced, in percent.
     pub slowed: u8,
+    /// How many pages went as differences from what was sent before.
+    pub deltas: u64,
+    /// How many bytes that has saved.
+    pub saved: u64,
     /// What is left can be sent within the downtime, and waiting would hardly make it less: pause the guest now.
     pub converged: bool,
     /// The destination has all RAM.
@@ -117,6 +124,7 @@ struct Inner {
     downtime: Duration,
     shipping: Shipping,
     pacing: Pacing,
+    last_sent: LastSent,
     /// What the destination does not have, as far as it is known.
     pending: Vec<PageSet>,
     /// Chunks of which nothing was sent yet, by their number in the block.
@@ -145,6 +153,8 @@ struct State {
     /// The last one that somebody who waits was told of.
     seen_round: u32,
     dirty_rate: u64,
+    /// Which share of what this round had to send need not be, as differences are shorter.
+    spared: f64,
     stale: u8,
     converged: bool,
     rounds_ended: bool,
@@ -158,16 +168,17 @@ struct State {
 
 impl Source {
     /// Begins to send the RAM of a guest, which may run. Its pages are tracked from here until this is dropped. What is
-    /// sent while the guest is paused should take no longer than `downtime`. Fails when the destination's RAM is another
-    /// one.
-    pub fn begin(ram: GuestRam, link: Link, downtime: Duration) -> Result<Self, RamError> {
+    /// sent while the guest is paused should take no longer than `downtime`. With `delta_cache` bytes of memory it
+    /// remembers what it has sent, so that pages that have changed a little go as differences. Fails when the
+    /// destination's RAM is another one.
+    pub fn begin(ram: GuestRam, link: Link, downtime: Duration, delta_cache: u64) -> Result<Self, RamError> {
         let log: Box<dyn WriteLog> = Box::new(Tracking::begin(&ram)?);
-        Self::begin_with(ram, Some(log), link, downtime)
+        Self::begin_with(ram, Some(log), link, downtime, delta_cache)
     }
 
     /// Post-copy goes on over a new link; the guest stays paused.
     pub fn resume(ram: GuestRam, link: Link) -> Result<Self, RamError> {
-        Self::begin_with(ram, None, link, Duration::ZERO)
+        Self::begin_with(ram, None, link, Duration::ZERO, 0)
     }
 
     pub(crate) fn begin_with(
@@ -175,6 +186,7 @@ impl Source {
         log: Option<Box<dyn WriteLog>>,
         link: Link,
         downtime: Duration,
+        delta_cache: u64,
     ) -> Result<Self, RamError> {
         let link = Arc::new(link);
         let blocks: Vec<u64> = ram.blocks().iter().map(|block| block.size() / PAGE).collect();
@@ -182,6 +194,7 @@ impl Source {
         let phase = if resume { Phase::PostCopy } else { Phase::PreCopy };
         let inner = Arc::new(Inner {
             shipping: Shipping::new(Arc::clone(&link), &blocks),
+            last_sent: LastSent::new(delta_cache),
             pending: blocks.iter().map(|pages| PageSet::new(*pages)).collect(),
             untouched: blocks.iter().map(|pages| PageSet::new(pages.div_ceil(CHUNK))).collect(),
             remaining: AtomicU64::new(blocks.iter().sum()),
@@ -222,14 +235,17 @@ impl Source {
         if let Some(error) = state.failed.as_ref().filter(|_| !state.complete) {
             return Err(error.clone());
         }
+        let (deltas, saved) = inner.shipping.deltas();
         Ok(Progress {
             round: state.round,
             remaining: inner.remaining.load(Ordering::Relaxed) * PAGE,
             total: inner.ram.blocks().iter().map(Block::size).sum(),
             stale: state.stale,
             dirty_rate: state.dirty_rate,
-            link_rate: inner.shipping.rate(),
+            link_rate: (inner.shipping.rate() as f64 / (1.0 - state.spared)) as u64,
             slowed: inner.pacing.slowed(),
+            deltas,
+            saved,
             converged: state.converged,
             complete: state.complete,
         })
@@ -255,7 +271,11 @@ impl Source {
         for frame in encode_missing(&inner.pending) {
             inner.link.send_urgent(MISSING, frame)?;
         }
-        inner.lock().phase = Phase::Arming;
+        {
+            let mut state = inner.lock();
+            // From here on each page goes once, and whole.
+            (state.phase, state.spared) = (Phase::Arming, 0.0);
+        }
         inner.link.send_urgent(ARM, inner.shipping.frames().to_le_bytes().to_vec())?;
         inner.wait_for(|state| state.phase == Phase::PostCopy)?;
         inner.let_state_go()?;
@@ -287,6 +307,11 @@ impl Source {
     /// What the link did.
     pub fn link_stats(&self) -> LinkStats {
         self.inner.link.stats()
+    }
+
+    #[cfg(test)]
+    pub(crate) fn takes_all_pages_for_deltas(&self) -> bool {
+        self.inner.last_sent.is_on()
     }
 
     /// Ends the link in order, when all RAM is there: waits until the destination has taken all that was said.
@@ -407,7 +432,7 @@ impl Inner {
         frame: &mut Filling,
         block: usize,
         mut pages: Range<u64>,
-        tell_zeroes: bool,
+        there: There<'_>,
         ship: fn(&Shipping, Filling) -> Result<(), LinkDown>,
     ) -> Result<(), RamError> {
         while !pages.is_empty() {
@@ -417,7 +442,7 @@ impl Inner {
                 continue;
             }
             let end = pages.end.min(pages.start + room);
-            frame.read(&self.ram, block, pages.start..end, tell_zeroes).map_err(RamError::io)?;
+            frame.read(&self.ram, block, pages.start..end, there).map_err(RamError::io)?;
             pages.start = end;
         }
         Ok(())

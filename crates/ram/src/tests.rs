@@ -15,7 +15,7 @@ use vmferry_link::{
 
 use crate::destination::{Ended, Landing, serve};
 use crate::memory::GuestRam;
-use crate::source::{Source, WriteLog};
+use crate::source::{Progress, Source, WriteLog};
 use crate::{PAGE, RamError, TrackingError, WriteFaults};
 
 const DOWNTIME: Duration = Duration::from_millis(300);
@@ -29,6 +29,13 @@ impl Log {
     fn write(&self, ram: &GuestRam, block: usize, page: u64, value: u64) {
         let mut written = self.0.lock().unwrap();
         ram.blocks()[block].write_at(page * PAGE, &noise(value)).unwrap();
+        written.insert((block, page));
+    }
+
+    /// Writes a few bytes into a page.
+    fn change(&self, ram: &GuestRam, block: usize, page: u64, at: u64, bytes: &[u8]) {
+        let mut written = self.0.lock().unwrap();
+        ram.blocks()[block].write_at(page * PAGE + at, bytes).unwrap();
         written.insert((block, page));
     }
 }
@@ -67,14 +74,18 @@ impl WriteLog for Arc<Log> {
 
 /// A page that nothing makes shorter, unless it is to be zero.
 fn noise(seed: u64) -> Vec<u8> {
-    let mut state = seed;
-    let next = |_| {
+    let mut next = random(seed);
+    (0..PAGE / 8).flat_map(|_| next().to_le_bytes()).collect()
+}
+
+/// Numbers that look random.
+fn random(mut state: u64) -> impl FnMut() -> u64 {
+    move || {
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;
         state
-    };
-    (0..PAGE / 8).map(next).flat_map(u64::to_le_bytes).collect()
+    }
 }
 
 /// Both ends of a plain link over the loopback address.
@@ -134,15 +145,13 @@ fn a_guest_that_writes_meanwhile_arrives_as_it_was_when_it_was_paused() {
     }
     let (landing, taking) = arriving(there, &sizes);
     let writer = GuestRam::same(&ram);
-    let source = Source::begin_with(ram, Some(Box::new(Arc::clone(&log))), here, DOWNTIME).unwrap();
+    let source = Source::begin_with(ram, Some(Box::new(Arc::clone(&log))), here, DOWNTIME, 0).unwrap();
     let pause = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            let mut state = 88_172_645_463_325_252_u64;
+            let mut random = random(88_172_645_463_325_252);
             while !pause.load(Ordering::Relaxed) {
-                state ^= state << 13;
-                state ^= state >> 7;
-                state ^= state << 17;
+                let state = random();
                 let block = (state >> 60) as usize % 3;
                 // Some become zero.
                 let value = if state.is_multiple_of(5) { 0 } else { state };
@@ -167,7 +176,7 @@ fn device_state_waits_for_the_ram_that_it_refers_to_and_what_comes_before_it_doe
     let landing = Landing::new(GuestRam::of_our_own(&[MIB]), &dir.path().join("record"));
     let taking = std::thread::spawn(move || serve(&there, &landing, &socket));
     let ram = GuestRam::of_our_own(&[MIB]);
-    let source = Source::begin_with(ram, Some(Box::new(Arc::<Log>::default())), here, DOWNTIME).unwrap();
+    let source = Source::begin_with(ram, Some(Box::new(Arc::<Log>::default())), here, DOWNTIME, 0).unwrap();
     let (mut qemu_here, to_source) = UnixStream::pair().unwrap();
     let is_due = AtomicBool::new(false);
     let mut buffer = [0; 16];
@@ -202,7 +211,7 @@ fn an_idle_guest_is_sent_once_and_what_is_empty_not_at_all() {
     }
     let (landing, taking) = arriving(there, &sizes);
     let same = GuestRam::same(&ram);
-    let source = Source::begin_with(ram, Some(Box::new(log)), here, DOWNTIME).unwrap();
+    let source = Source::begin_with(ram, Some(Box::new(log)), here, DOWNTIME, 0).unwrap();
     assert!(until_converged(&source, Duration::from_secs(10)));
     source.finish().unwrap();
     assert_same(&same, landing.ram());
@@ -221,7 +230,7 @@ fn pages_that_are_written_all_the_time_are_not_sent_all_the_time() {
     (0..sizes[0] / PAGE).for_each(|page| write(&ram, page));
     let (_landing, taking) = arriving(there, &sizes);
     let writer = GuestRam::same(&ram);
-    let source = Source::begin_with(ram, Some(Box::new(Arc::clone(&log))), here, DOWNTIME).unwrap();
+    let source = Source::begin_with(ram, Some(Box::new(Arc::clone(&log))), here, DOWNTIME, 0).unwrap();
     let pause = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -245,7 +254,7 @@ fn other_ram_is_refused_in_words_on_both_sides() {
     let (here, there) = links(None);
     let (_landing, taking) = arriving(there, &[4 * MIB]);
     let log = Box::new(Arc::new(Log::default()));
-    let error = Source::begin_with(GuestRam::of_our_own(&[8 * MIB]), Some(log), here, DOWNTIME).err().unwrap();
+    let error = Source::begin_with(GuestRam::of_our_own(&[8 * MIB]), Some(log), here, DOWNTIME, 0).err().unwrap();
     assert!(error.to_string().contains("ram0: 8388608 at the source, ram0: 4194304 at the destination"), "{error}");
     assert!(matches!(taking.join().unwrap(), Err(RamError::Layout { .. })));
 }
@@ -257,11 +266,148 @@ fn a_destination_that_goes_away_is_an_error_and_ends_no_thread_late() {
     let log = Arc::new(Log::default());
     (0..16_384).for_each(|page| log.write(&ram, 0, page, page + 1));
     let (_landing, taking) = arriving(there, &[64 * MIB]);
-    let source = Source::begin_with(ram, Some(Box::new(log)), here, DOWNTIME).unwrap();
+    let source = Source::begin_with(ram, Some(Box::new(log)), here, DOWNTIME, 0).unwrap();
     std::thread::sleep(Duration::from_millis(100));
     let begun = Instant::now();
     source.abandon();
     assert!(begun.elapsed() < Duration::from_secs(1), "it took {:?}", begun.elapsed());
     assert!(source.wait(Duration::ZERO).is_err() && source.finish().is_err());
     assert!(taking.join().unwrap().is_err());
+}
+
+/// What a migration of a guest that writes came to.
+struct Moved {
+    converged: bool,
+    took: Duration,
+    paused: Duration,
+    sent: u64,
+    progress: Progress,
+    /// Differences did not pay at some time.
+    was_off: bool,
+}
+
+/// Moves a guest of 56 MiB that is never zero and does this over and over, with a number that grows.
+fn moves(rate: u64, delta_cache: u64, at_most: Duration, write: impl Fn(&Log, &GuestRam, u64) + Sync) -> Moved {
+    let sizes = [48 * MIB, 8 * MIB];
+    let (here, there) = links(Some(rate));
+    let (log, ram) = (Arc::new(Log::default()), GuestRam::of_our_own(&sizes));
+    for (block, size) in sizes.iter().enumerate() {
+        (0..size / PAGE).for_each(|page| log.write(&ram, block, page, page + 1));
+    }
+    let (landing, taking) = arriving(there, &sizes);
+    let (writer, begun) = (GuestRam::same(&ram), Instant::now());
+    let source = Source::begin_with(ram, Some(Box::new(Arc::clone(&log))), here, DOWNTIME, delta_cache).unwrap();
+    let (pause, mut was_off) = (AtomicBool::new(false), false);
+    let converged = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut number = 0;
+            while !pause.load(Ordering::Relaxed) {
+                write(&log, &writer, number);
+                number += 1;
+            }
+        });
+        let mut converged = false;
+        while !converged && begun.elapsed() < at_most {
+            converged = source.wait(Duration::from_millis(20)).unwrap().converged;
+            was_off |= !source.takes_all_pages_for_deltas();
+        }
+        pause.store(true, Ordering::Relaxed);
+        converged
+    });
+    let paused = Instant::now();
+    source.finish().unwrap();
+    let (took, paused) = (begun.elapsed(), paused.elapsed());
+    assert_same(&writer, landing.ram());
+    let (sent, progress) = (source.link_stats().raw_sent, source.wait(Duration::ZERO).unwrap());
+    source.close().unwrap();
+    assert_eq!(taking.join().unwrap().unwrap(), Ended::Closed);
+    Moved { converged, took, paused, sent, progress, was_off }
+}
+
+/// Leaves others some time: the guest writes no more than 256 pages a millisecond.
+fn rest(number: u64) {
+    if number.is_multiple_of(256) {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn pages_that_change_a_little_go_as_differences_and_arrive_as_they_were() {
+    // 32 MiB, of which 13 MiB fit the downtime.
+    let moved = moves(45_000_000, 48 * MIB, Duration::from_secs(30), |log, ram, number| {
+        log.change(ram, 0, number % 8192, number % 500 * 8, &number.to_le_bytes());
+        rest(number);
+    });
+    let Moved { converged, sent, progress, .. } = moved;
+    assert!(converged, "{progress:?}");
+    assert!(progress.deltas > 8000 && progress.saved > progress.deltas * PAGE / 2, "{progress:?}");
+    assert!(sent < 56 * MIB + 3 * 32 * MIB, "{} MiB were sent", sent / MIB);
+}
+
+#[test]
+fn whatever_becomes_of_pages_they_arrive_as_they_were() {
+    // More than the memory for it, so that pages come and go there.
+    let moved = moves(60_000_000, 5 * MIB, Duration::from_secs(4), |log, ram, number| {
+        let mut random = random(number.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+        let (block, page) = (random() as usize % 2, random() % 2000);
+        match random() % 20 {
+            0 => log.write(ram, block, page, 0),
+            1 => log.write(ram, block, page, random()),
+            _ => log.change(ram, block, page, random() % (PAGE - 64), &noise(random())[..(number % 64) as usize]),
+        }
+    });
+    assert!(moved.progress.deltas > 100 && moved.progress.saved > 0, "{:?}", moved.progress);
+}
+
+#[test]
+fn pages_that_are_written_all_over_do_not_go_as_differences() {
+    // All of 12 MiB many times in a round.
+    let moved = moves(25_000_000, 48 * MIB, Duration::from_secs(5), |log, ram, number| {
+        log.write(ram, 0, number % 3072, number + 1_000_000);
+    });
+    assert!(moved.progress.round > 3, "{:?}", moved.progress);
+    // But for those that were sent again as they were: written just before they were read.
+    assert!(moved.progress.deltas * PAGE < moved.sent / 10, "{:?}", moved.progress);
+    assert!(moved.was_off);
+}
+
+#[test]
+#[ignore = "prints figures"]
+fn what_differences_save() {
+    type Write = fn(&Log, &GuestRam, u64);
+    const HOT: u64 = 48 * MIB / PAGE;
+    let little: Write = |log, ram, number| {
+        log.change(ram, 0, number % HOT, number % 500 * 8, &number.to_le_bytes());
+        rest(number);
+    };
+    let tenth: Write = |log, ram, number| {
+        log.change(ram, 0, number % HOT, number / HOT % 8 * 448, &noise(number + 1)[..400]);
+        rest(number);
+    };
+    let all: Write = |log, ram, number| {
+        log.write(ram, 0, number % HOT, number + 1_000_000);
+        rest(number);
+    };
+    let cold: Write = |log, ram, number| {
+        // Slow enough to converge by itself.
+        log.write(ram, 0, number * 7919 % HOT, number + 1_000_000);
+        std::thread::sleep(Duration::from_micros(200));
+    };
+    for (what, write) in [("8 bytes", little), ("a tenth", tenth), ("all", all), ("all, slowly", cold)] {
+        for delta_cache in [0, 64 * MIB, 0, 64 * MIB] {
+            let Moved { converged, took, paused, sent, progress, .. } =
+                moves(125_000_000, delta_cache, Duration::from_secs(15), write);
+            println!(
+                "{what:12} {:2} MiB: {} in {:5.2} s, paused {:4} ms, {:4} MiB sent, {} deltas saved {} MiB, {} rounds",
+                delta_cache / MIB,
+                if converged { "converged" } else { "stopped  " },
+                took.as_secs_f64(),
+                paused.as_millis(),
+                sent / MIB,
+                progress.deltas,
+                progress.saved / MIB,
+                progress.round
+            );
+        }
+    }
 }

@@ -7,11 +7,12 @@
 use std::ops::Range;
 
 use crate::PAGE;
+use crate::delta;
 use crate::pages::PageSet;
 
 /// The version of what is said here.
-pub(crate) const VERSION: u32 = 1;
-/// The most data in a frame of pages, in pages.
+pub(crate) const VERSION: u32 = 2;
+/// The most data in a frame of pages, in whole pages.
 pub(crate) const MOST_DATA: u64 = 64;
 /// The most runs in a frame of pages.
 pub(crate) const MOST_RUNS: usize = 256;
@@ -137,8 +138,18 @@ impl Hello {
 pub(crate) struct Run {
     pub(crate) block: usize,
     pub(crate) pages: Range<u64>,
+    pub(crate) content: Content,
+}
+
+/// What is said of the pages of a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Content {
+    /// Each whole.
+    Whole,
     /// All of them are zero, and nothing follows for them.
-    pub(crate) zero: bool,
+    Zero,
+    /// How each differs from what was sent of it last, see [`delta`]. Before post-copy only.
+    Delta,
 }
 
 impl Run {
@@ -152,12 +163,13 @@ impl Run {
 pub(crate) struct Pages<'a> {
     /// Counted by the source, from 1, without a gap.
     pub(crate) number: u64,
-    pub(crate) runs: Vec<Run>,
-    pub(crate) data: &'a [u8],
+    /// Each run, with what is in it.
+    pub(crate) runs: Vec<(Run, &'a [u8])>,
 }
 
 const RUN: usize = 4 + 4 + 8;
 const ZERO: u32 = 1 << 31;
+const DELTA: u32 = 1 << 30;
 
 impl<'a> Pages<'a> {
     /// How long the part before the data is.
@@ -176,7 +188,12 @@ impl<'a> Pages<'a> {
         put(&(runs.len() as u32).to_le_bytes());
         for run in runs {
             put(&(run.block as u32).to_le_bytes());
-            put(&(run.length() as u32 | if run.zero { ZERO } else { 0 }).to_le_bytes());
+            let content = match run.content {
+                Content::Whole => 0,
+                Content::Zero => ZERO,
+                Content::Delta => DELTA,
+            };
+            put(&(run.length() as u32 | content).to_le_bytes());
             put(&run.pages.start.to_le_bytes());
         }
     }
@@ -189,32 +206,35 @@ impl<'a> Pages<'a> {
         if count > MOST_RUNS {
             return Err(Malformed("too many runs of pages in a frame"));
         }
-        let (mut runs, mut data) = (Vec::with_capacity(count), 0);
+        let mut runs = Vec::with_capacity(count);
         for _ in 0..count {
             let block = reader.u32()? as usize;
             let length = reader.u32()?;
             let start = reader.u64()?;
-            let (zero, length) = (length & ZERO != 0, u64::from(length & !ZERO));
+            let content = match length & (ZERO | DELTA) {
+                0 => Content::Whole,
+                ZERO => Content::Zero,
+                DELTA => Content::Delta,
+                _ => return Err(Malformed("pages that are zero and differ")),
+            };
+            let length = u64::from(length & !(ZERO | DELTA));
             let pages = blocks.get(block).ok_or(Malformed("pages of an unknown block"))?;
             let end = start.checked_add(length).filter(|end| end <= pages && length > 0);
             let end = end.ok_or(Malformed("pages beyond the end of their block"))?;
-            data += if zero { 0 } else { length };
-            runs.push(Run { block, pages: start..end, zero });
+            runs.push(Run { block, pages: start..end, content });
         }
-        if reader.0.len() as u64 != data * PAGE {
-            return Err(Malformed("a frame has more or less data than it says"));
-        }
-        Ok(Self { number, runs, data: reader.0 })
-    }
-
-    /// Each run, with what is in it.
-    pub(crate) fn contents(&self) -> impl Iterator<Item = (&Run, &'a [u8])> {
-        let mut rest = self.data;
-        self.runs.iter().map(move |run| {
-            let (data, after) = rest.split_at(if run.zero { 0 } else { (run.length() * PAGE) as usize });
-            rest = after;
-            (run, data)
-        })
+        let with_data = |run: Run| {
+            let from = reader.0;
+            match run.content {
+                Content::Whole => reader.bytes((run.length() * PAGE) as usize).map(|_| ())?,
+                Content::Zero => {}
+                Content::Delta => run.pages.clone().try_for_each(|_| delta::skip(&mut reader))?,
+            }
+            Ok((run, &from[..from.len() - reader.0.len()]))
+        };
+        let runs = runs.into_iter().map(with_data).collect::<Result<_, _>>()?;
+        reader.end()?;
+        Ok(Self { number, runs })
     }
 }
 
@@ -301,29 +321,35 @@ mod tests {
     #[test]
     fn pages_are_read_as_they_were_written() {
         let runs = [
-            Run { block: 0, pages: 998..1000, zero: false },
-            Run { block: 1, pages: 5..200_000, zero: true },
-            Run { block: 1, pages: 7..8, zero: false },
+            Run { block: 0, pages: 998..1000, content: Content::Whole },
+            Run { block: 1, pages: 5..200_000, content: Content::Zero },
+            Run { block: 1, pages: 300..303, content: Content::Delta },
+            Run { block: 1, pages: 7..8, content: Content::Whole },
         ];
-        let data: Vec<u8> = (0..3 * PAGE).map(|at| at as u8).collect();
+        let mut data: Vec<u8> = (0..3 * PAGE).map(|at| at as u8).collect();
+        // Two that are the same, and one in which the first word of the last part has changed.
+        let deltas = [&[0, 0, 0x80, 1, 0, 0, 0, 0, 0, 0, 0][..], b"new word"].concat();
+        data.splice(2 * PAGE as usize..2 * PAGE as usize, deltas.clone());
         let bytes = frame(77, &runs, &data);
         let pages = Pages::decode(&bytes, &BLOCKS).unwrap();
-        assert_eq!((pages.number, &pages.runs[..]), (77, &runs[..]));
-        let contents: Vec<_> = pages.contents().map(|(_, data)| data.len() as u64 / PAGE).collect();
-        assert_eq!(contents, [2, 0, 1]);
-        assert_eq!(pages.contents().last().unwrap().1, &data[2 * PAGE as usize..]);
+        assert_eq!(pages.number, 77);
+        assert!(pages.runs.iter().map(|(run, _)| run).eq(&runs));
+        let (first, last) = data.split_at(2 * PAGE as usize);
+        assert!(pages.runs.iter().map(|(_, data)| *data).eq([first, &[], &deltas, &last[deltas.len()..]]));
     }
 
     #[test]
     fn pages_that_are_not_there_are_refused() {
         let refused =
             |run: Run, data: u64| Pages::decode(&frame(1, &[run], &vec![0; (data * PAGE) as usize]), &BLOCKS).is_err();
-        assert!(refused(Run { block: 2, pages: 0..1, zero: false }, 1));
-        assert!(refused(Run { block: 0, pages: 999..1001, zero: false }, 2));
-        assert!(refused(Run { block: 0, pages: 5..5, zero: false }, 0));
-        assert!(refused(Run { block: 0, pages: 0..2, zero: false }, 1));
-        assert!(refused(Run { block: 0, pages: 0..1, zero: true }, 1));
-        assert!(refused(Run { block: 1, pages: u64::MAX - 1..u64::MAX, zero: true }, 0));
+        assert!(refused(Run { block: 2, pages: 0..1, content: Content::Whole }, 1));
+        assert!(refused(Run { block: 0, pages: 999..1001, content: Content::Whole }, 2));
+        assert!(refused(Run { block: 0, pages: 5..5, content: Content::Whole }, 0));
+        assert!(refused(Run { block: 0, pages: 0..2, content: Content::Whole }, 1));
+        assert!(refused(Run { block: 0, pages: 0..1, content: Content::Zero }, 1));
+        assert!(refused(Run { block: 0, pages: 0..PAGE + 1, content: Content::Delta }, 1));
+        assert!(refused(Run { block: 0, pages: 0..10, content: Content::Delta }, 1));
+        assert!(refused(Run { block: 1, pages: u64::MAX - 1..u64::MAX, content: Content::Zero }, 0));
     }
 
     #[test]

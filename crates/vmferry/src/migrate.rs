@@ -135,6 +135,9 @@ fn tell_report(report: &Report) {
         None => println!("  downtime     {:.0} ms", report.downtime_ms),
     }
     println!("  sent         {}", memory(report.sent));
+    if report.deltas > 0 {
+        println!("  differences  of {} pages, which saved {}", report.deltas, memory(report.saved_by_deltas));
+    }
     println!(
         "  how          {}, {} {}",
         report.method(),

@@ -369,6 +369,10 @@ pub struct Report {
     pub qemu_downtime_ms: Option<u64>,
     /// Sent over the link, in bytes.
     pub sent: u64,
+    /// Pages that went as differences from what was sent before.
+    pub deltas: u64,
+    /// How much that has saved, in bytes.
+    pub saved_by_deltas: u64,
     /// Pre-copy rounds.
     pub rounds: u32,
     /// The highest dirty rate of a round, in bytes a second; 0 when no round was completed while the guest ran.

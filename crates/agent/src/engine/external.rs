@@ -77,6 +77,8 @@ pub struct ExternalEngine {
     last: Option<Progress>,
     dirty_rate: u64,
     sent: u64,
+    /// Pages that went as differences, and bytes that this saved.
+    deltas: (u64, u64),
 }
 
 /// What one migration with this engine is started with.
@@ -95,6 +97,8 @@ pub struct Wishes {
     pub besides: Duration,
     /// The most to send, in bytes a second.
     pub bandwidth: Option<u64>,
+    /// How much memory differences of pages may take, in bytes.
+    pub delta_cache: u64,
     /// The guest ran when the migration began: it must run again when it is abandoned.
     pub was_running: bool,
     /// It must be paused before QEMU copies anything, as QEMU would lose what it writes.
@@ -156,6 +160,7 @@ impl ExternalEngine {
             last: None,
             dirty_rate: 0,
             sent: 0,
+            deltas: (0, 0),
         }
     }
 
@@ -325,6 +330,8 @@ impl ExternalEngine {
             () => Phase::PreCopy,
         };
         self.dirty_rate = self.dirty_rate.max(progress.dirty_rate);
+        // A source that goes on with post-copy sends none.
+        self.deltas = self.deltas.max((progress.deltas, progress.saved));
         if let Some(source) = &self.source {
             self.sent = source.link_stats().wire_sent;
         }
@@ -371,9 +378,9 @@ impl RamEngine for ExternalEngine {
         let parameters = MigrationParameters { max_bandwidth: Some(UNLIMITED), ..MigrationParameters::default() };
         self.qmp.execute(parameters).await?;
         self.started = Instant::now();
-        let allowed = self.wishes.limits.downtime;
+        let (allowed, delta_cache) = (self.wishes.limits.downtime, self.wishes.delta_cache);
         let downtime = allowed.saturating_sub(self.wishes.besides).max(allowed / LEAST_FOR_PAGES);
-        self.connect(session, move |ram, link| Source::begin(ram, link, downtime)).await
+        self.connect(session, move |ram, link| Source::begin(ram, link, downtime, delta_cache)).await
     }
 
     async fn observe(&mut self) -> Result<Seen, EngineError> {
@@ -390,7 +397,7 @@ impl RamEngine for ExternalEngine {
         if progress.converged && !self.switched {
             self.last = Some(progress.clone());
             self.switch_over(false).await?;
-            let progress = Progress { complete: true, remaining: 0, ..progress };
+            let progress = Progress { complete: true, remaining: 0, ..self.source()?.wait(Duration::ZERO)? };
             return Ok(self.see(progress));
         }
         Ok(self.see(progress))
@@ -436,8 +443,11 @@ impl RamEngine for ExternalEngine {
     }
 
     fn totals(&self) -> Totals {
+        let (deltas, saved_by_deltas) = self.deltas;
         Totals {
             sent: self.sent,
+            deltas,
+            saved_by_deltas,
             rounds: self.last.as_ref().map_or(0, |last| last.round),
             dirty_rate: self.dirty_rate,
             downtime_ms: None,

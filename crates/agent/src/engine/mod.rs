@@ -74,6 +74,10 @@ pub struct Seen {
 pub struct Totals {
     /// Bytes over the link.
     pub sent: u64,
+    /// Pages that went as differences from what was sent before.
+    pub deltas: u64,
+    /// How many bytes that has saved.
+    pub saved_by_deltas: u64,
     /// Pre-copy rounds.
     pub rounds: u32,
     /// The highest dirty rate of a round, in bytes a second; 0 when no round was completed while the guest ran.

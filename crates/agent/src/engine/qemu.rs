@@ -357,6 +357,7 @@ impl RamEngine for QemuEngine {
             rounds: ram.dirty_sync_count as u32,
             dirty_rate: self.dirty_rate,
             downtime_ms: self.last.downtime,
+            ..Totals::default()
         }
     }
 }

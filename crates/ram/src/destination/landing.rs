@@ -1,17 +1,21 @@
 //! Where a guest's RAM arrives, over one link or several, before an agent's end and after it.
 
 use std::io::Write;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use crate::PAGE;
 use crate::RamError;
 use crate::arrival::{Arrival, ArrivalError};
 use crate::kernel::InjectError;
 use crate::memory::{Backend, Block, GuestRam, PunchError};
 use crate::pages::PageSet;
-use crate::wire::{Malformed, Reader, Run, decode_missing, encode_missing};
+use crate::wire::{Content, Malformed, Reader, Run, decode_missing, encode_missing};
+use crate::{PAGE, delta};
+
+/// How many pages are changed by deltas at a time.
+const AMENDED: u64 = 16;
 
 /// See the module's text.
 pub struct Landing {
@@ -140,9 +144,10 @@ impl Landing {
         let bytes = run.pages.start * PAGE..run.pages.end * PAGE;
         let block = &self.blocks()[run.block];
         let Some(armed) = self.armed.get() else {
-            match run.zero {
-                false => block.write_at(bytes.start, data).map_err(RamError::io)?,
-                true => match block.punch(bytes) {
+            match run.content {
+                Content::Whole => block.write_at(bytes.start, data).map_err(RamError::io)?,
+                Content::Delta => amend(block, bytes, data)?,
+                Content::Zero => match block.punch(bytes) {
                     // Zeroes they are.
                     Ok(()) | Err(PunchError::StillThere(_)) => {}
                     Err(error) => return Err(error.into()),
@@ -153,9 +158,11 @@ impl Landing {
         if armed.left.load(Ordering::Acquire) == 0 {
             return Ok(false);
         }
-        match run.zero {
-            false => armed.arrival.place(run.block, bytes.start, data),
-            true => armed.arrival.place_zero(run.block, bytes),
+        match run.content {
+            Content::Whole => armed.arrival.place(run.block, bytes.start, data),
+            Content::Zero => armed.arrival.place_zero(run.block, bytes),
+            // What they differ from was punched out.
+            Content::Delta => return Err(Malformed("differences of pages in post-copy").into()),
         }?;
         let new = armed.missing[run.block].remove(run.pages.clone());
         Ok(new > 0 && armed.left.fetch_sub(new, Ordering::AcqRel) == new)
@@ -190,6 +197,20 @@ impl Landing {
         file.flush()?;
         std::fs::rename(begun, &self.record)
     }
+}
+
+/// Changes pages, bytes of a block, as deltas say.
+fn amend(block: &Block, mut bytes: Range<u64>, deltas: &[u8]) -> Result<(), RamError> {
+    let mut deltas = Reader(deltas);
+    let mut pages = vec![0; (bytes.end - bytes.start).min(AMENDED * PAGE) as usize];
+    while !bytes.is_empty() {
+        pages.truncate((bytes.end - bytes.start) as usize);
+        block.read_at(bytes.start, &mut pages).map_err(RamError::io)?;
+        pages.as_chunks_mut().0.iter_mut().try_for_each(|page| delta::apply(&mut deltas, page))?;
+        block.write_at(bytes.start, &pages).map_err(RamError::io)?;
+        bytes.start += pages.len() as u64;
+    }
+    Ok(())
 }
 
 /// What a record becomes when all is there.

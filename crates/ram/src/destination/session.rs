@@ -175,7 +175,7 @@ impl Session<'_> {
     fn pages(&self, frame: &Frame) -> Result<(), RamError> {
         let pages = Pages::decode(&frame.payload, &self.blocks)?;
         let mut last = false;
-        for (run, data) in pages.contents() {
+        for (run, data) in &pages.runs {
             last |= self.landing.put(run, data)?;
         }
         {

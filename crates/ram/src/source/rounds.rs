@@ -10,7 +10,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use super::shipping::{CHUNK, Filling, Shipping};
+use super::shipping::{CHUNK, Filling, Shipping, There};
 use super::{Inner, RamError, WriteLog, in_threads, workers};
 use crate::PAGE;
 use crate::pages::PageSet;
@@ -144,7 +144,9 @@ impl Inner {
             let look = looked.elapsed();
             let left = self.recount();
             let dirty_rate = (written as f64 * PAGE as f64 / since.as_secs_f64().max(1e-3)) as u64;
-            let time = self.time_for(left);
+            let rate = self.shipping.rate();
+            let spared = self.last_sent.judge(&self.ram, &self.pending, left, rate).map_err(RamError::io)?;
+            let time = self.time_for(left).map(|time| time.mul_f64(1.0 - spared));
             let fits = time.is_some_and(|time| time + look <= self.downtime);
             attempts = if fits { attempts + 1 } else { 0 };
             let enough = time.is_some_and(|time| time <= LITTLE) || left as f64 > before as f64 * SHRINKS;
@@ -153,6 +155,7 @@ impl Inner {
                 let mut state = self.lock();
                 state.round += 1;
                 state.dirty_rate = dirty_rate;
+                state.spared = spared;
                 if left == 0 || fits && (enough || attempts >= MOST_ATTEMPTS) {
                     state.converged = true;
                     self.news.notify_all();
@@ -175,7 +178,11 @@ impl Inner {
         Ok(())
     }
 
-    /// How long so many pages take; `None` while that is not known.
+    fn last_sent(&self) -> There<'_> {
+        There::LastSent(&self.last_sent)
+    }
+
+    /// How long so many whole pages take; `None` while that is not known.
     fn time_for(&self, pages: u64) -> Option<Duration> {
         let rate = self.shipping.rate();
         (rate > 0).then(|| Duration::from_secs_f64(pages as f64 * PAGE as f64 / rate as f64))
@@ -242,7 +249,7 @@ impl Inner {
         self.remaining.fetch_sub(self.pending[chunk.block].remove(pages), Ordering::Relaxed);
         match self.ram.blocks()[chunk.block].first_data(bytes.clone()).map_err(RamError::io)? {
             // The destination's RAM is all zero when it is new: holes and zeroes are not told.
-            Some(data) => self.read(frame, chunk.block, data / PAGE..bytes.end / PAGE, false, Shipping::ship),
+            Some(data) => self.read(frame, chunk.block, data / PAGE..bytes.end / PAGE, There::Zeroes, Shipping::ship),
             None => Ok(()),
         }
     }
@@ -270,7 +277,7 @@ impl Inner {
                 let cold = (page..run.end).take_while(is_cold).count() as u64;
                 if cold > 0 {
                     self.remaining.fetch_sub(pending.remove(page..page + cold), Ordering::Relaxed);
-                    self.read(frame, chunk.block, page..page + cold, true, Shipping::ship)?;
+                    self.read(frame, chunk.block, page..page + cold, self.last_sent(), Shipping::ship)?;
                 }
                 page += cold + 1;
             }
@@ -340,11 +347,12 @@ impl Inner {
 
     /// Sends all that is pending.
     pub(super) fn send_rest(&self) -> Result<(), RamError> {
+        self.last_sent.last_pass();
         self.each_chunk(&self.all_chunks(), false, |chunk, frame| {
             let pages = self.pages_of(chunk);
             while let Some(run) = self.pending[chunk.block].take_run(pages.clone(), CHUNK) {
                 self.remaining.fetch_sub(run.end - run.start, Ordering::Relaxed);
-                self.read(frame, chunk.block, run, true, Shipping::ship)?;
+                self.read(frame, chunk.block, run, self.last_sent(), Shipping::ship)?;
             }
             Ok(())
         })

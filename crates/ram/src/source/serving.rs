@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
-use super::shipping::Shipping;
+use super::shipping::{Shipping, There};
 use super::{Inner, Phase, RamError};
 use crate::wire::{
     ARMED, COMPLETE, MISSING, MOST_DATA, Malformed, PLACED, READY, REFUSED, WANT, Want, decode_missing, decode_number,
@@ -47,7 +47,7 @@ impl Inner {
         let mut frame = self.shipping.filling();
         while let Some(run) = set.take_run(want.pages.clone(), MOST_DATA) {
             self.remaining.fetch_sub(run.end - run.start, Ordering::Relaxed);
-            self.read(&mut frame, want.block, run, true, Shipping::ship_urgently)?;
+            self.read(&mut frame, want.block, run, There::Something, Shipping::ship_urgently)?;
         }
         Ok(self.shipping.ship_urgently(frame)?)
     }
@@ -60,7 +60,7 @@ impl Inner {
                 && let Some((block, run)) = self.next_to_push(frame.room())
             {
                 self.remaining.fetch_sub(run.end - run.start, Ordering::Relaxed);
-                frame.read(&self.ram, block, run, true).map_err(RamError::io)?;
+                frame.read(&self.ram, block, run, There::Something).map_err(RamError::io)?;
             }
             if frame.is_empty() {
                 return Ok(());

@@ -13,10 +13,11 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use vmferry_link::{Buffer, Link, LinkDown, Pool};
 
-use crate::PAGE;
+use super::last_sent::LastSent;
+use crate::delta::LONGEST;
 use crate::memory::GuestRam;
-use crate::wire::{MOST_DATA, MOST_RUNS, PAGES, Pages, Run};
-use crate::zero;
+use crate::wire::{Content, MOST_DATA, MOST_RUNS, PAGES, Pages, Run};
+use crate::{PAGE, zero};
 
 /// Pages that are tracked and sent together: 2 MiB.
 pub(super) const CHUNK: u64 = 512;
@@ -35,62 +36,107 @@ const WEIGHT: f64 = 0.3;
 pub(super) struct Filling {
     buffer: Buffer,
     runs: Vec<Run>,
-    data: u64,
+    /// Bytes of data.
+    data: usize,
+    /// Pages in it, whole or not.
+    pages: u64,
+    deltas: u64,
+}
+
+/// What the destination has of pages.
+#[derive(Clone, Copy)]
+pub(super) enum There<'a> {
+    /// Zeroes: it need not be told of those.
+    Zeroes,
+    /// Whatever it is.
+    Something,
+    /// What was sent last; what that was may be known.
+    LastSent(&'a LastSent),
 }
 
 /// The longest head; the data begins after it.
 const HEAD: usize = 12 + MOST_RUNS * 16;
+/// The most data in a frame, in bytes.
+const DATA: usize = (MOST_DATA * PAGE) as usize;
+/// The most pages in a frame that are not zero.
+const MOST_PAGES: u64 = 512;
 
 impl Filling {
     /// How many pages can be read into it.
     pub(super) fn room(&self) -> u64 {
-        // Each page may turn out to be a run of its own.
-        (MOST_DATA - self.data).min((MOST_RUNS - self.runs.len()) as u64)
+        // Each page may turn out to be a run of its own, and whole.
+        ((DATA - self.data) as u64 / PAGE).min((MOST_RUNS - self.runs.len()) as u64).min(MOST_PAGES - self.pages)
     }
 
     pub(super) fn is_empty(&self) -> bool {
         self.runs.is_empty()
     }
 
-    /// Reads these pages, of which there must be room for, from the guest's RAM. Pages of zeroes take no room, and are
-    /// left out when nobody needs to be told of them.
-    pub(super) fn read(
-        &mut self,
-        ram: &GuestRam,
-        block: usize,
-        pages: Range<u64>,
-        tell_zeroes: bool,
-    ) -> io::Result<()> {
+    /// Reads these pages, of which there must be room for, from the guest's RAM. Pages of zeroes take no room.
+    pub(super) fn read(&mut self, ram: &GuestRam, block: usize, pages: Range<u64>, there: There<'_>) -> io::Result<()> {
         assert!(pages.end - pages.start <= self.room(), "more pages than there is room for");
-        let begin = HEAD + (self.data * PAGE) as usize;
         let length = ((pages.end - pages.start) * PAGE) as usize;
-        let bytes = &mut self.buffer.as_mut()[begin..begin + length];
-        ram.blocks()[block].read_at(pages.start * PAGE, bytes)?;
-        let (mut kept, found): (usize, Vec<_>) = (0, zero::runs(bytes).collect());
+        let begin = HEAD + self.data;
+        ram.blocks()[block].read_at(pages.start * PAGE, &mut self.buffer.as_mut()[begin..begin + length])?;
+        let found: Vec<_> = zero::runs(&self.buffer.as_mut()[begin..begin + length]).collect();
         for zero::Run { range, zero } in found {
-            if zero && !tell_zeroes {
-                continue;
-            }
             let [start, end] = [range.start, range.end].map(|at| pages.start + at as u64 / PAGE);
-            if !zero {
-                kept += range.len();
-                bytes.copy_within(range, kept - ((end - start) * PAGE) as usize);
-            }
-            match self.runs.last_mut() {
-                Some(last) if last.block == block && last.pages.end == start && last.zero == zero => {
-                    last.pages.end = end;
+            match (zero, there) {
+                (true, There::Zeroes) => {}
+                (true, There::Something) => self.tell(block, start..end, Content::Zero),
+                (true, There::LastSent(versions)) => {
+                    (start..end).for_each(|page| versions.forget(block, page));
+                    self.tell(block, start..end, Content::Zero);
                 }
-                _ => self.runs.push(Run { block, pages: start..end, zero }),
+                (false, There::LastSent(versions)) => {
+                    for (page, at) in (start..end).zip((begin + range.start..).step_by(PAGE as usize)) {
+                        self.take_changes(block, page, at, versions);
+                    }
+                }
+                (false, _) => self.take(block, start..end, begin + range.start),
             }
         }
-        self.data += kept as u64 / PAGE;
         Ok(())
+    }
+
+    /// Keeps pages, which are here in the buffer, whole.
+    fn take(&mut self, block: usize, pages: Range<u64>, at: usize) {
+        let length = ((pages.end - pages.start) * PAGE) as usize;
+        self.buffer.as_mut().copy_within(at..at + length, HEAD + self.data);
+        self.data += length;
+        self.pages += pages.end - pages.start;
+        self.tell(block, pages, Content::Whole);
+    }
+
+    /// Keeps what has changed in a page, which is here in the buffer, if that is known and not too much.
+    fn take_changes(&mut self, block: usize, page: u64, at: usize, versions: &LastSent) {
+        // The guest may write meanwhile: what is here, and nothing else, is what is sent and remembered.
+        let new = self.buffer.as_mut()[at..].first_chunk().expect("pages are whole");
+        let mut delta = [0; LONGEST];
+        let Some(length) = versions.encode(block, page, new, &mut delta) else {
+            return self.take(block, page..page + 1, at);
+        };
+        let begin = HEAD + self.data;
+        self.buffer.as_mut()[begin..begin + length].copy_from_slice(&delta[..length]);
+        self.data += length;
+        self.pages += 1;
+        self.deltas += 1;
+        self.tell(block, page..page + 1, Content::Delta);
+    }
+
+    fn tell(&mut self, block: usize, pages: Range<u64>, content: Content) {
+        match self.runs.last_mut() {
+            Some(last) if last.block == block && last.pages.end == pages.start && last.content == content => {
+                last.pages.end = pages.end;
+            }
+            _ => self.runs.push(Run { block, pages, content }),
+        }
     }
 
     fn finish(mut self, number: u64) -> Bytes {
         let head = Pages::head_length(self.runs.len());
         Pages::encode_head(number, &self.runs, &mut self.buffer.as_mut()[HEAD - head..HEAD]);
-        self.buffer.freeze().slice(HEAD - head..HEAD + (self.data * PAGE) as usize)
+        self.buffer.freeze().slice(HEAD - head..HEAD + self.data)
     }
 }
 
@@ -119,6 +165,9 @@ struct Sent {
     rate: Rate,
     /// How many were sent at all.
     pages: u64,
+    /// How many of them as differences, and how many bytes that has saved.
+    deltas: u64,
+    saved: u64,
 }
 
 impl Shipping {
@@ -134,13 +183,15 @@ impl Shipping {
             over: None,
             rate: Rate::new(),
             pages: 0,
+            deltas: 0,
+            saved: 0,
         };
         Self { link, pool: Arc::default(), sent: Mutex::new(sent), progress: Condvar::new() }
     }
 
     pub(super) fn filling(&self) -> Filling {
-        let buffer = self.pool.take(HEAD + (MOST_DATA * PAGE) as usize);
-        Filling { buffer, runs: Vec::with_capacity(MOST_RUNS), data: 0 }
+        let buffer = self.pool.take(HEAD + DATA);
+        Filling { buffer, runs: Vec::with_capacity(MOST_RUNS), data: 0, pages: 0, deltas: 0 }
     }
 
     /// Sends a frame over one of the bulk streams, as soon as it may go.
@@ -153,9 +204,11 @@ impl Shipping {
             if let Some(down) = &sent.over {
                 return Err(down.clone());
             }
-            if sent.has_room() && !sent.would_overtake(&frame.runs) {
+            let has_room = sent.has_room();
+            if has_room && !sent.would_overtake(&frame.runs) {
                 break;
             }
+            sent.rate.full |= !has_room;
             sent = self.progress.wait(sent).expect("no holder of this lock panics");
         }
         let number = sent.number(&frame);
@@ -227,6 +280,12 @@ impl Shipping {
         self.lock().pages
     }
 
+    /// How many of them as differences, and how many bytes that has saved.
+    pub(super) fn deltas(&self) -> (u64, u64) {
+        let sent = self.lock();
+        (sent.deltas, sent.saved)
+    }
+
     /// How many frames were sent.
     pub(super) fn frames(&self) -> u64 {
         self.lock().next - 1
@@ -261,9 +320,13 @@ impl Sent {
         for (block, chunk) in chunks(&frame.runs) {
             self.last[block][chunk] = number;
         }
-        self.pages += frame.data;
-        self.on_the_way.push_back((number, frame.data * PAGE));
-        self.bytes += frame.data * PAGE;
+        let bytes = frame.data as u64;
+        self.pages += frame.pages;
+        self.deltas += frame.deltas;
+        self.saved += frame.pages * PAGE - bytes;
+        self.rate.thin |= frame.deltas > 0;
+        self.on_the_way.push_back((number, bytes));
+        self.bytes += bytes;
         number
     }
 }
@@ -283,11 +346,23 @@ struct Rate {
     bytes: u64,
     /// There was a moment in this sample in which nothing was on its way.
     idle: bool,
+    /// There was one in which nothing more could be.
+    full: bool,
+    /// There were differences, which take more work than their length tells.
+    thin: bool,
 }
 
 impl Rate {
     fn new() -> Self {
-        Self { now: 0.0, round_trip: Duration::ZERO, since: Instant::now(), bytes: 0, idle: true }
+        Self {
+            now: 0.0,
+            round_trip: Duration::ZERO,
+            since: Instant::now(),
+            bytes: 0,
+            idle: true,
+            full: false,
+            thin: false,
+        }
     }
 
     fn on_placed(&mut self, now: Instant, bytes: u64, round_trip: Duration, idle: bool) {
@@ -300,12 +375,13 @@ impl Rate {
         }
         let sample = self.bytes as f64 / took.as_secs_f64();
         // A link that waits for us is at least that fast.
-        self.now = match self.idle {
+        self.now = match self.idle || self.thin && !self.full {
             true => self.now.max(sample),
             false if self.now == 0.0 => sample,
             false => self.now + WEIGHT * (sample - self.now),
         };
         (self.since, self.bytes, self.idle) = (now, 0, idle);
+        (self.full, self.thin) = (false, false);
     }
 
     fn in_flight(&self) -> u64 {
