@@ -1,10 +1,11 @@
 //! What the tests stand on: two hosts with a guest on the first, and what can be said of both afterwards.
 
 use std::ops::Deref;
+use std::path::{Path, PathBuf};
 use std::process::Output;
 use std::time::{Duration, Instant};
 
-use vmferry_agent::api::types::{EngineName, VmView};
+use vmferry_agent::api::types::{EngineName, MigrationEvent, VmView};
 use vmferry_bench::testbed::{GuestWatch, Testbed, TestbedOptions, two_qemus};
 use vmferry_bench::{Fill, GuestOptions, Mode};
 
@@ -59,17 +60,28 @@ pub(crate) async fn start(options: TestbedOptions, guest: GuestOptions) -> Bed {
 
 /// With more words at the end of QEMU's command line.
 pub(crate) async fn start_with(options: TestbedOptions, guest: GuestOptions, more: &[&str]) -> Bed {
-    start_changed(options, guest, |argv| argv.extend(more.iter().map(ToString::to_string))).await
+    start_changed(options, guest, RAM_MIB, |argv| argv.extend(more.iter().map(ToString::to_string))).await
 }
 
 /// With another name for QEMU.
 pub(crate) async fn start_as(options: TestbedOptions, guest: GuestOptions, binary: &str) -> Bed {
-    start_changed(options, guest, |argv| argv[0] = binary.into()).await
+    start_changed(options, guest, RAM_MIB, |argv| argv[0] = binary.into()).await
 }
 
-async fn start_changed(options: TestbedOptions, guest: GuestOptions, change: impl FnOnce(&mut Vec<String>)) -> Bed {
+/// With so much RAM, in MiB, and a virtual CPU for each of the guest's threads.
+pub(crate) async fn start_sized(options: TestbedOptions, guest: GuestOptions, ram_mib: u64) -> Bed {
+    let vcpus = guest.threads.to_string();
+    start_changed(options, guest, ram_mib, |argv| argv.extend(["-smp".into(), vcpus])).await
+}
+
+async fn start_changed(
+    options: TestbedOptions,
+    guest: GuestOptions,
+    ram_mib: u64,
+    change: impl FnOnce(&mut Vec<String>),
+) -> Bed {
     let testbed = Testbed::start(options).await.expect("the testbed starts");
-    let mut argv = testbed.guest_command_line(&guest, RAM_MIB, 1).expect("the guest's kernel is there");
+    let mut argv = testbed.guest_command_line(&guest, ram_mib, 1).expect("the guest's kernel is there");
     change(&mut argv);
     let watch = match testbed.start_guest(VM, argv).await {
         Ok(watch) => watch,
@@ -147,15 +159,26 @@ impl Bed {
 
     /// Begins a migration that takes some seconds and waits until its copy is under way.
     pub(crate) async fn begin_slow_migration(&self) -> tokio::process::Child {
+        let is_under_way = |event: &MigrationEvent| matches!(event, MigrationEvent::Progress(it) if it.sent > 4 << 20);
+        self.begin_migration(&["--bandwidth", "40MiB/s"], is_under_way).await
+    }
+
+    /// Begins a migration with more arguments and waits until it says this.
+    pub(crate) async fn begin_migration(
+        &self,
+        more: &[&str],
+        so_far: impl Fn(&MigrationEvent) -> bool,
+    ) -> tokio::process::Child {
         let to = self.to();
-        let mut command = self.alpha().command(&["migrate", VM, "--to", &to, "--bandwidth", "40MiB/s", "--json"]);
+        let arguments: Vec<&str> = ["migrate", VM, "--to", &to, "--json"].iter().chain(more).copied().collect();
+        let mut command = self.alpha().command(&arguments);
         let mut child = command.stdout(std::process::Stdio::piped()).spawn().expect("vmferry runs");
         let mut lines =
             tokio::io::AsyncBufReadExt::lines(tokio::io::BufReader::new(child.stdout.take().expect("piped")));
         loop {
-            let line = lines.next_line().await.expect("readable").expect("it ended before it copied");
-            let event: serde_json::Value = serde_json::from_str(&line).expect("JSON");
-            if event["event"] == "progress" && event["sent"].as_u64() > Some(4 << 20) {
+            let line = lines.next_line().await.expect("readable");
+            let line = line.unwrap_or_else(|| panic!("it ended before it came so far\n{}", self.logs()));
+            if so_far(&serde_json::from_str(&line).expect("an event")) {
                 break;
             }
         }
@@ -163,6 +186,19 @@ impl Bed {
         tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
         child
     }
+}
+
+/// A folder with a QEMU that does this first, in words of a shell, when it is to wait for a guest: `$qemu` is the newer
+/// one of the two, and its arguments are the script's.
+pub(crate) fn qemu_that_first(dir: &Path, does: &str) -> PathBuf {
+    let real = two_qemus().expect("two QEMUs")[1].clone();
+    let real = real.map_or("/usr/bin/qemu-system-x86_64".into(), |dir| dir.join("qemu-system-x86_64"));
+    let script =
+        format!("#!/bin/sh\nqemu={}\ncase \"$*\" in *-incoming*) {does};; esac\nexec $qemu \"$@\"\n", real.display());
+    let path = dir.join("qemu-system-x86_64");
+    std::fs::write(&path, script).expect("written");
+    std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("executable");
+    dir.into()
 }
 
 pub(crate) fn text(output: &Output) -> String {
