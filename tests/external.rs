@@ -70,8 +70,8 @@ async fn a_guest_whose_cpus_all_write_moves_whole_whatever_qemu_it_has() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_moves_whole_when_post_copy_begins_within_the_first_second_whatever_qemu_it_has() {
     for qemu in [0, 1] {
-        // Its memory would take 8 s.
-        let report = moves_whole(qemu, Mode::Random, &["--bandwidth", "20MiB/s", "--max-time", "1s"]).await;
+        // Its memory would take 4 s.
+        let report = moves_whole(qemu, Mode::Random, &["--bandwidth", "40MiB/s", "--max-time", "1s"]).await;
         let copied = report.steps.iter().find(|it| it.step == Step::CopyRam).expect("it copied");
         assert!(report.post_copy && report.rounds == 1 && copied.ms < 1000.0, "{report:?}");
     }
