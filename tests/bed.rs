@@ -74,6 +74,20 @@ pub(crate) async fn start_sized(options: TestbedOptions, guest: GuestOptions, ra
     start_changed(options, guest, ram_mib, |argv| argv.extend(["-smp".into(), vcpus])).await
 }
 
+/// With two virtual CPUs, a virtio disk in this file, and a guest that writes and reads it all the time beside what else
+/// it does.
+pub(crate) async fn start_with_disk(options: TestbedOptions, guest: GuestOptions, disk: &Path) -> Bed {
+    const BYTES: u64 = 16 << 20;
+    std::fs::File::create(disk).and_then(|file| file.set_len(BYTES)).expect("written");
+    let drive = format!("file={},format=raw,if=virtio", disk.display());
+    start_changed(options, guest, RAM_MIB, |argv| {
+        let kernels = argv.iter_mut().find(|word| word.starts_with("console=")).expect("the kernel has a command line");
+        kernels.push_str(&format!(" vmferry.disk={BYTES}"));
+        argv.extend(["-smp", "2", "-drive", &drive].map(String::from));
+    })
+    .await
+}
+
 async fn start_changed(
     options: TestbedOptions,
     guest: GuestOptions,
@@ -134,6 +148,20 @@ impl Bed {
         self.beats_on().await;
         let gap = self.watch.log().longest_gap(self.begun, Instant::now()).expect("it beats");
         assert!(gap.length < NO_STOP, "the guest stood still for {:?}", gap.length);
+    }
+
+    /// The guest goes on to read back from its disk, here, what it has written there.
+    pub(crate) async fn assert_disk_works_on(&self, host: usize) {
+        let works = |log: &vmferry_bench::GuestLog, since: u64| {
+            log.disk().is_some_and(|(on, blocks)| on == host && blocks > since)
+        };
+        let mut since = 0;
+        for _ in 0..2 {
+            let worked = self.watch.wait("the guest's disk", Duration::from_secs(20), |log| works(log, since)).await;
+            worked.unwrap_or_else(|error| panic!("{error}\n{}", self.logs()));
+            since = self.watch.log().disk().map_or(0, |(_, blocks)| blocks);
+        }
+        assert!(self.watch.log().corrupt().is_empty(), "{:?}", self.watch.log().corrupt());
     }
 
     /// Every page is as the guest wrote it.

@@ -77,6 +77,21 @@ async fn a_guest_moves_whole_when_post_copy_begins_within_the_first_second_whate
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_disk_brings_into_ram_arrives_whatever_qemu_it_has() {
+    for (qemu, mode) in [(0, Mode::Idle), (1, Mode::Write)] {
+        let dir = tempfile::tempdir().expect("a folder");
+        let bed = bed::start_with_disk(external(qemu, qemu), guest(mode), &dir.path().join("disk.raw")).await;
+        bed.assert_disk_works_on(0).await;
+        // Once nothing but the disk writes, which has requests in flight also while the guest is paused; once in post-copy.
+        let report = report(&bed, &["--bandwidth", "100MiB/s"]).await;
+        assert_eq!(report.post_copy, mode == Mode::Write, "{report:?}");
+        bed.assert_runs_only_on(1).await;
+        bed.assert_disk_works_on(1).await;
+        bed.assert_intact(1).await;
+    }
+}
+
 /// The RAM of a PC with more than about 3 GiB lies in two pieces, with a hole for devices between them.
 async fn moves_across_the_hole(qemu: usize) {
     let guest = GuestOptions { mem: 5 << 30, ..busy_pair(Mode::Random, Some(64 << 20)) };
