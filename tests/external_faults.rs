@@ -90,6 +90,38 @@ async fn a_migration_can_be_cancelled_in_every_phase_up_to_post_copy_which_goes_
     bed.assert_intact(1).await;
 }
 
+/// Has QEMU run without the right to have the kernel wait for a guest's missing pages.
+const WITHOUT_RIGHTS: &str = "exec setpriv --bounding-set=-sys_ptrace $qemu \"$@\"";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_destination_that_cannot_do_post_copy_says_so_before_anything_moves() {
+    let anybody_may = std::fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd").expect("the kernel has it");
+    if !rustix::process::geteuid().is_root() || anybody_may.trim() != "0" {
+        eprintln!("not run: only root can take the right away from a QEMU, and where it takes one");
+        return;
+    }
+    let dir = tempfile::tempdir().expect("a folder");
+    let mut options = external(1, 1);
+    options.qemu_dirs[1] = Some(qemu_that_first(dir.path(), WITHOUT_RIGHTS));
+    let writing = GuestOptions { rate: Some(32 << 20), ..guest(Mode::Random) };
+    let bed = bed::start(options, writing).await;
+    // Post-copy would make this end.
+    let output = bed.migrate(&["--bandwidth", "20MiB/s", "--max-time", "2s"]).await;
+    let said = text(&output);
+    assert_eq!(output.status.code(), Some(5), "{said}\n{}", bed.logs());
+    let reason = "Post-copy is not possible: at beta: cannot serve the guest's faults: cannot reach into QEMU";
+    for word in [reason, "vm.unprivileged_userfaultfd", "post-copy may not be used"] {
+        assert!(said.contains(word), "{word:?} is not in: {said}");
+    }
+    bed.assert_runs_only_on(0).await;
+    bed.assert_never_stopped().await;
+    assert_eq!(traces_in_qemu(&bed, 0).await, (0, 0));
+    // And this needs none.
+    assert_success(&bed.migrate(&[]).await, &bed);
+    bed.assert_runs_only_on(1).await;
+    bed.assert_intact(1).await;
+}
+
 const TRUSTED: &str = "[[network]]\ncidr = \"127.0.0.0/8\"\nsecurity = \"plain\"";
 
 #[tokio::test(flavor = "multi_thread")]
