@@ -82,7 +82,7 @@ pub(crate) async fn start_with_disk(options: TestbedOptions, guest: GuestOptions
     let drive = format!("file={},format=raw,if=virtio", disk.display());
     start_changed(options, guest, RAM_MIB, |argv| {
         let kernels = argv.iter_mut().find(|word| word.starts_with("console=")).expect("the kernel has a command line");
-        kernels.push_str(&format!(" vmferry.disk={BYTES}"));
+        *kernels = format!("{kernels} vmferry.disk={BYTES}");
         argv.extend(["-smp", "2", "-drive", &drive].map(String::from));
     })
     .await

@@ -105,7 +105,7 @@ impl Disk {
         ports.write_u32(DRIVER_FEATURES, HAS_FLUSH);
         ports.write_u16(QUEUE_SELECT, 0);
         let size = u64::from(ports.read_u16(QUEUE_SIZE));
-        if size < 3 * SLOTS || size > 1024 {
+        if !(3 * SLOTS..=1024).contains(&size) {
             return Err(invalid());
         }
         let page = u32::try_from(memory.physical / PAGE).map_err(|_| invalid())?;

@@ -43,7 +43,7 @@ fn pages(number: u64, block: usize, first: u64, count: u64, zero: bool) -> Vec<u
 fn missing(block: u32, first: u64, words: &[u64]) -> Vec<u8> {
     let mut body = block.to_le_bytes().to_vec();
     body.extend(first.to_le_bytes());
-    words.iter().for_each(|word| body.extend(word.to_le_bytes()));
+    body.extend(words.iter().flat_map(|word| word.to_le_bytes()));
     body
 }
 
