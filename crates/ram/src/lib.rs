@@ -36,8 +36,8 @@
 //! Tried under TCG on x86-64 with QEMU 7.2 and 10.0. KVM was not at hand: there a write fault also takes the hardware's
 //! second page table apart, which costs more than here. A look at all pages takes about 1 to 2 ms a GiB and thread, also
 //! the last one with the guest paused, and what is stale is punched out by one thread: guests of hundreds of GiB wait for
-//! that. An agent that is killed while a thread of QEMU makes our system call leaves that thread astray. Huge pages of
-//! hugetlbfs are refused.
+//! that. A process that is killed while a thread of QEMU makes our system call for it leaves that thread astray; that is
+//! the agent only where it has no other to do it ([`trace_by`]). Huge pages of hugetlbfs are refused.
 //!
 //! Addresses are nobody's business but this crate's: callers name a [`Block`] by its place in [`GuestRam::blocks`], and
 //! offsets within it in bytes.
@@ -59,7 +59,7 @@ mod zero;
 pub use arrival::{Arrival, ArrivalError, Placed};
 pub use destination::{Ended, Landing, serve};
 pub use error::RamError;
-pub use kernel::{InjectError, Unsupported, support};
+pub use kernel::{InjectError, Unsupported, support, trace_by, trace_qemu};
 pub use memory::{Backend, Block, GuestRam, MemoryError, PunchError};
 pub use source::{Progress, Source};
 pub use tracking::{Tracking, TrackingError};
