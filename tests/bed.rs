@@ -1,10 +1,11 @@
 //! What the tests stand on: two hosts with a guest on the first, and what can be said of both afterwards.
 
 use std::ops::Deref;
+use std::path::{Path, PathBuf};
 use std::process::Output;
 use std::time::{Duration, Instant};
 
-use vmferry_agent::api::types::{EngineName, VmView};
+use vmferry_agent::api::types::{EngineName, MigrationEvent, VmView};
 use vmferry_bench::testbed::{GuestWatch, Testbed, TestbedOptions, two_qemus};
 use vmferry_bench::{Fill, GuestOptions, Mode};
 
@@ -59,17 +60,42 @@ pub(crate) async fn start(options: TestbedOptions, guest: GuestOptions) -> Bed {
 
 /// With more words at the end of QEMU's command line.
 pub(crate) async fn start_with(options: TestbedOptions, guest: GuestOptions, more: &[&str]) -> Bed {
-    start_changed(options, guest, |argv| argv.extend(more.iter().map(ToString::to_string))).await
+    start_changed(options, guest, RAM_MIB, |argv| argv.extend(more.iter().map(ToString::to_string))).await
 }
 
 /// With another name for QEMU.
 pub(crate) async fn start_as(options: TestbedOptions, guest: GuestOptions, binary: &str) -> Bed {
-    start_changed(options, guest, |argv| argv[0] = binary.into()).await
+    start_changed(options, guest, RAM_MIB, |argv| argv[0] = binary.into()).await
 }
 
-async fn start_changed(options: TestbedOptions, guest: GuestOptions, change: impl FnOnce(&mut Vec<String>)) -> Bed {
+/// With so much RAM, in MiB, and a virtual CPU for each of the guest's threads.
+pub(crate) async fn start_sized(options: TestbedOptions, guest: GuestOptions, ram_mib: u64) -> Bed {
+    let vcpus = guest.threads.to_string();
+    start_changed(options, guest, ram_mib, |argv| argv.extend(["-smp".into(), vcpus])).await
+}
+
+/// With two virtual CPUs, a virtio disk in this file, and a guest that writes and reads it all the time beside what else
+/// it does.
+pub(crate) async fn start_with_disk(options: TestbedOptions, guest: GuestOptions, disk: &Path) -> Bed {
+    const BYTES: u64 = 16 << 20;
+    std::fs::File::create(disk).and_then(|file| file.set_len(BYTES)).expect("written");
+    let drive = format!("file={},format=raw,if=virtio", disk.display());
+    start_changed(options, guest, RAM_MIB, |argv| {
+        let kernels = argv.iter_mut().find(|word| word.starts_with("console=")).expect("the kernel has a command line");
+        *kernels = format!("{kernels} vmferry.disk={BYTES}");
+        argv.extend(["-smp", "2", "-drive", &drive].map(String::from));
+    })
+    .await
+}
+
+async fn start_changed(
+    options: TestbedOptions,
+    guest: GuestOptions,
+    ram_mib: u64,
+    change: impl FnOnce(&mut Vec<String>),
+) -> Bed {
     let testbed = Testbed::start(options).await.expect("the testbed starts");
-    let mut argv = testbed.guest_command_line(&guest, RAM_MIB, 1).expect("the guest's kernel is there");
+    let mut argv = testbed.guest_command_line(&guest, ram_mib, 1).expect("the guest's kernel is there");
     change(&mut argv);
     let watch = match testbed.start_guest(VM, argv).await {
         Ok(watch) => watch,
@@ -124,6 +150,20 @@ impl Bed {
         assert!(gap.length < NO_STOP, "the guest stood still for {:?}", gap.length);
     }
 
+    /// The guest goes on to read back from its disk, here, what it has written there.
+    pub(crate) async fn assert_disk_works_on(&self, host: usize) {
+        let works = |log: &vmferry_bench::GuestLog, since: u64| {
+            log.disk().is_some_and(|(on, blocks)| on == host && blocks > since)
+        };
+        let mut since = 0;
+        for _ in 0..2 {
+            let worked = self.watch.wait("the guest's disk", Duration::from_secs(20), |log| works(log, since)).await;
+            worked.unwrap_or_else(|error| panic!("{error}\n{}", self.logs()));
+            since = self.watch.log().disk().map_or(0, |(_, blocks)| blocks);
+        }
+        assert!(self.watch.log().corrupt().is_empty(), "{:?}", self.watch.log().corrupt());
+    }
+
     /// Every page is as the guest wrote it.
     pub(crate) async fn assert_intact(&self, host: usize) {
         let (pages, corrupt) = self.watch.verify(host).await.expect("the guest verifies its memory");
@@ -152,16 +192,26 @@ impl Bed {
 
     /// With more arguments.
     pub(crate) async fn begin_slow_migration_with(&self, more: &[&str]) -> tokio::process::Child {
+        let is_under_way = |event: &MigrationEvent| matches!(event, MigrationEvent::Progress(it) if it.sent > 4 << 20);
+        self.begin_migration(&[&["--bandwidth", "40MiB/s"], more].concat(), is_under_way).await
+    }
+
+    /// Begins a migration with more arguments and waits until it says this.
+    pub(crate) async fn begin_migration(
+        &self,
+        more: &[&str],
+        so_far: impl Fn(&MigrationEvent) -> bool,
+    ) -> tokio::process::Child {
         let to = self.to();
-        let first = ["migrate", VM, "--to", &to, "--bandwidth", "40MiB/s", "--json"];
-        let mut command = self.alpha().command(&[&first, more].concat());
+        let arguments: Vec<&str> = ["migrate", VM, "--to", &to, "--json"].iter().chain(more).copied().collect();
+        let mut command = self.alpha().command(&arguments);
         let mut child = command.stdout(std::process::Stdio::piped()).spawn().expect("vmferry runs");
         let mut lines =
             tokio::io::AsyncBufReadExt::lines(tokio::io::BufReader::new(child.stdout.take().expect("piped")));
         loop {
-            let line = lines.next_line().await.expect("readable").expect("it ended before it copied");
-            let event: serde_json::Value = serde_json::from_str(&line).expect("JSON");
-            if event["event"] == "progress" && event["sent"].as_u64() > Some(4 << 20) {
+            let line = lines.next_line().await.expect("readable");
+            let line = line.unwrap_or_else(|| panic!("it ended before it came so far\n{}", self.logs()));
+            if so_far(&serde_json::from_str(&line).expect("an event")) {
                 break;
             }
         }
@@ -169,6 +219,19 @@ impl Bed {
         tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
         child
     }
+}
+
+/// A folder with a QEMU that does this first, in words of a shell, when it is to wait for a guest: `$qemu` is the newer
+/// one of the two, and its arguments are the script's.
+pub(crate) fn qemu_that_first(dir: &Path, does: &str) -> PathBuf {
+    let real = two_qemus().expect("two QEMUs")[1].clone();
+    let real = real.map_or("/usr/bin/qemu-system-x86_64".into(), |dir| dir.join("qemu-system-x86_64"));
+    let script =
+        format!("#!/bin/sh\nqemu={}\ncase \"$*\" in *-incoming*) {does};; esac\nexec $qemu \"$@\"\n", real.display());
+    let path = dir.join("qemu-system-x86_64");
+    std::fs::write(&path, script).expect("written");
+    std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("executable");
+    dir.into()
 }
 
 pub(crate) fn text(output: &Output) -> String {

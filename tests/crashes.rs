@@ -102,23 +102,11 @@ async fn wherever_post_copy_is_cancelled_the_guest_ends_up_running_once() {
     bed.assert_intact(host).await;
 }
 
-/// A folder with a QEMU that is slow to start when it is to wait for a guest.
-fn slow_qemu(bed_dir: &std::path::Path, seconds: u32) -> std::path::PathBuf {
-    let real = vmferry_bench::testbed::two_qemus().expect("two QEMUs")[1].clone();
-    let real = real.map_or("/usr/bin/qemu-system-x86_64".into(), |dir| dir.join("qemu-system-x86_64"));
-    let script =
-        format!("#!/bin/sh\ncase \"$*\" in *-incoming*) sleep {seconds};; esac\nexec {} \"$@\"\n", real.display());
-    let path = bed_dir.join("qemu-system-x86_64");
-    std::fs::write(&path, script).expect("written");
-    std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("executable");
-    bed_dir.into()
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_migration_that_is_cancelled_while_the_destination_prepares_leaves_nothing_there() {
     let dir = tempfile::tempdir().expect("a folder");
     let mut options = options();
-    options.qemu_dirs[1] = Some(slow_qemu(dir.path(), 2));
+    options.qemu_dirs[1] = Some(bed::qemu_that_first(dir.path(), "sleep 2"));
     let bed = bed::start(options, guest(Mode::Write)).await;
     let to = bed.to();
     let mut migrate = bed.alpha().command(&["migrate", VM, "--to", &to]).spawn().expect("vmferry runs");

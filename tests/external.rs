@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use vmferry_agent::api::types::Report;
-use vmferry_bench::Mode;
+use vmferry_agent::api::types::{Report, Step};
 use vmferry_bench::testbed::TestbedOptions;
+use vmferry_bench::{GuestOptions, Mode};
 
-use crate::bed::{self, Bed, VM, assert_success, external, guest, text};
+use crate::bed::{self, Bed, RAM_MIB, VM, assert_success, external, guest, text};
 use crate::crashes::{agents_are_killed, in_post_copy};
 use crate::migrate::report;
 
@@ -68,8 +68,101 @@ async fn post_copy_begins_when_it_is_asked_for_unless_it_was_forbidden() {
     bed.assert_intact(1).await;
 }
 
+/// Of 128 MiB, with two virtual CPUs that write at this rate.
+fn busy_pair(mode: Mode, rate: Option<u64>) -> GuestOptions {
+    GuestOptions { threads: 2, rate, ..guest(mode) }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_whose_hot_pages_fit_the_downtime_moves_without_post_copy_whatever_qemu_it_has() {
+    for qemu in [0, 1] {
+        let bed = bed::start_sized(external(qemu, qemu), busy_pair(Mode::HotCold, Some(16 << 20)), RAM_MIB).await;
+        let report = report(&bed, &["--bandwidth", "80MiB/s"]).await;
+        assert!(!report.post_copy && report.rounds > 1 && report.dirty_rate > 1 << 20, "{report:?}");
+        bed.assert_runs_only_on(1).await;
+        bed.assert_intact(1).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_whose_cpus_all_write_moves_whole_whatever_qemu_it_has() {
+    for (qemu, mode) in [(0, Mode::Random), (1, Mode::Write)] {
+        let bed = bed::start_sized(external(qemu, qemu), busy_pair(mode, None), RAM_MIB).await;
+        assert!(report(&bed, &["--bandwidth", "60MiB/s"]).await.post_copy);
+        bed.assert_runs_only_on(1).await;
+        bed.assert_intact(1).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_moves_whole_when_post_copy_begins_within_the_first_second_whatever_qemu_it_has() {
+    for qemu in [0, 1] {
+        // Its memory would take 4 s.
+        let report = moves_whole(qemu, Mode::Random, &["--bandwidth", "40MiB/s", "--max-time", "1s"]).await;
+        let copied = report.steps.iter().find(|it| it.step == Step::CopyRam).expect("it copied");
+        assert!(report.post_copy && report.rounds == 1 && copied.ms < 1000.0, "{report:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_disk_brings_into_ram_arrives_whatever_qemu_it_has() {
+    for (qemu, mode) in [(0, Mode::Idle), (1, Mode::Write)] {
+        let dir = tempfile::tempdir().expect("a folder");
+        let bed = bed::start_with_disk(external(qemu, qemu), guest(mode), &dir.path().join("disk.raw")).await;
+        bed.assert_disk_works_on(0).await;
+        // Once nothing but the disk writes, which has requests in flight also while the guest is paused; once in post-copy.
+        let report = report(&bed, &["--bandwidth", "100MiB/s"]).await;
+        assert_eq!(report.post_copy, mode == Mode::Write, "{report:?}");
+        bed.assert_runs_only_on(1).await;
+        bed.assert_disk_works_on(1).await;
+        bed.assert_intact(1).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_that_its_agent_forgot_is_adopted_and_moves_with_its_ram() {
+    let mut bed = bed::start(external(1, 1), guest(Mode::Random)).await;
+    bed.testbed.host_mut(0).kill_agent().await.expect("killed");
+    for file in std::fs::read_dir(&bed.alpha().state_dir).expect("readable").flatten() {
+        // All but who it is.
+        if file.file_name() != "identity.pem" {
+            std::fs::remove_file(file.path()).expect("removed");
+        }
+    }
+    bed.testbed.host_mut(0).start_agent().await.expect("starts");
+    bed.pair().await.expect("paired again");
+    assert!(bed.alpha().show(VM).await.expect("answers").is_none());
+    let qmp = bed.alpha().run_dir.join("vms").join(VM).join("qmp.sock").display().to_string();
+    assert_success(&bed.alpha().vmferry(&["adopt", VM, "--qmp", &qmp]).await.expect("vmferry runs"), &bed);
+    assert_eq!(report(&bed, &[]).await.engine, "external");
+    bed.assert_runs_only_on(1).await;
+    bed.assert_intact(1).await;
+}
+
+/// The RAM of a PC with more than about 3 GiB lies in two pieces, with a hole for devices between them.
+async fn moves_across_the_hole(qemu: usize) {
+    let guest = GuestOptions { mem: 5 << 30, ..busy_pair(Mode::Random, Some(64 << 20)) };
+    let bed = bed::start_sized(external(qemu, qemu), guest, 6144).await;
+    let report = report(&bed, &[]).await;
+    eprintln!("{report:?}");
+    bed.assert_runs_only_on(1).await;
+    bed.assert_intact(1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs 13 GiB of memory and a minute"]
+async fn a_guest_of_six_gib_moves_whole_between_older_qemus() {
+    moves_across_the_hole(0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs 13 GiB of memory and a minute"]
+async fn a_guest_of_six_gib_moves_whole_between_newer_qemus() {
+    moves_across_the_hole(1).await;
+}
+
 /// What the source's QEMU has of ours: descriptors that are userfaultfds, and memory that they track or serve.
-async fn traces_in_qemu(bed: &Bed, host: usize) -> (usize, usize) {
+pub(crate) async fn traces_in_qemu(bed: &Bed, host: usize) -> (usize, usize) {
     let pid = bed.view(host).await.pid;
     let descriptors = std::fs::read_dir(format!("/proc/{pid}/fd")).expect("it lives");
     let links = descriptors.filter_map(|it| std::fs::read_link(it.ok()?.path()).ok());
@@ -140,22 +233,26 @@ async fn a_link_that_is_cut_for_five_seconds_in_namespaces_only_delays_a_migrati
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_guest_moves_back_and_forth_twenty_times_and_nothing_is_left_behind() {
+async fn a_guest_moves_back_and_forth_many_times_and_nothing_is_left_behind() {
+    // More when asked: `VMFERRY_TEST_MIGRATIONS=50`.
+    let asked = std::env::var("VMFERRY_TEST_MIGRATIONS").ok();
+    let migrations = asked.map_or(20, |asked| asked.parse().expect("a number"));
     let bed = bed::start(external(1, 1), guest(Mode::Random)).await;
     let descriptors = |bed: &Bed| {
         let agents = [bed.alpha(), bed.beta()].map(|host| host.agent_pid().expect("it runs"));
         agents.map(|pid| std::fs::read_dir(format!("/proc/{pid}/fd")).expect("it lives").count())
     };
     let before = descriptors(&bed);
-    for round in 0..20 {
+    for round in 0..migrations {
         let hosts = [bed.alpha(), bed.beta()];
         let (here, there) = (hosts[round % 2], hosts[1 - round % 2]);
         let output = here.vmferry(&["migrate", VM, "--to", &there.address.to_string()]).await.expect("vmferry runs");
         assert_success(&output, &bed);
     }
-    bed.assert_runs_only_on(0).await;
-    bed.assert_intact(0).await;
-    assert_eq!(traces_in_qemu(&bed, 0).await, (0, 0));
+    let home = migrations % 2;
+    bed.assert_runs_only_on(home).await;
+    bed.assert_intact(home).await;
+    assert_eq!(traces_in_qemu(&bed, home).await, (0, 0));
     bed.eventually("no descriptor is left", async || {
         descriptors(&bed).iter().zip(&before).all(|(now, before)| *now <= before + 2)
     })

@@ -74,6 +74,21 @@ async fn a_guest_that_ignores_its_power_button_can_be_forced() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_vm_whose_qemu_does_not_answer_is_shown_all_the_same() {
+    let bed = Testbed::start(options()).await.expect("starts");
+    let (code, said) = vmferry(&bed, &["run", VM, "--", "qemu-system-x86_64", "-m", "64", "-S"]).await;
+    assert_eq!(code, Some(0), "{said}");
+    let view = bed.alpha().show(VM).await.expect("answers").expect("is there");
+    let pid = rustix::process::Pid::from_raw(view.pid as i32).expect("a pid");
+    rustix::process::kill_process(pid, rustix::process::Signal::STOP).expect("stopped");
+    let begun = std::time::Instant::now();
+    let (code, said) = vmferry(&bed, &["show", VM]).await;
+    assert_eq!(code, Some(0), "{said}");
+    assert!(begun.elapsed() < std::time::Duration::from_secs(6), "it took {:?}", begun.elapsed());
+    assert!(said.contains("unknown") && said.contains("its QEMU does not answer"), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_guest_that_powers_itself_off_leaves_the_list() {
     let bed = busy_guest().await;
     bed.watch.say(0, "poweroff\n").await;

@@ -4,7 +4,10 @@
 use std::ffi::{CString, c_char, c_int, c_long, c_ulong, c_void};
 use std::fs::File;
 use std::io;
+use std::marker::PhantomData;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::{ptr, slice};
 
 use crate::pages::{PAGE_BYTES, Page};
@@ -12,6 +15,7 @@ use crate::pages::{PAGE_BYTES, Page};
 // Values and layouts of x86-64 Linux, from its uapi headers and the C library's.
 const PROT_READ_WRITE: c_int = 1 | 2;
 const MAP_PRIVATE_ANONYMOUS: c_int = 0x02 | 0x20;
+const MAP_HUGETLB: c_int = 0x4_0000;
 const SCHED_FIFO: c_int = 1;
 const CLOCK_MONOTONIC: c_int = 1;
 const TIMER_ABSTIME: c_int = 1;
@@ -126,6 +130,86 @@ pub(crate) fn power_off() -> ! {
     unsafe { reboot(RB_POWER_OFF) };
     // Then the kernel panics, as init is gone, and that ends the machine too.
     std::process::abort();
+}
+
+/// Memory that a device can be told of: 2 MiB in one piece, which stay where they are.
+pub(crate) struct PinnedMemory {
+    pub(crate) words: &'static [AtomicU64],
+    /// Where it begins for devices.
+    pub(crate) physical: u64,
+}
+
+impl PinnedMemory {
+    const BYTES: usize = 2 << 20;
+
+    pub(crate) fn allocate() -> io::Result<PinnedMemory> {
+        std::fs::write("/proc/sys/vm/nr_hugepages", "1")?;
+        let flags = MAP_PRIVATE_ANONYMOUS | MAP_HUGETLB;
+        // SAFETY: a new mapping where the kernel likes it touches no memory that exists.
+        let start = unsafe { mmap(ptr::null_mut(), Self::BYTES, PROT_READ_WRITE, flags, -1, 0) };
+        if start.addr() == usize::MAX {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the mapping has that length, is page-aligned, zero is a valid AtomicU64, nobody unmaps it; devices
+        // change it, and words that may change at any time are what atomics are for.
+        let words = unsafe { slice::from_raw_parts(start.cast::<AtomicU64>(), Self::BYTES / 8) };
+        words[0].store(0, Ordering::SeqCst);
+        // Documentation/admin-guide/mm/pagemap.rst: 64 bits a page, of which the lower 55 are its number.
+        let mut entry = [0; 8];
+        File::open("/proc/self/pagemap")?.read_exact_at(&mut entry, (start.addr() / PAGE_BYTES * 8) as u64)?;
+        let page = u64::from_le_bytes(entry) & ((1 << 55) - 1);
+        if page == 0 {
+            return Err(io::ErrorKind::PermissionDenied.into());
+        }
+        Ok(PinnedMemory { words, physical: page * PAGE_BYTES as u64 })
+    }
+}
+
+/// The I/O ports of a device, for the thread that was allowed them.
+pub(crate) struct IoPorts {
+    first: u16,
+    count: u16,
+    /// Other threads are not allowed them.
+    _of_one_thread: PhantomData<*mut ()>,
+}
+
+impl IoPorts {
+    pub(crate) fn allow(first: u16, count: u16) -> io::Result<IoPorts> {
+        // SAFETY: allows this thread some ports.
+        checked(unsafe { ioperm(c_ulong::from(first), c_ulong::from(count), 1) })?;
+        Ok(IoPorts { first, count, _of_one_thread: PhantomData })
+    }
+
+    fn port(&self, offset: u16, bytes: u16) -> u16 {
+        assert!(offset + bytes <= self.count, "the device has no such register");
+        self.first + offset
+    }
+
+    pub(crate) fn read_u16(&self, offset: u16) -> u16 {
+        let port = self.port(offset, 2);
+        let value: u16;
+        // SAFETY: the thread is allowed the port, which reaches a device.
+        unsafe { std::arch::asm!("in ax, dx", out("ax") value, in("dx") port, options(nostack, preserves_flags)) };
+        value
+    }
+
+    pub(crate) fn write_u8(&self, offset: u16, value: u8) {
+        let port = self.port(offset, 1);
+        // SAFETY: the thread is allowed the port; what the device does to memory then is only to what it was told of.
+        unsafe { std::arch::asm!("out dx, al", in("dx") port, in("al") value, options(nostack, preserves_flags)) };
+    }
+
+    pub(crate) fn write_u16(&self, offset: u16, value: u16) {
+        let port = self.port(offset, 2);
+        // SAFETY: as above.
+        unsafe { std::arch::asm!("out dx, ax", in("dx") port, in("ax") value, options(nostack, preserves_flags)) };
+    }
+
+    pub(crate) fn write_u32(&self, offset: u16, value: u32) {
+        let port = self.port(offset, 4);
+        // SAFETY: as above.
+        unsafe { std::arch::asm!("out dx, eax", in("dx") port, in("eax") value, options(nostack, preserves_flags)) };
+    }
 }
 
 /// Sets bits in a 16-bit register behind an I/O port.

@@ -8,6 +8,7 @@
 //! Nothing but the standard library, and the C library linked in: it is the whole of an initrd.
 
 mod console;
+mod disk;
 mod heartbeat;
 mod kernel;
 mod pages;
@@ -20,6 +21,7 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 
 use console::Console;
+use disk::Disk;
 use pages::{PAGE_BYTES, Pattern};
 use settings::Settings;
 use writer::{Shared, Writer};
@@ -67,6 +69,8 @@ fn prepare(settings: &Settings, console: &Arc<Console>) -> Result<mpsc::Sender<(
     let memory = kernel::anonymous_memory(pages_each * threads as usize)
         .map_err(|error| format!("vmferry.mem={}M cannot be mapped: {error}", settings.mem >> 20))?;
 
+    let disk = settings.disk.map(Disk::find).transpose()?;
+
     let pattern = Arc::new(Pattern::new(settings.fill));
     let shared = Arc::new(Shared::new(Arc::clone(console), threads));
     let writers: Vec<_> = memory
@@ -85,6 +89,9 @@ fn prepare(settings: &Settings, console: &Arc<Console>) -> Result<mpsc::Sender<(
         settings.mode.name()
     ));
     heartbeat::start(Arc::clone(console))?;
+    if let Some(disk) = disk {
+        disk.start(Arc::clone(console));
+    }
     for writer in filled {
         thread::spawn(move || writer.run());
     }

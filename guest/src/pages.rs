@@ -154,7 +154,7 @@ fn lines_mut(page: &mut Page) -> impl Iterator<Item = &mut [u64; LINE]> {
 
 /// The finalizer of `SplitMix64` (Steele, Lea, Flood 2014): every bit of the input changes half of the output's.
 #[inline]
-fn mix(input: u64) -> u64 {
+pub(crate) fn mix(input: u64) -> u64 {
     let mut z = input.wrapping_add(0x9e37_79b9_7f4a_7c15);
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);

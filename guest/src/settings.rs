@@ -37,6 +37,8 @@ pub(crate) struct Settings {
     /// Bytes rewritten in a second, by all threads together; as fast as it goes when absent.
     pub(crate) rate: Option<u64>,
     pub(crate) fill: Fill,
+    /// How much of a virtio disk to write and read, in bytes; the disk is left alone when absent.
+    pub(crate) disk: Option<u64>,
 }
 
 impl Mode {
@@ -55,7 +57,8 @@ impl Settings {
     /// Reads the words that are ours; the kernel's are left alone. The error names the word at fault.
     pub(crate) fn parse(command_line: &str) -> Result<Settings, String> {
         let mut mem = None;
-        let mut settings = Settings { mem: 0, threads: 1, mode: Mode::Write, rate: None, fill: Fill::Random };
+        let mut settings =
+            Settings { mem: 0, threads: 1, mode: Mode::Write, rate: None, fill: Fill::Random, disk: None };
         for word in command_line.split_ascii_whitespace() {
             let Some(ours) = word.strip_prefix("vmferry.") else { continue };
             let (name, value) = ours.split_once('=').ok_or_else(|| format!("vmferry.{ours} has no value"))?;
@@ -76,6 +79,7 @@ impl Settings {
                         .ok_or_else(|| refused("idle, write, random, hotcold or mixed"))?;
                 }
                 "rate" => settings.rate = Some(size(value).ok_or_else(|| refused("a size a second such as 100M"))?),
+                "disk" => settings.disk = Some(size(value).ok_or_else(|| refused("a size such as 16M"))?),
                 "fill" => {
                     settings.fill = match value {
                         "random" => Fill::Random,
@@ -110,9 +114,15 @@ mod tests {
     #[test]
     fn every_parameter_is_read_and_the_kernels_words_are_skipped() {
         let line = "console=ttyS0 quiet vmferry.mem=512M vmferry.threads=2 vmferry.mode=hotcold vmferry.rate=100M \
-                    vmferry.fill=text panic=-1\n";
-        let expected =
-            Settings { mem: 512 << 20, threads: 2, mode: Mode::HotCold, rate: Some(100 << 20), fill: Fill::Text };
+                    vmferry.fill=text vmferry.disk=16M panic=-1\n";
+        let expected = Settings {
+            mem: 512 << 20,
+            threads: 2,
+            mode: Mode::HotCold,
+            rate: Some(100 << 20),
+            fill: Fill::Text,
+            disk: Some(16 << 20),
+        };
         assert_eq!(Settings::parse(line), Ok(expected));
     }
 
@@ -126,6 +136,7 @@ mod tests {
             ("vmferry.mem=1M vmferry.mode=lazy", "vmferry.mode"),
             ("vmferry.mem=1M vmferry.rate=-3", "vmferry.rate"),
             ("vmferry.mem=1M vmferry.fill=zero", "vmferry.fill"),
+            ("vmferry.mem=1M vmferry.disk=yes", "vmferry.disk"),
             ("vmferry.mem=1M vmferry.speed=2", "vmferry.speed"),
             ("vmferry.mem", "vmferry.mem"),
             ("quiet", "vmferry.mem is missing"),

@@ -114,6 +114,9 @@ pub struct Prepared {
     pub port: Option<u16>,
     /// What it was set to: less than was asked for when this host does not permit post-copy.
     pub setup: Setup,
+    /// Why the guest cannot run here before all of its RAM is here, where the agents move that; none when it can.
+    #[serde(default)]
+    pub post_copy_obstacle: Option<String>,
     /// What the user should know, one plain sentence each.
     pub notes: Vec<String>,
 }
@@ -261,7 +264,12 @@ pub async fn prepare(agent: &Arc<Agent>, mut offer: Offer, caller: Caller) -> Re
             let plain = offer.protection == Protection::Plain;
             let expected = arrival::Expected { session, source: caller.key, plain };
             let begun = arrival::begin(agent, &vm, offer.id, known, expected).await;
-            begun.map(|()| Prepared { port: None, setup: offer.setup, notes: Vec::new() })
+            begun.map(|post_copy_obstacle| Prepared {
+                port: None,
+                setup: offer.setup,
+                post_copy_obstacle,
+                notes: Vec::new(),
+            })
         }
         None => receive(&vm, known, offer.setup, &offer.protection, caller.local).await,
     };
@@ -317,7 +325,7 @@ async fn receive(
         }
         _ => Some(listen(vm, address).await?),
     };
-    Ok(Prepared { port, setup, notes })
+    Ok(Prepared { port, setup, post_copy_obstacle: None, notes })
 }
 
 fn as_strs(names: &[String]) -> Vec<&str> {

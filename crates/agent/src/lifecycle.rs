@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use uuid::Uuid;
 use vmferry_qemu::qmp::commands;
-use vmferry_qemu::{Accel, CommandLine, EventStream, Incoming, LaunchSettings, Qmp, plan_launch, wants_shared_ram};
+use vmferry_qemu::{
+    Accel, CommandLine, EventStream, Incoming, LaunchSettings, Qmp, plan_launch, wants_shared_ram, without_ours,
+};
 
 use crate::Agent;
 use crate::api::types::{AdoptRequest, RunRequest, Started, StopRequest, VmSpec};
@@ -68,8 +70,8 @@ pub(crate) async fn adopt(agent: &Arc<Agent>, request: AdoptRequest) -> Result<S
     let (pid, start_time, cwd) = process.ok_or_else(|| {
         bad(format!("the QEMU behind {socket} is not a process of this host"), "adopt it on its host")
     })?;
-    let argv = vmferry_qemu::process_command_line(pid);
-    CommandLine::parse(&argv)?;
+    // It may be one that an agent has started which forgot it since.
+    let (argv, shared_ram) = without_ours(&CommandLine::parse(&vmferry_qemu::process_command_line(pid))?);
     if let Some(known) = agent.vms().into_iter().find(|vm| vm.pid == pid && vm.is_alive()) {
         return Err(bad(format!("that QEMU is the VM {} already", known.name()), "nothing needs to be done"));
     }
@@ -78,7 +80,7 @@ pub(crate) async fn adopt(agent: &Arc<Agent>, request: AdoptRequest) -> Result<S
         _ => "tcg",
     };
     let record = VmRecord {
-        spec: VmSpec { name: request.name, argv, cwd, shared_ram: false, adopted: true },
+        spec: VmSpec { name: request.name, argv, cwd, shared_ram, adopted: true },
         pid,
         start_time,
         qmp: request.qmp.to_string_lossy().into_owned(),

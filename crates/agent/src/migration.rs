@@ -590,6 +590,10 @@ impl Run {
         for note in &prepared.notes {
             self.migration.note(note.clone());
         }
+        if let Some(why) = prepared.post_copy_obstacle.as_ref().filter(|_| self.limits.post_copy) {
+            self.migration.note(format!("Post-copy is not possible: at {}: {why}.", plan.view.to));
+            self.limits.post_copy = false;
+        }
         if let (Engine::External(backends), Some(session)) = (&plan.engine, &plan.offer.external) {
             let way = WayThere {
                 address: plan.peer.address().into(),

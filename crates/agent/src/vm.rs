@@ -17,7 +17,7 @@ pub(crate) const GRACE: Duration = Duration::from_secs(5);
 /// How much of QEMU's log tells why it ended, in bytes.
 const LAST_WORDS: usize = 600;
 /// How long QMP may take to answer when a VM is only looked at.
-const GLANCE: Duration = Duration::from_secs(1);
+pub(crate) const GLANCE: Duration = Duration::from_secs(1);
 
 /// What the agent is doing with a VM, beyond running it.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -29,6 +29,7 @@ pub struct GuestLog {
     read: Vec<Written>,
     verified: Vec<Verified>,
     corrupt: Vec<String>,
+    disk: Option<(usize, u64)>,
     restarted: bool,
     unread: u64,
 }
@@ -122,6 +123,7 @@ enum Line {
     Written { thread: u32, n: u64, ms: f64, pass: u64 },
     Read { thread: u32, n: u64, ms: f64, pass: u64 },
     Verified(Verified),
+    Disk(u64),
     Error(String),
 }
 
@@ -173,6 +175,7 @@ impl GuestLog {
             Some(Line::Read { thread, n, ms, pass }) => self.read.push(Written { at, host, thread, n, ms, pass }),
             Some(Line::Ready(ready)) => self.ready = Some(ready),
             Some(Line::Verified(verified)) => self.verified.push(verified),
+            Some(Line::Disk(blocks)) => self.disk = Some((host, blocks)),
             Some(Line::Error(error)) => self.error = Some(error),
             None => self.unread += 1,
         }
@@ -191,6 +194,11 @@ impl GuestLog {
     /// The guest's lines about damaged pages. It prints the first 64 only; [`Verified::total`] counts on.
     pub fn corrupt(&self) -> &[String] {
         &self.corrupt
+    }
+
+    /// The host on which the guest said last how many blocks of its disk it has read back, and how many that were.
+    pub fn disk(&self) -> Option<(usize, u64)> {
+        self.disk
     }
 
     /// The heartbeats began anew: the guest's kernel crashed, as it does when its memory is damaged, and it rebooted.

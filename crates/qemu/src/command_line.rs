@@ -206,6 +206,12 @@ impl CommandLine {
         Ok(())
     }
 
+    /// All of its words.
+    pub(crate) fn argv(&self) -> Vec<String> {
+        let words = self.options.iter().flat_map(|option| &option.words);
+        std::iter::once(&self.binary).chain(words).cloned().collect()
+    }
+
     /// The QEMU binary, as it was given.
     pub fn binary(&self) -> &str {
         &self.binary

@@ -14,6 +14,7 @@ pub use command_line::{CommandLine, CommandLineError, FileKind, FileUse};
 pub use host::{Accel, CpuModel, Machine, ProbeError, QemuInfo, find_binary, probe_qemu, try_kvm};
 pub use launch::{
     Incoming, LaunchError, LaunchPlan, LaunchSettings, Launched, launch, plan_launch, ram_memfd, wants_shared_ram,
+    without_ours,
 };
 pub use process::{is_same_process, kill_process, process_command_line, process_cwd, process_start_time};
 pub use qmp::{Command, Event, EventStream, Features, MigrationStatus, Qmp, QmpError, RunState, pid_of_socket_peer};

@@ -90,6 +90,14 @@ pub struct Arrival {
 }
 
 impl Arrival {
+    /// Finds out, by doing it and undoing it, whether [`arm`](Arrival::arm) will be possible: QEMU's user may not be allowed
+    /// to. For RAM of which QEMU uses nothing yet.
+    pub fn can_be_armed(ram: &GuestRam) -> Result<(), ArrivalError> {
+        let Inside { descriptor, .. } = make_in(ram.process(), Reach::Kernel, Keep::Ours)?;
+        // It is ours alone, so that with it all that was registered ends.
+        register(&Userfaultfd::over(descriptor), ram)
+    }
+
     /// From here on, whoever touches a page that is not there waits for it. What is there stays; it is
     /// [`Block::punch`](crate::Block::punch) that makes pages missing, before this, while the guest does not run.
     pub fn arm(ram: Arc<GuestRam>) -> Result<Self, ArrivalError> {
@@ -98,7 +106,7 @@ impl Arrival {
         let userfaultfd = Userfaultfd::over(descriptor);
         let blocks = ram.addresses();
         let arrival = Self { ram, userfaultfd, number, blocks, stood_still };
-        match arrival.register() {
+        match register(&arrival.userfaultfd, &arrival.ram) {
             Ok(()) => Ok(arrival),
             Err(error) => {
                 // With its last descriptor the userfaultfd ends, and with it what was registered. The first error is the
@@ -107,19 +115,6 @@ impl Arrival {
                 Err(error)
             }
         }
-    }
-
-    fn register(&self) -> Result<(), ArrivalError> {
-        self.userfaultfd.enable(&[Feature::MissingShmem])?;
-        for (block, addresses) in self.ram.blocks().iter().zip(&self.blocks) {
-            self.userfaultfd.register(addresses.all(), Mode::Missing).map_err(|source| match source.kind() {
-                io::ErrorKind::InvalidInput | io::ErrorKind::ResourceBusy => {
-                    ArrivalError::NotShared { id: block.id().to_owned(), source }
-                }
-                _ => source.into(),
-            })?;
-        }
-        Ok(())
     }
 
     /// Goes on with what an agent that ended has armed; `number` is what [`number`](Arrival::number) told it. Whoever
@@ -211,4 +206,18 @@ impl Arrival {
         }
         Ok(close_in(self.ram.process(), self.number)?)
     }
+}
+
+/// Has pages of this RAM be missing where nothing is.
+fn register(userfaultfd: &Userfaultfd, ram: &GuestRam) -> Result<(), ArrivalError> {
+    userfaultfd.enable(&[Feature::MissingShmem])?;
+    for (block, addresses) in ram.blocks().iter().zip(ram.addresses()) {
+        userfaultfd.register(addresses.all(), Mode::Missing).map_err(|source| match source.kind() {
+            io::ErrorKind::InvalidInput | io::ErrorKind::ResourceBusy => {
+                ArrivalError::NotShared { id: block.id().to_owned(), source }
+            }
+            _ => source.into(),
+        })?;
+    }
+    Ok(())
 }

@@ -9,6 +9,7 @@ mod support;
 mod userfaultfd;
 
 pub use inject::InjectError;
+pub use inject::tracer::{trace_by, trace_qemu};
 pub(crate) use inject::{Inside, Keep, Reach, close_in, make_in};
 pub(crate) use pagemap::Pagemap;
 pub use support::{Unsupported, support};

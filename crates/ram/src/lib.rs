@@ -37,17 +37,18 @@
 //! which since 8.1 wants RAM that was given by a path. [`support`] tells by trying whether this host can do it.
 //!
 //! Writes are seen when they go through QEMU's page tables: the guest's, QEMU's own, the kernel's for either (vhost).
-//! What other processes or devices write by themselves is not (vhost-user, VFIO), and of a read around the host's cache
-//! (`O_DIRECT`) only the beginning is: such VMs are left to QEMU's own engine.
+//! What other processes or devices write by themselves is not (vhost-user, VFIO), nor are the pages by which KVM gives
+//! interrupts to guests of a guest, and of a read around the host's cache (`O_DIRECT`) only the beginning is: such VMs are
+//! left to QEMU's own engine.
 //!
 //! # Limits
 //!
 //! Tried under TCG on x86-64 with QEMU 7.2 and 10.0. KVM was not at hand: there a write fault also takes the hardware's
-//! second page table apart, which costs more than here, and a guest that nests guests has writes that only KVM knows of.
-//! A look at all pages takes about 1 to 2 ms a GiB and thread, also the last one with the guest paused, and what is stale
-//! is punched out by one thread: guests of hundreds of GiB wait for that. Pacing lets some 100 000 pages a second go, by
-//! one thread. An agent that is killed while a thread
-//! of QEMU makes our system call leaves that thread astray. Huge pages of hugetlbfs are refused.
+//! second page table apart, which costs more than here. A look at all pages takes about 1 to 2 ms a GiB and thread, also
+//! the last one with the guest paused, and what is stale is punched out by one thread: guests of hundreds of GiB wait for
+//! that. Pacing lets some 100 000 pages a second go, by one thread. A process that is killed while a thread of QEMU makes
+//! our system call for it leaves that thread astray; that is the agent only where it has no other to do it
+//! ([`trace_by`]). Huge pages of hugetlbfs are refused.
 //!
 //! Addresses are nobody's business but this crate's: callers name a [`Block`] by its place in [`GuestRam::blocks`], and
 //! offsets within it in bytes.
@@ -70,7 +71,7 @@ mod zero;
 pub use arrival::{Arrival, ArrivalError, Placed};
 pub use destination::{Ended, Landing, serve};
 pub use error::RamError;
-pub use kernel::{InjectError, Unsupported, support};
+pub use kernel::{InjectError, Unsupported, support, trace_by, trace_qemu};
 pub use memory::{Backend, Block, GuestRam, MemoryError, PunchError};
 pub use source::{Progress, Source};
 pub use tracking::{Tracking, TrackingError, WriteFault, WriteFaults, can_pace};

@@ -1,5 +1,7 @@
 //! Both sides over a real link, with RAM and a guest of our own: a thread that writes.
 
+mod hostile;
+
 use std::collections::BTreeSet;
 use std::io::{self, Read, Write};
 use std::net::TcpListener;

@@ -1,6 +1,7 @@
 //! `vmferry agent`: the daemon.
 
 use std::io::IsTerminal;
+use std::process::Command;
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -16,6 +17,11 @@ pub(crate) async fn run(options: AgentOptions) -> Result<(), Failure> {
         config.listen = listen;
     }
     log_to_stderr(config.log_format);
+    vmferry_ram::trace_by(|| {
+        let mut tracer = Command::new("/proc/self/exe");
+        tracer.arg("trace-qemu");
+        tracer
+    });
     let end = CancellationToken::new();
     let failed = |error: std::io::Error| Failure::Serve(error.into());
     let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;

@@ -137,6 +137,9 @@ QEMU here with any arguments, as the agent's user.")]
     /// Measure
     #[command(subcommand)]
     Bench(Bench),
+    /// What the agent has QEMU traced by; of no use to anybody else
+    #[command(hide = true)]
+    TraceQemu,
     /// Print a completion script for a shell
     Completions {
         /// Which shell

@@ -23,6 +23,11 @@ use crate::failure::Failure;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    if matches!(cli.command, Command::TraceQemu) {
+        // Before there are other threads.
+        vmferry_ram::trace_qemu();
+        return ExitCode::SUCCESS;
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -61,6 +66,7 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Migrations { json } => migrate::list(&client()?, json).await,
         Command::Bench(Bench::Link(options)) => bench::link(client, options).await,
         Command::Bench(Bench::Ram(options)) => bench::ram(options).await,
+        Command::TraceQemu => unreachable!("it has a process without a runtime"),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "vmferry", &mut std::io::stdout());
             Ok(())

@@ -28,6 +28,7 @@ use crate::engine::external;
 use crate::error::{AgentError, in_one_line};
 use crate::link_trial::TrialResult;
 use crate::migration::{self, Migration};
+use crate::vm::GLANCE;
 use crate::{Agent, lifecycle, link_trial, trust};
 
 /// What the console route upgrades to: raw bytes both ways.
@@ -100,9 +101,10 @@ async fn show(State(agent): Shared, Path(name): Path<String>) -> Answer<VmView> 
     let vm = agent.vm(&name)?;
     let mut view = vm.view(agent.config.engine).await;
     if view.migration.is_none() && vm.is_alive() {
-        // A QEMU that does not answer keeps nobody from being shown.
-        let movable = external::movable(&agent, &vm).await.unwrap_or_else(|error| Err(in_one_line(&error)));
-        view.external_obstacle = movable.err();
+        // A QEMU that does not answer keeps nobody from being shown. It is asked a dozen things.
+        let movable = tokio::time::timeout(GLANCE, external::movable(&agent, &vm)).await;
+        let movable = movable.map(|told| told.unwrap_or_else(|error| Err(in_one_line(&error))));
+        view.external_obstacle = movable.unwrap_or_else(|_| Err("its QEMU does not answer".into())).err();
         if view.external_obstacle.is_some() {
             view.engine = EngineName::Qemu.to_string();
         }

@@ -51,23 +51,29 @@ pub(crate) struct Expected {
     pub(crate) plain: bool,
 }
 
-/// Has a QEMU wait for its device state, and takes its RAM as soon as it comes.
+/// Has a QEMU wait for its device state, and takes its RAM as soon as it comes. Tells why the guest cannot run there
+/// before all of it is there; nothing, when it can.
 pub(crate) async fn begin(
     agent: &Arc<Agent>,
     vm: &Vm,
     id: Uuid,
     known: &BTreeSet<String>,
     expected: Expected,
-) -> Result<(), AgentError> {
+) -> Result<Option<String>, AgentError> {
     let dir = folder(&vm.dir);
     make_folder(&dir, expected.plain)?;
     set_capabilities(&vm.qmp, known, &[CAPABILITY]).await?;
     let uri = format!("unix:{}", dir.join(STATE).display());
     vm.qmp.execute(commands::MigrateIncoming { uri }).await?;
     let (pid, backends, record) = (vm.pid, backends_of(vm).await?, dir.join(RECORD));
-    let landing = tokio::task::spawn_blocking(move || Ok(Landing::new(GuestRam::open(pid, &backends)?, &record)));
-    let landing = landing.await.expect("opening RAM does not panic").map_err(AgentError::Ram)?;
-    expect(agent, id, dir, Arc::new(landing), expected)
+    let opened = tokio::task::spawn_blocking(move || {
+        let landing = Landing::new(GuestRam::open(pid, &backends)?, &record);
+        let post_copy = landing.can_take_faults();
+        Ok((landing, post_copy))
+    });
+    let (landing, post_copy) = opened.await.expect("opening RAM does not panic").map_err(AgentError::Ram)?;
+    expect(agent, id, dir, Arc::new(landing), expected)?;
+    Ok(post_copy.err().map(|why| in_one_line(&why)))
 }
 
 impl Arrival {

@@ -58,6 +58,41 @@ pub fn wants_shared_ram(command: &CommandLine) -> bool {
     !(names_a_backend || makes_a_backend || command.has("numa") || command.has("mem-path"))
 }
 
+/// The command line that a VM was launched with, from that of its QEMU: what a plan of ours has added is taken out again,
+/// as it would not be right anywhere else. Tells also whether its RAM was put into a memfd. Another QEMU's stays as it is.
+pub fn without_ours(command: &CommandLine) -> (Vec<String>, bool) {
+    let is = |option: &CommandOption, key: &str, value: &str| option.properties().get(key) == Some(value);
+    let ours = command.all("chardev").find(|option| is(option, "id", QMP));
+    let path = ours.and_then(|option| Some(option.properties().get("path")?.to_owned()));
+    let Some(dir) = path.as_deref().and_then(|path| Path::new(path).parent()) else {
+        return (command.argv(), false);
+    };
+    let console = dir.join("console.sock").display().to_string();
+    let (mut argv, mut shared_ram) = (vec![command.binary().to_owned()], false);
+    for option in command.options() {
+        match option.name.as_str() {
+            "chardev" if is(option, "id", QMP) || is(option, "id", CONSOLE) => {}
+            "chardev" if is(option, "path", &console) => {
+                let mut rest = option.properties();
+                for key in ["path", "server", "wait"] {
+                    rest.remove(key);
+                }
+                rest.put_first("backend", "stdio");
+                argv.extend([option.words[0].clone(), rest.to_string()]);
+            }
+            "mon" if is(option, "chardev", QMP) => {}
+            "pidfile" => {}
+            "object" if is(option, "id", RAM) => shared_ram = true,
+            "machine" if is(option, "memory-backend", RAM) => {}
+            "serial" if option.value() == format!("chardev:{CONSOLE}") => {
+                argv.extend([option.words[0].clone(), "stdio".into()]);
+            }
+            _ => argv.extend(option.words.iter().cloned()),
+        }
+    }
+    (argv, shared_ram)
+}
+
 /// Plans a launch.
 pub fn plan_launch(command: &CommandLine, settings: &LaunchSettings<'_>) -> Result<LaunchPlan, CommandLineError> {
     match settings.incoming {

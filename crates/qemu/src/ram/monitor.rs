@@ -118,6 +118,13 @@ fn net_client(line: &str) -> Option<NetClient> {
     Some(NetClient { name: name.into(), kind: kind.into(), about: about.into() })
 }
 
+/// Reads the answer to `info registers`: the processor is one of Intel's kind and was told to be ready for guests.
+pub(super) fn vmx_is_on(text: &str) -> bool {
+    const CR4_VMXE: u64 = 1 << 13;
+    let cr4 = text.split_whitespace().find_map(|word| hex(word.strip_prefix("CR4=")?));
+    cr4.is_some_and(|cr4| cr4 & CR4_VMXE != 0)
+}
+
 fn hex(word: &str) -> Option<u64> {
     u64::from_str_radix(word.strip_prefix("0x").unwrap_or(word), 16).ok()
 }
@@ -167,6 +174,12 @@ FlatView #3
  AS \"mch\", root: bus master container
  Root memory region: (none)
   No rendered FlatView
+";
+    /// Of a guest that runs Linux.
+    const REGISTERS: &str = "\
+GDT=     fffffe4bf3b01000 0000007f\r
+CR0=80050033 CR2=00007ffe6b1f0ff8 CR3=0000000002a3a000 CR4=003506f0\r
+DR0=0000000000000000 DR1=0000000000000000 DR2=0000000000000000 DR3=0000000000000000\r
 ";
     const NETWORK: &str = "\
 n0: index=0,type=vhost-user,vhost-user0 to vu\r
@@ -259,6 +272,12 @@ hub 0\r
                 format!("{}{words}{}", &text[..at], &text[at + 1..])
             });
         prop_oneof![any::<String>(), spoilt]
+    }
+
+    #[test]
+    fn a_guest_that_is_a_hypervisor_is_known_by_its_registers() {
+        assert!(!vmx_is_on(REGISTERS) && !vmx_is_on("PC=0000000040000000 X00=0\n"));
+        assert!(vmx_is_on(&REGISTERS.replace("CR4=003506f0", "CR4=003526f0")));
     }
 
     proptest! {

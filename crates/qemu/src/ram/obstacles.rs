@@ -4,7 +4,7 @@
 //! The kernel's own vhost writes through QEMU's page tables, and is none of this.
 
 use super::{BackendKind, OBJECTS, RamLayout, ask, children, monitor};
-use crate::qmp::commands::{QueryMigrateCapabilities, QueryNamedBlockNodes};
+use crate::qmp::commands::{QueryKvm, QueryMigrateCapabilities, QueryNamedBlockNodes};
 use crate::qmp::{Qmp, QmpError};
 
 /// The capability without which QEMU sends shared RAM along with the device state.
@@ -54,6 +54,11 @@ pub enum Obstacle {
         /// What does.
         what: String,
     },
+    /// KVM and the processor write some pages by their physical address: those by which a nested guest's interrupts go.
+    #[error(
+        "its guest is a hypervisor (VMX is on), and the interrupts of nested guests are written where only KVM sees it"
+    )]
+    NestedGuests,
     /// QEMU would send the RAM too, as it has no path.
     #[error(
         "its RAM {backend} is not in a file with a path, and this QEMU leaves only such RAM out of a migration: use memory-backend-file,share=on"
@@ -87,6 +92,12 @@ pub async fn external_obstacles(qmp: &Qmp, layout: &RamLayout) -> Result<Vec<Obs
     }
     for node in qmp.execute(QueryNamedBlockNodes { flat: true }).await? {
         found.extend(of_block_driver(&node.drv).filter(|obstacle| !found.contains(obstacle)));
+    }
+    // A nested guest's own writes go through the same page tables as others. But KVM has its virtual-APIC page and its
+    // posted-interrupt descriptor mapped for itself and the processor, and notes writes to them in its own log only:
+    // see nested_mark_vmcs12_pages_dirty() in Linux' arch/x86/kvm/vmx/nested.c. SVM has no such pages there.
+    if qmp.execute(QueryKvm {}).await?.enabled && monitor::vmx_is_on(&ask(qmp, "info registers").await?) {
+        found.push(Obstacle::NestedGuests);
     }
     let capabilities = qmp.execute(QueryMigrateCapabilities {}).await?;
     let has = |name: &str| capabilities.iter().any(|known| known.capability == name);

@@ -40,6 +40,11 @@ impl Landing {
         Self { ram: Arc::new(ram), record: record.into(), armed: OnceLock::new() }
     }
 
+    /// Whether the guest may run before its RAM is complete, if that is wanted: found out by trying, before it has any.
+    pub fn can_take_faults(&self) -> Result<(), RamError> {
+        Ok(Arrival::can_be_armed(&self.ram)?)
+    }
+
     /// In the RAM of a guest that may run already, which an earlier agent has left: what has arrived is there, and all
     /// else is missing. `None` when there is no record of such a guest. Its QEMU, process `pid`, is asked for nothing.
     pub fn again(pid: u32, record: &Path) -> Result<Option<Self>, RamError> {

@@ -14,9 +14,13 @@
 //!   the signal is passed on, and we begin anew at the handler's first instruction.
 //! - `ptrace` belongs to an operating system's thread, and what it holds is let go when that thread ends. One is started
 //!   for each call, so nothing that goes wrong here leaves QEMU stopped.
+//! - A tracer that is killed in the middle leaves the thread astray, so it is a process of its own where there can be one
+//!   ([`tracer`]).
 //!
 //! A stop is found by asking whether there is one rather than with `waitpid`: a child's stop is told to any thread of
 //! ours that waits for it, and whoever waits for QEMU's end may be first.
+
+pub(super) mod tracer;
 
 use std::fs::{self, File};
 use std::io;
@@ -150,6 +154,11 @@ pub(crate) struct Inside {
 
 /// Makes a userfaultfd inside a process and takes it.
 pub(crate) fn make_in(process: &Process, reach: Reach, keep: Keep) -> Result<Inside, InjectError> {
+    tracer::make_there(process, reach, keep).unwrap_or_else(|| make_here(process, reach, keep))
+}
+
+/// The same, by this process.
+fn make_here(process: &Process, reach: Reach, keep: Keep) -> Result<Inside, InjectError> {
     let flags = u64::from((OFlags::CLOEXEC | OFlags::NONBLOCK).bits());
     let flags = if reach == Reach::User { flags | USER_MODE_ONLY } else { flags };
     let ((descriptor, number), stood_still) = with_a_thread(process, |thread| {
@@ -165,6 +174,11 @@ pub(crate) fn make_in(process: &Process, reach: Reach, keep: Keep) -> Result<Ins
 
 /// Closes a userfaultfd inside a process.
 pub(crate) fn close_in(process: &Process, number: RawFd) -> Result<(), InjectError> {
+    tracer::close_there(process, number).unwrap_or_else(|| close_here(process, number))
+}
+
+/// The same, by this process.
+fn close_here(process: &Process, number: RawFd) -> Result<(), InjectError> {
     if !process.has_userfaultfd(number) {
         return Err(InjectError::NotOurs { number });
     }

@@ -203,6 +203,8 @@ fn a_qemu_without_rights_is_tracked_and_cannot_be_served() {
         if std::fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd").unwrap().trim() == "0" {
             let error = Arrival::arm(Arc::clone(&ram)).unwrap_err();
             assert!(matches!(error, ArrivalError::Inject(InjectError::QemuNotAllowed)), "{error:?}");
+            let error = Arrival::can_be_armed(&ram).unwrap_err();
+            assert!(matches!(error, ArrivalError::Inject(InjectError::QemuNotAllowed)), "{error:?}");
         }
         assert_eq!(guest.descriptors(), descriptors);
         guest.write(6);
@@ -222,6 +224,19 @@ fn memory_that_is_given_back_counts_as_written_when_it_is_used_again() {
         assert_eq!(take_written(&tracking), nothing());
         guest.write(5);
         assert_eq!(take_written(&tracking), vec![5..6; 1]);
+    }
+}
+
+#[test]
+fn that_ram_may_arrive_is_found_out_and_leaves_nothing_behind() {
+    for qemu in qemus() {
+        let mut guest = Guest::start(&qemu, &[]);
+        let (ram, descriptors) = (guest.ram(), guest.descriptors());
+        ram.blocks()[0].punch(pages(10..20)).unwrap();
+        Arrival::can_be_armed(&ram).unwrap();
+        assert_eq!(guest.descriptors(), descriptors);
+        assert!(!guest.flags(&ram).contains(&"um".to_owned()));
+        assert_eq!(guest.read(12), 0, "nobody waits");
     }
 }
 

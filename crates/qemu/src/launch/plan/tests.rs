@@ -206,3 +206,28 @@ fn a_planned_command_line_can_be_planned_again() {
     let again = plan_launch(&CommandLine::parse(&first.argv).unwrap(), &settings(Accel::Kvm));
     assert!(again.is_ok());
 }
+
+#[test]
+fn what_a_plan_added_is_taken_out_again_and_planned_anew() {
+    let taken_out = |argv: &[String]| without_ours(&CommandLine::parse(argv).unwrap());
+    let shared = LaunchSettings { shared_ram: Some(37), ..settings(Accel::Kvm) };
+    for line in ["-m 64 -vnc :7", "-m 64 -serial stdio", "-m 64 -chardev stdio,id=c,mux=on -serial chardev:c"] {
+        let planned = plan_with(line, &shared);
+        let (argv, shared_ram) = taken_out(&planned.argv);
+        assert!(shared_ram);
+        let again = argv.join(" ");
+        assert!(
+            !again.contains("vmferry-") && !again.contains("/proc/self/fd") && !again.contains("/run/v"),
+            "{again}"
+        );
+        let elsewhere = LaunchSettings { run_dir: Path::new("/elsewhere"), ..shared.clone() };
+        let planned = plan_launch(&CommandLine::parse(&argv).unwrap(), &elsewhere).unwrap();
+        let text = planned.argv.join(" ");
+        assert!(planned.console && text.contains("mem-path=/proc/self/fd/37,size=67108864"), "{text}");
+        assert_eq!(text.matches("console.sock").count(), 1, "{text}");
+    }
+    let theirs = plan("-m 64").argv;
+    assert!(!taken_out(&theirs).1, "its RAM was its user's to choose");
+    let theirs: Vec<String> = "qemu -m 64 -pidfile p -serial stdio".split(' ').map(str::to_owned).collect();
+    assert_eq!(taken_out(&theirs), (theirs, false));
+}

@@ -375,3 +375,66 @@ fn a_process_that_has_ended_is_gone() {
     assert!(process.is_gone());
     assert!(make_in(&process, Reach::User, Keep::Ours).is_err());
 }
+
+/// This test program once more, as an agent that never stops making userfaultfds in that process.
+fn agent(pid: u32) -> Child {
+    Command::new(env::current_exe().unwrap())
+        .args(["--exact", "kernel::inject::tests::an_agent_that_reaches_in_all_the_time", "--ignored", "--nocapture"])
+        .env(ROLE, pid.to_string())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        // A tracer that nobody hears any more complains.
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap()
+}
+
+#[test]
+#[ignore = "another test starts it"]
+fn an_agent_that_reaches_in_all_the_time() {
+    let Some(pid) = env::var(ROLE).ok().and_then(|pid| pid.parse().ok()) else { return };
+    tracer::trace_by(|| {
+        let mut tracer = Command::new("/proc/self/exe");
+        tracer.args(["--exact", "kernel::inject::tests::a_tracer", "--ignored", "--nocapture", "--quiet"]);
+        tracer
+    });
+    let process = Process::open(pid).unwrap();
+    loop {
+        match make_in(&process, Reach::User, Keep::Ours) {
+            Ok(_) => println!("made"),
+            // By what the agent before this one has started, for another moment.
+            Err(InjectError::AlreadyTraced { .. }) => {}
+            Err(error) => panic!("{error:?}"),
+        }
+    }
+}
+
+#[test]
+#[ignore = "another test starts it"]
+fn a_tracer() {
+    if env::var_os(ROLE).is_some() {
+        tracer::trace_qemu();
+    }
+}
+
+#[test]
+fn a_program_does_not_notice_that_the_agent_is_killed_while_a_thread_makes_its_call() {
+    let program = Program::start();
+    let descriptors = program.descriptors();
+    for round in 0..TIMES / 2 {
+        let mut agent = agent(program.process.pid);
+        // From its first on, at any time within another one.
+        let mut lines = BufReader::new(agent.stdout.take().unwrap()).lines().map_while(Result::ok);
+        assert!(lines.any(|line| line.ends_with("made")), "it cannot reach in");
+        thread::sleep(Duration::from_micros(round * 197));
+        agent.kill().unwrap();
+        agent.wait().unwrap();
+    }
+    let begun = Instant::now();
+    let is_traced = || program.process.thread_status(program.process.pid).unwrap().tracer.is_some();
+    while program.descriptors() != descriptors || is_traced() {
+        assert!(begun.elapsed() < Duration::from_secs(10), "something is left of it");
+        thread::yield_now();
+    }
+    assert_eq!(program.end(), "");
+}
