@@ -354,7 +354,7 @@ mod tests {
                 0,
                 "{\"ready\":{\"mem\":1048576,\"threads\":2,\"mode\":\"write\"}}\r\n{\"beat\":7}\n\
                  {\"written\":{\"thread\":1,\"n\":17,\"ms\":48.1,\"pass\":3}}\nCORRUPT page=3 expected=2 found=torn\n\
-                 {\"verified\":{\"pages\":256,\"corrupt\":1,\"total\":2}}\n{\"error\":\"unknown command x\"}\n",
+                 {\"verified\":{\"pages\":256,\"corrupt\":1,\"total\":2}}\n{\"disk\":500}\n{\"error\":\"unknown command x\"}\n",
             )],
         );
         assert_eq!(log.ready(), Some(&Ready { mem: 1 << 20, threads: 2, mode: "write".into() }));
@@ -362,6 +362,7 @@ mod tests {
         assert_eq!(log.written(), [Written { at: start, host: 0, thread: 1, n: 17, ms: 48.1, pass: 3 }]);
         assert_eq!(log.corrupt(), ["CORRUPT page=3 expected=2 found=torn"]);
         assert_eq!(log.verified(), [Verified { pages: 256, corrupt: 1, total: 2 }]);
+        assert_eq!(log.disk(), Some((0, 500)));
         assert_eq!(log.error(), Some("unknown command x"));
         assert_eq!(log.unread(), 0);
     }

@@ -11,7 +11,7 @@ use crate::memory::GuestRam;
 use crate::source::Source;
 use crate::wire::{
     ARM, ARMED, COMPLETE, Content, HELLO, Hello, MISSING, MISSING_SPAN, PAGES, PLACED, Pages, READY, REFUSED, Run,
-    STATE, STATE_END, STATE_GO, WANT, Want,
+    STATE, STATE_EARLY, STATE_END, STATE_GO, WANT, Want,
 };
 use crate::{PAGE, RamError};
 
@@ -92,10 +92,9 @@ fn a_source_that_says_what_makes_no_sense_is_refused_in_words_and_writes_nothing
         ("beyond the end of their block", vec![hello(false), (false, PAGES, pages(1, 0, 99, 2, false))]),
         ("beyond the end of their block", vec![hello(false), urgent(PAGES, pages(1, 0, 99, 2, true))]),
         ("beyond the end of their block", vec![hello(false), urgent(PAGES, pages(1, 1, u64::MAX - 1, 1, true))]),
-        (
-            "more or less data than it says",
-            vec![hello(false), urgent(PAGES, pages(1, 0, 0, 2, false)[..5000].to_vec())],
-        ),
+        ("too short", vec![hello(false), urgent(PAGES, pages(1, 0, 0, 2, false)[..5000].to_vec())]),
+        ("too long", vec![hello(false), urgent(PAGES, [&pages(1, 0, 0, 1, false)[..], b"more"].concat())]),
+        ("early comes late", vec![hello(false), urgent(STATE, [1]), urgent(STATE_EARLY, [1])]),
         ("too short", vec![hello(false), (false, PAGES, vec![1, 2, 3])]),
         ("pages of an unknown block are missing", vec![hello(false), urgent(MISSING, missing(2, 0, &[1]))]),
         ("beyond the end of their block are missing", vec![hello(false), urgent(MISSING, missing(0, 0, &[0, 0, 1]))]),

@@ -37,7 +37,7 @@ pub fn trace_qemu() {
     let _ = SigSet::all().thread_block();
     let mut input = io::stdin().lock();
     let mut order = String::new();
-    if input.read_line(&mut order).is_err() {
+    if !matches!(input.read_line(&mut order), Ok(1..)) {
         return;
     }
     let done = obey(&order);
