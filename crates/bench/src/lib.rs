@@ -12,6 +12,7 @@ mod log;
 pub mod migration;
 pub mod ram;
 pub mod testbed;
+mod tracking;
 
 pub use guest::{Fill, GuestOptions, Mode, ParseError};
 pub use log::{Beat, Gap, GuestLog, PERIOD, Ready, Switchover, Verified, Written};

@@ -5,12 +5,14 @@
 
 use std::fmt::Write;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde::Serialize;
-use vmferry_agent::api::types::EngineName;
+use vmferry_agent::api::types::{EngineName, Step};
 
 use crate::migration::{Measured, measure};
 use crate::testbed::{Testbed, TestbedError, TestbedOptions, two_qemus};
+use crate::tracking::{Tracked, track};
 use crate::{Fill, GuestOptions, Mode, median};
 
 const RAM_MIB: u64 = 1024;
@@ -19,6 +21,9 @@ const GIGABIT: u64 = 1_000_000_000;
 /// What a guest that converges may write a second.
 const LEISURELY: u64 = 48 << 20;
 const VM: &str = "bench";
+/// What the last figure is called.
+const TRACKING: &str = "writing, tracked and nothing else";
+const LOOKS: [Duration; 3] = [Duration::from_millis(250), Duration::from_millis(500), Duration::from_secs(1)];
 
 /// What to measure.
 #[derive(Clone, Debug)]
@@ -105,6 +110,10 @@ struct Row {
     destination_rss_mib: f64,
     source_cpu_s: f64,
     destination_cpu_s: f64,
+    /// How fast the RAM was copied, switchover and post-copy included, and processor time for it on each side.
+    gib_per_s: f64,
+    source_cpu_s_per_gib: f64,
+    destination_cpu_s_per_gib: f64,
 }
 
 /// What all of them did.
@@ -113,6 +122,8 @@ pub struct RamReport {
     qemu: String,
     processors: usize,
     rows: Vec<Row>,
+    /// What tracking alone costs a guest; none when only other set-ups were asked for.
+    tracking: Option<Tracked>,
 }
 
 /// Measures; needs root, for the namespaces. `tell` hears what is under way.
@@ -128,9 +139,29 @@ pub async fn bench_ram(options: &RamBenchOptions, tell: impl Fn(&str)) -> Result
     }
     let rows =
         set_ups.iter().zip(&measured).filter(|(_, runs)| !runs.is_empty()).map(|(set_up, runs)| row(set_up, runs));
-    let qemu = newer.map_or_else(|| "the system's".into(), |dir| dir.display().to_string());
+    let qemu = newer.as_ref().map_or_else(|| "the system's".into(), |dir| dir.display().to_string());
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
-    Ok(RamReport { qemu, processors, rows: rows.collect() })
+    let rows = rows.collect();
+    let tracking = match TRACKING.contains(&options.only) {
+        true => Some(tracking(options, newer.clone(), &tell).await?),
+        false => None,
+    };
+    Ok(RamReport { qemu, processors, rows, tracking })
+}
+
+async fn tracking(
+    options: &RamBenchOptions,
+    qemu: Option<PathBuf>,
+    tell: impl Fn(&str),
+) -> Result<Tracked, TestbedError> {
+    tell(TRACKING);
+    let bed =
+        Testbed::start(TestbedOptions { qemu_dirs: [qemu.clone(), qemu], ..TestbedOptions::new(&options.vmferry) })
+            .await?;
+    let guest = GuestOptions { mem: WRITTEN, threads: 1, mode: Mode::Write, rate: None, fill: Fill::Random };
+    let watch = bed.start_guest(VM, bed.guest_command_line(&guest, RAM_MIB, 1)?).await?;
+    let pid = bed.alpha().show(VM).await?.map_or(0, |vm| vm.pid);
+    track(&watch, pid, RAM_MIB << 20, &LOOKS).await
 }
 
 async fn run(options: &RamBenchOptions, set_up: &SetUp, qemu: Option<PathBuf>) -> Result<Measured, TestbedError> {
@@ -176,7 +207,20 @@ fn row(set_up: &SetUp, runs: &[Measured]) -> Row {
         destination_rss_mib: median(&|it| it.most_rss_mib[1]),
         source_cpu_s: median(&|it| it.cpu_s[0]),
         destination_cpu_s: median(&|it| it.cpu_s[1]),
+        gib_per_s: median(&|it| gib(it) / copied_s(it)),
+        source_cpu_s_per_gib: median(&|it| it.cpu_s[0] / gib(it)),
+        destination_cpu_s_per_gib: median(&|it| it.cpu_s[1] / gib(it)),
     }
+}
+
+fn gib(measured: &Measured) -> f64 {
+    measured.report.sent as f64 / f64::from(1 << 30)
+}
+
+/// From the first byte to the last.
+fn copied_s(measured: &Measured) -> f64 {
+    let copies = |step: &Step| !matches!(step, Step::Plan | Step::Prepare | Step::Retire);
+    measured.report.steps.iter().filter(|it| copies(&it.step)).map(|it| it.ms).sum::<f64>() / 1e3
 }
 
 impl RamReport {
@@ -201,6 +245,8 @@ impl RamReport {
             "post-copy",
             "RSS MiB",
             "agents' CPU s",
+            "GiB/s",
+            "CPU s/GiB",
         ];
         let _ = write!(text, "{:40}", "");
         for word in head {
@@ -221,12 +267,21 @@ impl RamReport {
                 format!("{:.0} %", row.post_copy * 100.0),
                 format!("{:.0} / {:.0}", row.source_rss_mib, row.destination_rss_mib),
                 format!("{:.1} / {:.1}", row.source_cpu_s, row.destination_cpu_s),
+                format!("{:.2}", row.gib_per_s),
+                format!("{:.2} / {:.2}", row.source_cpu_s_per_gib, row.destination_cpu_s_per_gib),
             ];
             let _ = write!(text, "{:40}", row.set_up);
             for cell in cells {
                 let _ = write!(text, "{cell:>14}");
             }
             text.push('\n');
+        }
+        if let Some(Tracked { before, looks, after }) = &self.tracking {
+            let _ = writeln!(text, "\n{TRACKING}: {before:.0} MiB/s before");
+            for (every, speed) in looks {
+                let _ = writeln!(text, "  a look each {every} ms: {speed:.0} MiB/s, {:.2}", speed / before);
+            }
+            let _ = writeln!(text, "  afterwards: {after:.0} MiB/s, {:.2}", after / before);
         }
         text
     }

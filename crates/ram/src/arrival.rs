@@ -90,23 +90,16 @@ pub struct Arrival {
 }
 
 impl Arrival {
-    /// Finds out, by doing it and undoing it, whether [`arm`](Arrival::arm) will be possible: QEMU's user may not be allowed
-    /// to. For RAM of which QEMU uses nothing yet.
-    pub fn can_be_armed(ram: &GuestRam) -> Result<(), ArrivalError> {
-        let Inside { descriptor, .. } = make_in(ram.process(), Reach::Kernel, Keep::Ours)?;
-        // It is ours alone, so that with it all that was registered ends.
-        register(&Userfaultfd::over(descriptor), ram)
-    }
-
-    /// From here on, whoever touches a page that is not there waits for it. What is there stays; it is
-    /// [`Block::punch`](crate::Block::punch) that makes pages missing, before this, while the guest does not run.
-    pub fn arm(ram: Arc<GuestRam>) -> Result<Self, ArrivalError> {
+    /// Makes ready for [`begin`](Arrival::begin): all that QEMU's user may not be allowed to do is done, and RAM is as it was
+    /// before. For RAM of which QEMU uses nothing yet.
+    pub fn ready(ram: Arc<GuestRam>) -> Result<Self, ArrivalError> {
         // Also the kernel's accesses for QEMU must wait, such as those of KVM and of a disk that is read into RAM.
         let Inside { descriptor, number, stood_still } = make_in(ram.process(), Reach::Kernel, Keep::There)?;
         let userfaultfd = Userfaultfd::over(descriptor);
         let blocks = ram.addresses();
         let arrival = Self { ram, userfaultfd, number, blocks, stood_still };
-        match register(&arrival.userfaultfd, &arrival.ram) {
+        let tried = arrival.userfaultfd.enable(&[Feature::MissingShmem]).map_err(ArrivalError::from);
+        match tried.and_then(|()| arrival.begin()).and_then(|()| arrival.end()) {
             Ok(()) => Ok(arrival),
             Err(error) => {
                 // With its last descriptor the userfaultfd ends, and with it what was registered. The first error is the
@@ -115,6 +108,31 @@ impl Arrival {
                 Err(error)
             }
         }
+    }
+
+    /// From here on, whoever touches a page that is not there waits for it. What is there stays; it is
+    /// [`Block::punch`](crate::Block::punch) that makes pages missing, before this, while the guest does not run.
+    pub fn begin(&self) -> Result<(), ArrivalError> {
+        for (block, addresses) in self.ram.blocks().iter().zip(&self.blocks) {
+            self.userfaultfd.register(addresses.all(), Mode::Missing).map_err(|source| match source.kind() {
+                io::ErrorKind::InvalidInput | io::ErrorKind::ResourceBusy => {
+                    ArrivalError::NotShared { id: block.id().to_owned(), source }
+                }
+                _ => source.into(),
+            })?;
+        }
+        Ok(())
+    }
+
+    fn end(&self) -> Result<(), ArrivalError> {
+        Ok(self.blocks.iter().try_for_each(|addresses| self.userfaultfd.unregister(addresses.all()))?)
+    }
+
+    /// Both at once.
+    pub fn arm(ram: Arc<GuestRam>) -> Result<Self, ArrivalError> {
+        let arrival = Self::ready(ram)?;
+        arrival.begin()?;
+        Ok(arrival)
     }
 
     /// Goes on with what an agent that ended has armed; `number` is what [`number`](Arrival::number) told it. Whoever
@@ -201,23 +219,7 @@ impl Arrival {
 
     /// Nobody waits any more: zeros are found where nothing was placed. Nothing is left in QEMU.
     pub fn disarm(&self) -> Result<(), ArrivalError> {
-        for addresses in &self.blocks {
-            self.userfaultfd.unregister(addresses.all())?;
-        }
+        self.end()?;
         Ok(close_in(self.ram.process(), self.number)?)
     }
-}
-
-/// Has pages of this RAM be missing where nothing is.
-fn register(userfaultfd: &Userfaultfd, ram: &GuestRam) -> Result<(), ArrivalError> {
-    userfaultfd.enable(&[Feature::MissingShmem])?;
-    for (block, addresses) in ram.blocks().iter().zip(ram.addresses()) {
-        userfaultfd.register(addresses.all(), Mode::Missing).map_err(|source| match source.kind() {
-            io::ErrorKind::InvalidInput | io::ErrorKind::ResourceBusy => {
-                ArrivalError::NotShared { id: block.id().to_owned(), source }
-            }
-            _ => source.into(),
-        })?;
-    }
-    Ok(())
 }

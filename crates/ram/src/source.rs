@@ -28,7 +28,7 @@ use crate::RamError;
 use crate::memory::{Block, GuestRam};
 use crate::pages::PageSet;
 use crate::tracking::{Tracking, TrackingError, WriteFaults};
-use crate::wire::{ARM, HELLO, Hello, MISSING, STATE, STATE_EARLY, STATE_END, STATE_GO, encode_missing};
+use crate::wire::{ARM, HELLO, Hello, MISSING, PUNCH, STATE, STATE_EARLY, STATE_END, STATE_GO, encode_missing};
 use last_sent::LastSent;
 use pacing::Pacing;
 use shipping::{CHUNK, Filling, Shipping, There};
@@ -141,6 +141,8 @@ struct Inner {
 enum Phase {
     #[default]
     PreCopy,
+    /// The destination was told to take away what is stale.
+    Punching,
     /// The destination was told to take faults.
     Arming,
     /// It does.
@@ -262,15 +264,26 @@ impl Source {
         Ok(())
     }
 
+    /// Has the destination take away what is stale, while the guest still runs: there is less to do then when it is
+    /// paused. Nothing is sent any more before [`Source::post_copy`].
+    pub fn prepare_post_copy(&self) -> Result<(), RamError> {
+        let inner = &self.inner;
+        inner.end_rounds()?;
+        inner.shipping.settle()?;
+        inner.look_on()?;
+        inner.tell_missing()?;
+        inner.lock().phase = Phase::Punching;
+        inner.link.send_urgent(PUNCH, Vec::new())?;
+        inner.wait_for(|state| state.phase == Phase::PreCopy)
+    }
+
     /// Tells the destination what it does not have, of a guest that is paused for good: after this the guest may run
     /// there, and what it misses follows.
     pub fn post_copy(&self) -> Result<(), RamError> {
         let inner = &self.inner;
         inner.end_rounds()?;
         inner.last_look()?;
-        for frame in encode_missing(&inner.pending) {
-            inner.link.send_urgent(MISSING, frame)?;
-        }
+        inner.tell_missing()?;
         {
             let mut state = inner.lock();
             // From here on each page goes once, and whole.
@@ -446,6 +459,10 @@ impl Inner {
             pages.start = end;
         }
         Ok(())
+    }
+
+    fn tell_missing(&self) -> Result<(), RamError> {
+        Ok(encode_missing(&self.pending).try_for_each(|frame| self.link.send_urgent(MISSING, frame))?)
     }
 
     /// The destination's QEMU may look into the RAM.

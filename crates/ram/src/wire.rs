@@ -40,6 +40,9 @@ pub(crate) const STATE_GO: u16 = 7;
 /// As [`STATE`], before the first of those: what QEMU may have at once.
 pub(crate) const STATE_EARLY: u16 = 8;
 
+/// What was told to be missing is stale: it can go at once, and more will be told before post-copy begins.
+pub(crate) const PUNCH: u16 = 9;
+
 /// The destination has that RAM, and waits.
 pub(crate) const READY: u16 = 32;
 /// The destination cannot go on, for the reason that follows.
@@ -52,6 +55,8 @@ pub(crate) const ARMED: u16 = 35;
 pub(crate) const WANT: u16 = 36;
 /// All pages are here.
 pub(crate) const COMPLETE: u16 = 37;
+/// What was stale is gone.
+pub(crate) const PUNCHED: u16 = 38;
 
 /// Not what the other side says here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

@@ -192,6 +192,10 @@ impl ExternalEngine {
             Some(last) => Bytes(last.remaining).time_at(BytesPerSec(last.link_rate)),
             None => Some(Duration::ZERO),
         };
+        if post_copy {
+            let source = Arc::clone(&source);
+            blocking(move || source.prepare_post_copy()).await?;
+        }
         let stops_first = self.wishes.stops_first;
         if stops_first {
             self.pause(&source).await?;

@@ -68,7 +68,7 @@ pub(crate) async fn begin(
     let (pid, backends, record) = (vm.pid, backends_of(vm).await?, dir.join(RECORD));
     let opened = tokio::task::spawn_blocking(move || {
         let landing = Landing::new(GuestRam::open(pid, &backends)?, &record);
-        let post_copy = landing.can_take_faults();
+        let post_copy = landing.prepare_post_copy();
         Ok((landing, post_copy))
     });
     let (landing, post_copy) = opened.await.expect("opening RAM does not panic").map_err(AgentError::Ram)?;

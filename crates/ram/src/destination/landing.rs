@@ -4,7 +4,7 @@ use std::io::Write;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use crate::RamError;
 use crate::arrival::{Arrival, ArrivalError};
@@ -22,6 +22,8 @@ pub struct Landing {
     ram: Arc<GuestRam>,
     /// Where what a new agent needs in post-copy is written.
     record: PathBuf,
+    /// For post-copy, until that begins.
+    ready: Mutex<Option<Arrival>>,
     armed: OnceLock<Armed>,
 }
 
@@ -37,12 +39,24 @@ impl Landing {
     /// In the RAM of a QEMU that waits for its guest. `record` is a file that is written when the guest may run before
     /// its RAM is complete, and goes when it is.
     pub fn new(ram: GuestRam, record: &Path) -> Self {
-        Self { ram: Arc::new(ram), record: record.into(), armed: OnceLock::new() }
+        Self { ram: Arc::new(ram), record: record.into(), ready: Mutex::default(), armed: OnceLock::new() }
     }
 
-    /// Whether the guest may run before its RAM is complete, if that is wanted: found out by trying, before it has any.
-    pub fn can_take_faults(&self) -> Result<(), RamError> {
-        Ok(Arrival::can_be_armed(&self.ram)?)
+    /// Makes ready for a guest that runs before its RAM is complete, while it has none. Fails where that cannot be; the
+    /// RAM may come before the guest all the same.
+    pub fn prepare_post_copy(&self) -> Result<(), RamError> {
+        let arrival = Arrival::ready(Arc::clone(&self.ram))?;
+        *self.ready.lock().expect("no holder of this lock panics") = Some(arrival);
+        Ok(())
+    }
+
+    fn take_ready(&self) -> Option<Arrival> {
+        self.ready.lock().expect("no holder of this lock panics").take()
+    }
+
+    /// There will be no post-copy: nothing is left in QEMU.
+    pub(super) fn forget_post_copy(&self) -> Result<(), RamError> {
+        self.take_ready().map_or(Ok(()), |arrival| Ok(arrival.disarm()?))
     }
 
     /// In the RAM of a guest that may run already, which an earlier agent has left: what has arrived is there, and all
@@ -77,7 +91,7 @@ impl Landing {
         }
         let arrival = Arrival::again(Arc::clone(&ram), number)?;
         let armed = OnceLock::from(Armed { arrival, missing, left: AtomicU64::new(left) });
-        let landing = Self { ram, record: record.into(), armed };
+        let landing = Self { ram, record: record.into(), ready: Mutex::default(), armed };
         if left == 0 {
             landing.disarm()?;
             return Ok(None);
@@ -114,8 +128,12 @@ impl Landing {
             return Err(Malformed("post-copy begins twice").into());
         }
         // First, so that the kernel fills no hole with a large page of zeroes meanwhile.
-        let arrival = Arrival::arm(Arc::clone(&self.ram))?;
-        let left = match self.make_missing(&missing) {
+        let arrival = match self.take_ready() {
+            Some(arrival) => arrival,
+            None => Arrival::ready(Arc::clone(&self.ram))?,
+        };
+        arrival.begin()?;
+        let left = match self.punch(&missing) {
             Ok(left) => left,
             Err(error) => {
                 // The first error is the one to tell.
@@ -128,8 +146,8 @@ impl Landing {
         Ok(self.armed.get_or_init(|| armed))
     }
 
-    /// Takes away what is stale; how many pages are missing then.
-    fn make_missing(&self, missing: &[PageSet]) -> Result<u64, RamError> {
+    /// Takes away what is stale; how many pages that is, with those that were never there.
+    pub(super) fn punch(&self, missing: &[PageSet]) -> Result<u64, RamError> {
         let mut left = 0;
         for (block, set) in self.blocks().iter().zip(missing) {
             for data in block.data(0..block.size()).map_err(RamError::io)? {

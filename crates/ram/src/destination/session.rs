@@ -19,8 +19,8 @@ use crate::PAGE;
 use crate::RamError;
 use crate::pages::PageSet;
 use crate::wire::{
-    ARM, ARMED, COMPLETE, HELLO, Hello, MISSING, Malformed, PAGES, PLACED, Pages, READY, REFUSED, STATE, STATE_EARLY,
-    STATE_END, STATE_GO, WANT, Want, decode_missing, decode_number, encode_missing,
+    ARM, ARMED, COMPLETE, HELLO, Hello, MISSING, Malformed, PAGES, PLACED, PUNCH, PUNCHED, Pages, READY, REFUSED,
+    STATE, STATE_EARLY, STATE_END, STATE_GO, WANT, Want, decode_missing, decode_number, encode_missing,
 };
 
 /// Threads that put bulk frames into place.
@@ -70,6 +70,11 @@ pub fn serve(link: &Link, landing: &Landing, state_socket: &Path) -> Result<Ende
         session.part(|session| session.take_urgent(pieces));
         session.end();
     });
+    if landing.missing().is_none()
+        && let Err(error) = landing.forget_post_copy()
+    {
+        session.fail(error);
+    }
     // The source is told that its last words were heard.
     let _ = link.close();
     let failure = session.failure.into_inner().expect("no holder of this lock panics");
@@ -219,7 +224,7 @@ impl Session<'_> {
     }
 
     fn take_urgent(&self, state: Sender<(Bytes, When)>) -> Result<(), RamError> {
-        let mut missing: Vec<PageSet> = self.blocks.iter().map(|pages| PageSet::new(*pages)).collect();
+        let mut missing = self.no_pages();
         let (mut greeted, mut state, mut state_bytes, mut early) = (false, Some(state), 0, true);
         while let Some(frame) = self.link.recv_urgent()? {
             match frame.kind {
@@ -230,6 +235,11 @@ impl Session<'_> {
                 _ if !greeted => return Err(Malformed("it does not begin with what RAM it has").into()),
                 PAGES => self.pages(&frame)?,
                 MISSING => decode_missing(&frame.payload, &missing)?,
+                PUNCH if self.landing.missing().is_none() => {
+                    self.landing.punch(&missing)?;
+                    missing = self.no_pages();
+                    self.link.send_urgent(PUNCHED, Vec::new())?;
+                }
                 ARM => {
                     self.wait_for_stragglers(decode_number(&frame.payload)?)?;
                     self.landing.arm(std::mem::take(&mut missing))?;
@@ -256,6 +266,10 @@ impl Session<'_> {
             }
         }
         Ok(())
+    }
+
+    fn no_pages(&self) -> Vec<PageSet> {
+        self.blocks.iter().map(|pages| PageSet::new(*pages)).collect()
     }
 
     /// What the device state refers to is in place, or will be fetched.
@@ -325,7 +339,7 @@ impl Session<'_> {
 
     fn all_faults(&self) -> Result<(), RamError> {
         let (mut windows, mut faults) = (Windows::default(), Vec::new());
-        let asked: Vec<PageSet> = self.blocks.iter().map(|pages| PageSet::new(*pages)).collect();
+        let asked = self.no_pages();
         while !self.is_over() {
             let armed = match self.landing.armed() {
                 Some(armed) if self.faults_taken.load(Ordering::Acquire) => armed,

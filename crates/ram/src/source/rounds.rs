@@ -21,8 +21,11 @@ const HOT: u8 = 2;
 const HOTTEST: u8 = u8::MAX - 1;
 /// How many pages one thread looks at, at a time: 512 MiB.
 const SPAN: u64 = 1 << 17;
-/// How often all pages are looked at while there is enough to send.
-const LOOK: Duration = Duration::from_millis(250);
+/// How often all pages are looked at while there is enough to send: at most, and at least.
+const LOOK: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(1));
+/// Each page that was written since the last look has cost the guest a fault, of about a microsecond. It is to lose no
+/// more than a tenth of its time by them.
+const FAULT: Duration = Duration::from_micros(10);
 /// How often it is looked in the first round how much is stale already.
 const GLANCE: Duration = Duration::from_millis(150);
 /// So many pages must have been sent for that: 32 MiB.
@@ -137,7 +140,7 @@ impl Inner {
             // what is written to all the time is not told from what waits to be sent.
             let paced = self.pacing.is_on();
             let written = match paced {
-                true => self.look(false, |_, _| ())?,
+                true => self.look_on()?,
                 false => self.look(true, |span, runs| heat.look(span, runs))?,
             };
             let below = if paced { u8::MAX } else { HOT };
@@ -168,8 +171,9 @@ impl Inner {
             }
             self.news.notify_all();
             self.each_chunk(&chunks, true, |chunk, frame| self.again(chunk, frame, &heat, below))?;
-            if looked.elapsed() < LOOK && !self.is_stopped() {
-                self.each_chunk(&chunks, true, |chunk, frame| match looked.elapsed() < LOOK {
+            let next_look = FAULT.mul_f64(written as f64).clamp(LOOK.0, LOOK.1);
+            if looked.elapsed() < next_look && !self.is_stopped() {
+                self.each_chunk(&chunks, true, |chunk, frame| match looked.elapsed() < next_look {
                     true => self.again(chunk, frame, &heat, u8::MAX),
                     false => Ok(()),
                 })?;
@@ -217,6 +221,11 @@ impl Inner {
         };
         in_threads(workers().min(spans.len()), look)?;
         Ok(pages.into_inner())
+    }
+
+    /// Looks which pages were written, and leaves them as they are. Gives back how many were not to be sent before.
+    pub(super) fn look_on(&self) -> Result<u64, RamError> {
+        self.look(false, |_, _| ())
     }
 
     /// Finds out how much of what was sent is stale already.
@@ -321,7 +330,7 @@ impl Inner {
 
     /// The guest is paused: what was written since the last look is the last of it.
     pub(super) fn last_look(&self) -> Result<(), RamError> {
-        self.look(false, |_, _| ())?;
+        self.look_on()?;
         self.forget_holes()?;
         self.recount();
         Ok(())

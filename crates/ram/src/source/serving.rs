@@ -5,7 +5,8 @@ use std::sync::atomic::Ordering;
 use super::shipping::{Shipping, There};
 use super::{Inner, Phase, RamError};
 use crate::wire::{
-    ARMED, COMPLETE, MISSING, MOST_DATA, Malformed, PLACED, READY, REFUSED, WANT, Want, decode_missing, decode_number,
+    ARMED, COMPLETE, MISSING, MOST_DATA, Malformed, PLACED, PUNCHED, READY, REFUSED, WANT, Want, decode_missing,
+    decode_number,
 };
 
 impl Inner {
@@ -28,6 +29,7 @@ impl Inner {
                 }
                 // Only to a source that resumes: before it is ready.
                 MISSING if self.resumed && !self.lock().ready => decode_missing(&frame.payload, &self.pending)?,
+                PUNCHED if self.lock().phase == Phase::Punching => self.lock().phase = Phase::PreCopy,
                 ARMED if self.lock().phase == Phase::Arming => self.lock().phase = Phase::PostCopy,
                 COMPLETE if self.lock().phase == Phase::PostCopy => self.lock().complete = true,
                 REFUSED => {

@@ -203,7 +203,7 @@ fn a_qemu_without_rights_is_tracked_and_cannot_be_served() {
         if std::fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd").unwrap().trim() == "0" {
             let error = Arrival::arm(Arc::clone(&ram)).unwrap_err();
             assert!(matches!(error, ArrivalError::Inject(InjectError::QemuNotAllowed)), "{error:?}");
-            let error = Arrival::can_be_armed(&ram).unwrap_err();
+            let error = Arrival::ready(Arc::clone(&ram)).unwrap_err();
             assert!(matches!(error, ArrivalError::Inject(InjectError::QemuNotAllowed)), "{error:?}");
         }
         assert_eq!(guest.descriptors(), descriptors);
@@ -233,10 +233,12 @@ fn that_ram_may_arrive_is_found_out_and_leaves_nothing_behind() {
         let mut guest = Guest::start(&qemu, &[]);
         let (ram, descriptors) = (guest.ram(), guest.descriptors());
         ram.blocks()[0].punch(pages(10..20)).unwrap();
-        Arrival::can_be_armed(&ram).unwrap();
-        assert_eq!(guest.descriptors(), descriptors);
+        let arrival = Arrival::ready(Arc::clone(&ram)).unwrap();
+        assert_eq!(guest.descriptors(), descriptors + 1);
         assert!(!guest.flags(&ram).contains(&"um".to_owned()));
         assert_eq!(guest.read(12), 0, "nobody waits");
+        arrival.disarm().unwrap();
+        assert_eq!(guest.descriptors(), descriptors);
     }
 }
 
