@@ -11,6 +11,7 @@ pub mod link;
 mod log;
 pub mod migration;
 pub mod ram;
+pub mod report;
 pub mod testbed;
 
 pub use guest::{Fill, GuestOptions, Mode, ParseError};
