@@ -7,9 +7,14 @@
 
 pub mod guestperf;
 mod reading;
+mod recording;
 mod words;
 
+pub(crate) use words::size;
+
 pub use reading::{ReadError, read, read_text};
+pub use recording::Recorder;
+pub(crate) use recording::ms_since;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

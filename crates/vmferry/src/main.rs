@@ -58,6 +58,12 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Peers { json } => pair::list(&client()?, json).await,
         Command::Unpair { peer } => pair::unpair(&client()?, &peer).await,
         Command::Migrations { json } => migrate::list(&client()?, json).await,
+        Command::Bench(Bench::Run(options)) => bench::run(*options).await,
+        Command::Bench(Bench::Batch(options)) => bench::batch(options).await,
+        Command::Bench(Bench::Compare(options)) => bench::compare(&options),
+        Command::Bench(Bench::Page(options)) => bench::page(&options),
+        Command::Bench(Bench::Scenarios) => bench::scenarios(),
+        Command::Bench(Bench::ImportGuestperf(options)) => bench::import_guestperf(&options),
         Command::Bench(Bench::Link(options)) => bench::link(client, options).await,
         Command::Bench(Bench::Ram(options)) => bench::ram(options).await,
         Command::Completions { shell } => {

@@ -113,11 +113,11 @@ pub fn import_text(text: &str) -> Result<RunReport, ReadError> {
     if value.get("progress_history").is_none() || value.get("guest_timings").is_none() {
         return Err(ReadError::NotAReport { guestperf: false });
     }
-    serde_json::from_value(value).map(convert).map_err(ReadError::Malformed)
+    serde_json::from_value(value).map(|theirs| convert(&theirs)).map_err(ReadError::Malformed)
 }
 
-fn convert(theirs: Theirs) -> RunReport {
-    let mut report = RunReport::new(Origin::Guestperf, settings(&theirs));
+fn convert(theirs: &Theirs) -> RunReport {
+    let mut report = RunReport::new(Origin::Guestperf, settings(theirs));
     let history = &theirs.progress_history;
     report.versions.source_qemu = (!theirs.binary.is_empty()).then(|| theirs.binary.clone());
     report.versions.accelerator = Some("kvm".into());
@@ -156,15 +156,14 @@ fn convert(theirs: Theirs) -> RunReport {
             }
         })
         .collect();
-    let guest = |it: &Timing| {
-        GuestRecord { at_ms: at_ms(it.timestamp), ms: it.value, bytes: GIB, thread: it.tid, host: None }
-    };
+    let guest =
+        |it: &Timing| GuestRecord { at_ms: at_ms(it.timestamp), ms: it.value, bytes: GIB, thread: it.tid, host: None };
     report.samples.records = theirs.guest_timings.iter().map(guest).collect();
     report.samples.records.sort_by(|a, b| a.at_ms.total_cmp(&b.at_ms));
-    report.samples.cpu = cpu(&theirs, at_ms);
+    report.samples.cpu = cpu(theirs, at_ms);
     report.page_check = PageCheck::NotChecked { reason: "guestperf's guest does not check its pages".into() };
     report.add_mark(MarkKind::Copy, 0.0);
-    end(&mut report, &theirs, at_ms);
+    end(&mut report, theirs, at_ms);
     report
 }
 
@@ -215,7 +214,7 @@ fn settings(theirs: &Theirs) -> Settings {
         guest_mode: Some("write".into()),
         guest_fill: Some("random".into()),
         transport: theirs.transport.clone(),
-        bandwidth: (scenario.bandwidth < UNBOUNDED).then(|| (scenario.bandwidth * MIB as f64) as u64),
+        bandwidth: (scenario.bandwidth < UNBOUNDED).then_some((scenario.bandwidth * MIB as f64) as u64),
         downtime_limit_ms: scenario.downtime as u64,
         most_rounds: Some(scenario.max_iters),
         most_time_ms: Some((scenario.max_time * 1e3) as u64),

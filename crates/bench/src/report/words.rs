@@ -34,7 +34,7 @@ impl Settings {
 }
 
 /// Bits a second, as people say them.
-pub(crate) fn bits_in_words(bits: u64) -> String {
+fn bits_in_words(bits: u64) -> String {
     match bits {
         1_000_000_000.. => format!("{} Gbit/s", bits as f64 / 1e9),
         _ => format!("{} Mbit/s", bits as f64 / 1e6),
