@@ -18,11 +18,16 @@ const UPLOT_LICENCE: &str = include_str!("page/uplot/LICENSE");
 
 /// A page needs no more points of a line than a screen has columns: longer ones are thinned to this.
 const MOST_POINTS: usize = 2000;
+/// Of many runs, each has fewer, but no less than can be read.
+const POINTS_IN_ALL: usize = 60_000;
+const FEWEST_POINTS: usize = 200;
 
 /// The page of these reports.
 pub fn page(title: &str, reports: &[RunReport]) -> String {
-    let data =
-        json!({ "title": title, "runs": reports.iter().map(thinned).collect::<Vec<_>>(), "groups": groups(reports) });
+    let points = (POINTS_IN_ALL / reports.len().max(1)).clamp(FEWEST_POINTS, MOST_POINTS);
+    let runs: Vec<Value> = reports.iter().map(|report| thinned(report, points)).collect();
+    let figures: Vec<[&str; 2]> = FIGURES.iter().map(|figure| [figure.name, figure.unit]).collect();
+    let data = json!({ "title": title, "runs": runs, "groups": groups(reports), "figures": figures });
     FRAME
         .replace("/*UPLOT_STYLE*/", UPLOT_STYLE)
         .replace("/*STYLE*/", STYLE)
@@ -54,24 +59,37 @@ fn groups(reports: &[RunReport]) -> Vec<Value> {
     groups.iter().map(row).collect()
 }
 
-fn thinned(report: &RunReport) -> Value {
+fn thinned(report: &RunReport, points: usize) -> Value {
     let mut report = report.clone();
     let samples = &mut report.samples;
-    samples.progress = every_nth::<ProgressSample>(&samples.progress);
-    samples.records = every_nth::<GuestRecord>(&samples.records);
-    samples.cpu = every_nth::<CpuSample>(&samples.cpu);
+    samples.progress = every_nth::<ProgressSample>(&samples.progress, points);
+    samples.records = every_nth::<GuestRecord>(&samples.records, points);
+    samples.cpu = every_nth::<CpuSample>(&samples.cpu, points);
     // The worst ones are what a reader looks for.
     samples.stalls.sort_by(|a, b| b.ms.total_cmp(&a.ms));
-    samples.stalls.truncate(MOST_POINTS);
+    samples.stalls.truncate(points);
     samples.stalls.sort_by(|a, b| a.at_ms.total_cmp(&b.at_ms));
     let name = report.set_up();
     let mut value = serde_json::to_value(&report).expect("a report is plain data");
     value["name"] = name.into();
+    round(&mut value);
     value
 }
 
-fn every_nth<T: Copy>(all: &[T]) -> Vec<T> {
-    let step = all.len().div_ceil(MOST_POINTS).max(1);
+/// No figure of a page needs more than two digits behind the point.
+fn round(value: &mut Value) {
+    match value {
+        Value::Number(number) if number.is_f64() => {
+            *value = number.as_f64().map_or(Value::Null, |it| json!((it * 100.0).round() / 100.0));
+        }
+        Value::Array(all) => all.iter_mut().for_each(round),
+        Value::Object(all) => all.values_mut().for_each(round),
+        _ => {}
+    }
+}
+
+fn every_nth<T: Copy>(all: &[T], points: usize) -> Vec<T> {
+    let step = all.len().div_ceil(points).max(1);
     all.iter().step_by(step).copied().collect()
 }
 
@@ -111,7 +129,10 @@ mod tests {
 
     #[test]
     fn long_lines_are_thinned() {
-        assert_eq!(every_nth(&vec![1; 10 * MOST_POINTS + 1]).len(), 1819);
-        assert_eq!(every_nth(&[1, 2, 3]), [1, 2, 3]);
+        assert_eq!(every_nth(&vec![1; 10 * MOST_POINTS + 1], MOST_POINTS).len(), 1819);
+        let mut value = json!({ "a": [1.23456, 7], "b": null });
+        round(&mut value);
+        assert_eq!(value, json!({ "a": [1.23, 7], "b": null }));
+        assert_eq!(every_nth(&[1, 2, 3], MOST_POINTS), [1, 2, 3]);
     }
 }

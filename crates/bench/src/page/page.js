@@ -1,7 +1,7 @@
 "use strict";
 // Draws the reports of this page. body.dataset tells how that went, for whoever checks it: `charts` and `errors`.
 (() => {
-  const { title, runs, groups } = JSON.parse(document.getElementById("data").textContent);
+  const { title, runs, groups, figures } = JSON.parse(document.getElementById("data").textContent);
   const COLOURS = ["#1f77b4", "#d95f02", "#2ca02c", "#9467bd", "#e7298a", "#8c6d31", "#17a2b8", "#7f7f7f"];
   const MIB = 1048576;
   const errors = [];
@@ -37,7 +37,8 @@
     seen.set(name, times);
     run.label = times > 1 ? `${name} #${times}` : name;
     run.colour = COLOURS[index % COLOURS.length];
-    run.drawn = index < 4;
+    // One of each kind, to begin with.
+    run.drawn = runs.findIndex((other) => other.name === run.name) === index && new Set(runs.slice(0, index + 1).map((it) => it.name)).size <= 4;
   }
   const common = parts[0]?.filter((_, index) => !differs[index]).join(" · ");
   document.getElementById("lead").textContent =
@@ -105,7 +106,7 @@
   sortable(document.getElementById("run-table"), runColumns, runs);
   if (groups.length) {
     document.getElementById("medians").hidden = false;
-    const names = [...new Set(groups.flatMap((group) => Object.keys(group.figures)))];
+    const known = figures.filter(([name]) => groups.some((group) => group.figures[name]));
     const spread = (name) => (group) => {
       const figure = group.figures[name];
       return figure ? element("td", {}, number(figure[0]), element("span", { class: "range" }, ` (${number(figure[1])} to ${number(figure[2])})`)) : element("td", {}, "–");
@@ -114,7 +115,7 @@
       { name: "set-up", value: (group) => group.name, cell: (group) => element("td", {}, group.name) },
       { name: "completed", value: (group) => group.completed / group.runs, cell: (group) =>
         element("td", { class: group.completed < group.runs ? "bad" : "" }, `${group.completed} of ${group.runs}`) },
-      ...names.map((name) => ({ name, value: (group) => group.figures[name]?.[0] ?? null, cell: spread(name) })),
+      ...known.map(([name, unit]) => ({ name: `${name}, ${unit}`, value: (group) => group.figures[name]?.[0] ?? null, cell: spread(name) })),
     ], groups);
   }
 
@@ -198,7 +199,7 @@
   };
 
   const living = [];
-  const draw = (box, spec, lines, drawn) => {
+  const draw = (box, spec, lines, drawn, time) => {
     const xs = [...new Set(lines.flatMap((it) => it.points.map(([x]) => x)))].sort((a, b) => a - b);
     if (!xs.length) return false;
     const data = [xs, ...lines.map((it) => { const at = new Map(it.points); return xs.map((x) => at.has(x) ? at.get(x) : undefined); })];
@@ -207,7 +208,7 @@
       width: box.clientWidth,
       height: Math.max(200, Math.min(320, box.clientWidth * 0.4)),
       cursor: { sync: { key: "time" } },
-      scales: { x: { time: false }, y: spec.log ? { distr: 3, log: 10 } : { range: (_, __, most) => [0, Math.max(most, 1) * 1.05] } },
+      scales: { x: { time: false, range: (_, from, to) => from === xs[0] && to === xs.at(-1) ? time : [from, to] }, y: spec.log ? { distr: 3, log: 10 } : { range: (_, __, most) => [0, Math.max(most, 1) * 1.05] } },
       axes: [{ ...axis, values: (_, ticks) => ticks.map((tick) => `${tick} s`) }, { ...axis, size: 64, label: spec.unit, labelSize: 18,
         // On a scale by powers of ten only these are written.
         values: (_, ticks) => ticks.map((tick) => spec.log && !Number.isInteger(Math.log10(tick)) ? "" : number(tick)) }],
@@ -232,12 +233,15 @@
     for (const run of drawn.slice(0, 4)) {
       charts.push([{ title: drawn.length > 1 ? `Processors: ${run.label}` : "Processors", unit: "% of one", about: "QEMU's threads by their kind." }, cpuLines(run), [run]]);
     }
+    // Charts that lie below one another show the same stretch of time; one can still be looked at more closely.
+    const all = charts.flatMap(([, lines]) => lines.flatMap((it) => it.points.map(([x]) => x)));
+    const time = all.reduce(([least, most], x) => [Math.min(least, x), Math.max(most, x)], [Infinity, -Infinity]);
     let count = 0;
     for (const [spec, lines, of] of charts) {
       if (!lines.some((it) => it.points.length)) continue;
       const box = element("div", { class: "chart" });
       place.append(element("h2", {}, spec.title), spec.about ? element("p", {}, spec.about) : null ?? "", box);
-      if (draw(box, spec, lines, of)) count++;
+      if (draw(box, spec, lines, of, time)) count++;
     }
     if (!drawn.length) place.append(element("p", {}, "No run is chosen."));
     document.body.dataset.charts = count;

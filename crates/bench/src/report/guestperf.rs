@@ -119,7 +119,11 @@ pub fn import_text(text: &str) -> Result<RunReport, ReadError> {
 fn convert(theirs: &Theirs) -> RunReport {
     let mut report = RunReport::new(Origin::Guestperf, settings(theirs));
     let history = &theirs.progress_history;
-    report.versions.source_qemu = (!theirs.binary.is_empty()).then(|| theirs.binary.clone());
+    if !theirs.binary.is_empty() {
+        report
+            .notes
+            .push(format!("The source's QEMU was {}; of which version, guestperf does not tell.", theirs.binary));
+    }
     report.versions.accelerator = Some("kvm".into());
     // The migration began as long before its first look as that says.
     let begun = history.first().map_or(0.0, |first| first.now - first.duration / 1e3);

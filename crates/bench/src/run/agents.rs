@@ -1,6 +1,6 @@
 //! Through two real agents on a testbed: vmferry as its users have it, or turning to post-copy when a scenario says so.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use vmferry_agent::api::local::Begun;
 use vmferry_agent::api::types::{MigrateRequest, MigrationEvent, Problem, Report, Step, VmView};
@@ -11,6 +11,8 @@ use super::{Driven, RunError, RunOptions, Transport, VM, conclude, measure_link,
 use crate::report::{Lever, MarkKind, Origin, Outcome, Recorder, RunReport, Summary};
 use crate::testbed::{Host, Testbed, TestbedOptions};
 
+/// How often it is looked whether the destination's QEMU is there yet.
+const LOOK: Duration = Duration::from_millis(100);
 /// Never, for a scenario that is pre-copy to the end.
 const NEVER: u32 = u32::MAX;
 
@@ -96,12 +98,12 @@ async fn drive(
         last.then_some(())
     });
     tokio::pin!(follow);
+    let mut look = tokio::time::interval(LOOK);
     let deadline = recorder.begun() + scenario.most_time;
     let mut stopped: Option<String> = None;
     let (mut post_copy, mut following) = (false, true);
     let end: Result<Box<Report>, Problem> = loop {
         let event = tokio::select! {
-            biased;
             event = events.recv() => event,
             ended = &mut follow, if following => {
                 ended?;
@@ -111,10 +113,12 @@ async fn drive(
             }
             () = tokio::time::sleep_until(deadline.into()), if stopped.is_none() => {
                 stopped = Some(format!("not done after {} s", scenario.most_time.as_secs()));
-                client.delete(&path).await?;
+                recorder.mark(MarkKind::Cancelled);
+                // An error means that it has ended already; its last event says how.
+                let _ = client.delete(&path).await;
                 continue;
             }
-            () = tokio::time::sleep(std::time::Duration::from_millis(100)), if !sampler.knows_destination() => {
+            _ = look.tick(), if !sampler.knows_destination() => {
                 if let Ok(Some(view)) = bed.beta().show(VM).await {
                     sampler.watch(|watched| watched.qemus[1] = Some(view.pid));
                 }
@@ -137,7 +141,8 @@ async fn drive(
         if !scenario.automatic && done >= scenario.most_rounds && !post_copy && stopped.is_none() {
             stopped = Some(format!("not done after {done} rounds"));
             recorder.mark(MarkKind::Cancelled);
-            client.delete(&path).await?;
+            // As above.
+            let _ = client.delete(&path).await;
         }
     };
     let ended = Instant::now();

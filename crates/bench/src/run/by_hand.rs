@@ -231,15 +231,18 @@ impl Pair {
             let info = info_of(&last)?;
             let ram = info.ram.clone().unwrap_or_default();
             let round = ram.dirty_sync_count as u32;
-            recorder.progress(ProgressSample {
-                at_ms: 0.0,
-                round,
-                remaining: ram.remaining,
-                sent: ram.transferred,
-                dirty_rate: ram.dirty_pages_rate * ram.page_size.unwrap_or(4096),
-                link_rate: rate.update(ram.transferred),
-                throttle: info.cpu_throttle_percentage.unwrap_or(0).min(100) as u8,
-            });
+            // Before QEMU has counted the guest's RAM there is nothing to tell.
+            if ram.total > 0 {
+                recorder.progress(ProgressSample {
+                    at_ms: 0.0,
+                    round,
+                    remaining: ram.remaining,
+                    sent: ram.transferred,
+                    dirty_rate: ram.dirty_pages_rate * ram.page_size.unwrap_or(4096),
+                    link_rate: rate.update(ram.transferred),
+                    throttle: info.cpu_throttle_percentage.unwrap_or(0).min(100) as u8,
+                });
+            }
             let under_way = match &info.status {
                 Some(MigrationStatus::Completed) => break (None, info),
                 Some(MigrationStatus::Failed | MigrationStatus::Cancelled) => {
