@@ -229,7 +229,7 @@
     const place = document.getElementById("charts");
     place.replaceChildren();
     const drawn = runs.filter((run) => run.drawn);
-    const charts = CHARTS.map((spec) => [spec, spec.lines(drawn), drawn]);
+    const charts = CHARTS.map((spec) => [spec, spec.lines(drawn).filter((it) => it.points.length), drawn]);
     for (const run of drawn.slice(0, 4)) {
       charts.push([{ title: drawn.length > 1 ? `Processors: ${run.label}` : "Processors", unit: "% of one", about: "QEMU's threads by their kind." }, cpuLines(run), [run]]);
     }
@@ -238,7 +238,7 @@
     const time = all.reduce(([least, most], x) => [Math.min(least, x), Math.max(most, x)], [Infinity, -Infinity]);
     let count = 0;
     for (const [spec, lines, of] of charts) {
-      if (!lines.some((it) => it.points.length)) continue;
+      if (!lines.length) continue;
       const box = element("div", { class: "chart" });
       place.append(element("h2", {}, spec.title), spec.about ? element("p", {}, spec.about) : null ?? "", box);
       if (draw(box, spec, lines, of, time)) count++;
