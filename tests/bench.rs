@@ -63,7 +63,7 @@ async fn every_means_of_a_batch_really_acts_and_a_batch_goes_on_where_it_was_in_
         ),
         // QEMU looks at the guest's pace once a second, and slows it down when it was too fast twice.
         ("slowed", 12, "capabilities = [\"auto-converge\"]\nparameters = { cpu-throttle-increment = 50 }"),
-        ("changes", 3, "capabilities = [\"xbzrle\"]\npercent-of-ram = { xbzrle-cache-size = 50 }"),
+        ("changes", 6, "capabilities = [\"xbzrle\"]\npercent-of-ram = { xbzrle-cache-size = 50 }"),
         ("impossible", 3, "capabilities = [\"teleport\"]"),
     ] {
         let scenario = format!("about = \"{name}\"\nengines = [\"qemu\"]\nmost-rounds = {rounds}\n[[qemu]]\n{means}\n");

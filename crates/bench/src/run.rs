@@ -281,7 +281,8 @@ async fn conclude(
     }
     tokio::time::sleep(options.after).await;
     let watched_until = Instant::now();
-    let host = usize::from(outcome.is_completed());
+    // One that is stuck in post-copy has left all the same.
+    let host = watch.log().beats().last().map_or(0, |beat| beat.host);
     report.page_check = check_pages(watch, host).await;
     let begun = recorder.begun();
     let summary = &mut report.summary;

@@ -271,6 +271,10 @@ impl Pair {
             // A guest that is paused, or elsewhere, needs no more rounds.
             if late || (done >= scenario.most_rounds && !paused && !post_copy) {
                 let why = match late {
+                    true if post_copy => format!(
+                        "post-copy was not done after {} s, and there is no way back from it",
+                        scenario.most_time.as_secs()
+                    ),
                     true => format!("not done after {} s", scenario.most_time.as_secs()),
                     false => format!("not done after {done} rounds"),
                 };
@@ -362,12 +366,12 @@ fn levers(
     }
     if has("xbzrle") {
         let (pages, bytes) = (number("/xbzrle-cache/pages"), number("/xbzrle-cache/bytes"));
-        let missed = number("/xbzrle-cache/cache-miss");
-        add(
-            "xbzrle",
-            pages > 0.0,
-            format!("{pages} pages were sent as {bytes} bytes of changes, {missed} were not in the cache"),
+        let (missed, whole) = (number("/xbzrle-cache/cache-miss"), number("/xbzrle-cache/overflow"));
+        let evidence = format!(
+            "{pages} pages were sent as {bytes} bytes of changes, {whole} had changed too much for that, {missed} were \
+             not in the cache"
         );
+        add("xbzrle", pages + whole > 0.0, evidence);
     }
     if has("compress") {
         let (pages, bytes) = (number("/compression/pages"), number("/compression/compressed-size"));
