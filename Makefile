@@ -2,8 +2,9 @@
 # make test   all tests, on real QEMU
 # make lint   formatting, clippy, licences
 # make bench  the figures of docs/FIGURES.md
+# make study  the 2016 study's tables again, small: docs/study/
 
-.PHONY: demo test lint bench build install
+.PHONY: demo test lint bench study build install
 
 demo:
 	@scripts/setup.sh
@@ -23,6 +24,12 @@ bench:
 	scripts/setup.sh --for-tests
 	cargo build --release --package vmferry --bin vmferry --example figures
 	target/release/examples/figures
+
+# Goes on where it was interrupted; MINUTES=10 make study runs as much as fits.
+study:
+	scripts/setup.sh --for-tests
+	cargo build --release --package vmferry --bin vmferry
+	scripts/study.sh
 
 build:
 	cargo build --release --package vmferry

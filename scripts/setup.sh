@@ -245,6 +245,14 @@ fetch_sshd() {
     say "target/sshd is Debian's openssh-server, unpacked"
 }
 
+# --- a browser, for the test that looks at pages of reports -----------------------------------------------------------
+
+install_browser() {
+    has chromium || has chromium-browser || has google-chrome ||
+        (install_packages "a test shows it the page of reports" chromium) ||
+        say "no browser: the page of reports is not looked at"
+}
+
 # The mirror that this system takes Debian's own packages from.
 debian_mirror() {
     local codename
@@ -264,4 +272,5 @@ if [ "$for_tests" = yes ]; then
     install_nextest
     fetch_second_qemu
     fetch_sshd
+    install_browser
 fi

@@ -5,6 +5,7 @@
 
 mod api;
 mod bed;
+mod bench;
 mod crashes;
 mod demo;
 mod docs;

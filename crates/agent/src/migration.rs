@@ -20,7 +20,7 @@ use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use vmferry_link::{Cipher, Fingerprint, fastest_cipher};
-use vmferry_policy::{Action, Limits, Observation, Policy, Simple};
+use vmferry_policy::{Action, AfterRounds, Limits, Observation, Policy, Simple};
 use vmferry_qemu::qmp::commands;
 use vmferry_qemu::{Endpoint, Features, MigrationStatus, QmpError, RunState, StreamKey, protect_streams};
 use vmferry_ram::Backend;
@@ -169,6 +169,7 @@ pub(crate) async fn begin(
         plan,
         limits,
         bandwidth,
+        post_copy_after: request.post_copy_after,
         to: request.to,
         steps: Steps::begin(begun),
         downtime: Duration::ZERO,
@@ -504,6 +505,8 @@ struct Run {
     plan: Plan,
     limits: Limits,
     bandwidth: Option<u64>,
+    /// See [`MigrateRequest::post_copy_after`].
+    post_copy_after: Option<u32>,
     to: String,
     steps: Steps,
     downtime: Duration,
@@ -650,7 +653,10 @@ impl Run {
         self.step(Step::CopyRam);
         self.agent.store.step_out(self.migration.id, OutStep::CopyRam)?;
         engine.start().await?;
-        let mut policy = Simple::default();
+        let mut policy: Box<dyn Policy> = match self.post_copy_after {
+            Some(rounds) => Box::new(AfterRounds::new(rounds)),
+            None => Box::<Simple>::default(),
+        };
         loop {
             let seen = tokio::select! {
                 seen = engine.observe() => seen?,

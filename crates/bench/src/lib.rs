@@ -4,13 +4,20 @@
 //! and beats every 5 ms on its serial port (`guest/`). [`GuestOptions`] says how it is to behave, [`GuestLog`] reads what
 //! it says, from both hosts of a migration, and tells how long the guest's users had to wait.
 
+pub mod batch;
+pub mod compare;
 #[cfg(test)]
 mod cpio;
 mod guest;
 pub mod link;
 mod log;
 pub mod migration;
+pub mod page;
 pub mod ram;
+pub mod record;
+pub mod report;
+pub mod run;
+pub mod scenario;
 pub mod testbed;
 mod tracking;
 

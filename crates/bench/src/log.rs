@@ -298,16 +298,19 @@ impl GuestLog {
         self.beats.windows(2).filter(move |pair| pair[1].at > from && pair[0].at < to)
     }
 
-    /// The times between consecutive records of the same thread, of those that ended in this window.
+    /// Each record with how long it took on the host's clock: since the one before of the same thread.
+    pub fn timed_records(&self) -> impl Iterator<Item = (&Written, Duration)> {
+        self.written.iter().enumerate().filter_map(|(index, record)| {
+            let before = self.written[..index].iter().rev().find(|before| before.thread == record.thread)?;
+            // A record lost at the switchover must not make two look like a slow one.
+            (before.n + 1 == record.n).then(|| (record, record.at - before.at))
+        })
+    }
+
+    /// The times of the records that ended in this window.
     fn record_times(&self, from: Instant, to: Instant) -> Vec<Duration> {
-        let ended = self.written.iter().enumerate().filter(|(_, record)| (from..=to).contains(&record.at));
-        ended
-            .filter_map(|(index, record)| {
-                let before = self.written[..index].iter().rev().find(|before| before.thread == record.thread)?;
-                // A record lost at the switchover must not make two look like a slow one.
-                (before.n + 1 == record.n).then(|| record.at - before.at)
-            })
-            .collect()
+        let ended = self.timed_records().filter(|(record, _)| (from..=to).contains(&record.at));
+        ended.map(|(_, took)| took).collect()
     }
 }
 

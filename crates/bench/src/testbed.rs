@@ -4,7 +4,7 @@
 //! otherwise both live on the loopback address with a port each. Everything that a testbed starts or makes ends with
 //! it: agents, QEMUs, namespaces, files.
 
-mod network;
+pub(crate) mod network;
 
 use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
@@ -24,7 +24,7 @@ use network::Network;
 /// How long an agent may take to be ready.
 const AGENT_START: Duration = Duration::from_secs(20);
 /// How long a guest may take to boot and fill its memory.
-const GUEST_START: Duration = Duration::from_secs(60);
+pub(crate) const GUEST_START: Duration = Duration::from_secs(60);
 
 /// Why a testbed could not be set up, or something on it did not work.
 #[derive(Debug, thiserror::Error)]
@@ -171,6 +171,11 @@ impl Testbed {
     /// A folder that goes with the testbed.
     pub fn dir(&self) -> &Path {
         self.dir.path()
+    }
+
+    /// What the hosts are joined by.
+    pub(crate) fn network(&self) -> &Network {
+        &self.network
     }
 
     /// The link between the hosts stops carrying anything, or carries again. Only with namespaces.
@@ -380,7 +385,7 @@ pub fn processes_naming(dir: &str) -> Vec<i32> {
 }
 
 /// The measuring guest's kernel, which `scripts/setup.sh` puts under target/.
-fn kernel() -> Result<PathBuf> {
+pub(crate) fn kernel() -> Result<PathBuf> {
     let path = workspace().join("target/guest/vmlinuz");
     match path.exists() {
         true => Ok(path),
@@ -423,6 +428,12 @@ pub struct GuestWatch {
 }
 
 impl GuestWatch {
+    /// Of a guest that no agent knows; see [`follow_socket`](Self::follow_socket).
+    pub fn new() -> Self {
+        let input = (0..2).map(|_| tokio::sync::mpsc::channel(1).0).collect();
+        Self { log: Arc::default(), input, followers: Vec::new() }
+    }
+
     /// What was heard so far.
     pub fn log(&self) -> MutexGuard<'_, GuestLog> {
         self.log.lock().expect("no holder of this lock panics")
@@ -472,6 +483,12 @@ impl GuestWatch {
     pub async fn say(&self, host: usize, line: &'static str) {
         // A follower that has ended has no console to type into; whoever waits for the answer notices.
         let _ = self.input[host].send(line).await;
+    }
+}
+
+impl Default for GuestWatch {
+    fn default() -> Self {
+        Self::new()
     }
 }
 

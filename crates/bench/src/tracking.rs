@@ -22,7 +22,12 @@ pub(crate) struct Tracked {
 }
 
 /// Tracks the RAM, of so many bytes, of the QEMU of this process.
-pub(crate) async fn track(watch: &GuestWatch, pid: u32, ram_bytes: u64, every: &[Duration]) -> Result<Tracked, TestbedError> {
+pub(crate) async fn track(
+    watch: &GuestWatch,
+    pid: u32,
+    ram_bytes: u64,
+    every: &[Duration],
+) -> Result<Tracked, TestbedError> {
     let speed = || {
         let now = Instant::now();
         watch.log().rewritten_per_second(now.checked_sub(WINDOW).unwrap_or(now), now) / f64::from(1 << 20)

@@ -4,8 +4,10 @@
 //! seen ([`Observation`]) and does what it says ([`Action`]); the same policy can therefore steer any RAM engine, a
 //! simulator or a recorded run.
 
+mod after_rounds;
 mod simple;
 
+pub use after_rounds::AfterRounds;
 pub use simple::Simple;
 
 use std::time::Duration;

@@ -1,4 +1,10 @@
-//! The command line: what can be said, and the help that teaches it.
+//! The command line: what can be said, and the help that teaches it. What measures is in a file of its own.
+
+mod bench;
+
+pub(crate) use bench::{
+    BatchOptions, Bench, BenchLinkOptions, BenchRamOptions, BenchRunOptions, CompareOptions, ImportOptions, PageOptions,
+};
 
 use std::path::PathBuf;
 
@@ -147,60 +153,6 @@ QEMU here with any arguments, as the agent's user.")]
     },
 }
 
-#[derive(Subcommand)]
-pub(crate) enum Bench {
-    /// What the link carries and costs, with every protection and packing
-    #[command(after_long_help = "\
-With --loopback, what people use today is measured beside it in the same run: plain TCP, ssh, QEMU's own migration and
-TLS, and the ways that libvirt's developers compared in 2009. That needs QEMU and an sshd, which is started with keys
-and a configuration of its own, on the loopback address only.
-
-To another host, both agents must run and be paired; plain is measured where both hosts' configuration permits it.")]
-    Link(BenchLinkOptions),
-    /// The engines side by side: the same guests over the same link, moved by the agents and by QEMU
-    #[command(after_long_help = "\
-Needs root, for two hosts in network namespaces of this one, QEMU, and the kernel of the measuring guest.")]
-    Ram(BenchRamOptions),
-}
-
-#[derive(Args)]
-pub(crate) struct BenchRamOptions {
-    /// How often; the table has medians
-    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=99))]
-    pub rounds: u32,
-    /// Only set-ups whose names contain this
-    #[arg(long, value_name = "TEXT", default_value = "")]
-    pub only: String,
-    /// Write the report there, as JSON
-    #[arg(long, value_name = "FILE")]
-    pub json: Option<PathBuf>,
-}
-
-#[derive(Args)]
-pub(crate) struct BenchLinkOptions {
-    /// The other host: a peer's name or its address
-    #[arg(required_unless_present = "loopback", conflicts_with = "loopback")]
-    pub host: Option<String>,
-    /// On this host alone, without agents
-    #[arg(long)]
-    pub loopback: bool,
-    /// How long each way is measured in each round
-    #[arg(long, value_name = "TIME", default_value = "2s", value_parser = duration)]
-    pub time: std::time::Duration,
-    /// How often; the table has medians
-    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=99))]
-    pub rounds: u32,
-    /// Nothing but vmferry's own link
-    #[arg(long)]
-    pub only_ours: bool,
-    /// Write the report there, as JSON
-    #[arg(long, value_name = "FILE")]
-    pub json: Option<PathBuf>,
-    /// Write the report there, as a page
-    #[arg(long, value_name = "FILE")]
-    pub html: Option<PathBuf>,
-}
-
 #[derive(Args)]
 pub(crate) struct AgentOptions {
     /// The configuration [default: /etc/vmferry/agent.toml, if it exists]
@@ -236,6 +188,9 @@ pub(crate) struct MigrateOptions {
     /// Never run the guest on the destination before all of its memory is there
     #[arg(long)]
     pub no_post_copy: bool,
+    /// Write a report of it there, which `vmferry bench page` draws; also when it does not complete
+    #[arg(long, value_name = "FILE", conflicts_with = "dry_run")]
+    pub record: Option<PathBuf>,
     /// Who moves the memory: external (the agents) or qemu (QEMU itself) [default: as this host's agent is configured]
     #[arg(long, value_name = "ENGINE")]
     pub engine: Option<EngineName>,

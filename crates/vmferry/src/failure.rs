@@ -5,7 +5,11 @@ use std::path::PathBuf;
 use vmferry_agent::api::types::Code;
 use vmferry_agent::client::ClientError;
 use vmferry_agent::error::in_one_line;
+use vmferry_bench::batch::BatchError;
 use vmferry_bench::link::LinkBenchError;
+use vmferry_bench::report::ReadError;
+use vmferry_bench::run::RunError;
+use vmferry_bench::scenario::ScenarioError;
 use vmferry_bench::testbed::TestbedError;
 
 /// Why a command did not do what it was asked. The exit codes are listed in the help (`cli.rs`).
@@ -30,6 +34,20 @@ pub(crate) enum Failure {
     Bench(#[source] LinkBenchError),
     #[error("cannot measure the engines")]
     BenchRam(#[from] TestbedError),
+    #[error(transparent)]
+    Measure(#[from] RunError),
+    #[error(transparent)]
+    Scenario(#[from] ScenarioError),
+    #[error(transparent)]
+    ReadReport(#[from] ReadError),
+    #[error(transparent)]
+    Batch(#[from] BatchError),
+    #[error("{0} of the runs failed; run it again to try them once more")]
+    RunsFailed(usize),
+    #[error("the guest's memory did not arrive as it was: {0}")]
+    Damaged(String),
+    #[error("interrupted; nothing is left running")]
+    Interrupted,
     #[error("cannot write the report to {}", path.display())]
     Report { path: PathBuf, source: std::io::Error },
     #[error("cannot tell the current folder")]
@@ -80,16 +98,36 @@ impl Failure {
             Self::Agent(ClientError::NoAgent { .. }) => 7,
             Self::Agent(ClientError::Problem(problem)) => exit_code(problem.code),
             Self::Agent(ClientError::LostSight) | Self::StoppedLooking => 6,
-            Self::BadSshHost(_) => 2,
-            Self::Ssh(_) | Self::NoTokenOverSsh { .. } => 3,
+            Self::Measure(error) | Self::Batch(BatchError::Run(error)) => measuring_code(error),
+            Self::Interrupted => 130,
+            Self::BadSshHost(_)
+            | Self::Scenario(_)
+            | Self::Batch(
+                BatchError::Toml { .. }
+                | BatchError::Senseless(_)
+                | BatchError::OtherMatrix(_)
+                | BatchError::Scenario(_),
+            ) => 2,
+            Self::Ssh(_) | Self::NoTokenOverSsh { .. } | Self::ReadReport(_) | Self::Batch(BatchError::Read(_)) => 3,
             Self::Agent(ClientError::Lost(_))
             | Self::Bench(_)
             | Self::BenchRam(_)
+            | Self::Batch(BatchError::Io { .. })
+            | Self::RunsFailed(_)
+            | Self::Damaged(_)
             | Self::Report { .. }
             | Self::Serve(_)
             | Self::Terminal(_)
             | Self::NoFolder(_) => 1,
         }
+    }
+}
+
+fn measuring_code(error: &RunError) -> u8 {
+    match error {
+        RunError::Senseless { .. } => 2,
+        RunError::CannotHere { .. } | RunError::NoMemory { .. } | RunError::NoRights { .. } => 3,
+        _ => 1,
     }
 }
 

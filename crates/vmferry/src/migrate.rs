@@ -7,6 +7,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use vmferry_agent::api::local::Begun;
 use vmferry_agent::api::types::{MigrateRequest, MigrationEvent, MigrationView, PlanView, Progress, Report, Step};
 use vmferry_agent::client::{Client, ClientError, vm_path};
+use vmferry_bench::record::LiveRecord;
 
 use crate::cli::MigrateOptions;
 use crate::failure::Failure;
@@ -25,8 +26,13 @@ pub(crate) async fn run(client: &Client, options: MigrateOptions) -> Result<(), 
         max_time_ms: options.max_time.map(|time| time.as_millis() as u64),
         bandwidth: options.bandwidth,
         post_copy: !options.no_post_copy,
+        post_copy_after: None,
         engine: options.engine,
         disks_are_shared: options.disks_are_shared,
+    };
+    let mut record = match &options.record {
+        Some(_) => Some(LiveRecord::begin(&client.get(&vm_path(&options.name)).await?, &request)),
+        None => None,
     };
     let begun: Begun = client.post(&path, &request).await?;
     let Some(id) = begun.id else {
@@ -43,15 +49,27 @@ pub(crate) async fn run(client: &Client, options: MigrateOptions) -> Result<(), 
         (false, false) => Box::new(LineView::default()),
     };
     let events = format!("/v1/migrations/{id}/events");
+    if let Some(record) = &mut record {
+        record.plan(&begun.plan);
+    }
     let follow = client.follow(&events, |event| {
         view.show(&event);
+        if let Some(record) = &mut record {
+            record.event(&event);
+        }
         match event {
             MigrationEvent::Finished(report) => Some(Ok(report)),
             MigrationEvent::Failed(problem) => Some(Err(ClientError::Problem(problem))),
             _ => None,
         }
     });
-    let report = cancel_on_interrupt(client, &path, follow).await??;
+    let ended = cancel_on_interrupt(client, &path, follow).await;
+    if let Some((record, path)) = record.zip(options.record) {
+        // A migration that failed is what a report is wanted of most.
+        let text = record.finish().to_json();
+        std::fs::write(&path, text).map_err(|source| Failure::Report { path, source })?;
+    }
+    let report = ended??;
     if !options.json {
         tell_report(&report);
     }

@@ -194,6 +194,9 @@ pub struct MigrateRequest {
     pub bandwidth: Option<u64>,
     /// Post-copy may be used.
     pub post_copy: bool,
+    /// For measurements: nothing is decided but to turn to post-copy when so many rounds are done.
+    #[serde(default)]
+    pub post_copy_after: Option<u32>,
     /// The RAM engine; without it the host's configuration decides.
     #[serde(default)]
     pub engine: Option<EngineName>,

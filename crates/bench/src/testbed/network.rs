@@ -1,6 +1,7 @@
 //! The network between two hosts of a testbed: two namespaces and a veth pair, or the loopback address.
 
 use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -13,13 +14,13 @@ const PORT: u16 = 7420;
 /// Testbeds of one process, told apart.
 static COUNT: AtomicU32 = AtomicU32::new(0);
 
-pub(super) struct Network {
+pub(crate) struct Network {
     /// Empty on the loopback address.
     namespaces: Vec<String>,
 }
 
 impl Network {
-    pub(super) fn set_up(namespaces: bool, bits: Option<u64>) -> Result<Self> {
+    pub(crate) fn set_up(namespaces: bool, bits: Option<u64>) -> Result<Self> {
         if !namespaces {
             return Ok(Self { namespaces: Vec::new() });
         }
@@ -44,7 +45,7 @@ impl Network {
         Ok(network)
     }
 
-    pub(super) fn address(&self, index: usize) -> Result<SocketAddr> {
+    pub(crate) fn address(&self, index: usize) -> Result<SocketAddr> {
         if !self.namespaces.is_empty() {
             return Ok(SocketAddr::from((ADDRESSES[index], PORT)));
         }
@@ -52,14 +53,19 @@ impl Network {
         Ok(std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?)
     }
 
-    pub(super) fn enter(&self, index: usize) -> Vec<String> {
+    pub(crate) fn enter(&self, index: usize) -> Vec<String> {
         match self.namespaces.get(index) {
             Some(name) => ["ip", "netns", "exec", name].map(str::to_owned).to_vec(),
             None => Vec::new(),
         }
     }
 
-    pub(super) fn set_link(&self, up: bool) -> Result<()> {
+    /// Where a namespace is entered; none on the loopback address.
+    pub(crate) fn namespace(&self, index: usize) -> Option<PathBuf> {
+        self.namespaces.get(index).map(|name| Path::new("/run/netns").join(name))
+    }
+
+    pub(crate) fn set_link(&self, up: bool) -> Result<()> {
         let name = self.namespaces.first().ok_or(TestbedError::Missing {
             what: "a link between namespaces".into(),
             hint: "set the testbed up with namespaces",

@@ -1,0 +1,189 @@
+//! `vmferry bench`: scenarios really do what they say, batches go on where they were, and nothing is left behind.
+
+use std::path::{Path, PathBuf};
+use std::process::Output;
+use std::time::Duration;
+
+use tokio::process::Command;
+use vmferry_bench::Mode;
+use vmferry_bench::batch::read_all;
+use vmferry_bench::report::{MarkKind, Origin, Outcome, PageCheck, RunReport, read};
+use vmferry_bench::testbed::two_qemus;
+
+use crate::bed::{assert_success, guest, options, start, text};
+
+fn vmferry(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vmferry"));
+    command.args(arguments).kill_on_drop(true);
+    command
+}
+
+async fn say(arguments: &[&str]) -> Output {
+    vmferry(arguments).output().await.expect("vmferry runs")
+}
+
+/// A run of a small guest, within this host; the report and what was printed.
+async fn run(dir: &Path, more: &[&str]) -> (RunReport, Output) {
+    let report = dir.join("report.json");
+    let file = report.display().to_string();
+    let common = ["bench", "run", "-o", &file, "--mem", "32M", "--before", "500ms", "--after", "500ms"];
+    let arguments: Vec<&str> = common.iter().chain(more).copied().collect();
+    let output = say(&arguments).await;
+    assert!(output.status.success(), "{}", text(&output));
+    (read(&report).expect("a report"), output)
+}
+
+/// The folder of the newer QEMU, for `--qemu` and matrices; empty when it is the system's.
+fn newer_qemu() -> String {
+    let [_, newer] = two_qemus().expect("two QEMUs");
+    newer.map_or_else(String::new, |dir| dir.canonicalize().expect("it is there").display().to_string())
+}
+
+fn assert_lever(report: &RunReport, name: &str) {
+    let lever = report.levers.iter().find(|it| it.name == name).unwrap_or_else(|| panic!("no {name}: {report:?}"));
+    assert!(lever.acted, "{}: {lever:?}, {:?}", report.settings.scenario, report.summary);
+}
+
+fn namespaces_of_ours() -> Vec<PathBuf> {
+    let Ok(all) = std::fs::read_dir("/run/netns") else { return Vec::new() };
+    let names = all.flatten().map(|entry| entry.path());
+    names.filter(|path| path.to_string_lossy().contains("vmferry-")).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_means_of_a_batch_really_acts_and_a_batch_goes_on_where_it_was_in_namespaces() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let (matrix, folder) = (dir.path().join("matrix.toml"), dir.path().join("runs"));
+    // A slow link for so small a guest; few rounds, as more show nothing new.
+    for (name, rounds, means) in [
+        (
+            "packed",
+            3,
+            "capabilities = [\"multifd\"]\nparameters = { multifd-channels = 2, multifd-compression = \"zstd\" }",
+        ),
+        // QEMU looks at the guest's pace once a second, and slows it down when it was too fast twice.
+        ("slowed", 12, "capabilities = [\"auto-converge\"]\nparameters = { cpu-throttle-increment = 50 }"),
+        ("changes", 6, "capabilities = [\"xbzrle\"]\npercent-of-ram = { xbzrle-cache-size = 50 }"),
+        ("impossible", 3, "capabilities = [\"teleport\"]"),
+    ] {
+        let scenario = format!("about = \"{name}\"\nengines = [\"qemu\"]\nmost-rounds = {rounds}\n[[qemu]]\n{means}\n");
+        std::fs::write(dir.path().join(format!("{name}.toml")), scenario).expect("written");
+    }
+    let text_of_matrix = format!(
+        "scenarios = [\"pause-1-iters\", \"post-copy-1-iters\", \"packed.toml\", \"slowed.toml\", \"changes.toml\", \"impossible.toml\"]\n\
+         engines = [\"qemu\", \"external\"]\nlinks = [\"300mbit\"]\nguests = [{{ vcpus = 1, mem-mib = 32 }}]\n\
+         fill = \"text\"\nwatched-ms = 500\nqemus = [{:?}]\n",
+        newer_qemu()
+    );
+    std::fs::write(&matrix, text_of_matrix).expect("written");
+    let (matrix, folder) = (matrix.display().to_string(), folder.display().to_string());
+    let arguments = ["bench", "batch", &matrix, "-o", &folder];
+    // It is interrupted in its first run, and taken up again.
+    let mut first = vmferry(&arguments).spawn().expect("vmferry runs");
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    let pid = rustix::process::Pid::from_raw(first.id().expect("it runs") as i32).expect("a pid");
+    let ours = format!("vmferry-{}-", pid.as_raw_nonzero());
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("it runs");
+    assert_eq!(first.wait().await.expect("it ends").code(), Some(130));
+    assert!(namespaces_of_ours().iter().all(|it| !it.to_string_lossy().contains(&ours)), "namespaces are left");
+    let output = say(&arguments).await;
+    assert!(output.status.success(), "{}", text(&output));
+    assert!(text(&output).contains("6 runs measured, 1 skipped, 0 failed"), "{}", text(&output));
+    assert!(text(&output).contains("skipped: this QEMU has no migration capability teleport"));
+    let again = say(&arguments).await;
+    assert!(text(&again).contains("7 of 7 runs are done already"), "{}", text(&again));
+
+    let reports = read_all(&[folder.clone().into()]).expect("reports");
+    for report in &reports {
+        assert!(matches!(report.page_check, PageCheck::Intact { pages: 8192 }), "{:?}", report.page_check);
+        assert!(report.samples.records.len() > 2 && report.samples.progress.len() > 2 && !report.rounds.is_empty());
+        assert!(report.samples.cpu.iter().any(|it| it.source_qemu.is_some_and(|it| it.vcpu > 5.0)), "{report:?}");
+        let carried = report.settings.link_measured.expect("it was measured") as f64 * 8.0;
+        assert!((0.5..1.15).contains(&(carried / 300e6)), "the link is shaped: {carried}");
+        match report.settings.scenario.as_str() {
+            "pause-1-iters" => assert_lever(report, "pause"),
+            "post-copy-1-iters" => assert_lever(report, "post-copy"),
+            "packed" => assert_lever(report, "zstd"),
+            "slowed" => assert_lever(report, "auto-converge"),
+            "changes" => assert_lever(report, "xbzrle"),
+            other => panic!("{other}"),
+        }
+        if report.outcome.is_completed() {
+            let [left, arrived] = [MarkKind::Left, MarkKind::Arrived].map(|it| report.mark(it).expect("it moved"));
+            assert!(left < arrived && report.summary.downtime_ms.is_some_and(|ms| ms <= arrived - left));
+        }
+    }
+    let page = dir.path().join("page.html").display().to_string();
+    assert!(say(&["bench", "page", &folder, "-o", &page]).await.status.success());
+    assert!(std::fs::read_to_string(&page).expect("a page").contains("pause-1-iters"));
+    let compared = say(&["bench", "compare", &folder]).await;
+    assert!(text(&compared).contains("too few runs to tell"), "{}", text(&compared));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_needs_no_rights_within_one_host_and_one_that_does_not_complete_says_so() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let scenario = dir.path().join("hasty.toml");
+    let hasty = "about = \"Gives up soon\"\nengines = [\"qemu\"]\nbandwidth = \"100mbit\"\nmost-time = \"2s\"\n";
+    std::fs::write(&scenario, hasty).expect("written");
+    let (scenario, qemu) = (scenario.display().to_string(), newer_qemu());
+    let mut more = vec!["--scenario", &scenario, "--transport", "unix"];
+    if !qemu.is_empty() {
+        more.extend(["--qemu", &qemu]);
+    }
+    let (report, output) = run(dir.path(), &more).await;
+    assert_eq!(report.outcome, Outcome::NotCompleted { reason: "not done after 2 s".into() });
+    assert!(matches!(report.page_check, PageCheck::Intact { .. }), "the guest runs on: {:?}", report.page_check);
+    assert_eq!(report.summary.total_ms, None);
+    assert!(text(&output).contains("did not complete: not done after 2 s"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_real_migration_leaves_a_report() {
+    let bed = start(options(), guest(Mode::Write)).await;
+    let file = bed.dir().join("report.json");
+    let path = file.display().to_string();
+    assert_success(&bed.migrate(&["--bandwidth", "100MiB/s", "--record", &path]).await, &bed);
+    let report = read(&file).expect("a report");
+    assert_eq!((report.origin, &report.outcome), (Origin::Migrate, &Outcome::Completed));
+    assert!(report.summary.downtime_told_ms.is_some() && report.summary.downtime_ms.is_none());
+    assert!(!report.rounds.is_empty() && report.samples.progress.len() > 2, "{report:?}");
+    assert_eq!(report.settings.bandwidth, Some(100 << 20));
+    assert!(matches!(report.page_check, PageCheck::NotChecked { .. }));
+    // One that is refused leaves none; nothing was migrated.
+    let none = bed.dir().join("none.json");
+    let refused = bed.migrate(&["--record", &none.display().to_string()]).await;
+    assert!(!refused.status.success() && !none.exists());
+}
+
+#[tokio::test]
+async fn what_cannot_be_measured_is_refused_with_a_reason() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let file = |name: &str, words: &str| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, words).expect("written");
+        path.display().to_string()
+    };
+    let out = dir.path().join("out").display().to_string();
+    let whole = RunReport::new(Origin::Bench, vmferry_bench::report::Settings::default()).to_json();
+    let truncated = file("truncated.json", &whole[..200]);
+    let newer = file("newer.json", &whole.replace("\"version\": 1", "\"version\": 99"));
+    let run = ["bench", "run", "-o", &out, "--scenario"];
+    for (arguments, code, words) in [
+        ([&run[..], &["post-copy-5"]].concat(), 2, "did you mean post-copy-5-iters"),
+        ([&run[..], &["pre-copy", "--mem", "4096G"]].concat(), 3, "free"),
+        ([&run[..], &["pre-copy", "--mem", "much"]].concat(), 2, "64M or 1G"),
+        ([&run[..], &["pre-copy", "--transport", "rdma"]].concat(), 3, "RDMA"),
+        ([&run[..], &["pause-1-iters", "--engine", "external"]].concat(), 3, "engine qemu"),
+        ([&run[..], &["pre-copy", "--transport", "unix", "--link", "1gbit"]].concat(), 2, "shaped"),
+        (vec!["bench", "page", &truncated, "-o", &out], 3, "cut off"),
+        (vec!["bench", "compare", &newer], 3, "schema version 99"),
+        (vec!["bench", "import-guestperf", &newer, "-o", &out], 3, "no report"),
+    ] {
+        let output = say(&arguments).await;
+        let told = text(&output);
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {told}");
+        assert!(told.contains(words), "{arguments:?}: {told}");
+        assert!(!Path::new(&out).exists());
+    }
+}
