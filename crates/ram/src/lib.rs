@@ -50,6 +50,11 @@
 //! our system call for it leaves that thread astray; that is the agent only where it has no other to do it
 //! ([`trace_by`]). Huge pages of hugetlbfs are refused.
 //!
+//! Shared RAM costs a guest the huge pages that anonymous RAM has where `transparent_hugepage/enabled` is `madvise`: under
+//! TCG a guest that rewrites memory had 0.96 of its speed (docs/FIGURES.md); under KVM it may be more. Shared memory has a
+//! setting of its own, `transparent_hugepage/shmem_enabled`. With `advise` there, QEMU's RAM had no huge pages here.
+//! In post-copy pages are placed one by one, so that huge ones would be split in any case.
+//!
 //! Addresses are nobody's business but this crate's: callers name a [`Block`] by its place in [`GuestRam::blocks`], and
 //! offsets within it in bytes.
 

@@ -28,7 +28,7 @@ use crate::engine::external;
 use crate::error::{AgentError, in_one_line};
 use crate::link_trial::TrialResult;
 use crate::migration::{self, Migration};
-use crate::vm::GLANCE;
+use crate::vm::{GLANCE, Stage};
 use crate::{Agent, lifecycle, link_trial, trust};
 
 /// What the console route upgrades to: raw bytes both ways.
@@ -173,7 +173,13 @@ async fn migrate(State(agent): Shared, Path(name): Path<String>, Json(request): 
 #[utoipa::path(delete, path = "/v1/vms/{name}/migration", params(("name" = String, Path)),
     responses((status = 204), (status = "default", body = Problem)))]
 async fn cancel(State(agent): Shared, Path(name): Path<String>) -> Result<StatusCode, ApiError> {
-    migration_of(&agent, &name)?.cancel();
+    let migration = migration_of(&agent, &name)?;
+    if matches!(agent.vm(&name)?.stage(), Stage::Left(_)) {
+        let message = format!("{name} runs at its destination already, and can only go on there");
+        let hint = Some("its memory follows; migrate it back when it is there".into());
+        return Err(AgentError::Conflict { message, hint }.into());
+    }
+    migration.cancel();
     Ok(StatusCode::NO_CONTENT)
 }
 
