@@ -571,9 +571,9 @@ impl Run {
         self.agent.store.begin_out(&self.record(OutStep::Prepare))?;
         let plan = &mut self.plan;
         let has = |name: &str| plan.there.capabilities.contains(name);
+        let stops_first = qemu::loses_writes(&plan.features, &self.vm.accelerator);
         if plan.engine.name() == EngineName::External {
             vmferry_qemu::unprotect_streams(&self.vm.qmp).await?;
-            let stops_first = qemu::loses_writes(&plan.features, &self.vm.accelerator);
             let wanted = external::capabilities(stops_first);
             qemu::set_capabilities(&self.vm.qmp, plan.features.capabilities(), wanted).await?;
             let trusted = plan.protect == Protect::Not;
@@ -618,7 +618,7 @@ impl Run {
                 bandwidth: self.bandwidth,
                 delta_cache: self.agent.config.delta_cache.as_u64(),
                 was_running: plan.offer.running,
-                stops_first: qemu::loses_writes(&plan.features, &self.vm.accelerator),
+                stops_first,
             };
             return Ok(Box::new(ExternalEngine::new(self.vm.qmp.clone(), wishes, session.clone())));
         }

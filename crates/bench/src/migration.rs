@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use tokio::io::AsyncReadExt;
 use vmferry_agent::api::types::{MigrationEvent, Report};
 
+use crate::proc_stat::Stat;
 use crate::testbed::{GuestWatch, Testbed, TestbedError};
 
 /// A guest that goes on for so long afterwards shows what it felt.
@@ -128,8 +129,5 @@ fn rss_mib(pid: u32) -> f64 {
 
 /// Processor time of a process, in seconds.
 fn cpu_s(pid: u32) -> f64 {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    let fields: Vec<&str> = stat.rsplit_once(") ").map_or("", |(_, rest)| rest).split(' ').collect();
-    let ticks = |field: usize| fields.get(field).and_then(|it| it.parse::<f64>().ok()).unwrap_or(f64::NAN);
-    (ticks(11) + ticks(12)) / rustix::param::clock_ticks_per_second() as f64
+    Stat::read(&format!("/proc/{pid}/stat")).map_or(f64::NAN, |stat| stat.own_s)
 }

@@ -174,10 +174,8 @@ impl Arrival {
         let mut found = Vec::new();
         self.userfaultfd.read_faults(&mut found)?;
         for Fault { address, .. } in found {
-            let mut blocks = self.blocks.iter().enumerate();
-            let found = blocks.find_map(|(block, of)| Some((block, of.offset(address)?)));
-            let (block, offset) = found.expect("only the blocks are registered");
-            faults.push((block, offset - offset % PAGE));
+            let (block, page) = Addresses::find(&self.blocks, address).expect("only the blocks are registered");
+            faults.push((block, page * PAGE));
         }
         Ok(())
     }

@@ -308,6 +308,11 @@ impl Addresses {
     pub(crate) fn offset(&self, address: u64) -> Option<u64> {
         self.all().contains(&address).then(|| address - self.start)
     }
+
+    /// Which of these blocks an address is in, and the number of its page there.
+    pub(crate) fn find(blocks: &[Self], address: u64) -> Option<(usize, u64)> {
+        blocks.iter().enumerate().find_map(|(block, of)| Some((block, of.offset(address)? / PAGE)))
+    }
 }
 
 /// A description of our own, so that where we seek is not where QEMU is.

@@ -212,10 +212,8 @@ impl WriteFaults {
         let mut found = Vec::new();
         self.userfaultfd.read_faults(&mut found)?;
         faults.extend(found.into_iter().map(|Fault { address, thread }| {
-            let mut blocks = self.blocks.iter().enumerate();
-            let found = blocks.find_map(|(block, of)| Some((block, of.offset(address)?)));
-            let (block, offset) = found.expect("only the blocks are registered");
-            WriteFault { block, page: offset / PAGE, thread }
+            let (block, page) = Addresses::find(&self.blocks, address).expect("only the blocks are registered");
+            WriteFault { block, page, thread }
         }));
         Ok(true)
     }

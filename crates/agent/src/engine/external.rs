@@ -259,10 +259,11 @@ impl ExternalEngine {
         is_due: &Arc<AtomicBool>,
     ) -> Result<AbortOnDropHandle<Result<u64, EngineError>>, EngineError> {
         let socket = self.wishes.dir.join("state.sock");
+        let uri = format!("unix:{}", socket.display());
+        let bound = bind_anew(&socket);
         let refused =
             move |error: std::io::Error| EngineError::Failed { reason: format!("{}: {error}", socket.display()) };
-        let listener: UnixListener = bind_anew(&self.wishes.dir.join("state.sock")).map_err(&refused)?;
-        let uri = format!("unix:{}", self.wishes.dir.join("state.sock").display());
+        let listener: UnixListener = bound.map_err(&refused)?;
         self.qmp.execute(commands::Migrate { uri, resume: None }).await?;
         let (source, is_due) = (Arc::clone(source), Arc::clone(is_due));
         Ok(AbortOnDropHandle::new(tokio::spawn(async move {

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use vmferry_link::thread_cpu;
 
+use crate::proc_stat::Stat;
+
 /// Runs this and adds what it cost its thread.
 pub(super) fn with_cpu<T>(work: impl FnOnce() -> T) -> (T, Duration) {
     let before = thread_cpu();
@@ -35,16 +37,11 @@ struct Process {
 fn processes() -> HashMap<u32, Process> {
     let Ok(dir) = std::fs::read_dir("/proc") else { return HashMap::new() };
     let pids = dir.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    pids.filter_map(|pid: u32| Some((pid, process(&std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)?)))
-        .collect()
+    pids.filter_map(|pid: u32| Some((pid, process(&Stat::read(&format!("/proc/{pid}/stat"))?)))).collect()
 }
 
-/// From a line of `/proc/PID/stat` (man 5 proc): fields are counted after the name, which may hold anything.
-fn process(stat: &str) -> Option<Process> {
-    let fields: Vec<&str> = stat.rsplit_once(") ")?.1.split(' ').collect();
-    let ticks: u64 = (11..=14).filter_map(|index| fields.get(index)?.parse::<u64>().ok()).sum();
-    let cpu = Duration::from_secs_f64(ticks as f64 / rustix::param::clock_ticks_per_second() as f64);
-    Some(Process { parent: fields.get(1)?.parse().ok()?, cpu })
+fn process(stat: &Stat) -> Process {
+    Process { parent: stat.parent, cpu: Duration::from_secs_f64(stat.with_children_s) }
 }
 
 /// How much of the host's processors is idle, from its making on.
@@ -95,10 +92,10 @@ mod tests {
     #[test]
     fn a_process_is_read_whatever_its_name() {
         let stat = "7 (a) S 9 (b) R 1 7 7 0 -1 4194560 1 2 3 4 100 50 25 25 20 0 1 0 5";
-        let read = process(stat).unwrap();
+        let read = process(&Stat::parse(stat).unwrap());
         assert_eq!(read.parent, 1);
         assert_eq!(read.cpu, Duration::from_secs_f64(200.0 / rustix::param::clock_ticks_per_second() as f64));
-        assert!(process("nonsense").is_none());
+        assert!(Stat::parse("nonsense").is_none());
         assert!(tree_cpu(std::process::id()) > Duration::ZERO || tree_cpu(u32::MAX).is_zero());
     }
 

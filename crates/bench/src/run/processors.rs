@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use crate::proc_stat::Stat;
 use crate::report::{CpuSample, Origin, QemuCpu, RunReport};
 
 /// How often it is looked.
@@ -132,9 +133,9 @@ impl Look {
         Self {
             at: Instant::now(),
             host: host_seconds(&std::fs::read_to_string("/proc/stat").unwrap_or_default()),
-            ourselves: seconds_of("/proc/self/stat").map_or(0.0, |(_, used)| used),
+            ourselves: Stat::read("/proc/self/stat").map_or(0.0, |stat| stat.own_s),
             qemus: watched.qemus.map(|pid| Process::look(pid?)),
-            agents: watched.agents.map(|pid| Some((pid?, seconds_of(&format!("/proc/{}/stat", pid?))?.1))),
+            agents: watched.agents.map(|pid| Some((pid?, Stat::read(&format!("/proc/{}/stat", pid?))?.own_s))),
         }
     }
 
@@ -182,13 +183,13 @@ impl Look {
 
 impl Process {
     fn look(pid: u32) -> Option<Self> {
-        let all = seconds_of(&format!("/proc/{pid}/stat"))?.1;
+        let all = Stat::read(&format!("/proc/{pid}/stat"))?.own_s;
         let mut threads = HashMap::new();
         for entry in std::fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten() {
             let Some(thread) = entry.file_name().to_str().and_then(|it| it.parse().ok()) else { continue };
             // One that has just ended is in the process's own count.
-            if let Some((name, used)) = seconds_of(&format!("/proc/{pid}/task/{thread}/stat")) {
-                threads.insert(thread, (kind(&name), used));
+            if let Some(stat) = Stat::read(&format!("/proc/{pid}/task/{thread}/stat")) {
+                threads.insert(thread, (kind(&stat.name), stat.own_s));
             }
         }
         Some(Self { pid, all, threads })
@@ -219,16 +220,6 @@ fn kind(name: &str) -> Kind {
     } else {
         Kind::Other
     }
-}
-
-/// The name and the processor time of a process or thread (man 5 proc).
-fn seconds_of(stat: &str) -> Option<(String, f64)> {
-    let text = std::fs::read_to_string(stat).ok()?;
-    let (before, after) = text.rsplit_once(") ")?;
-    let name = before.split_once('(')?.1.to_owned();
-    let fields: Vec<&str> = after.split(' ').collect();
-    let ticks = |field: usize| fields.get(field)?.parse::<f64>().ok();
-    Some((name, (ticks(11)? + ticks(12)?) / rustix::param::clock_ticks_per_second() as f64))
 }
 
 /// What all processors did for programs: user, nice and system of the first line of `/proc/stat`.

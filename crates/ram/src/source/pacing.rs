@@ -5,11 +5,13 @@
 //! that all of the guest needs.
 
 use std::collections::VecDeque;
+use std::io;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::shipping::CHUNK;
-use super::{Inner, RamError, Source};
+use super::{Inner, RamError, Source, WriteLog};
 use crate::PAGE;
 use crate::tracking::{WriteFault, WriteFaults};
 
@@ -86,11 +88,7 @@ impl Source {
         if inner.pacing.share.swap(share.max(1), Ordering::Relaxed) > 0 {
             return Ok(());
         }
-        let faults = {
-            let mut log = inner.log.write().expect("no holder of this lock panics");
-            let log = log.as_mut().ok_or_else(|| RamError::io(std::io::ErrorKind::NotConnected.into()))?;
-            log.prepare_pacing(&inner.ram)?
-        };
+        let faults = inner.change_tracking(|log| Ok(log.prepare_pacing(&inner.ram)?))?;
         let processors = processors.to_vec();
         self.spawn("ram-pacing", move |inner| inner.let_writers_go(&faults, &processors))
     }
@@ -100,42 +98,24 @@ impl Source {
     pub fn take_over(&self, at_most: Duration) -> Result<bool, RamError> {
         let inner = &self.inner;
         let (begun, mut skip) = (Instant::now(), inner.pacing.taken.load(Ordering::Relaxed));
-        let mut log = inner.log.write().expect("no holder of this lock panics");
-        let log = log.as_mut().ok_or_else(|| RamError::io(std::io::ErrorKind::NotConnected.into()))?;
-        let mut runs = Vec::new();
-        for (block, pending) in inner.pending.iter().enumerate() {
-            for first in (0..pending.pages()).step_by(SLICE as usize) {
-                let slice = first..(first + SLICE).min(pending.pages());
-                let length = slice.end - slice.start;
-                if skip >= length {
-                    skip -= length;
-                    continue;
-                }
-                if begun.elapsed() >= at_most {
-                    return Ok(false);
-                }
-                let bytes = slice.start * PAGE..slice.end * PAGE;
-                runs.clear();
-                log.written(block, bytes.clone(), &mut runs).map_err(RamError::io)?;
-                for run in &runs {
-                    pending.insert(run.start / PAGE..run.end / PAGE);
-                }
-                log.pace(block, bytes).map_err(RamError::io)?;
-                // Of what was never sent, nothing needs protection.
-                let chunks = slice.start / CHUNK..slice.end.div_ceil(CHUNK);
-                let mut from = chunks.start;
-                while from < chunks.end {
-                    let untouched = inner.untouched[block].next_run(from..chunks.end).unwrap_or(chunks.end..chunks.end);
-                    let sent = from * CHUNK * PAGE..(untouched.start * CHUNK).min(slice.end) * PAGE;
-                    if !sent.is_empty() {
-                        log.protect(block, sent).map_err(RamError::io)?;
+        inner.change_tracking(|log| {
+            for (block, pending) in inner.pending.iter().enumerate() {
+                for first in (0..pending.pages()).step_by(SLICE as usize) {
+                    let slice = first..(first + SLICE).min(pending.pages());
+                    let length = slice.end - slice.start;
+                    if skip >= length {
+                        skip -= length;
+                        continue;
                     }
-                    from = untouched.end;
+                    if begun.elapsed() >= at_most {
+                        return Ok(false);
+                    }
+                    inner.take_over(log, block, slice).map_err(RamError::io)?;
+                    inner.pacing.taken.fetch_add(length, Ordering::Relaxed);
                 }
-                inner.pacing.taken.fetch_add(length, Ordering::Relaxed);
             }
-        }
-        Ok(true)
+            Ok(true)
+        })
     }
 
     /// Nobody waits any more: the guest is about to be paused for good.
@@ -145,6 +125,18 @@ impl Source {
 }
 
 impl Inner {
+    /// Has writers wait at these pages of a guest that is paused. They begin with a chunk.
+    fn take_over(&self, log: &mut dyn WriteLog, block: usize, pages: Range<u64>) -> io::Result<()> {
+        let (bytes, mut written) = (pages.start * PAGE..pages.end * PAGE, Vec::new());
+        log.written(block, bytes.clone(), &mut written)?;
+        for run in written {
+            self.pending[block].insert(run.start / PAGE..run.end / PAGE);
+        }
+        log.pace(block, bytes)?;
+        // Of what was never sent, nothing needs protection.
+        self.sent_once(block, pages).try_for_each(|sent| log.protect(block, sent))
+    }
+
     /// Lets writers go, each in its turn, until all is over.
     fn let_writers_go(&self, faults: &WriteFaults, processors: &[u32]) -> Result<(), RamError> {
         let (mut found, mut waiting) = (Vec::new(), VecDeque::<(WriteFault, Instant)>::new());

@@ -83,6 +83,15 @@ impl Inner {
         log.as_deref().map_or(Err(io::ErrorKind::NotConnected.into()), ask).map_err(RamError::io)
     }
 
+    /// As [`tracked`](Inner::tracked), alone with what tracks.
+    pub(super) fn change_tracking<T>(
+        &self,
+        change: impl FnOnce(&mut dyn WriteLog) -> Result<T, RamError>,
+    ) -> Result<T, RamError> {
+        let mut log = self.log.write().expect("no holder of this lock panics");
+        change(log.as_deref_mut().ok_or_else(|| RamError::io(io::ErrorKind::NotConnected.into()))?)
+    }
+
     fn is_stopped(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
     }
@@ -228,18 +237,29 @@ impl Inner {
         self.look(false, |_, _| ())
     }
 
+    /// Those of these pages, in bytes, of which something was sent, if only that they are zero. They begin with a chunk.
+    pub(super) fn sent_once(&self, block: usize, pages: Range<u64>) -> impl Iterator<Item = Range<u64>> + '_ {
+        let (untouched, end) = (&self.untouched[block], pages.end.div_ceil(CHUNK));
+        let mut chunk = pages.start / CHUNK;
+        let parts = std::iter::from_fn(move || {
+            (chunk < end).then(|| {
+                let next = untouched.next_run(chunk..end).unwrap_or(end..end);
+                let part = chunk * CHUNK * PAGE..(next.start * CHUNK).min(pages.end) * PAGE;
+                chunk = next.end;
+                part
+            })
+        });
+        parts.filter(|part| !part.is_empty())
+    }
+
     /// Finds out how much of what was sent is stale already.
     fn glance(&self) -> Result<(), RamError> {
         let (mut runs, mut stale) = (Vec::new(), 0);
-        for (block, untouched) in self.untouched.iter().enumerate() {
-            let (set, mut chunk) = (&self.pending[block], 0);
-            while chunk < untouched.pages() {
-                let next = untouched.next_run(chunk..untouched.pages()).unwrap_or(untouched.pages()..untouched.pages());
-                let bytes = chunk * CHUNK * PAGE..(next.start * CHUNK).min(set.pages()) * PAGE;
+        for (block, set) in self.pending.iter().enumerate() {
+            for bytes in self.sent_once(block, 0..set.pages()) {
                 runs.clear();
                 self.tracked(|log| log.written(block, bytes, &mut runs))?;
                 stale += runs.iter().map(|run| (run.end - run.start) / PAGE).sum::<u64>();
-                chunk = next.end;
             }
         }
         let sent = self.shipping.pages();
