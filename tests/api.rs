@@ -56,6 +56,7 @@ pub(crate) async fn offer_with_disk(bed: &Bed, disk: &std::path::Path) -> Offer 
             cwd: "/".into(),
             shared_ram: true,
             adopted: false,
+            measuring: false,
         },
         ram_bytes: view.ram_bytes,
         machine: view.machine.expect("known"),
@@ -103,6 +104,11 @@ async fn the_document_describes_every_route_and_every_answer() {
         ("/v1/incoming/{id}/commit", "post"),
         ("/v1/incoming/{id}/recover", "post"),
         ("/v1/incoming/{id}/relay", "post"),
+        ("/v1/incoming/{id}/witness", "post"),
+        ("/v1/vms/{name}/witness", "get"),
+        ("/v1/migrations/{id}/witness", "get"),
+        ("/v1/boot-files/{digest}", "get"),
+        ("/v1/boot-files/{digest}", "put"),
         ("/v1/link-trial", "post"),
         ("/v1/link-trials", "post"),
         ("/v1/link-benchmark", "post"),
@@ -110,7 +116,7 @@ async fn the_document_describes_every_route_and_every_answer() {
         assert!(paths[path][method]["responses"].is_object(), "{method} {path} is not described");
     }
     let described: usize = paths.values().map(|it| it.as_object().expect("methods").len()).sum();
-    assert_eq!(described, 29, "a route is missing in this test");
+    assert_eq!(described, 34, "a route is missing in this test");
     // Every reference leads somewhere.
     let text = document.to_string();
     for reference in text.split("\"$ref\":\"#").skip(1).filter_map(|rest| rest.split('"').next()) {

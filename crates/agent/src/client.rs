@@ -34,7 +34,7 @@ pub enum ClientError {
 }
 
 /// The agent behind a Unix socket. Cheap to clone.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Client {
     http: reqwest::Client,
     socket: PathBuf,
@@ -72,8 +72,16 @@ impl Client {
 
     /// A VM's serial console: raw bytes both ways, the last output first.
     pub async fn console(&self, vm: &str) -> Result<reqwest::Upgraded, ClientError> {
-        let path = format!("{}/console", vm_path(vm));
-        let request = self.http.get(url(&path)).header("connection", "upgrade").header("upgrade", CONSOLE_PROTOCOL);
+        self.upgrade(&format!("{}/console", vm_path(vm)), CONSOLE_PROTOCOL).await
+    }
+
+    /// What is heard of a measuring guest, at this path of the API; see [`crate::witness`].
+    pub async fn witness(&self, path: &str) -> Result<reqwest::Upgraded, ClientError> {
+        self.upgrade(path, crate::witness::PROTOCOL).await
+    }
+
+    async fn upgrade(&self, path: &str, protocol: &str) -> Result<reqwest::Upgraded, ClientError> {
+        let request = self.http.get(url(path)).header("connection", "upgrade").header("upgrade", protocol);
         let reply = request.send().await.map_err(|error| self.failure(error))?;
         check(reply).await?.upgrade().await.map_err(|error| ClientError::Lost(error.into()))
     }

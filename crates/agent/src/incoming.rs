@@ -24,7 +24,6 @@ use vmferry_qemu::{
     protect_streams,
 };
 
-use crate::Agent;
 use crate::api::types::VmSpec;
 use crate::config::Security;
 use crate::engine::external;
@@ -37,6 +36,7 @@ use crate::relay;
 use crate::store::{InStep, Source};
 use crate::trust::{self, Caller};
 use crate::vm::{Stage, Vm};
+use crate::{Agent, boot_files, witness};
 
 /// A source that is not heard of for this long has lost its claim: what was prepared for it goes.
 const LEASE: Duration = Duration::from_secs(15);
@@ -167,8 +167,9 @@ impl Incoming {
 }
 
 /// Whether this host could take the VM; touches nothing.
-pub async fn check(agent: &Agent, offer: &Offer, caller: &Caller) -> Result<CheckReply, AgentError> {
-    let (_, _, info) = suitable(agent, offer).await?;
+pub async fn check(agent: &Agent, mut offer: Offer, caller: &Caller) -> Result<CheckReply, AgentError> {
+    boot_files::settle(agent, &mut offer.spec);
+    let (_, _, info) = suitable(agent, &offer).await?;
     Ok(CheckReply {
         host: agent.config.name.clone(),
         qemu_version: info.version,
@@ -237,6 +238,7 @@ pub async fn prepare(agent: &Arc<Agent>, mut offer: Offer, caller: Caller) -> Re
     acceptable(agent, &offer.protection, &caller)?;
     let _preparing = agent.begin_preparing(offer.id);
     let _name = agent.reserve_name(&name)?;
+    boot_files::settle(agent, &mut offer.spec);
     let (command, accel, info) = suitable(agent, &offer).await?;
     if offer.spec.cwd.metadata().is_err() {
         // Nothing on the command line is relative to it, or it would have been missed above.
@@ -318,6 +320,7 @@ async fn receive(
         };
         vm.qmp.execute(channels).await?;
     }
+    setup.set_parameters(&vm.qmp).await?;
     let port = match protection {
         Protection::Relay => {
             vm.qmp.execute(commands::MigrateIncoming { uri: relay::begin_receiving(vm)? }).await?;
@@ -614,6 +617,15 @@ pub(crate) fn relayed_vm(agent: &Agent, id: Uuid) -> Result<Arc<Vm>, AgentError>
             Err(AgentError::Conflict { message: "this migration's connections are not relayed".into(), hint: None })
         }
     }
+}
+
+/// The measuring guest that this migration brings.
+pub(crate) fn measuring_vm(agent: &Agent, id: Uuid) -> Result<Arc<Vm>, AgentError> {
+    let incoming = agent.incoming(id).ok_or_else(|| AgentError::Conflict {
+        message: format!("nothing waits here for the guest of migration {id}"),
+        hint: None,
+    })?;
+    witness::only_measuring(Arc::clone(&incoming.vm))
 }
 
 /// The VM of this migration, if it was the last one to bring a VM of that name here: what another brought since is none

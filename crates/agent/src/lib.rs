@@ -3,9 +3,10 @@
 //! Where to find what: `api` what is said and how; `vm`, `console` a VM of this host; `migration` the source's side of
 //! a migration from plan to end, `incoming` the destination's; `engine` what copies RAM; `store` the journal;
 //! `trust` who may talk to this agent, `peer` talking to another; `recovery` what an agent does with what its
-//! predecessor left; `client` is the other end of the local API.
+//! predecessor left; `client` is the other end of the local API. `boot_files` and `witness` serve measurements.
 
 pub mod api;
+mod boot_files;
 mod callers;
 pub mod client;
 pub mod config;
@@ -24,6 +25,7 @@ mod server;
 pub mod store;
 pub mod trust;
 mod vm;
+pub mod witness;
 
 pub use server::{ServeError, serve};
 

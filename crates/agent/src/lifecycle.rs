@@ -46,6 +46,7 @@ pub(crate) async fn run(agent: &Arc<Agent>, request: RunRequest) -> Result<Start
         cwd: request.cwd,
         shared_ram: wants_shared_ram(&command),
         adopted: false,
+        measuring: request.measuring,
     };
     let (vm, notes) = agent.launch(&spec, &command, accel, None).await?;
     tracing::info!(vm = vm.name(), pid = vm.pid, "runs");
@@ -80,7 +81,7 @@ pub(crate) async fn adopt(agent: &Arc<Agent>, request: AdoptRequest) -> Result<S
         _ => "tcg",
     };
     let record = VmRecord {
-        spec: VmSpec { name: request.name, argv, cwd, shared_ram, adopted: true },
+        spec: VmSpec { name: request.name, argv, cwd, shared_ram, adopted: true, measuring: false },
         pid,
         start_time,
         qmp: request.qmp.to_string_lossy().into_owned(),

@@ -25,12 +25,10 @@ use vmferry_qemu::qmp::commands;
 use vmferry_qemu::{Endpoint, Features, MigrationStatus, QmpError, RunState, StreamKey, protect_streams};
 use vmferry_ram::Backend;
 
-use crate::Agent;
 use crate::api::types::{
-    Code, EngineName, MigrateRequest, MigrationEvent, PlanView, Problem, Progress, Report, Step, StepTime,
+    Code, EngineName, MigrateRequest, MigrationEvent, PlanView, Problem, Progress, Report, Script, Step, StepTime,
 };
 use crate::config::Security;
-use crate::disks;
 use crate::engine::external::{self, ExternalEngine, WayThere};
 use crate::engine::qemu::{self, QemuEngine, Wishes};
 use crate::engine::{EngineError, NewConnection, NewSession, Protection, RamEngine, Seen, Setup, Totals};
@@ -41,6 +39,7 @@ use crate::relay::Relay;
 use crate::store::{InStep, OutRecord, OutStep};
 use crate::trust;
 use crate::vm::{Claim, Stage, Vm};
+use crate::{Agent, boot_files, disks};
 
 /// How often the destination is told that the source is still there.
 const KEEP: Duration = Duration::from_secs(3);
@@ -59,6 +58,8 @@ pub(crate) struct Migration {
     pub(crate) id: Uuid,
     /// The VM's name.
     pub(crate) vm: String,
+    /// The destination.
+    pub(crate) peer: Peer,
     cancel: CancellationToken,
     /// The user allows post-copy.
     may_post_copy: bool,
@@ -75,11 +76,12 @@ struct Told {
 }
 
 impl Migration {
-    fn new(id: Uuid, vm: &str, may_post_copy: bool) -> Arc<Self> {
+    fn new(id: Uuid, vm: &str, peer: Peer, may_post_copy: bool) -> Arc<Self> {
         let told = Told { history: Vec::new(), progress: None, live: broadcast::channel(256).0 };
         Arc::new(Self {
             id,
             vm: vm.into(),
+            peer,
             cancel: CancellationToken::new(),
             may_post_copy,
             wants_post_copy: AtomicBool::new(false),
@@ -157,7 +159,7 @@ pub(crate) async fn begin(
         predict(&mut plan, limits.post_copy).await?;
         return Ok((plan.view, None));
     }
-    let migration = Migration::new(id, name, limits.post_copy);
+    let migration = Migration::new(id, name, plan.peer.clone(), limits.post_copy);
     agent.add_migration(Arc::clone(&migration));
     claim.keep(Stage::Migrating(id));
     let view = plan.view.clone();
@@ -169,7 +171,7 @@ pub(crate) async fn begin(
         plan,
         limits,
         bandwidth,
-        post_copy_after: request.post_copy_after,
+        script: request.script,
         to: request.to,
         steps: Steps::begin(begun),
         downtime: Duration::ZERO,
@@ -230,6 +232,8 @@ struct Plan {
     /// The guest is paused before anything is copied.
     post_copy_first: bool,
     engine: Engine,
+    /// What a measurement sets QEMU to, where that moves the RAM.
+    scripted: Option<Setup>,
 }
 
 /// Who moves the RAM.
@@ -295,6 +299,9 @@ async fn plan(agent: &Agent, vm: &Vm, id: Uuid, request: &MigrateRequest) -> Res
         protection: Protection::default(),
         external: None,
     };
+    if vm.spec.measuring {
+        boot_files::send(&vm.spec, &peer).await?;
+    }
     let there = peer.check(&offer).await?;
     let (features, can_tls) = agent.features_of(vm).await?;
     let mut notes = Vec::new();
@@ -322,10 +329,18 @@ async fn plan(agent: &Agent, vm: &Vm, id: Uuid, request: &MigrateRequest) -> Res
         );
     }
     let running = run_state == RunState::Running;
-    let post_copy_first = running && !is_external && qemu::loses_writes(&features, &vm.accelerator);
-    let means = match is_external {
-        true => vec![external::CAPABILITY],
-        false => qemu::means(&features, |name| there.capabilities.contains(name), request.post_copy),
+    let has = |name: &str| there.capabilities.contains(name);
+    let scripted = request.script.as_ref().filter(|_| !is_external);
+    let scripted = scripted.map(|script| script_for(vm, &features, has, script)).transpose()?;
+    let loses_writes_when_copied = running && !is_external && qemu::loses_writes(&features, &vm.accelerator);
+    if loses_writes_when_copied && scripted.is_some() {
+        notes.push(format!("{}: expect damaged pages.", loses_writes(vm)));
+    }
+    let post_copy_first = loses_writes_when_copied && scripted.is_none();
+    let means = match (&scripted, is_external) {
+        (_, true) => vec![external::CAPABILITY],
+        (Some(setup), _) => setup.capabilities.iter().map(String::as_str).collect(),
+        (None, _) => qemu::means(&features, has, request.post_copy),
     };
     if post_copy_first {
         if !means.contains(&"postcopy-ram") {
@@ -366,7 +381,27 @@ async fn plan(agent: &Agent, vm: &Vm, id: Uuid, request: &MigrateRequest) -> Res
         markers: Some(markers),
         post_copy_first,
         engine,
+        scripted,
     })
+}
+
+/// What a measurement has QEMU set to.
+fn script_for(
+    vm: &Vm,
+    features: &Features,
+    there: impl Fn(&str) -> bool,
+    script: &Script,
+) -> Result<Setup, AgentError> {
+    let refuse =
+        |reason: String, hint: Option<String>| AgentError::NotMigratable { name: vm.name().into(), reason, hint };
+    // What they leave set in QEMU is nothing for a guest that is to live on.
+    if !vm.spec.measuring {
+        return Err(refuse(
+            "only a measuring guest is moved as a script says".into(),
+            Some("`vmferry bench run`".into()),
+        ));
+    }
+    qemu::scripted(features, there, &script.means).map_err(|lacks| refuse(lacks, None))
 }
 
 /// The one that is wanted; QEMU, and why, where the agents cannot and nobody insists on them.
@@ -505,8 +540,7 @@ struct Run {
     plan: Plan,
     limits: Limits,
     bandwidth: Option<u64>,
-    /// See [`MigrateRequest::post_copy_after`].
-    post_copy_after: Option<u32>,
+    script: Option<Script>,
     to: String,
     steps: Steps,
     downtime: Duration,
@@ -582,7 +616,14 @@ impl Run {
             plan.offer.external = Some(NewSession::random());
         } else {
             external::forget(&self.vm);
-            plan.offer.setup = qemu::choose(&self.vm.qmp, &plan.features, has, self.limits.post_copy).await?;
+            plan.offer.setup = match plan.scripted.take() {
+                Some(setup) => {
+                    let wanted: Vec<&str> = setup.capabilities.iter().map(String::as_str).collect();
+                    qemu::set_capabilities(&self.vm.qmp, plan.features.capabilities(), &wanted).await?;
+                    setup
+                }
+                None => qemu::choose(&self.vm.qmp, &plan.features, has, self.limits.post_copy).await?,
+            };
             plan.offer.protection = protect(&self.vm, plan).await?;
         }
         let prepared = tokio::select! {
@@ -643,6 +684,7 @@ impl Run {
             bandwidth: self.bandwidth,
             setup: prepared.setup,
             post_copy_first: plan.post_copy_first,
+            scripted: self.script.is_some(),
         };
         let engine = QemuEngine::new(self.vm.qmp.clone(), plan.features.clone(), plan.offer.running, wishes);
         Ok(Box::new(engine))
@@ -653,8 +695,10 @@ impl Run {
         self.step(Step::CopyRam);
         self.agent.store.step_out(self.migration.id, OutStep::CopyRam)?;
         engine.start().await?;
-        let mut policy: Box<dyn Policy> = match self.post_copy_after {
-            Some(rounds) => Box::new(AfterRounds::new(rounds)),
+        let mut policy: Box<dyn Policy> = match &self.script {
+            Some(Script { post_copy_after: Some(rounds), .. }) => Box::new(AfterRounds::new(*rounds, Action::PostCopy)),
+            Some(Script { pause_after: Some(rounds), .. }) => Box::new(AfterRounds::new(*rounds, Action::Pause)),
+            Some(_) => Box::new(AfterRounds::never()),
             None => Box::<Simple>::default(),
         };
         loop {
@@ -670,6 +714,8 @@ impl Run {
             let action = if asked { Action::PostCopy } else { policy.decide(&seen.observation) };
             match &action {
                 Action::Continue => {}
+                // What is left is sent while it stands still.
+                Action::Pause => self.migration.tell(MigrationEvent::Step { step: Step::SwitchOver }),
                 Action::PostCopy => self.migration.note(post_copy_in_words(&seen.observation, asked)),
                 Action::Throttle(share) => {
                     self.migration

@@ -18,9 +18,10 @@ use uuid::Uuid;
 use vmferry_link::{Authority, Fingerprint, Identity, LinkError, Secret};
 
 use crate::api::types::{Code, Hello, Join, Problem};
+use crate::boot_files::BootFile;
 use crate::incoming::{CheckReply, IncomingState, Offer, Prepared};
 use crate::link_trial::{TrialAccepted, TrialOffer};
-use crate::relay;
+use crate::{relay, witness};
 
 /// The version of the API between agents. Agents of different versions refuse each other.
 pub const API: u32 = 2;
@@ -256,15 +257,42 @@ impl Peer {
         self.ask(Method::POST, "/v1/link-trials", Some(offer), ANSWER_TIMEOUT).await
     }
 
+    /// Whether it has this file for a measuring guest to boot from.
+    pub(crate) async fn has_boot_file(&self, digest: &str) -> Result<bool, PeerError> {
+        let path = format!("/v1/boot-files/{digest}");
+        let BootFile { is_there } = self.ask(Method::GET, &path, None::<&()>, ANSWER_TIMEOUT).await?;
+        Ok(is_there)
+    }
+
+    /// Gives it one.
+    pub(crate) async fn put_boot_file(&self, digest: &str, content: Vec<u8>) -> Result<(), PeerError> {
+        let path = format!("/v1/boot-files/{digest}");
+        let answer = self.request(Method::PUT, &path, content, PREPARE_TIMEOUT).await?;
+        self.decode::<BootFile>(answer.status, &answer.body).map(drop)
+    }
+
     /// One more connection for the QEMUs of this migration, to be relayed.
     pub(crate) async fn relay(&self, id: Uuid) -> Result<impl AsyncRead + AsyncWrite + Unpin + use<>, PeerError> {
+        self.upgrade(&format!("/v1/incoming/{id}/relay"), relay::PROTOCOL).await
+    }
+
+    /// What it hears of the measuring guest of this migration.
+    pub(crate) async fn witness(&self, id: Uuid) -> Result<impl AsyncRead + AsyncWrite + Unpin + use<>, PeerError> {
+        self.upgrade(&format!("/v1/incoming/{id}/witness"), witness::PROTOCOL).await
+    }
+
+    async fn upgrade(
+        &self,
+        path: &str,
+        protocol: &'static str,
+    ) -> Result<impl AsyncRead + AsyncWrite + Unpin + use<>, PeerError> {
         let mut connection = self.connect().await?;
         let request = Request::builder()
             .method(Method::POST)
-            .uri(format!("/v1/incoming/{id}/relay"))
+            .uri(path)
             .header(HOST, &self.address)
             .header(CONNECTION, "upgrade")
-            .header(UPGRADE, relay::PROTOCOL)
+            .header(UPGRADE, protocol)
             .body(Body::empty())
             .expect("our own requests are well-formed");
         let reply = connection.requests.send_request(request).await.map_err(|error| self.broken(error))?;

@@ -501,7 +501,14 @@ mod tests {
         let (_dir, store) = store();
         for (running, name) in [(true, "web1"), (false, "web2")] {
             let id = Uuid::new_v4();
-            let spec = VmSpec { name: name.into(), argv: vec![], cwd: "/".into(), shared_ram: false, adopted: false };
+            let spec = VmSpec {
+                name: name.into(),
+                argv: vec![],
+                cwd: "/".into(),
+                shared_ram: false,
+                adopted: false,
+                measuring: false,
+            };
             let record = VmRecord {
                 spec,
                 pid: 1,

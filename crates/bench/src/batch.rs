@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use vmferry_agent::api::types::EngineName;
 
 use crate::report::{self, ReadError, RunReport};
-use crate::run::{RunError, RunOptions, Transport, run};
+use crate::run::{OtherHost, RunError, RunOptions, Transport, run};
 use crate::scenario::{Scenario, ScenarioError, parse_bits};
 use crate::{Fill, Mode};
 
@@ -57,6 +57,19 @@ pub struct Matrix {
     /// How long a guest is watched before and after, in ms.
     #[serde(default = "three_seconds")]
     pub watched_ms: u64,
+    /// Another host, by a peer's name or its address, instead of two on this one.
+    pub to: Option<String>,
+}
+
+/// What a batch's runs have in common beside what its matrix says.
+#[derive(Clone, Debug)]
+pub struct Place {
+    /// The `vmferry` binary.
+    pub vmferry: PathBuf,
+    /// See [`RunOptions::kernel`].
+    pub kernel: Option<PathBuf>,
+    /// The host that the matrix names, if it does.
+    pub to: Option<OtherHost>,
 }
 
 /// A guest's size.
@@ -203,7 +216,7 @@ impl Matrix {
     }
 
     /// All runs, in order; those that a scenario is not meant for are left out.
-    pub fn jobs(&self, vmferry: &Path) -> Result<Vec<Job>, BatchError> {
+    pub fn jobs(&self, place: &Place) -> Result<Vec<Job>, BatchError> {
         let senseless = |why: String| BatchError::Senseless(why);
         let mode: Mode = self.mode.parse().map_err(|error: crate::ParseError| senseless(error.to_string()))?;
         let fill: Fill = self.fill.parse().map_err(|error: crate::ParseError| senseless(error.to_string()))?;
@@ -217,7 +230,7 @@ impl Matrix {
             self.transport.0.iter().map(|it| it.parse()).collect::<Result<_, _>>().map_err(senseless)?;
         let watched = Duration::from_millis(self.watched_ms);
         let base = RunOptions {
-            vmferry: vmferry.into(),
+            vmferry: place.vmferry.clone(),
             scenario: Scenario::find("pre-copy")?,
             engine: EngineName::Qemu,
             vcpus: 1,
@@ -228,6 +241,8 @@ impl Matrix {
             transport: Transport::Link,
             link_bits: None,
             qemu_dir: None,
+            kernel: place.kernel.clone(),
+            to: place.to.clone(),
             before: watched,
             after: watched,
         };
@@ -246,7 +261,8 @@ impl Matrix {
         let qemus: Vec<(usize, &String)> = self.qemus.iter().enumerate().collect();
         jobs = each(&jobs, &qemus, |job, (which, folder)| {
             write!(job.name, "-q{which}").expect("a String takes everything");
-            job.options.qemu_dir = (!folder.is_empty()).then(|| folder.into());
+            // QEMUs are started in other folders than this one.
+            job.options.qemu_dir = std::path::absolute(folder).ok();
         })?;
         jobs = each(&jobs, &self.guests, |job, GuestSize { vcpus, mem_mib }| {
             write!(job.name, "-{vcpus}x{mem_mib}M").expect("a String takes everything");
@@ -307,11 +323,11 @@ fn skipped_file(folder: &Path, job: &Job) -> PathBuf {
 /// Runs what is left of a matrix. Dropping the future keeps what was measured.
 pub async fn batch(
     matrix: &Matrix,
-    vmferry: &Path,
+    place: &Place,
     folder: &Path,
     audience: &impl Audience,
 ) -> Result<Tally, BatchError> {
-    let jobs = matrix.jobs(vmferry)?;
+    let jobs = matrix.jobs(place)?;
     let seed = take_up(matrix, folder)?;
     let all = jobs.len();
     let (jobs, done) = left(jobs, folder, seed);
@@ -331,7 +347,7 @@ pub async fn batch(
             }
         }
     }
-    let skipped = matrix.jobs(vmferry)?.iter().filter(|job| skipped_file(folder, job).exists()).count();
+    let skipped = matrix.jobs(place)?.iter().filter(|job| skipped_file(folder, job).exists()).count();
     Ok(Tally { measured: all - skipped - failed, skipped, failed })
 }
 
@@ -412,6 +428,10 @@ pub fn read_all(paths: &[PathBuf]) -> Result<Vec<RunReport>, BatchError> {
 mod tests {
     use super::*;
 
+    fn here() -> Place {
+        Place { vmferry: "vmferry".into(), kernel: None, to: None }
+    }
+
     fn matrix(text: &str) -> Result<Matrix, BatchError> {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("m.toml");
@@ -419,13 +439,13 @@ mod tests {
         Matrix::read(&path)
     }
 
-    const SMALL: &str = "repetitions = 2\nscenarios = [\"pause-1-iters\", \"post-copy-1-iters\"]\n\
+    const SMALL: &str = "repetitions = 2\nscenarios = [\"compress-1\", \"post-copy-1-iters\"]\n\
         engines = [\"qemu\", \"external\"]\nlinks = [\"100mbit\", \"none\"]\nguests = [{ vcpus = 1, mem-mib = 64 }]\n";
 
     #[test]
     fn a_matrix_is_all_combinations_that_make_sense() {
-        let jobs = matrix(SMALL).unwrap().jobs(Path::new("vmferry")).unwrap();
-        // Pausing is for QEMU alone: (1 + 2) engines, 2 links, 2 times.
+        let jobs = matrix(SMALL).unwrap().jobs(&here()).unwrap();
+        // Compressing is for QEMU alone: (1 + 2) engines, 2 links, 2 times.
         assert_eq!(jobs.len(), 12);
         let mut names: Vec<&str> = jobs.iter().map(|it| it.name.as_str()).collect();
         names.sort_unstable();
@@ -436,7 +456,7 @@ mod tests {
     #[test]
     fn what_is_done_is_not_done_again_and_what_was_cut_off_is() {
         let folder = tempfile::tempdir().unwrap();
-        let jobs = matrix(SMALL).unwrap().jobs(Path::new("vmferry")).unwrap();
+        let jobs = matrix(SMALL).unwrap().jobs(&here()).unwrap();
         let whole = RunReport::new(report::Origin::Bench, jobs[0].options.settings()).to_json();
         std::fs::write(report_file(folder.path(), &jobs[0]), &whole).unwrap();
         std::fs::write(report_file(folder.path(), &jobs[1]), &whole[..whole.len() / 2]).unwrap();
@@ -465,7 +485,7 @@ mod tests {
         let why = |change: &str| {
             let text = format!("{SMALL}\n{change}");
             match matrix(&text) {
-                Ok(matrix) => matrix.jobs(Path::new("vmferry")).unwrap_err().to_string(),
+                Ok(matrix) => matrix.jobs(&here()).unwrap_err().to_string(),
                 Err(error) => vmferry_agent::error::in_one_line(&error),
             }
         };
@@ -473,8 +493,8 @@ mod tests {
         assert!(why("transport = [\"pigeon\"]").contains("pigeon"));
         assert!(why("rate-of-fire = 5").contains("rate-of-fire"));
         let none = SMALL.replace("[\"qemu\", \"external\"]", "[]");
-        assert!(matrix(&none).unwrap().jobs(Path::new("v")).unwrap_err().to_string().contains("no runs"));
-        let unknown = SMALL.replace("pause-1-iters", "pause-1-iter");
-        assert!(matrix(&unknown).unwrap().jobs(Path::new("v")).unwrap_err().to_string().contains("did you mean"));
+        assert!(matrix(&none).unwrap().jobs(&here()).unwrap_err().to_string().contains("no runs"));
+        let unknown = SMALL.replace("post-copy-1-iters", "post-copy-1-iter");
+        assert!(matrix(&unknown).unwrap().jobs(&here()).unwrap_err().to_string().contains("did you mean"));
     }
 }

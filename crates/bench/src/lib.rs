@@ -13,7 +13,6 @@ pub mod link;
 mod log;
 pub mod migration;
 pub mod page;
-mod proc_stat;
 pub mod ram;
 pub mod record;
 pub mod report;

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use tokio::io::AsyncReadExt;
 use vmferry_agent::api::types::{MigrationEvent, Report};
 
-use crate::proc_stat::Stat;
 use crate::testbed::{GuestWatch, Testbed, TestbedError};
+use vmferry_qemu::proc_stat::Stat;
 
 /// A guest that goes on for so long afterwards shows what it felt.
 const AFTERWARDS: Duration = Duration::from_secs(1);

@@ -37,8 +37,12 @@ pub struct RunReport {
     pub origin: Origin,
     /// When the migration was asked for, in seconds since 1970.
     pub started: u64,
-    /// What it ran on; absent when that is not known.
+    /// What it ran on; absent when that is not known. Of two machines, the source's.
     pub hardware: Option<Hardware>,
+    /// The destination's, when it is another machine and told.
+    pub destination_hardware: Option<Hardware>,
+    /// How far both hosts' clocks can be compared, when they are two machines.
+    pub clocks: Option<Clocks>,
     /// Of the programs that took part.
     pub versions: Versions,
     /// Everything that was chosen.
@@ -89,6 +93,17 @@ pub struct Hardware {
     pub one_machine: bool,
 }
 
+/// How far the monotonic clocks of two hosts can be compared, from questions and answers between them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Clocks {
+    /// A moment on the other host is known to within so much, in ms: half of the fastest answer.
+    pub error_ms: f64,
+    /// How much one clock went faster than the other in the time of the measurement, in ms.
+    pub drift_ms: f64,
+    /// Answers that this is from.
+    pub answers: u64,
+}
+
 /// Of the programs that took part.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Versions {
@@ -128,6 +143,8 @@ pub struct Settings {
     pub guest_fill: Option<String>,
     /// What carried it: `link` (between two hosts), `tcp` or `unix` (within one).
     pub transport: String,
+    /// The destination, when it is another machine.
+    pub to: Option<String>,
     /// What the link was shaped to, in bits a second.
     pub link_bits: Option<u64>,
     /// What the link really carried before the run, in bytes a second.
@@ -366,10 +383,14 @@ pub struct CpuSample {
     pub at_ms: f64,
     /// Its length, in ms.
     pub ms: f64,
-    /// The host, all processors together.
+    /// The source's host, all processors together.
     pub host: Option<f64>,
-    /// Programs that have no part in the measurement.
+    /// Programs there that have no part in the measurement.
     pub others: Option<f64>,
+    /// The destination's host, when it is another machine; a sample is of one of the two then.
+    pub destination_host: Option<f64>,
+    /// Programs there that have no part in the measurement.
+    pub destination_others: Option<f64>,
     /// The source's QEMU.
     pub source_qemu: Option<QemuCpu>,
     /// The destination's.
@@ -408,6 +429,8 @@ impl RunReport {
             origin,
             started: seconds_since_1970(),
             hardware: None,
+            destination_hardware: None,
+            clocks: None,
             versions: Versions::default(),
             settings,
             outcome: Outcome::NotCompleted { reason: "it was not run".into() },

@@ -2,18 +2,23 @@
 //!
 //! A scenario that names QEMU's means is done `by_hand`: two bare QEMUs driven over QMP, as the study did, so that each
 //! means has exactly its tunables and nothing of ours is in between. One that is left to vmferry, and all where the
-//! agents move the RAM, go through two real agents. Both end in the same report.
+//! agents move the RAM, go through two real agents. `between_hosts` has the agents do all of it. All end in the same
+//! report.
 
 mod agents;
+mod between_hosts;
 mod by_hand;
 mod link_rate;
 mod obstacles;
 pub(crate) mod processors;
+mod witnesses;
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use vmferry_agent::api::types::EngineName;
+use vmferry_agent::client::Client;
+use vmferry_agent::witness::HostFacts;
 
 use crate::report::{
     GuestRecord, Hardware, Lever, MarkKind, Origin, Outcome, PageCheck, Recorder, RunReport, Settings, Stall, ms_since,
@@ -71,6 +76,15 @@ impl std::str::FromStr for Transport {
     }
 }
 
+/// Where the guest is to go.
+#[derive(Clone, Debug)]
+pub struct OtherHost {
+    /// This host's agent.
+    pub agent: Client,
+    /// The other one: a peer's name, or its address.
+    pub name: String,
+}
+
 /// What to measure.
 #[derive(Clone, Debug)]
 pub struct RunOptions {
@@ -96,6 +110,10 @@ pub struct RunOptions {
     pub link_bits: Option<u64>,
     /// A folder that is searched for QEMU before `PATH`.
     pub qemu_dir: Option<PathBuf>,
+    /// The guest's kernel; the one that `scripts/setup.sh` fetches, when absent.
+    pub kernel: Option<PathBuf>,
+    /// Another host, instead of two on this one.
+    pub to: Option<OtherHost>,
     /// How long the guest is watched before.
     pub before: Duration,
     /// How long it is watched after.
@@ -133,6 +151,7 @@ impl RunOptions {
             guest_rate: self.rate,
             guest_fill: Some(self.fill.to_string()),
             transport: self.transport.as_str().into(),
+            to: self.to.as_ref().map(|to| to.name.clone()),
             link_bits: self.link_bits,
             bandwidth: scenario.bandwidth(),
             downtime_limit_ms: scenario.downtime.as_millis() as u64,
@@ -146,10 +165,18 @@ impl RunOptions {
         }
     }
 
-    /// The words after QEMU's own name that make the guest, but for its console.
+    fn kernel(&self) -> Result<PathBuf, TestbedError> {
+        self.kernel.clone().map_or_else(kernel, Ok)
+    }
+
+    /// The words after QEMU's own name that make the guest, but for its console; with what it boots from in this folder.
     fn qemu_arguments(&self, dir: &Path) -> Result<Vec<String>, TestbedError> {
-        let (kernel, initrd) = (kernel()?, dir.join("initrd.gz"));
+        let (kernel, initrd) = (self.kernel()?, dir.join("initrd.gz"));
         std::fs::write(&initrd, INITRD)?;
+        Ok(self.guest_arguments(&kernel.display().to_string(), &initrd.display().to_string()))
+    }
+
+    fn guest_arguments(&self, kernel: &str, initrd: &str) -> Vec<String> {
         let has_kvm = std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok();
         let dirty_limit = |means: &Means| means.capabilities.iter().any(|it| it == "dirty-limit");
         let accelerator = match has_kvm {
@@ -163,9 +190,9 @@ impl RunOptions {
             self.vcpus,
             self.ram() >> 20
         );
-        let files = ["-kernel".into(), kernel.display().to_string(), "-initrd".into(), initrd.display().to_string()];
+        let files = ["-kernel", kernel, "-initrd", initrd].map(str::to_owned);
         let append = ["-append".into(), self.guest().kernel_command_line()];
-        Ok(words.split(' ').map(str::to_owned).chain(files).chain(append).collect())
+        words.split(' ').map(str::to_owned).chain(files).chain(append).collect()
     }
 }
 
@@ -179,7 +206,7 @@ pub enum RunError {
         reason: String,
     },
     /// The guest would not fit.
-    #[error("the guest needs {needed} of memory on both sides together, and this host has {free} free")]
+    #[error("the guest needs {needed} of memory on this host, and {free} are free")]
     NoMemory {
         /// What it takes.
         needed: String,
@@ -225,9 +252,10 @@ pub enum RunError {
 /// Dropping the future ends all that was started.
 pub async fn run(options: &RunOptions, tell: impl Fn(&str)) -> Result<RunReport, RunError> {
     obstacles::look_for_obstacles(options)?;
-    match options.by_agents() {
-        true => agents::run(options, tell).await,
-        false => by_hand::run(options, tell).await,
+    match &options.to {
+        Some(to) => between_hosts::run(options, to, tell).await,
+        None if options.by_agents() => agents::run(options, tell).await,
+        None => by_hand::run(options, tell).await,
     }
 }
 
@@ -237,24 +265,17 @@ fn measure_link(network: &Network) -> Result<Option<u64>, RunError> {
     Ok(Some(link_rate::measure([&from, &to], network.address(1)?)?))
 }
 
-fn hardware() -> Hardware {
-    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
-    let (cpuinfo, meminfo) = (read("/proc/cpuinfo"), read("/proc/meminfo"));
-    let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": ").map(|(_, it)| it));
-    let total =
-        meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB")?.parse().ok());
-    Hardware {
-        model: model.unwrap_or("unknown").trim().into(),
-        processors: std::thread::available_parallelism().map_or(1, usize::from),
-        ram: total.map_or(0, |kib: u64| kib << 10),
-        kernel: read("/proc/sys/kernel/osrelease").trim().into(),
-        one_machine: true,
+impl Hardware {
+    fn of(host: HostFacts, one_machine: bool) -> Self {
+        let HostFacts { model, processors, ram, kernel, .. } = host;
+        Self { model, processors, ram, kernel, one_machine }
     }
 }
 
 /// A report of this host that was not measured by the measuring guest: as much as is known of the host itself.
 pub fn new_report(origin: Origin, settings: Settings) -> RunReport {
-    RunReport { hardware: Some(hardware()), ..RunReport::new(origin, settings) }
+    let hardware = Hardware::of(HostFacts::read(""), true);
+    RunReport { hardware: Some(hardware), ..RunReport::new(origin, settings) }
 }
 
 /// How a migration ended, for whoever puts the report together.
@@ -272,7 +293,7 @@ async fn conclude(
     mut report: RunReport,
     driven: Driven,
     watch: &GuestWatch,
-    sampler: Sampler,
+    sampler: impl FnOnce() -> Sampler,
 ) -> RunReport {
     let Driven { outcome, mut recorder, ended, levers } = driven;
     if outcome.is_completed() {
@@ -281,6 +302,7 @@ async fn conclude(
     }
     tokio::time::sleep(options.after).await;
     let watched_until = Instant::now();
+    watch.catch_up().await;
     // One that is stuck in post-copy has left all the same.
     let host = watch.log().beats().last().map_or(0, |beat| beat.host);
     report.page_check = check_pages(watch, host).await;
@@ -331,7 +353,7 @@ async fn conclude(
             .collect();
     }
     let ended_ms = recorder.ms_at(ended);
-    sampler.finish(&mut report, |moment| ms_since(begun, moment), 0.0, ended_ms);
+    sampler().finish(&mut report, |moment| ms_since(begun, moment), 0.0, ended_ms);
     recorder.finish(&mut report);
     if let Some(carried) = report.settings.link_measured.zip(report.settings.link_bits) {
         let share = carried.0 as f64 * 8.0 / carried.1 as f64;

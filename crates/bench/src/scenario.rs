@@ -25,6 +25,8 @@ pub struct Scenario {
     pub engines: Vec<EngineName>,
     /// vmferry's policy decides, rather than what follows.
     pub automatic: bool,
+    /// vmferry's policy may turn to post-copy.
+    pub post_copy: bool,
     /// Turn to post-copy when so many rounds are done.
     pub post_copy_after: Option<u32>,
     /// Pause the guest when so many rounds are done.
@@ -74,6 +76,8 @@ struct File {
     engines: Vec<EngineName>,
     #[serde(default)]
     automatic: bool,
+    #[serde(default = "yes")]
+    post_copy: bool,
     post_copy_after: Option<u32>,
     pause_after: Option<u32>,
     bandwidth: Option<String>,
@@ -88,6 +92,10 @@ struct File {
     tls: bool,
     #[serde(default)]
     qemu: Vec<Means>,
+}
+
+fn yes() -> bool {
+    true
 }
 
 fn half_a_second() -> Duration {
@@ -211,6 +219,11 @@ standard! {
     "post-copy-5-iters-tls",
     "vmferry",
     "vmferry-plain",
+    "vmferry-no-post-copy",
+    "vmferry-no-post-copy-100mbit",
+    "vmferry-no-post-copy-300mbit",
+    "vmferry-no-post-copy-1gbit",
+    "vmferry-no-post-copy-10gbit",
 }
 
 /// The names of the scenarios that are compiled in.
@@ -251,6 +264,7 @@ impl Scenario {
             about: file.about,
             engines: file.engines,
             automatic: file.automatic,
+            post_copy: file.post_copy,
             post_copy_after: file.post_copy_after,
             pause_after: file.pause_after,
             bandwidth_bits,
@@ -280,8 +294,8 @@ impl Scenario {
             Some("a guest that is paused does not go on to post-copy: give one of pause-after and post-copy-after")
         } else if self.post_copy_after.is_some() && by_qemu && !self.qemu.iter().all(post_copy) {
             Some("QEMU turns to post-copy only with the capability postcopy-ram")
-        } else if self.pause_after.is_some() && self.engines.contains(&EngineName::External) {
-            Some("the agents do not pause a guest that they move: pause-after is for the engine qemu")
+        } else if !self.post_copy && !self.automatic {
+            Some("post-copy = false keeps vmferry from it where it is automatic; others only do what they name")
         } else if self.most_rounds == 0 || self.most_time.is_zero() {
             Some("it gives up before it begins")
         } else {
@@ -347,12 +361,12 @@ mod tests {
             ("automatic = true\npause-after = 1", "automatic"),
             ("bandwidth = \"fast\"", "100mbit"),
             ("downtime = \"later\"", "downtime"),
+            ("post-copy = false", "automatic"),
             ("most-rounds = 0", "gives up"),
         ] {
             assert!(refusal(&format!("{base}{more}")).contains(why), "{}", refusal(&format!("{base}{more}")));
         }
         assert!(refusal("about = \"x\"\nengines = [\"qemo\"]").contains("qemo"));
-        assert!(refusal("about = \"x\"\nengines = [\"external\"]\npause-after = 1").contains("agents"));
     }
 
     #[test]

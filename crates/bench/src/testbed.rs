@@ -198,7 +198,8 @@ impl Testbed {
     /// Starts a measuring guest on the first host and waits until it writes.
     pub async fn start_guest(&self, name: &str, argv: Vec<String>) -> Result<GuestWatch> {
         let cwd = self.dir.path().to_owned();
-        let _: Started = self.alpha().client()?.post("/v1/vms", &RunRequest { name: name.into(), argv, cwd }).await?;
+        let request = RunRequest { name: name.into(), argv, cwd, measuring: false };
+        let _: Started = self.alpha().client()?.post("/v1/vms", &request).await?;
         let watch = self.watch(name)?;
         watch.wait("the guest", GUEST_START, |log| log.ready().is_some() && log.beats().len() > 20).await?;
         Ok(watch)
@@ -214,7 +215,7 @@ impl Testbed {
             input.push(sender);
             followers.push(tokio::spawn(follow(host.client()?, name.into(), index, Arc::clone(&log), typed)));
         }
-        Ok(GuestWatch { log, input, followers })
+        Ok(GuestWatch { log, input, followers, delay: Duration::ZERO })
     }
 }
 
@@ -425,13 +426,15 @@ pub struct GuestWatch {
     log: Arc<Mutex<GuestLog>>,
     input: Vec<tokio::sync::mpsc::Sender<&'static str>>,
     followers: Vec<tokio::task::JoinHandle<()>>,
+    /// What the guest says is in the log no later than this.
+    delay: Duration,
 }
 
 impl GuestWatch {
     /// Of a guest that no agent knows; see [`follow_socket`](Self::follow_socket).
     pub fn new() -> Self {
         let input = (0..2).map(|_| tokio::sync::mpsc::channel(1).0).collect();
-        Self { log: Arc::default(), input, followers: Vec::new() }
+        Self { log: Arc::default(), input, followers: Vec::new(), delay: Duration::ZERO }
     }
 
     /// What was heard so far.
@@ -477,6 +480,21 @@ impl GuestWatch {
         self.input[host] = sender;
         self.followers.push(tokio::spawn(async move { listen(console, host, &log, &mut typed).await }));
         Ok(())
+    }
+
+    /// Listens by other means: what is heard goes into this log, so much later, and what is to be typed comes from the
+    /// receivers.
+    pub(crate) fn heard_otherwise(
+        log: Arc<Mutex<GuestLog>>,
+        delay: Duration,
+    ) -> (Self, [tokio::sync::mpsc::Receiver<&'static str>; 2]) {
+        let ((a, from_a), (b, from_b)) = (tokio::sync::mpsc::channel(4), tokio::sync::mpsc::channel(4));
+        (Self { log, input: vec![a, b], followers: Vec::new(), delay }, [from_a, from_b])
+    }
+
+    /// Waits until all is in the log that the guest has said by now.
+    pub(crate) async fn catch_up(&self) {
+        tokio::time::sleep(self.delay).await;
     }
 
     /// Types into the guest's console on this host.

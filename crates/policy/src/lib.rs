@@ -94,6 +94,8 @@ pub enum Action {
     Pace(Percent),
     /// Let the destination run at once and fetch what it misses.
     PostCopy,
+    /// Pause the guest, and send what is left while it stands still.
+    Pause,
     /// Stop the migration; the guest stays where it is.
     GiveUp(Reason),
 }

@@ -188,6 +188,7 @@ mod tests {
                         Action::Throttle(by) => throttle = by,
                         Action::Pace(share) => pace = share,
                         Action::PostCopy => return End::PostCopy { at: seen.elapsed },
+                        Action::Pause => panic!("no rule of ours pauses the guest"),
                         Action::GiveUp(reason) => return End::GaveUp(reason),
                     }
                 }

@@ -1,11 +1,13 @@
 //! QEMU, as the rest of vmferry sees it: its monitor ([`qmp`]), its command line ([`command_line`]), starting it
-//! ([`launch`](mod@launch)), the process that it is ([`process`]), what its guest's RAM is made of ([`ram`]) and what a
-//! binary can do on this host ([`host`]).
+//! ([`launch`](mod@launch)), the process that it is ([`process`]) and what that uses ([`processors`]), what its guest's RAM
+//! is made of ([`ram`]) and what a binary can do on this host ([`host`]).
 
 pub mod command_line;
 pub mod host;
 pub mod launch;
+pub mod proc_stat;
 pub mod process;
+pub mod processors;
 pub mod qmp;
 pub mod ram;
 mod stream_tls;
@@ -16,7 +18,7 @@ pub use launch::{
     Incoming, LaunchError, LaunchPlan, LaunchSettings, Launched, launch, plan_launch, ram_memfd, wants_shared_ram,
     without_ours,
 };
-pub use process::{is_same_process, kill_process, process_command_line, process_cwd, process_start_time};
+pub use process::{end_with_us, is_same_process, kill_process, process_command_line, process_cwd, process_start_time};
 pub use qmp::{Command, Event, EventStream, Features, MigrationStatus, Qmp, QmpError, RunState, pid_of_socket_peer};
 pub use ram::{BackendKind, Obstacle, RamBackend, RamLayout, external_obstacles, ram_backends, uses_direct_io};
 pub use stream_tls::{Endpoint, StreamKey, StreamTlsError, protect_streams, unprotect_streams};

@@ -36,8 +36,9 @@ pub fn process_cwd(pid: u32) -> Option<PathBuf> {
     std::fs::read_link(format!("/proc/{pid}/cwd")).ok()
 }
 
-/// Has the kernel kill what is started when we are: for a QEMU that only answers questions.
-pub(crate) fn end_with_us(command: &mut tokio::process::Command) {
+/// Has the kernel kill what is started when we are, or, to be exact, the thread that starts it: for a QEMU that answers
+/// questions, or is measured.
+pub fn end_with_us(command: &mut tokio::process::Command) {
     let us = rustix::process::getpid();
     let in_child = move || {
         rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;

@@ -6,13 +6,13 @@ use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use vmferry_agent::client::Client;
-use vmferry_bench::batch::{Audience, Done, Job, Matrix, batch as run_batch, read_all};
+use vmferry_bench::batch::{Audience, Done, Job, Matrix, Place, batch as run_batch, read_all};
 use vmferry_bench::compare::{Group, group_by_set_up, to_text};
 use vmferry_bench::link::{LinkBenchOptions, bench_host, bench_loopback};
 use vmferry_bench::ram::{RamBenchOptions, bench_ram};
 
 use vmferry_bench::report::{Outcome, PageCheck, guestperf};
-use vmferry_bench::run::{RunOptions, run as measure};
+use vmferry_bench::run::{OtherHost, RunOptions, run as measure};
 use vmferry_bench::scenario::{Scenario, names};
 
 use crate::cli::{
@@ -20,7 +20,12 @@ use crate::cli::{
 };
 use crate::failure::Failure;
 
-pub(crate) async fn run(options: BenchRunOptions) -> Result<(), Failure> {
+/// `client` is only asked for when an agent is needed.
+pub(crate) async fn run(
+    client: impl FnOnce() -> Result<Client, Failure>,
+    options: BenchRunOptions,
+) -> Result<(), Failure> {
+    let to = options.to.map(|name| Ok::<_, Failure>(OtherHost { agent: client()?, name })).transpose()?;
     let guest = &options.guest;
     let wanted = RunOptions {
         vmferry: std::env::current_exe().map_err(Failure::NoFolder)?,
@@ -33,7 +38,9 @@ pub(crate) async fn run(options: BenchRunOptions) -> Result<(), Failure> {
         fill: guest.fill,
         transport: options.transport,
         link_bits: options.link,
-        qemu_dir: options.qemu,
+        qemu_dir: options.qemu.map(std::path::absolute).transpose().map_err(Failure::NoFolder)?,
+        kernel: options.kernel,
+        to,
         before: guest.before,
         after: guest.after,
     };
@@ -63,11 +70,17 @@ async fn unless_interrupted<T>(work: impl Future<Output = Result<T, Failure>>) -
     }
 }
 
-pub(crate) async fn batch(options: BatchOptions) -> Result<(), Failure> {
+/// As above.
+pub(crate) async fn batch(
+    client: impl FnOnce() -> Result<Client, Failure>,
+    options: BatchOptions,
+) -> Result<(), Failure> {
     let vmferry = std::env::current_exe().map_err(Failure::NoFolder)?;
     let matrix = Matrix::read(&options.matrix)?;
+    let to = matrix.to.clone().map(|name| Ok::<_, Failure>(OtherHost { agent: client()?, name })).transpose()?;
+    let place = Place { vmferry, kernel: options.kernel, to };
     let bar = Bar::new();
-    let tally = unless_interrupted(async { Ok(run_batch(&matrix, &vmferry, &options.output, &bar).await?) }).await?;
+    let tally = unless_interrupted(async { Ok(run_batch(&matrix, &place, &options.output, &bar).await?) }).await?;
     bar.0.finish_and_clear();
     println!("{} runs measured, {} skipped, {} failed", tally.measured, tally.skipped, tally.failed);
     match tally.failed {
@@ -173,7 +186,7 @@ pub(crate) fn import_guestperf(options: &ImportOptions) -> Result<(), Failure> {
     Ok(())
 }
 
-/// `client` is only asked for when an agent is needed.
+/// As above.
 pub(crate) async fn link(
     client: impl FnOnce() -> Result<Client, Failure>,
     options: BenchLinkOptions,

@@ -26,7 +26,7 @@ pub(crate) async fn run(client: &Client, options: MigrateOptions) -> Result<(), 
         max_time_ms: options.max_time.map(|time| time.as_millis() as u64),
         bandwidth: options.bandwidth,
         post_copy: !options.no_post_copy,
-        post_copy_after: None,
+        script: None,
         engine: options.engine,
         disks_are_shared: options.disks_are_shared,
     };

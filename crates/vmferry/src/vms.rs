@@ -11,7 +11,7 @@ use crate::failure::Failure;
 
 pub(crate) async fn run(client: &Client, name: String, argv: Vec<String>) -> Result<(), Failure> {
     let cwd = std::env::current_dir().map_err(Failure::NoFolder)?;
-    let started: Started = client.post("/v1/vms", &RunRequest { name, argv, cwd }).await?;
+    let started: Started = client.post("/v1/vms", &RunRequest { name, argv, cwd, measuring: false }).await?;
     tell_started(&started);
     Ok(())
 }

@@ -29,7 +29,7 @@ use crate::error::{AgentError, in_one_line};
 use crate::link_trial::TrialResult;
 use crate::migration::{self, Migration};
 use crate::vm::{GLANCE, Stage};
-use crate::{Agent, lifecycle, link_trial, trust};
+use crate::{Agent, lifecycle, link_trial, trust, witness};
 
 /// What the console route upgrades to: raw bytes both ways.
 pub const CONSOLE_PROTOCOL: &str = "vmferry-console";
@@ -59,6 +59,8 @@ pub(crate) fn routes() -> OpenApiRouter<Arc<Agent>> {
         .routes(routes!(post_copy))
         .routes(routes!(migrations))
         .routes(routes!(events))
+        .routes(routes!(witness))
+        .routes(routes!(witness_there))
         .routes(routes!(make_token))
         .routes(routes!(peers, pair))
         .routes(routes!(unpair))
@@ -161,6 +163,26 @@ async fn show_console(mut connection: TokioIo<hyper::upgrade::Upgraded>, mut vie
     let _ = connection.shutdown().await;
 }
 
+/// What is heard of a measuring guest: upgraded to lines of JSON both ways. The guest ends with this.
+#[utoipa::path(get, path = "/v1/vms/{name}/witness", params(("name" = String, Path)),
+    responses((status = 101, description = "upgraded to vmferry-witness"), (status = "default", body = Problem)))]
+async fn witness(State(agent): Shared, Path(name): Path<String>, request: Request) -> Result<Response, ApiError> {
+    let vm = witness::only_measuring(agent.vm(&name)?)?;
+    upgraded(request, witness::PROTOCOL, move |connection| witness::serve(agent, vm, connection))
+}
+
+/// The same at the destination of a migration, once something waits for the guest there.
+#[utoipa::path(get, path = "/v1/migrations/{id}/witness", params(("id" = Uuid, Path)),
+    responses((status = 101, description = "upgraded to vmferry-witness"), (status = "default", body = Problem)))]
+async fn witness_there(State(agent): Shared, Path(id): Path<Uuid>, request: Request) -> Result<Response, ApiError> {
+    let migration = agent.migration(id).ok_or_else(|| not_followed(id))?;
+    let mut there = migration.peer.witness(id).await?;
+    upgraded(request, witness::PROTOCOL, |mut here| async move {
+        // Whoever closes it, or breaks, ends it.
+        let _ = tokio::io::copy_bidirectional(&mut here, &mut there).await;
+    })
+}
+
 /// Plans a migration and, unless it is a dry run, starts it.
 #[utoipa::path(post, path = "/v1/vms/{name}/migration", params(("name" = String, Path)), request_body = MigrateRequest,
     responses((status = 200, body = Begun), (status = "default", body = Problem)))]
@@ -213,15 +235,19 @@ async fn events(
     State(agent): Shared,
     Path(id): Path<Uuid>,
 ) -> Result<Sse<impl Stream<Item = Result<Event, Infallible>>>, ApiError> {
-    let migration = agent.migration(id).ok_or_else(|| AgentError::Conflict {
-        message: format!("this agent follows no migration {id}"),
-        hint: Some("`vmferry migrations` tells how earlier ones ended".into()),
-    })?;
+    let migration = agent.migration(id).ok_or_else(|| not_followed(id))?;
     let (past, live) = migration.watch();
     let live = tokio_stream::wrappers::BroadcastStream::new(live).filter_map(|event| std::future::ready(event.ok()));
     let events = until_the_last(futures_util::stream::iter(past).chain(live))
         .map(|event| Ok(Event::default().json_data(&event).expect("an event is plain data")));
     Ok(Sse::new(events).keep_alive(KeepAlive::default()))
+}
+
+fn not_followed(id: Uuid) -> AgentError {
+    AgentError::Conflict {
+        message: format!("this agent follows no migration {id}"),
+        hint: Some("`vmferry migrations` tells how earlier ones ended".into()),
+    }
 }
 
 /// Ends the stream with the migration's last event.

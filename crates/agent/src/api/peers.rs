@@ -17,17 +17,20 @@ use uuid::Uuid;
 
 use super::types::{Hello, Join, Problem};
 use super::{Answer, ApiError, upgraded};
+use crate::boot_files::BootFile;
 use crate::error::AgentError;
 use crate::incoming::{CheckReply, IncomingState, Offer, Prepared};
 use crate::link_trial::{TrialAccepted, TrialOffer};
 use crate::peer::API;
 use crate::trust::{self, Caller};
-use crate::{Agent, incoming, link_trial};
+use crate::{Agent, boot_files, incoming, link_trial};
 
 type Shared = State<Arc<Agent>>;
 
 pub(crate) fn routes() -> OpenApiRouter<Arc<Agent>> {
     OpenApiRouter::new()
+        .routes(routes!(has_boot_file, put_boot_file))
+        .layer(DefaultBodyLimit::max(boot_files::LARGEST))
         .routes(routes!(link_trial))
         .layer(DefaultBodyLimit::max(16 << 20))
         .routes(routes!(hello))
@@ -42,6 +45,7 @@ pub(crate) fn routes() -> OpenApiRouter<Arc<Agent>> {
         .routes(routes!(recover))
         .routes(routes!(relay))
         .routes(routes!(try_streams))
+        .routes(routes!(witness))
 }
 
 /// A peer that asks.
@@ -120,7 +124,7 @@ async fn link_trial(_peer: Paired, _bytes: Bytes) -> StatusCode {
 #[utoipa::path(post, path = "/v1/incoming/check", request_body = Offer,
     responses((status = 200, body = CheckReply), (status = "default", body = Problem)))]
 async fn check(State(agent): Shared, Paired(caller): Paired, Json(offer): Json<Offer>) -> Answer<CheckReply> {
-    Ok(Json(incoming::check(&agent, &offer, &caller).await?))
+    Ok(Json(incoming::check(&agent, offer, &caller).await?))
 }
 
 /// Starts a QEMU that waits for the VM.
@@ -178,6 +182,35 @@ async fn relay(State(agent): Shared, Began { id, .. }: Began, request: Request) 
     upgraded(request, crate::relay::PROTOCOL, move |connection| async move {
         crate::relay::receive(&vm, connection).await;
     })
+}
+
+/// What is heard of the migration's guest, if it is a measuring one: upgraded to lines of JSON both ways. The guest ends
+/// with this.
+#[utoipa::path(post, path = "/v1/incoming/{id}/witness", params(("id" = Uuid, Path)),
+    responses((status = 101, description = "upgraded to vmferry-witness"), (status = "default", body = Problem)))]
+async fn witness(State(agent): Shared, Began { id, .. }: Began, request: Request) -> Result<Response, ApiError> {
+    let vm = incoming::measuring_vm(&agent, id)?;
+    upgraded(request, crate::witness::PROTOCOL, move |connection| crate::witness::serve(agent, vm, connection))
+}
+
+/// Whether this host has a file for a measuring guest to boot from.
+#[utoipa::path(get, path = "/v1/boot-files/{digest}", params(("digest" = String, Path)),
+    responses((status = 200, body = BootFile), (status = "default", body = Problem)))]
+async fn has_boot_file(State(agent): Shared, _peer: Paired, Path(digest): Path<String>) -> Answer<BootFile> {
+    Ok(Json(boot_files::look(&agent, &digest)?))
+}
+
+/// A file for a measuring guest to boot from, under its fingerprint: its SHA-256 in base 32.
+#[utoipa::path(put, path = "/v1/boot-files/{digest}", params(("digest" = String, Path)),
+    request_body(content = Vec<u8>, content_type = "application/octet-stream"),
+    responses((status = 200, body = BootFile), (status = "default", body = Problem)))]
+async fn put_boot_file(
+    State(agent): Shared,
+    _peer: Paired,
+    Path(digest): Path<String>,
+    content: Bytes,
+) -> Answer<BootFile> {
+    Ok(Json(boot_files::put(&agent, &digest, content).await?))
 }
 
 /// Waits for the streams of a trial of the link, and takes what comes over them.

@@ -102,6 +102,10 @@ pub struct VmSpec {
     pub shared_ram: bool,
     /// Somebody else started it.
     pub adopted: bool,
+    /// The measuring guest: whoever witnesses it hears all that it says, and it ends with its witness. What it boots from
+    /// goes along with it.
+    #[serde(default)]
+    pub measuring: bool,
 }
 
 /// Start a VM.
@@ -114,6 +118,9 @@ pub struct RunRequest {
     /// The folder that relative paths in it start from.
     #[schema(value_type = String)]
     pub cwd: PathBuf,
+    /// See [`VmSpec::measuring`]. The files it boots from lie in `cwd`, each under the fingerprint of what is in it.
+    #[serde(default)]
+    pub measuring: bool,
 }
 
 /// Take over a QEMU that somebody else started.
@@ -194,15 +201,37 @@ pub struct MigrateRequest {
     pub bandwidth: Option<u64>,
     /// Post-copy may be used.
     pub post_copy: bool,
-    /// For measurements: nothing is decided but to turn to post-copy when so many rounds are done.
+    /// For measurements: this is done, and nothing is decided.
     #[serde(default)]
-    pub post_copy_after: Option<u32>,
+    pub script: Option<Script>,
     /// The RAM engine; without it the host's configuration decides.
     #[serde(default)]
     pub engine: Option<EngineName>,
     /// The user vouches that block devices of this VM are the same on both hosts.
     #[serde(default)]
     pub disks_are_shared: bool,
+}
+
+/// What is done in a migration that is measured.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Script {
+    /// Turn to post-copy when so many rounds are done.
+    pub post_copy_after: Option<u32>,
+    /// Pause the guest when so many rounds are done, and send the rest while it stands still.
+    pub pause_after: Option<u32>,
+    /// What QEMU is to use, where it moves the RAM: the first of these that both QEMUs have. Only for a measuring guest.
+    #[serde(default)]
+    pub means: Vec<Means>,
+}
+
+/// Means of QEMU's own migration, in its words.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Means {
+    /// Capabilities to switch on, on both sides.
+    pub capabilities: Vec<String>,
+    /// Parameters to set, on both sides.
+    #[schema(value_type = Object)]
+    pub parameters: serde_json::Map<String, serde_json::Value>,
 }
 
 /// Who moves a guest's RAM.

@@ -248,7 +248,7 @@ impl ExternalEngine {
         // A processor that waits to write cannot be stopped.
         source.lift_pacing();
         self.qmp.execute(commands::Stop {}).await?;
-        self.paused_at = Some(Instant::now());
+        self.paused_at.get_or_insert_with(Instant::now);
         Ok(())
     }
 
@@ -412,6 +412,10 @@ impl RamEngine for ExternalEngine {
         match action {
             Action::PostCopy if !self.switched => self.switch_over(true).await,
             Action::Pace(share) if !self.switched => self.pace(*share).await,
+            Action::Pause if !self.switched => {
+                let source = self.source()?;
+                self.pause(&source).await
+            }
             _ => Ok(()),
         }
     }

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use vmferry_link::{Cipher, SessionId, SessionKey};
 use vmferry_policy::{Action, Observation};
-use vmferry_qemu::{QmpError, StreamKey};
+use vmferry_qemu::{Qmp, QmpError, StreamKey};
 use vmferry_ram::RamError;
 
 /// What the destination's QEMU must be set to before it receives.
@@ -23,12 +23,24 @@ pub struct Setup {
     pub capabilities: Vec<String>,
     /// How many parallel channels QEMU opens for RAM; 0 without multifd.
     pub channels: u8,
+    /// QEMU's migration parameters that a measurement sets, in its words.
+    #[serde(default)]
+    #[schema(value_type = Object)]
+    pub parameters: serde_json::Map<String, serde_json::Value>,
 }
 
 impl Setup {
     /// The capability is in use.
     pub fn has(&self, capability: &str) -> bool {
         self.capabilities.iter().any(|it| it == capability)
+    }
+
+    /// Sets one side's QEMU to the parameters of a measurement.
+    pub(crate) async fn set_parameters(&self, qmp: &Qmp) -> Result<(), QmpError> {
+        if !self.parameters.is_empty() {
+            qmp.execute_raw("migrate-set-parameters", self.parameters.clone().into()).await?;
+        }
+        Ok(())
     }
 }
 

@@ -22,6 +22,7 @@ use vmferry_qemu::qmp::commands::{self, MigrationInfo, MigrationParameters};
 use vmferry_qemu::{Event, EventStream, Features, MigrationStatus, Qmp, QmpError, RunState};
 
 use super::{EngineError, NewConnection, RamEngine, Seen, Setup, Totals};
+use crate::api::types::Means;
 
 /// QEMU's own default is 128 MiB/s; this is as good as none and fits its signed arithmetic.
 pub(super) const UNLIMITED: u64 = 1 << 50;
@@ -47,6 +48,7 @@ pub struct QemuEngine {
     bandwidth: Option<u64>,
     setup: Setup,
     post_copy_first: bool,
+    scripted: bool,
     /// The guest ran when the migration began: it must run again when it is abandoned.
     was_running: bool,
     /// QEMU was told a downtime that it cannot keep.
@@ -73,6 +75,8 @@ pub struct Wishes {
     pub setup: Setup,
     /// Pause the guest and switch to post-copy at once.
     pub post_copy_first: bool,
+    /// A measurement says what is done: QEMU's throttle is its own.
+    pub scripted: bool,
 }
 
 /// Chooses QEMU's means for one migration; `there` tells which capabilities the destination's QEMU has. Leaves the
@@ -103,7 +107,27 @@ fn setup(wanted: &[&str]) -> Setup {
         true => std::thread::available_parallelism().map_or(2, |cores| (cores.get() / 2).clamp(2, 8) as u8),
         false => 0,
     };
-    Setup { capabilities: wanted.iter().map(ToString::to_string).collect(), channels }
+    Setup { capabilities: wanted.iter().map(ToString::to_string).collect(), channels, ..Setup::default() }
+}
+
+/// The first of a measurement's means that both QEMUs have; or what the last of them lacks.
+pub(crate) fn scripted(here: &Features, there: impl Fn(&str) -> bool, means: &[Means]) -> Result<Setup, String> {
+    let mut lacks = "the measurement names no means".to_owned();
+    for wanted in means {
+        let Means { capabilities, parameters } = wanted;
+        let missing = capabilities.iter().find(|it| !here.has_capability(it) || !there(it));
+        if let Some(missing) = missing {
+            lacks = format!("one of the QEMUs has no migration capability {missing}");
+        } else if let Some(missing) = parameters.keys().find(|it| !here.has_parameter(it)) {
+            lacks = format!("the source's QEMU has no migration parameter {missing}");
+        } else {
+            let always = ["events", "return-path"].map(str::to_owned);
+            let always = always.into_iter().filter(|it| here.has_capability(it) && there(it));
+            let capabilities = always.chain(capabilities.clone()).collect();
+            return Ok(Setup { capabilities, channels: 0, parameters: parameters.clone() });
+        }
+    }
+    Err(lacks)
 }
 
 /// Whether this QEMU fails to notice some of what a running guest writes while its RAM is copied.
@@ -147,8 +171,10 @@ pub(crate) async fn set_capabilities(qmp: &Qmp, known: &BTreeSet<String>, wanted
         super::external::CAPABILITY,
         super::external::PAUSES,
     ];
+    let others = wanted.iter().filter(|name| !OURS.contains(name));
     let capabilities = OURS
         .iter()
+        .chain(others)
         .filter(|name| known.contains(**name))
         .map(|name| commands::CapabilityState { capability: (*name).into(), state: wanted.contains(name) })
         .collect();
@@ -168,6 +194,7 @@ impl QemuEngine {
             bandwidth: wishes.bandwidth,
             setup: wishes.setup,
             post_copy_first: wishes.post_copy_first,
+            scripted: wishes.scripted,
             was_running,
             holds_switchover: was_running && !wishes.post_copy_first,
             started: Instant::now(),
@@ -205,11 +232,11 @@ impl QemuEngine {
         if self.setup.channels > 0 {
             parameters.multifd_channels = Some(self.setup.channels);
         }
-        if self.setup.has("auto-converge") {
+        if self.setup.has("auto-converge") && !self.scripted {
             parameters.set_throttle(Percent(1));
         }
         self.qmp.execute(parameters).await?;
-        Ok(())
+        self.setup.set_parameters(&self.qmp).await
     }
 
     /// Takes in the events that have come and waits for the next one until the tick.
@@ -332,6 +359,9 @@ impl RamEngine for QemuEngine {
                 let mut parameters = MigrationParameters::default();
                 parameters.set_throttle(*share);
                 self.qmp.execute(parameters).await?;
+            }
+            Action::Pause => {
+                self.qmp.execute(commands::Stop {}).await?;
             }
             Action::Continue | Action::Pace(_) | Action::GiveUp(_) => {}
         }

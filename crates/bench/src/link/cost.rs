@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use vmferry_link::thread_cpu;
 
-use crate::proc_stat::Stat;
+use vmferry_qemu::proc_stat::Stat;
 
 /// Runs this and adds what it cost its thread.
 pub(super) fn with_cpu<T>(work: impl FnOnce() -> T) -> (T, Duration) {

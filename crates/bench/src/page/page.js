@@ -152,6 +152,8 @@
     ["source agent", (it) => it.source_agent, [6, 3]],
     ["destination agent", (it) => it.destination_agent, [2, 3]],
     ["other programs", (it) => it.others, [1, 4]],
+    ["destination's host", (it) => it.destination_host, []],
+    ["other programs there", (it) => it.destination_others, [1, 4]],
   ];
   const cpuLines = (run) => CPU_KINDS
     .map(([name, value, dash], index) => ({ name, colour: COLOURS[index % COLOURS.length], dash, points: run.samples.cpu.map((it) => [seconds(it.at_ms), value(it) ?? null]) }))

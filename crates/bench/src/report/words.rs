@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::{Origin, Outcome, PageCheck, RunReport, Settings};
+use super::{Clocks, Origin, Outcome, PageCheck, RunReport, Settings};
 
 const MIB: f64 = 1_048_576.0;
 
@@ -24,9 +24,10 @@ impl Settings {
         if let Some(rate) = self.guest_rate {
             write!(name, " at {}/s", size(rate)).expect("as above");
         }
-        match self.link_bits {
-            Some(bits) => write!(name, " · {}", bits_in_words(bits)),
-            None => write!(name, " · {}", self.transport),
+        match (&self.to, self.link_bits) {
+            (Some(to), _) => write!(name, " · to {to}"),
+            (None, Some(bits)) => write!(name, " · {}", bits_in_words(bits)),
+            (None, None) => write!(name, " · {}", self.transport),
         }
         .expect("as above");
         name
@@ -87,6 +88,10 @@ impl RunReport {
             }),
         );
         line("sent", s.sent.map(size));
+        line("link", self.settings.link_measured.map(|rate| format!("carried {}/s before", size(rate))));
+        let clocks =
+            |it: Clocks| format!("of both hosts compared to within {:.2} ms, drift {:.2}", it.error_ms, it.drift_ms);
+        line("clocks", self.clocks.map(clocks));
         line(
             "memory",
             match &self.page_check {

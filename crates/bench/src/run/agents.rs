@@ -2,19 +2,21 @@
 
 use std::time::{Duration, Instant};
 
+use uuid::Uuid;
 use vmferry_agent::api::local::Begun;
-use vmferry_agent::api::types::{MigrateRequest, MigrationEvent, Problem, Report, Step, VmView};
+use vmferry_agent::api::types::{
+    EngineName, Means as ScriptMeans, MigrateRequest, MigrationEvent, Problem, Report, Script, Step, VmView,
+};
 use vmferry_agent::client::{Client, ClientError, vm_path};
 
 use super::processors::Sampler;
 use super::{Driven, RunError, RunOptions, Transport, VM, conclude, measure_link, new_report};
 use crate::report::{Lever, MarkKind, Origin, Outcome, Recorder, RunReport, Summary};
+use crate::scenario::Means;
 use crate::testbed::{Host, Testbed, TestbedOptions};
 
 /// How often it is looked whether the destination's QEMU is there yet.
 const LOOK: Duration = Duration::from_millis(100);
-/// Never, for a scenario that is pre-copy to the end.
-const NEVER: u32 = u32::MAX;
 
 pub(super) async fn run(options: &RunOptions, tell: impl Fn(&str)) -> Result<RunReport, RunError> {
     let scenario = &options.scenario;
@@ -53,39 +55,81 @@ pub(super) async fn run(options: &RunOptions, tell: impl Fn(&str)) -> Result<Run
     tell("watching the guest before");
     tokio::time::sleep(options.before).await;
     tell("migrating");
-    let driven = drive(options, &bed, &client, &sampler, &mut report, &tell).await?;
+    let journey = Journey {
+        client: &client,
+        vm: VM,
+        to: bed.beta().address.to_string(),
+        qemu_appears: Some((bed.beta(), &sampler)),
+    };
+    let driven = drive(options, &journey, &mut report, &tell, |_| {}).await?;
     tell("watching the guest after");
-    Ok(conclude(options, report, driven, &watch, sampler).await)
+    Ok(conclude(options, report, driven, &watch, || sampler).await)
 }
 
-fn request(options: &RunOptions, bed: &Testbed) -> MigrateRequest {
+/// Which guest goes where.
+pub(super) struct Journey<'a> {
+    /// Of the source's agent.
+    pub(super) client: &'a Client,
+    /// The guest's name there.
+    pub(super) vm: &'a str,
+    /// The destination.
+    pub(super) to: String,
+    /// The destination, if it is on this machine, and who is to look at its QEMU when that is there.
+    pub(super) qemu_appears: Option<(&'a Host, &'a Sampler)>,
+}
+
+impl Journey<'_> {
+    /// Looks whether the destination's QEMU is there, from time to time until it is.
+    async fn look_for_qemu(&self) {
+        let Some((host, sampler)) = self.qemu_appears else { return std::future::pending().await };
+        while !sampler.knows_destination() {
+            tokio::time::sleep(LOOK).await;
+            if let Ok(Some(view)) = host.show(self.vm).await {
+                sampler.watch(|watched| watched.qemus[1] = Some(view.pid));
+            }
+        }
+        std::future::pending::<()>().await;
+    }
+}
+
+fn request(options: &RunOptions, to: &str) -> MigrateRequest {
     let scenario = &options.scenario;
+    let means = scenario.qemu.iter().map(|means| ScriptMeans {
+        capabilities: means.capabilities.clone(),
+        parameters: means.parameters_for(options.ram()),
+    });
     MigrateRequest {
-        to: bed.beta().address.to_string(),
+        to: to.into(),
         dry_run: false,
         downtime_ms: scenario.downtime.as_millis() as u64,
         max_time_ms: None,
         bandwidth: scenario.bandwidth(),
-        post_copy: true,
-        post_copy_after: (!scenario.automatic).then(|| scenario.post_copy_after.unwrap_or(NEVER)),
+        post_copy: scenario.post_copy,
+        script: (!scenario.automatic).then(|| Script {
+            post_copy_after: scenario.post_copy_after,
+            pause_after: scenario.pause_after,
+            means: means.collect(),
+        }),
         engine: Some(options.engine),
         disks_are_shared: false,
     }
 }
 
-async fn drive(
+/// Migrates the guest as the scenario says; whoever wants to know is told the migration's id.
+pub(super) async fn drive(
     options: &RunOptions,
-    bed: &Testbed,
-    client: &Client,
-    sampler: &Sampler,
+    journey: &Journey<'_>,
     report: &mut RunReport,
     tell: &impl Fn(&str),
+    has_begun: impl FnOnce(Uuid),
 ) -> Result<Driven, RunError> {
-    let scenario = &options.scenario;
+    let (scenario, client) = (&options.scenario, journey.client);
     let mut recorder = Recorder::begin();
-    let path = format!("{}/migration", vm_path(VM));
-    let begun: Begun = client.post(&path, &request(options, bed)).await.map_err(refused)?;
+    let path = format!("{}/migration", vm_path(journey.vm));
+    let begun: Begun = client.post(&path, &request(options, &journey.to)).await.map_err(refused)?;
     let Some(id) = begun.id else { return Err(RunError::CannotHere { reason: "nothing was begun".into() }) };
+    has_begun(id);
+    report.settings.encrypted = Some(!begun.plan.protection.starts_with("none"));
     report.versions.destination_qemu = Some(begun.plan.destination_qemu.clone());
     report.settings.capabilities = begun.plan.capabilities;
     report.notes.extend(begun.plan.notes);
@@ -98,10 +142,11 @@ async fn drive(
         last.then_some(())
     });
     tokio::pin!(follow);
-    let mut look = tokio::time::interval(LOOK);
+    let looking = journey.look_for_qemu();
+    tokio::pin!(looking);
     let deadline = recorder.begun() + scenario.most_time;
     let mut stopped: Option<String> = None;
-    let (mut post_copy, mut following) = (false, true);
+    let (mut post_copy, mut paused, mut following) = (false, false, true);
     let end: Result<Box<Report>, Problem> = loop {
         let event = tokio::select! {
             event = events.recv() => event,
@@ -118,12 +163,7 @@ async fn drive(
                 let _ = client.delete(&path).await;
                 continue;
             }
-            _ = look.tick(), if !sampler.knows_destination() => {
-                if let Ok(Some(view)) = bed.beta().show(VM).await {
-                    sampler.watch(|watched| watched.qemus[1] = Some(view.pid));
-                }
-                continue;
-            }
+            () = &mut looking => continue,
         };
         let Some(event) = event else { return Err(ClientError::LostSight.into()) };
         recorder.event(&event);
@@ -134,11 +174,17 @@ async fn drive(
                 tell("post-copy");
                 post_copy = true;
             }
+            // As the scenario wants it, and before the rest is sent.
+            MigrationEvent::Step { step: Step::SwitchOver } => {
+                tell("pausing the guest");
+                recorder.mark(MarkKind::Paused);
+                paused = true;
+            }
             MigrationEvent::Note { text } => report.notes.push(text),
             _ => {}
         }
         let done = recorder.round().saturating_sub(1);
-        if !scenario.automatic && done >= scenario.most_rounds && !post_copy && stopped.is_none() {
+        if !scenario.automatic && done >= scenario.most_rounds && !post_copy && !paused && stopped.is_none() {
             stopped = Some(format!("not done after {done} rounds"));
             recorder.mark(MarkKind::Cancelled);
             // As above.
@@ -155,19 +201,34 @@ async fn drive(
         report.summary = Summary::of(theirs);
         report.summary.total_ms = Some(recorder.ms_at(ended));
     }
-    let levers = levers(options, end.as_deref().ok());
+    let levers = levers(options, end.as_deref().ok(), paused);
     Ok(Driven { outcome, recorder, ended, levers })
 }
 
-fn levers(options: &RunOptions, report: Option<&Report>) -> Vec<Lever> {
+/// As far as the agents tell. Of QEMU's packing they do not.
+fn levers(options: &RunOptions, report: Option<&Report>, paused: bool) -> Vec<Lever> {
+    let scenario = &options.scenario;
     let mut levers = Vec::new();
-    if options.scenario.post_copy_after.is_some() {
+    let mut add = |name: &str, acted: bool, evidence: String| levers.push(Lever { name: name.into(), acted, evidence });
+    if scenario.post_copy_after.is_some() {
         let acted = report.is_some_and(|it| it.post_copy);
         let evidence = match acted {
-            true => "the agents handed the guest over before its RAM was there",
+            true => "the guest was handed over before its RAM was there",
             false => "the RAM was there before post-copy was to begin",
         };
-        levers.push(Lever { name: "post-copy".into(), acted, evidence: evidence.into() });
+        add("post-copy", acted, evidence.into());
+    }
+    if scenario.pause_after.is_some() {
+        let evidence = if paused { "the guest was paused" } else { "it ended before the guest was to be paused" };
+        add("pause", paused, evidence.into());
+    }
+    let slowed = report.map_or(0, |it| it.throttle);
+    let may_throttle = |means: &Means| means.capabilities.iter().any(|it| it == "auto-converge");
+    if scenario.automatic && !scenario.post_copy {
+        let name = if options.engine == EngineName::External { "pacing" } else { "throttle" };
+        add(name, slowed > 0, format!("the guest's writes were slowed by up to {slowed} %"));
+    } else if scenario.qemu.iter().any(may_throttle) && options.engine == EngineName::Qemu {
+        add("auto-converge", slowed > 0, format!("the guest was slowed by up to {slowed} %"));
     }
     levers
 }

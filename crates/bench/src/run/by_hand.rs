@@ -12,7 +12,7 @@ use vmferry_qemu::qmp::commands::{
     CapabilityState, Cont, Migrate, MigrateCancel, MigrateIncoming, MigrateSetCapabilities, MigrateStartPostcopy,
     MigrationInfo, QueryKvm, QueryMigrate, QueryVersion, Stop,
 };
-use vmferry_qemu::{Endpoint, Features, MigrationStatus, Qmp, QmpError, StreamKey, protect_streams};
+use vmferry_qemu::{Endpoint, Features, MigrationStatus, Qmp, QmpError, StreamKey, end_with_us, protect_streams};
 
 use super::processors::Sampler;
 use super::{Driven, RunError, RunOptions, Transport, conclude, measure_link, new_report};
@@ -72,7 +72,7 @@ pub(super) async fn run(options: &RunOptions, tell: impl Fn(&str)) -> Result<Run
     tell("migrating");
     let driven = pair.drive(options, means, &mut report, &tell).await?;
     tell("watching the guest after");
-    Ok(conclude(options, report, driven, &pair.watch, sampler).await)
+    Ok(conclude(options, report, driven, &pair.watch, || sampler).await)
 }
 
 impl Qemu {
@@ -101,6 +101,7 @@ impl Qemu {
         if index == 1 {
             command.args(["-incoming", "defer"]);
         }
+        end_with_us(&mut command);
         let mut process = command.spawn()?;
         // What enters a namespace, and what wraps a QEMU, becomes what it starts.
         let pid = process.id().unwrap_or(0);

@@ -19,6 +19,14 @@ pub(super) fn look_for_obstacles(options: &RunOptions) -> Result<(), RunError> {
         return skip(format!("{} is for the engine {}, not {}", scenario.name, others.join(" or "), options.engine));
     }
     match options.transport {
+        _ if options.to.is_some() => {
+            if options.transport != Transport::Link || options.link_bits.is_some() {
+                return Err(RunError::Senseless {
+                    why: "the link to another host is what it is: --transport and --link are for two hosts on this one"
+                        .into(),
+                });
+            }
+        }
         Transport::Link => {
             let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
             if let Some(missing) = missing_rights(&status) {
@@ -42,7 +50,8 @@ pub(super) fn look_for_obstacles(options: &RunOptions) -> Result<(), RunError> {
         }
         Transport::Tcp | Transport::Unix => {}
     }
-    let needed = 2 * options.ram() + SPARE;
+    let guests_here = if options.to.is_some() { 1 } else { 2 };
+    let needed = guests_here * options.ram() + SPARE;
     let free = available_memory(&std::fs::read_to_string("/proc/meminfo").unwrap_or_default());
     if free.is_some_and(|free| free < needed) {
         return Err(RunError::NoMemory { needed: size(needed), free: size(free.unwrap_or(0)) });

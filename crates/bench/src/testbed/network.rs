@@ -24,6 +24,7 @@ impl Network {
         if !namespaces {
             return Ok(Self { namespaces: Vec::new() });
         }
+        remove_orphans();
         let id = format!("{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
         // Kept from the first namespace on, so that a failure half-way removes what there is.
         let mut network = Self { namespaces: Vec::new() };
@@ -80,6 +81,25 @@ impl Drop for Network {
             if let Err(error) = ip(&format!("netns delete {name}")) {
                 eprintln!("{error}");
             }
+        }
+    }
+}
+
+/// Removes what testbeds left whose process was killed, with what still runs in there: agents, and the QEMUs of those.
+fn remove_orphans() {
+    let Ok(known) = std::fs::read_dir("/run/netns") else { return };
+    for name in known.flatten().filter_map(|entry| entry.file_name().into_string().ok()) {
+        let owner = name.strip_prefix("vmferry-").and_then(|rest| rest.split('-').next()?.parse::<u32>().ok());
+        let Some(owner) = owner.filter(|pid| !Path::new(&format!("/proc/{pid}")).exists()) else { continue };
+        eprintln!("removing what process {owner}, which was killed, left: the network namespace {name}");
+        let inside = Command::new("ip").args(["netns", "pids", &name]).output();
+        let inside = inside.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+        for pid in inside.split_whitespace().filter_map(|pid| rustix::process::Pid::from_raw(pid.parse().ok()?)) {
+            // An error means that it has ended already.
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        }
+        if let Err(error) = ip(&format!("netns delete {name}")) {
+            eprintln!("{error}");
         }
     }
 }

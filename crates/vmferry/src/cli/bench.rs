@@ -18,12 +18,14 @@ pub(crate) enum Bench {
     #[command(after_long_help = "\
 Example:
   vmferry bench run --vcpus 1 --mem 1G --scenario post-copy-5-iters --link 1gbit -o report.json
+  vmferry bench run --vcpus 1 --mem 1G --scenario vmferry --engine external --to beta -o report.json
 
 Two hosts are made on this one (two network namespaces, joined and shaped) and go when it ends, so this needs root; with
 --transport tcp or unix it does not. The guest rewrites its memory and beats every 5 ms; the host stamps what it says.
 
 Scenarios for QEMU's own means drive two bare QEMUs over QMP; the others, and all with --engine external, go through two
-real agents. A scenario of your own is a TOML file: docs/BENCH.md.
+real agents. With --to, this host's agent and the other's do all of it: both hear the guest, compare their clocks, and end
+it when this ends. A scenario of your own is a TOML file: docs/BENCH.md.
 
 Exit codes: 0 measured (also when the migration did not complete, which is a result), 1 the guest's memory was damaged or
 something failed, 3 nothing was measured, for the reason that is told.")]
@@ -122,9 +124,15 @@ pub(crate) struct BenchRunOptions {
     /// What carries the guest: link (between two hosts), tcp or unix (within this one), rdma
     #[arg(long, value_name = "WHAT", default_value = "link")]
     pub transport: Transport,
+    /// To another host, by a peer's name or its address, instead of two on this one; both agents must run and be paired
+    #[arg(long, value_name = "HOST", conflicts_with_all = ["link", "transport"])]
+    pub to: Option<String>,
     /// A folder that is searched for QEMU before PATH
     #[arg(long, value_name = "FOLDER")]
     pub qemu: Option<PathBuf>,
+    /// The guest's kernel, a vmlinuz [default: the one that scripts/setup.sh has fetched]
+    #[arg(long, value_name = "FILE", env = "VMFERRY_GUEST_KERNEL")]
+    pub kernel: Option<PathBuf>,
 }
 
 /// The measuring guest.
@@ -163,6 +171,9 @@ pub(crate) struct BatchOptions {
     /// The folder for the reports; it is made
     #[arg(short, long, value_name = "FOLDER")]
     pub output: PathBuf,
+    /// The guest's kernel, a vmlinuz [default: the one that scripts/setup.sh has fetched]
+    #[arg(long, value_name = "FILE", env = "VMFERRY_GUEST_KERNEL")]
+    pub kernel: Option<PathBuf>,
 }
 
 #[derive(Args)]

@@ -1,23 +1,25 @@
 //! What a process or thread has used of the processors (`/proc/PID/stat`, man 5 proc).
 
 /// One line of it.
-pub(crate) struct Stat {
-    pub(crate) name: String,
-    pub(crate) parent: u32,
+pub struct Stat {
+    /// Its name.
+    pub name: String,
+    /// The process that started it.
+    pub parent: u32,
     /// What itself has used, in seconds.
-    pub(crate) own_s: f64,
+    pub own_s: f64,
     /// And its children that ended.
-    pub(crate) with_children_s: f64,
+    pub with_children_s: f64,
 }
 
 impl Stat {
     /// `path` is that of the file. None when it has ended.
-    pub(crate) fn read(path: &str) -> Option<Self> {
+    pub fn read(path: &str) -> Option<Self> {
         Self::parse(&std::fs::read_to_string(path).ok()?)
     }
 
-    /// Fields are counted after the name, which may hold anything.
-    pub(crate) fn parse(line: &str) -> Option<Self> {
+    /// Of the text of one. Fields are counted after the name, which may hold anything.
+    pub fn parse(line: &str) -> Option<Self> {
         let (before, after) = line.rsplit_once(") ")?;
         let fields: Vec<&str> = after.split(' ').collect();
         let mut ticks = fields.get(11..15)?.iter().map(|field| field.parse::<u64>());

@@ -1,0 +1,102 @@
+//! The files that measuring guests boot from: a kernel and a first root file system, some MiB.
+//!
+//! A guest's files have to be on both hosts. Those of a measuring guest need nobody to put them there: the source's agent
+//! does. They are named after what is in them, so that a file that is there is the right one, and a command line with
+//! such names, relative to the folder that has them, means the same on every host.
+
+use std::path::PathBuf;
+use std::time::SystemTime;
+
+use axum::body::Bytes;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+use vmferry_link::Fingerprint;
+use vmferry_qemu::CommandLine;
+
+use crate::Agent;
+use crate::api::types::VmSpec;
+use crate::error::AgentError;
+use crate::peer::Peer;
+
+/// The largest that is taken, in bytes.
+pub(crate) const LARGEST: usize = 128 << 20;
+/// How many are kept: those that came last.
+const KEPT: usize = 8;
+
+/// Whether a host has a file.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, ToSchema)]
+pub(crate) struct BootFile {
+    /// It does.
+    pub(crate) is_there: bool,
+}
+
+fn folder(agent: &Agent) -> PathBuf {
+    agent.config.state_dir.join("boot-files")
+}
+
+fn parse(digest: &str) -> Result<Fingerprint, AgentError> {
+    digest.parse().map_err(|_| AgentError::BadRequest {
+        message: format!("{digest:?} is no fingerprint of a file"),
+        hint: Some("it is its SHA-256, in base 32: 52 letters and digits".into()),
+    })
+}
+
+/// A measuring guest that comes here finds its files in this host's folder.
+pub(crate) fn settle(agent: &Agent, spec: &mut VmSpec) {
+    if spec.measuring {
+        spec.cwd = folder(agent);
+    }
+}
+
+/// Whether this host has it.
+pub(crate) fn look(agent: &Agent, digest: &str) -> Result<BootFile, AgentError> {
+    Ok(BootFile { is_there: folder(agent).join(parse(digest)?.to_string()).is_file() })
+}
+
+/// Takes one.
+pub(crate) async fn put(agent: &Agent, digest: &str, content: Bytes) -> Result<BootFile, AgentError> {
+    let (expected, folder) = (parse(digest)?, folder(agent));
+    let putting = move || {
+        if Fingerprint::of(&content) != expected {
+            let message = format!("what came is not the file {expected}");
+            return Err(AgentError::BadRequest { message, hint: None });
+        }
+        let failed = AgentError::io(&folder);
+        let path = folder.join(expected.to_string());
+        // Nobody sees half of it, whoever else brings the same.
+        let part = folder.join(format!("{expected}.{}", uuid::Uuid::new_v4()));
+        std::fs::create_dir_all(&folder)
+            .and_then(|()| std::fs::write(&part, &content))
+            .and_then(|()| std::fs::rename(&part, &path))
+            .map_err(failed)?;
+        forget_the_oldest(&folder);
+        Ok(BootFile { is_there: true })
+    };
+    tokio::task::spawn_blocking(putting).await.expect("writing a file does not panic")
+}
+
+/// A guest that runs has read its own.
+fn forget_the_oldest(folder: &std::path::Path) {
+    let files = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut known: Vec<(SystemTime, PathBuf)> =
+        files.filter_map(|file| Some((file.metadata().ok()?.modified().ok()?, file.path()))).collect();
+    known.sort();
+    for (_, path) in known.iter().rev().skip(KEPT) {
+        // What somebody else has just removed need not go.
+        let _ = std::fs::remove_file(path);
+    }
+}
+
+/// Gives a destination those of this guest that it has not.
+pub(crate) async fn send(spec: &VmSpec, peer: &Peer) -> Result<(), AgentError> {
+    for file in CommandLine::parse(&spec.argv)?.files() {
+        let digest = parse(&file.path.to_string_lossy())?.to_string();
+        if peer.has_boot_file(&digest).await? {
+            continue;
+        }
+        let path = spec.cwd.join(&digest);
+        let content = tokio::fs::read(&path).await.map_err(AgentError::io(&path))?;
+        peer.put_boot_file(&digest, content).await?;
+    }
+    Ok(())
+}

@@ -1,0 +1,92 @@
+//! To another machine, through its agent and this one's: whatever a scenario says is done by the agents.
+//!
+//! The agents bring what the guest boots from, hear it on both machines, and end it when this ends, however it does: see
+//! the agent's `witness` and `boot_files`.
+
+use vmferry_agent::api::types::{RunRequest, Started, TrialRequest};
+use vmferry_agent::client::vm_path;
+use vmferry_agent::config::Security;
+use vmferry_agent::link_trial::{Data, Trial, TrialResult};
+use vmferry_link::Fingerprint;
+
+use super::agents::{Journey, drive};
+use super::processors::Sampler;
+use super::witnesses::Witnesses;
+use super::{OtherHost, RunError, RunOptions, conclude, new_report};
+use crate::INITRD;
+use crate::report::{Hardware, Origin, RunReport};
+use crate::testbed::GUEST_START;
+
+/// How long the link is tried.
+const LINK_TRIAL_MS: u64 = 700;
+
+pub(super) async fn run(options: &RunOptions, to: &OtherHost, tell: impl Fn(&str)) -> Result<RunReport, RunError> {
+    tell("measuring the link");
+    let carried = measure_link(to).await?;
+    tell("starting the guest");
+    // Its files are named after what is in them: the agents bring them along.
+    let dir = tempfile::Builder::new().prefix("vmferry-bench-").tempdir()?;
+    let kernel = std::fs::read(options.kernel()?)?;
+    let [kernel, initrd] = [&kernel[..], INITRD].map(|content| (Fingerprint::of(content).to_string(), content));
+    for (name, content) in [&kernel, &initrd] {
+        std::fs::write(dir.path().join(name), content)?;
+    }
+    let mut argv = vec![match &options.qemu_dir {
+        Some(dir) => dir.join("qemu-system-x86_64").display().to_string(),
+        None => "qemu-system-x86_64".to_owned(),
+    }];
+    argv.extend(options.guest_arguments(&kernel.0, &initrd.0));
+    argv.extend(["-serial", "stdio"].map(str::to_owned));
+    let name = format!("bench-{:08x}", fastrand::u32(..));
+    let request = RunRequest { name: name.clone(), argv, cwd: dir.path().into(), measuring: true };
+    let (mut witnesses, watch) = Witnesses::new();
+    let started: Started = to.agent.post("/v1/vms", &request).await?;
+    witnesses.listen(0, &to.agent, format!("{}/witness", vm_path(&name)));
+    watch.wait("the guest", GUEST_START, |log| log.ready().is_some() && log.beats().len() > 20).await?;
+    let mut report = new_report(Origin::Bench, options.settings());
+    report.versions.source_qemu.clone_from(&started.vm.qemu_version);
+    report.versions.accelerator.clone_from(&started.vm.accelerator);
+    report.versions.machine.clone_from(&started.vm.machine);
+    report.settings.link_measured = Some(carried);
+    tell("watching the guest before");
+    tokio::time::sleep(options.before).await;
+    tell("migrating");
+    let journey = Journey { client: &to.agent, vm: &name, to: to.name.clone(), qemu_appears: None };
+    let hear_it_there = |id| witnesses.listen(1, &to.agent, format!("/v1/migrations/{id}/witness"));
+    let driven = drive(options, &journey, &mut report, &tell, hear_it_there).await?;
+    tell("watching the guest after");
+    let both = |host| witnesses.facts(host).map_or(1, |facts| facts.processors);
+    let sampler = || Sampler::of_two_hosts(&witnesses.processors(), [both(0), both(1)]);
+    let mut report = conclude(options, report, driven, &watch, sampler).await;
+    let machine = |host| witnesses.facts(host).map(|facts| Hardware::of(facts, false));
+    report.hardware = machine(0).or(report.hardware);
+    report.destination_hardware = machine(1);
+    report.clocks = witnesses.clocks();
+    if witnesses.missed_its_arrival() {
+        report
+            .notes
+            .push("The guest was heard on the other host only after it had arrived: its downtime is a guess.".into());
+    }
+    Ok(report)
+}
+
+/// What the link carries for one stream, protected as the hosts' configuration says, in bytes a second.
+async fn measure_link(to: &OtherHost) -> Result<u64, RunError> {
+    let trial = |security| Trial {
+        security,
+        streams: 1,
+        packing: "none".into(),
+        data: Data::Random,
+        time_ms: LINK_TRIAL_MS,
+        rate: None,
+    };
+    let ask = |security| {
+        let request = TrialRequest { to: to.name.clone(), trial: trial(security) };
+        async move { to.agent.post::<_, TrialResult>("/v1/link-benchmark", &request).await }
+    };
+    let result = match ask(Security::Plain).await {
+        Ok(result) => result,
+        Err(_) => ask(Security::Tls).await?,
+    };
+    Ok((result.bytes as f64 / (result.time_ms / 1e3)) as u64)
+}
