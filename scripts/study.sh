@@ -3,7 +3,7 @@
 #
 # Reports go to target/study/, one folder a matrix (docs/study/*.toml). What is there is not measured again, so an
 # interrupted study goes on; remove the folder to begin anew. Afterwards, whatever could be measured is drawn and
-# written down: docs/study/index.html and docs/study/figures.txt. MINUTES (85) is what all of it may take.
+# written down: docs/study/index.html and docs/study/figures.md. MINUTES (85) is what all of it may take.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -35,11 +35,15 @@ fi
 mkdir -p "$pages"
 "$vmferry" bench page "${measured[@]}" --title "The study again" -o "$pages/index.html"
 {
+    echo "# The figures of the study"
+    echo
+    echo "Medians, as \`make study\` wrote them. The [reading](README.md) says what they tell."
     for folder in "${measured[@]}"; do
-        "$vmferry" bench compare "$folder"
+        printf '\n## %s\n\n' "$(basename "$folder")"
+        "$vmferry" bench compare --table "$folder"
         for skipped in "$folder"/*.skipped; do
-            if [ -e "$skipped" ]; then echo "$(basename "$skipped" .skipped) was skipped: $(cat "$skipped")"; fi
+            if [ -e "$skipped" ]; then printf '\n%s was skipped: %s\n' "$(basename "$skipped" .skipped)" "$(cat "$skipped")"; fi
         done
     done
-} >"$pages/figures.txt"
-echo "study: $pages/index.html, $pages/figures.txt"
+} >"$pages/figures.md"
+echo "study: $pages/index.html, $pages/figures.md"

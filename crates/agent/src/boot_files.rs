@@ -4,6 +4,8 @@
 //! does. They are named after what is in them, so that a file that is there is the right one, and a command line with
 //! such names, relative to the folder that has them, means the same on every host.
 
+use std::fs::File;
+use std::io::Write;
 use std::path::PathBuf;
 use std::time::SystemTime;
 
@@ -19,8 +21,8 @@ use crate::error::AgentError;
 use crate::peer::Peer;
 
 /// The largest that is taken, in bytes.
-pub(crate) const LARGEST: usize = 128 << 20;
-/// How many are kept: those that came last.
+pub(crate) const LARGEST: usize = 64 << 20;
+/// How many are kept: those that came, or were asked for, last.
 const KEPT: usize = 8;
 
 /// Whether a host has a file.
@@ -48,9 +50,11 @@ pub(crate) fn settle(agent: &Agent, spec: &mut VmSpec) {
     }
 }
 
-/// Whether this host has it.
+/// Whether this host has it. One that is asked for is kept for a while.
 pub(crate) fn look(agent: &Agent, digest: &str) -> Result<BootFile, AgentError> {
-    Ok(BootFile { is_there: folder(agent).join(parse(digest)?.to_string()).is_file() })
+    let path = folder(agent).join(parse(digest)?.to_string());
+    let touched = File::options().write(true).open(path).and_then(|file| file.set_modified(SystemTime::now()));
+    Ok(BootFile { is_there: touched.is_ok() })
 }
 
 /// Takes one.
@@ -65,10 +69,14 @@ pub(crate) async fn put(agent: &Agent, digest: &str, content: Bytes) -> Result<B
         let path = folder.join(expected.to_string());
         // Nobody sees half of it, whoever else brings the same.
         let part = folder.join(format!("{expected}.{}", uuid::Uuid::new_v4()));
-        std::fs::create_dir_all(&folder)
-            .and_then(|()| std::fs::write(&part, &content))
-            .and_then(|()| std::fs::rename(&part, &path))
-            .map_err(failed)?;
+        let written = || {
+            std::fs::create_dir_all(&folder)?;
+            let mut file = File::create(&part)?;
+            file.write_all(&content)?;
+            file.sync_all()?;
+            std::fs::rename(&part, &path)
+        };
+        written().map_err(failed)?;
         forget_the_oldest(&folder);
         Ok(BootFile { is_there: true })
     };

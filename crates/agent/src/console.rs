@@ -13,6 +13,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::{broadcast, mpsc};
 
+use crate::witness::monotonic_ns;
+
 /// How much of the past a new viewer is shown, in bytes.
 const SCROLLBACK: usize = 64 << 10;
 /// How many pieces of output a viewer may be behind.
@@ -28,7 +30,16 @@ pub(crate) struct Console {
 struct Shared {
     past: VecDeque<u8>,
     /// None when QEMU has ended.
-    output: Option<broadcast::Sender<Bytes>>,
+    output: Option<broadcast::Sender<Printed>>,
+}
+
+/// Something that was printed.
+#[derive(Clone, Debug)]
+pub(crate) struct Printed {
+    /// When it came from QEMU, in ns of the monotonic clock.
+    pub(crate) at_ns: u64,
+    /// What.
+    pub(crate) bytes: Bytes,
 }
 
 /// One viewer's end.
@@ -36,7 +47,7 @@ pub(crate) struct Viewer {
     /// What was printed before.
     pub(crate) past: Bytes,
     /// What is printed from now on; ends with the VM.
-    pub(crate) output: broadcast::Receiver<Bytes>,
+    pub(crate) output: broadcast::Receiver<Printed>,
     /// What the viewer types.
     pub(crate) input: mpsc::Sender<Bytes>,
 }
@@ -84,7 +95,7 @@ async fn pump(stream: UnixStream, shared: Arc<Mutex<Shared>>, mut typed: mpsc::R
         loop {
             match output.read(&mut buffer).await {
                 Ok(0) => break,
-                Ok(count) => lock(&shared).print(&buffer[..count]),
+                Ok(count) => lock(&shared).print(monotonic_ns(), &buffer[..count]),
                 Err(error) => {
                     tracing::warn!(socket = %socket.display(), %error, "the console broke");
                     break;
@@ -99,13 +110,13 @@ async fn pump(stream: UnixStream, shared: Arc<Mutex<Shared>>, mut typed: mpsc::R
 
 impl Shared {
     // Under one lock with the scrollback, so that a viewer who joins now misses nothing and sees nothing twice.
-    fn print(&mut self, bytes: &[u8]) {
+    fn print(&mut self, at_ns: u64, bytes: &[u8]) {
         self.past.extend(bytes);
         let surplus = self.past.len().saturating_sub(SCROLLBACK);
         self.past.drain(..surplus);
         if let Some(output) = &self.output {
             // An error means that nobody looks.
-            let _ = output.send(Bytes::copy_from_slice(bytes));
+            let _ = output.send(Printed { at_ns, bytes: Bytes::copy_from_slice(bytes) });
         }
     }
 }
@@ -129,11 +140,13 @@ mod tests {
         let (_dir, mut guest, console) = guest_and_console().await;
         let mut early = console.view();
         guest.write_all(b"boot\n").await.unwrap();
-        assert_eq!(early.output.recv().await.unwrap(), "boot\n");
+        assert_eq!(early.output.recv().await.unwrap().bytes, "boot\n");
         let mut late = console.view();
         assert_eq!(late.past, "boot\n");
         guest.write_all(b"login:").await.unwrap();
-        assert_eq!(late.output.recv().await.unwrap(), "login:");
+        let printed = late.output.recv().await.unwrap();
+        assert_eq!(printed.bytes, "login:");
+        assert!((1..=monotonic_ns()).contains(&printed.at_ns));
     }
 
     #[tokio::test]

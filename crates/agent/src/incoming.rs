@@ -27,7 +27,7 @@ use vmferry_qemu::{
 use crate::api::types::VmSpec;
 use crate::config::Security;
 use crate::engine::external;
-use crate::engine::qemu::{set_capabilities, tls_priority};
+use crate::engine::qemu::{check_offered, set_capabilities, tls_priority};
 use crate::engine::{NewSession, Protection, Setup};
 use crate::error::{AgentError, in_one_line};
 use crate::lifecycle::check_name;
@@ -236,6 +236,7 @@ pub async fn prepare(agent: &Arc<Agent>, mut offer: Offer, caller: Caller) -> Re
     let name = offer.spec.name.clone();
     check_name(&name)?;
     acceptable(agent, &offer.protection, &caller)?;
+    check_offered(&offer.setup, offer.spec.measuring)?;
     let _preparing = agent.begin_preparing(offer.id);
     let _name = agent.reserve_name(&name)?;
     boot_files::settle(agent, &mut offer.spec);

@@ -11,11 +11,11 @@ use vmferry_qemu::{
     Accel, CommandLine, EventStream, Incoming, LaunchSettings, Qmp, plan_launch, wants_shared_ram, without_ours,
 };
 
-use crate::Agent;
 use crate::api::types::{AdoptRequest, RunRequest, Started, StopRequest, VmSpec};
 use crate::error::AgentError;
 use crate::store::VmRecord;
 use crate::vm::{Claim, GRACE, Stage, Vm, is_valid_name};
+use crate::{Agent, witness};
 
 /// How long a QEMU may take until its monitor answers.
 const START_TIMEOUT: Duration = Duration::from_secs(20);
@@ -232,6 +232,9 @@ impl Agent {
         let vm = Arc::new(Vm::attach(record, qmp, self.config.vm_dir(&record.spec.name)).await?);
         self.state().vms.insert(vm.name().into(), Arc::clone(&vm));
         tokio::spawn(Arc::clone(self).watch(Arc::clone(&vm), events));
+        if vm.spec.measuring {
+            tokio::spawn(witness::guard(Arc::clone(self), Arc::clone(&vm)));
+        }
         Ok(vm)
     }
 

@@ -127,7 +127,7 @@ impl Migration {
     /// Asks it to switch to post-copy as soon as it can, if it has not. False when the user has forbidden that.
     #[must_use]
     pub(crate) fn post_copy(&self) -> bool {
-        self.wants_post_copy.store(true, Ordering::Relaxed);
+        self.wants_post_copy.store(self.may_post_copy, Ordering::Relaxed);
         self.may_post_copy
     }
 
@@ -275,7 +275,8 @@ impl Protect {
     }
 }
 
-/// Refuses everything that can be refused; nothing is touched, here or there.
+/// Refuses everything that can be refused; nothing is touched, here or there, except that a measuring guest's boot files
+/// are brought to where it is to go.
 async fn plan(agent: &Agent, vm: &Vm, id: Uuid, request: &MigrateRequest) -> Result<Plan, AgentError> {
     let run_state = movable(vm).await?;
     let found = trust::find_peer(agent, &request.to)?;
@@ -663,11 +664,14 @@ impl Run {
             };
             return Ok(Box::new(ExternalEngine::new(self.vm.qmp.clone(), wishes, session.clone())));
         }
-        if prepared.setup != plan.offer.setup {
-            let names: Vec<&str> = prepared.setup.capabilities.iter().map(String::as_str).collect();
+        // The destination may take less than was offered, and say no more about our QEMU than that.
+        let mut setup = plan.offer.setup.clone();
+        setup.capabilities.retain(|it| prepared.setup.has(it));
+        if setup != plan.offer.setup {
+            let names: Vec<&str> = setup.capabilities.iter().map(String::as_str).collect();
             qemu::set_capabilities(&self.vm.qmp, plan.features.capabilities(), &names).await?;
         }
-        self.limits.post_copy &= prepared.setup.has("postcopy-ram");
+        self.limits.post_copy &= setup.has("postcopy-ram");
         if plan.post_copy_first && !self.limits.post_copy {
             return Err(Halt::Undo(only_by_post_copy(&self.vm)));
         }
@@ -682,7 +686,7 @@ impl Run {
             uri,
             limits: self.limits,
             bandwidth: self.bandwidth,
-            setup: prepared.setup,
+            setup,
             post_copy_first: plan.post_copy_first,
             scripted: self.script.is_some(),
         };
@@ -760,7 +764,10 @@ impl Run {
                 if let Some(pages) = switched.last_pages {
                     let (name, post_copy) = (self.vm.name(), !switched.complete);
                     self.predicted = Some(pages + self.agent.switchover_time(name, post_copy));
-                    self.agent.note_switchover(name, post_copy, self.downtime.saturating_sub(pages));
+                    // A guest that a script pauses stands still for longer than a switchover takes.
+                    if self.script.is_none() {
+                        self.agent.note_switchover(name, post_copy, self.downtime.saturating_sub(pages));
+                    }
                 }
                 self.migration.tell(MigrationEvent::Step { step: Step::Commit });
                 let next = if switched.complete { OutStep::Retire } else { OutStep::PostCopy };

@@ -11,6 +11,7 @@ use vmferry_qemu::{Qmp, QmpError, RunState};
 use crate::api::types::{EngineName, VmSpec, VmView};
 use crate::console::Console;
 use crate::store::VmRecord;
+use crate::witness::Attendance;
 
 /// How long a QEMU that was told to quit, or to end, may take before it is killed.
 pub(crate) const GRACE: Duration = Duration::from_secs(5);
@@ -79,6 +80,8 @@ pub(crate) struct Vm {
     pub(crate) accelerator: String,
     /// What does not change.
     pub(crate) facts: Facts,
+    /// Of a measuring guest.
+    pub(crate) attendance: Attendance,
     console: Option<Console>,
     stage: Mutex<Stage>,
 }
@@ -108,6 +111,7 @@ impl Vm {
             qmp,
             dir,
             facts,
+            attendance: Attendance::default(),
             console,
             stage: Mutex::new(stage),
         })

@@ -4,10 +4,11 @@
 //! from QEMU: what is on its way over a busy link costs the measurement nothing. Twice a second it tells what processors
 //! did. An [`Asked`] can be answered at once, to compare the clocks of two hosts, or typed into the guest's console.
 //!
-//! A measuring guest lives for its witnesses: when this ends, and its host owns the guest, it is ended too.
+//! A measuring guest lives for its witnesses: when the last one goes, it is ended on the host that owns it ([`guard`]).
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use futures_util::{SinkExt, StreamExt};
 use hyper::upgrade::Upgraded;
@@ -15,6 +16,7 @@ use hyper_util::rt::TokioIo;
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 use tokio::sync::broadcast::error::RecvError;
+use tokio::time::MissedTickBehavior;
 use tokio_util::codec::{Framed, LinesCodec};
 use vmferry_qemu::processors::{Look, ProcessorUse, Watched};
 
@@ -32,8 +34,10 @@ pub const LONGEST_LINE: usize = 1 << 20;
 
 /// How often it is told what processors did.
 const LOOK: Duration = Duration::from_millis(500);
-/// How often it is looked whether the guest can be ended.
-const END_AGAIN: Duration = Duration::from_millis(100);
+/// How often it is looked whether a guest has witnesses.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+/// The first one may take so long to come.
+const LONELY: Duration = Duration::from_secs(20);
 
 /// What a witness tells.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -49,6 +53,11 @@ pub enum Told {
         text: String,
         /// It was said before somebody listened: only that it was by then is known.
         before: bool,
+    },
+    /// So much could not be told, as the connection is slower than the guest talks.
+    Lost {
+        /// Pieces of what it said.
+        pieces: u64,
     },
     /// It is now this time.
     Clock {
@@ -123,28 +132,66 @@ pub(crate) fn only_measuring(vm: Arc<Vm>) -> Result<Arc<Vm>, AgentError> {
     }
 }
 
-/// Tells until the guest, or whoever listens, is gone; ends the guest then.
+/// Tells until the guest, or whoever listens, is gone.
 pub(crate) async fn serve(agent: Arc<Agent>, vm: Arc<Vm>, connection: TokioIo<Upgraded>) {
-    if let Some(console) = vm.console() {
-        let lines = Framed::new(connection, LinesCodec::new_with_max_length(LONGEST_LINE));
-        if let Err(error) = tell(&agent, &vm, console.view(), lines).await {
-            tracing::debug!(vm = vm.name(), %error, "a witness was not heard to the end");
+    let Some(console) = vm.console() else { return };
+    let _present = Present::of(&vm);
+    let lines = Framed::new(connection, LinesCodec::new_with_max_length(LONGEST_LINE));
+    if let Err(error) = tell(&agent, &vm, console.view(), lines).await {
+        tracing::debug!(vm = vm.name(), %error, "a witness was not heard to the end");
+    }
+}
+
+/// How many witnesses a guest has, and whether it ever had one.
+#[derive(Debug, Default)]
+pub(crate) struct Attendance {
+    present: AtomicUsize,
+    ever: AtomicBool,
+}
+
+/// A witness, while it lives.
+struct Present<'a>(&'a Attendance);
+
+impl<'a> Present<'a> {
+    fn of(vm: &'a Vm) -> Self {
+        vm.attendance.present.fetch_add(1, Ordering::SeqCst);
+        vm.attendance.ever.store(true, Ordering::SeqCst);
+        Self(&vm.attendance)
+    }
+}
+
+impl Drop for Present<'_> {
+    fn drop(&mut self) {
+        self.0.present.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// Ends a measuring guest that no witness has any more, or that none has come to for a while: its migration is cancelled
+/// first, unless that is too late. One that another host owns is that host's to end.
+pub(crate) async fn guard(agent: Arc<Agent>, vm: Arc<Vm>) {
+    let mut alone_since = Instant::now();
+    loop {
+        tokio::time::sleep(LOOK_AGAIN).await;
+        // Another VM may have that name by now.
+        if !agent.vm(vm.name()).is_ok_and(|it| Arc::ptr_eq(&it, &vm)) {
+            return;
         }
-    }
-    if let Some(migration) = agent.migration_of(vm.name()) {
-        // Too late once the guest is handed over; it has a witness there.
-        migration.cancel();
-    }
-    while vm.is_alive() && vm.stage().is_migration() {
-        tokio::time::sleep(END_AGAIN).await;
-    }
-    // Another VM may have that name by now.
-    if !agent.vm(vm.name()).is_ok_and(|it| Arc::ptr_eq(&it, &vm)) {
-        return;
-    }
-    let now = StopRequest { force: true, timeout_ms: 0 };
-    if let Err(error) = lifecycle::stop(&agent, vm.name(), &now).await {
-        tracing::warn!(vm = vm.name(), error = in_one_line(&error), "a measuring guest could not be ended");
+        if vm.attendance.present.load(Ordering::SeqCst) > 0 {
+            alone_since = Instant::now();
+            continue;
+        }
+        if !vm.attendance.ever.load(Ordering::SeqCst) && alone_since.elapsed() < LONELY {
+            continue;
+        }
+        if let Some(migration) = agent.migration_of(vm.name()) {
+            migration.cancel();
+        }
+        if !vm.stage().is_migration() {
+            let now = StopRequest { force: true, timeout_ms: 0 };
+            if let Err(error) = lifecycle::stop(&agent, vm.name(), &now).await {
+                tracing::warn!(vm = vm.name(), error = in_one_line(&error), "a measuring guest cannot be ended yet");
+            }
+        }
     }
 }
 
@@ -158,25 +205,24 @@ async fn tell(
 ) -> Result<(), tokio_util::codec::LinesCodecError> {
     say(&mut lines, &Told::Host(HostFacts::read(&agent.config.name))).await?;
     if !viewer.past.is_empty() {
-        say(&mut lines, &said(&viewer.past, true)).await?;
+        say(&mut lines, &said(monotonic_ns(), &viewer.past, true)).await?;
     }
     let watched = Watched { qemus: [Some(vm.pid), None], agents: [Some(std::process::id()), None] };
     let mut before = Look::take(&watched);
     let mut look = tokio::time::interval_at(tokio::time::Instant::now() + LOOK, LOOK);
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
-            // What the guest says is stamped before anything else is done.
-            biased;
             output = viewer.output.recv() => match output {
-                Ok(bytes) => say(&mut lines, &said(&bytes, false)).await?,
-                Err(RecvError::Lagged(_)) => {}
+                Ok(printed) => say(&mut lines, &said(printed.at_ns, &printed.bytes, false)).await?,
+                Err(RecvError::Lagged(pieces)) => say(&mut lines, &Told::Lost { pieces }).await?,
                 Err(RecvError::Closed) => return Ok(()),
             },
             line = lines.next() => match line.transpose()?.map(|line| serde_json::from_str(&line)) {
                 Some(Ok(Asked::Clock(asked))) => say(&mut lines, &Told::Clock { asked, at_ns: monotonic_ns() }).await?,
                 Some(Ok(Asked::Type(text))) => {
-                    // The console is gone: its output says so.
-                    let _ = viewer.input.send(text.into()).await;
+                    // The console is gone, which its output says; or the guest takes nothing, which the asker notices.
+                    let _ = viewer.input.try_send(text.into());
                 }
                 Some(Err(error)) => tracing::debug!(%error, "a witness is asked something that it does not know"),
                 None => return Ok(()),
@@ -191,8 +237,8 @@ async fn tell(
     }
 }
 
-fn said(bytes: &[u8], before: bool) -> Told {
-    Told::Said { at_ns: monotonic_ns(), text: String::from_utf8_lossy(bytes).into_owned(), before }
+fn said(at_ns: u64, bytes: &[u8], before: bool) -> Told {
+    Told::Said { at_ns, text: String::from_utf8_lossy(bytes).into_owned(), before }
 }
 
 async fn say(lines: &mut Lines, told: &Told) -> Result<(), tokio_util::codec::LinesCodecError> {

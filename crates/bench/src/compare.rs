@@ -6,7 +6,8 @@
 
 use std::fmt::Write;
 
-use crate::report::RunReport;
+use crate::median;
+use crate::report::{PageCheck, RunReport};
 
 /// How often both sides are drawn anew.
 const DRAWS: usize = 4000;
@@ -126,8 +127,7 @@ pub fn ratio(of: &Group, to: &Group, figure: &Figure) -> Option<Ratio> {
 fn interval(of: &[f64], to: &[f64]) -> (f64, f64) {
     let mut chance = fastrand::Rng::with_seed(SEED);
     let mut draw = |from: &[f64]| {
-        let mut drawn: Vec<f64> = (0..from.len()).map(|_| from[chance.usize(..from.len())]).collect();
-        drawn.sort_by(f64::total_cmp);
+        let drawn: Vec<f64> = (0..from.len()).map(|_| from[chance.usize(..from.len())]).collect();
         median_of(&drawn)
     };
     let mut ratios: Vec<f64> = (0..DRAWS)
@@ -142,9 +142,8 @@ fn interval(of: &[f64], to: &[f64]) -> (f64, f64) {
 }
 
 /// The middle of what is sorted; of two in the middle their mean.
-fn median_of(sorted: &[f64]) -> f64 {
-    let half = sorted.len() / 2;
-    if sorted.len().is_multiple_of(2) { f64::midpoint(sorted[half - 1], sorted[half]) } else { sorted[half] }
+fn median_of(values: &[f64]) -> f64 {
+    median(values.iter().copied()).unwrap_or(f64::NAN)
 }
 
 /// Puts runs of the same set-up together, in the order in which set-ups first come.
@@ -199,6 +198,26 @@ pub fn to_text(groups: &[Group]) -> String {
             line(words);
         }
         line(String::new());
+    }
+    text
+}
+
+/// A line a group, with its medians: a table in Markdown.
+pub fn to_table(groups: &[Group]) -> String {
+    let names: Vec<String> = FIGURES.iter().map(|figure| format!("{}, {}", figure.name, figure.unit)).collect();
+    let mut text = format!("| set-up | completed | {} | slowed, % | memory |\n", names.join(" | "));
+    writeln!(text, "| --- | --- |{} --- |", " ---: |".repeat(FIGURES.len() + 1)).expect("a String takes everything");
+    for group in groups {
+        let figure = |it: &Figure| group.spread(it).map_or_else(|| "-".into(), |spread| number(spread.median));
+        let figures: Vec<String> = FIGURES.iter().map(figure).collect();
+        let slowed = group.runs.iter().filter_map(|run| run.summary.throttle).max().filter(|slowed| *slowed > 0);
+        let slowed = slowed.map_or_else(|| "-".into(), |slowed| slowed.to_string());
+        let is_damaged = |run: &RunReport| matches!(run.page_check, PageCheck::Damaged { .. });
+        let memory = if group.runs.iter().any(is_damaged) { "damaged" } else { "intact" };
+        let busy = if group.runs.iter().any(|run| run.summary.host_was_busy) { " (host busy)" } else { "" };
+        let (completed, all) = (group.completed(), group.runs.len());
+        let (name, figures) = (&group.name, figures.join(" | "));
+        writeln!(text, "| {name}{busy} | {completed} of {all} | {figures} | {slowed} | {memory} |").expect("as above");
     }
     text
 }
@@ -263,6 +282,14 @@ mod tests {
         some.runs[2].summary.total_ms = None;
         assert_eq!(some.spread(&FIGURES[0]).unwrap().runs, 2);
         assert!(to_text(&[some]).contains("2 of 3 runs completed; those that did not have no times"));
+    }
+
+    #[test]
+    fn a_table_has_a_line_for_each_group_and_as_many_cells_in_each() {
+        let table = to_table(&[group("one", &[4.0, 1.0]), group("two", &[3.0])]);
+        let cells: Vec<usize> = table.lines().map(|line| line.matches('|').count()).collect();
+        assert_eq!(cells, [FIGURES.len() + 5; 4], "{table}");
+        assert!(table.contains("| one | 2 of 2 | 2.50 |"), "{table}");
     }
 
     #[test]

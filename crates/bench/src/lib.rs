@@ -27,9 +27,13 @@ pub use log::{Beat, Gap, GuestLog, PERIOD, Ready, Switchover, Verified, Written}
 /// The measuring guest's first root file system, for `-initrd`: gzipped, with nothing in it but its static `/init`.
 pub const INITRD: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/initrd.gz"));
 
-/// The middle one; of two in the middle the higher. None of none.
+/// The middle one; the mean of both, where two are in the middle. None of none.
 pub(crate) fn median(values: impl Iterator<Item = f64>) -> Option<f64> {
     let mut values: Vec<f64> = values.collect();
     values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied()
+    let middle = values.len() / 2;
+    match values.len() % 2 {
+        0 => Some(f64::midpoint(values[middle.checked_sub(1)?], values[middle])),
+        _ => Some(values[middle]),
+    }
 }

@@ -73,7 +73,20 @@ fn thinned(report: &RunReport, points: usize) -> Value {
     let mut value = serde_json::to_value(&report).expect("a report is plain data");
     value["name"] = name.into();
     round(&mut value);
+    without_nulls(&mut value["samples"]);
     value
+}
+
+/// What a sample does not know takes no room.
+fn without_nulls(value: &mut Value) {
+    match value {
+        Value::Array(all) => all.iter_mut().for_each(without_nulls),
+        Value::Object(all) => {
+            all.retain(|_, it| !it.is_null());
+            all.values_mut().for_each(without_nulls);
+        }
+        _ => {}
+    }
 }
 
 /// No figure of a page needs more than two digits behind the point.

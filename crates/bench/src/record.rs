@@ -69,7 +69,8 @@ impl LiveRecord {
             }
             MigrationEvent::Failed(problem) => {
                 self.report.outcome = Outcome::NotCompleted { reason: problem.message.clone() };
-                self.report.summary.rounds = Some(self.recorder.round());
+                let summary = &mut self.report.summary;
+                (summary.rounds, summary.sent) = (Some(self.recorder.round()), self.recorder.sent());
             }
             _ => {}
         }

@@ -96,7 +96,8 @@ pub struct Hardware {
 /// How far the monotonic clocks of two hosts can be compared, from questions and answers between them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Clocks {
-    /// A moment on the other host is known to within so much, in ms: half of the fastest answer.
+    /// A moment on the other host is known to within so much, in ms: half of what the fastest answer took, in the stretch of
+    /// 10 s in which that was slowest.
     pub error_ms: f64,
     /// How much one clock went faster than the other in the time of the measurement, in ms.
     pub drift_ms: f64,

@@ -318,7 +318,9 @@ async fn conclude(
         }
         let ms = |time: Option<Duration>| time.map(|time| time.as_secs_f64() * 1e3);
         let summary = &mut report.summary;
-        summary.downtime_ms = outcome.is_completed().then(|| ms(log.downtime_felt())).flatten();
+        // A guest that crashed beats again when it has rebooted, which is no arrival.
+        let arrived = outcome.is_completed() && !log.restarted();
+        summary.downtime_ms = arrived.then(|| ms(log.downtime_felt())).flatten();
         summary.worst_stall_ms = ms(log.worst_stall(begun, watched_until));
         summary.worst_64_mib_ms = ms(log.worst_64_mib(begun, watched_until));
         if options.mode != Mode::Idle {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressStyle};
 use vmferry_agent::client::Client;
 use vmferry_bench::batch::{Audience, Done, Job, Matrix, Place, batch as run_batch, read_all};
-use vmferry_bench::compare::{Group, group_by_set_up, to_text};
+use vmferry_bench::compare::{Group, group_by_set_up, to_table, to_text};
 use vmferry_bench::link::{LinkBenchOptions, bench_host, bench_loopback};
 use vmferry_bench::ram::{RamBenchOptions, bench_ram};
 
@@ -137,6 +137,12 @@ impl Audience for Bar {
 }
 
 pub(crate) fn compare(options: &CompareOptions) -> Result<(), Failure> {
+    if options.table {
+        let mut groups = group_by_set_up(read_all(&options.what)?);
+        groups.sort_by(|a, b| a.name.cmp(&b.name));
+        print!("{}", to_table(&groups));
+        return Ok(());
+    }
     let mut sides = Vec::new();
     for path in &options.what {
         let runs = read_all(std::slice::from_ref(path))?;

@@ -146,7 +146,7 @@ async fn show_console(mut connection: TokioIo<hyper::upgrade::Upgraded>, mut vie
     loop {
         tokio::select! {
             output = viewer.output.recv() => match output {
-                Ok(bytes) => if connection.write_all(&bytes).await.is_err() { return },
+                Ok(printed) => if connection.write_all(&printed.bytes).await.is_err() { return },
                 Err(RecvError::Lagged(_)) => {}
                 Err(RecvError::Closed) => break,
             },

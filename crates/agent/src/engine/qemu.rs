@@ -23,6 +23,7 @@ use vmferry_qemu::{Event, EventStream, Features, MigrationStatus, Qmp, QmpError,
 
 use super::{EngineError, NewConnection, RamEngine, Seen, Setup, Totals};
 use crate::api::types::Means;
+use crate::error::AgentError;
 
 /// QEMU's own default is 128 MiB/s; this is as good as none and fits its signed arithmetic.
 pub(super) const UNLIMITED: u64 = 1 << 50;
@@ -159,18 +160,36 @@ pub(crate) fn tls_carries(ram_bytes: u64) -> bool {
     ram_bytes <= MOST_RAM_WITH_TLS
 }
 
+/// The capabilities that we ever use, but for measurements.
+const OURS: [&str; 8] = [
+    "events",
+    "return-path",
+    "auto-converge",
+    "postcopy-ram",
+    "postcopy-preempt",
+    "multifd",
+    super::external::CAPABILITY,
+    super::external::PAUSES,
+];
+
+/// Refuses what a source may not have the destination's QEMU set to: only a measuring guest's is set to more than ours,
+/// and nobody's to other protection.
+pub(crate) fn check_offered(setup: &Setup, measuring: bool) -> Result<(), AgentError> {
+    let refuse = |what: String| {
+        Err(AgentError::BadRequest { message: format!("{what} is not for a source to set"), hint: None })
+    };
+    let protection = setup.parameters.keys().find(|name| name.starts_with("tls"));
+    if let Some(name) = protection.or(setup.parameters.keys().next().filter(|_| !measuring)) {
+        return refuse(format!("QEMU's migration parameter {name}"));
+    }
+    match setup.capabilities.iter().find(|name| !OURS.contains(&name.as_str())) {
+        Some(name) if !measuring => refuse(format!("QEMU's migration capability {name}")),
+        _ => Ok(()),
+    }
+}
+
 /// Switches these capabilities on and all others that we ever use off, in one command, as QEMU checks them together.
 pub(crate) async fn set_capabilities(qmp: &Qmp, known: &BTreeSet<String>, wanted: &[&str]) -> Result<(), QmpError> {
-    const OURS: [&str; 8] = [
-        "events",
-        "return-path",
-        "auto-converge",
-        "postcopy-ram",
-        "postcopy-preempt",
-        "multifd",
-        super::external::CAPABILITY,
-        super::external::PAUSES,
-    ];
     let others = wanted.iter().filter(|name| !OURS.contains(name));
     let capabilities = OURS
         .iter()
@@ -487,6 +506,20 @@ mod tests {
         meter.update(0, begin);
         let rate = meter.update(10_000_000, begin + TICK);
         assert_eq!(meter.update(10_000_000, begin + TICK + Duration::from_millis(1)), rate);
+    }
+
+    #[test]
+    fn a_source_sets_nothing_but_what_is_ours_unless_it_measures_and_never_the_protection() {
+        let with = |capability: &str, parameter: Option<&str>| Setup {
+            capabilities: vec!["multifd".into(), capability.into()],
+            channels: 2,
+            parameters: parameter.into_iter().map(|name| (name.to_owned(), "".into())).collect(),
+        };
+        assert!(check_offered(&with("postcopy-ram", None), false).is_ok());
+        assert!(check_offered(&with("mapped-ram", None), false).is_err());
+        assert!(check_offered(&with("events", Some("xbzrle-cache-size")), false).is_err());
+        assert!(check_offered(&with("xbzrle", Some("xbzrle-cache-size")), true).is_ok());
+        assert!(check_offered(&with("events", Some("tls-creds")), true).is_err());
     }
 
     #[test]

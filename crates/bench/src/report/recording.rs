@@ -74,6 +74,11 @@ impl Recorder {
         self.progress.iter().map(|it| it.round).max().unwrap_or(0)
     }
 
+    /// What was sent, as far as it was seen, in bytes.
+    pub fn sent(&self) -> Option<u64> {
+        self.progress.iter().map(|it| it.sent).max()
+    }
+
     /// The most that the guest was slowed down, in percent.
     pub fn throttle(&self) -> u8 {
         self.progress.iter().map(|it| it.throttle).max().unwrap_or(0)

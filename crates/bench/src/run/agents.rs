@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use uuid::Uuid;
 use vmferry_agent::api::local::Begun;
 use vmferry_agent::api::types::{
-    EngineName, Means as ScriptMeans, MigrateRequest, MigrationEvent, Problem, Report, Script, Step, VmView,
+    Code, EngineName, Means as ScriptMeans, MigrateRequest, MigrationEvent, Problem, Report, Script, Step, VmView,
 };
 use vmferry_agent::client::{Client, ClientError, vm_path};
 
@@ -92,7 +92,7 @@ impl Journey<'_> {
     }
 }
 
-fn request(options: &RunOptions, to: &str) -> MigrateRequest {
+pub(super) fn request(options: &RunOptions, to: &str) -> MigrateRequest {
     let scenario = &options.scenario;
     let means = scenario.qemu.iter().map(|means| ScriptMeans {
         capabilities: means.capabilities.clone(),
@@ -196,7 +196,7 @@ pub(super) async fn drive(
         Ok(_) => Outcome::Completed,
         Err(problem) => Outcome::NotCompleted { reason: stopped.unwrap_or_else(|| problem.message.clone()) },
     };
-    report.summary.rounds = Some(recorder.round());
+    (report.summary.rounds, report.summary.sent) = (Some(recorder.round()), recorder.sent());
     if let Ok(theirs) = &end {
         report.summary = Summary::of(theirs);
         report.summary.total_ms = Some(recorder.ms_at(ended));
@@ -233,10 +233,13 @@ fn levers(options: &RunOptions, report: Option<&Report>, paused: bool) -> Vec<Le
     levers
 }
 
-/// An agent that refuses what a scenario needs: a reason to skip it.
-fn refused(error: ClientError) -> RunError {
+/// An agent that refuses what a scenario needs: a reason to skip it. What may go by itself is none.
+pub(super) fn refused(error: ClientError) -> RunError {
+    const LASTING: [Code; 5] = [Code::NotMigratable, Code::NoQemu, Code::NoMachine, Code::NoCpu, Code::NoAccelerator];
     match error {
-        ClientError::Problem(problem) => RunError::CannotHere { reason: problem.message },
+        ClientError::Problem(problem) if LASTING.contains(&problem.code) => {
+            RunError::CannotHere { reason: problem.message }
+        }
         other => other.into(),
     }
 }

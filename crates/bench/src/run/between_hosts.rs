@@ -3,13 +3,14 @@
 //! The agents bring what the guest boots from, hear it on both machines, and end it when this ends, however it does: see
 //! the agent's `witness` and `boot_files`.
 
-use vmferry_agent::api::types::{RunRequest, Started, TrialRequest};
+use vmferry_agent::api::local::Begun;
+use vmferry_agent::api::types::{MigrateRequest, RunRequest, Started, TrialRequest};
 use vmferry_agent::client::vm_path;
 use vmferry_agent::config::Security;
 use vmferry_agent::link_trial::{Data, Trial, TrialResult};
 use vmferry_link::Fingerprint;
 
-use super::agents::{Journey, drive};
+use super::agents::{Journey, drive, refused, request};
 use super::processors::Sampler;
 use super::witnesses::Witnesses;
 use super::{OtherHost, RunError, RunOptions, conclude, new_report};
@@ -38,11 +39,19 @@ pub(super) async fn run(options: &RunOptions, to: &OtherHost, tell: impl Fn(&str
     argv.extend(options.guest_arguments(&kernel.0, &initrd.0));
     argv.extend(["-serial", "stdio"].map(str::to_owned));
     let name = format!("bench-{:08x}", fastrand::u32(..));
-    let request = RunRequest { name: name.clone(), argv, cwd: dir.path().into(), measuring: true };
+    let guest = RunRequest { name: name.clone(), argv, cwd: dir.path().into(), measuring: true };
     let (mut witnesses, watch) = Witnesses::new();
-    let started: Started = to.agent.post("/v1/vms", &request).await?;
+    let started: Started = to.agent.post("/v1/vms", &guest).await?;
     witnesses.listen(0, &to.agent, format!("{}/witness", vm_path(&name)));
     watch.wait("the guest", GUEST_START, |log| log.ready().is_some() && log.beats().len() > 20).await?;
+    // Planned once before it counts: this is when the boot files go there.
+    let plan = MigrateRequest { dry_run: true, ..request(options, &to.name) };
+    let planned: Begun = to.agent.post(&format!("{}/migration", vm_path(&name)), &plan).await.map_err(refused)?;
+    if options.scenario.tls && planned.plan.protection.starts_with("none") {
+        let reason =
+            format!("both hosts are configured to send guests unencrypted, and {} is not", options.scenario.name);
+        return Err(RunError::CannotHere { reason });
+    }
     let mut report = new_report(Origin::Bench, options.settings());
     report.versions.source_qemu.clone_from(&started.vm.qemu_version);
     report.versions.accelerator.clone_from(&started.vm.accelerator);
@@ -62,6 +71,10 @@ pub(super) async fn run(options: &RunOptions, to: &OtherHost, tell: impl Fn(&str
     report.hardware = machine(0).or(report.hardware);
     report.destination_hardware = machine(1);
     report.clocks = witnesses.clocks();
+    match witnesses.lost() {
+        0 => {}
+        pieces => report.notes.push(format!("{pieces} pieces of what the guest said were lost on the way here.")),
+    }
     if witnesses.missed_its_arrival() {
         report
             .notes

@@ -27,6 +27,8 @@ const FLUSH: Duration = Duration::from_millis(20);
 const FIRST: u32 = 20;
 const FIRST_EVERY: Duration = Duration::from_millis(5);
 const THEN_EVERY: Duration = Duration::from_millis(250);
+/// Answers are near a moment up to so many ns: in that time clocks that nobody corrects drift by half a ms.
+const NEAR_NS: u64 = 10_000_000_000;
 /// How often it is tried whether the other machine can be heard.
 const AGAIN: Duration = Duration::from_millis(20);
 
@@ -54,6 +56,8 @@ struct OfHost {
     last: Option<Instant>,
     /// The guest had said something before it was listened to.
     missed: bool,
+    /// Pieces of what it said that could not be told.
+    lost: u64,
 }
 
 impl Witnesses {
@@ -107,6 +111,11 @@ impl Witnesses {
         lock(&self.heard).hosts[1].clock.compared()
     }
 
+    /// Pieces of what the guest said that were not heard here.
+    pub(super) fn lost(&self) -> u64 {
+        lock(&self.heard).hosts.iter().map(|host| host.lost).sum()
+    }
+
     /// The guest had begun to speak on the other machine before it was listened to there.
     pub(super) fn missed_its_arrival(&self) -> bool {
         lock(&self.heard).hosts[1].missed
@@ -146,6 +155,7 @@ impl Heard {
         let of = &mut self.hosts[host];
         match told {
             Told::Host(facts) => of.facts = facts,
+            Told::Lost { pieces } => of.lost += pieces,
             Told::Clock { asked, at_ns } => {
                 let sent = origin + Duration::from_nanos(asked);
                 of.clock.answers.push(Answer { sent, took: sent.elapsed(), at_ns });
@@ -202,28 +212,32 @@ impl Answer {
 }
 
 impl Clock {
-    fn best(answers: &[Answer]) -> Option<&Answer> {
-        answers.iter().min_by_key(|answer| answer.took)
+    fn best<'a>(answers: impl Iterator<Item = &'a Answer>) -> Option<&'a Answer> {
+        answers.min_by_key(|answer| answer.took)
     }
 
-    /// Before the first answer, a moment there is taken for now.
+    /// By the fastest answer of those near it. Before the first one, a moment there is taken for now.
     fn here(&self, at_ns: u64) -> Instant {
-        Self::best(&self.answers).map_or_else(Instant::now, |best| best.here(at_ns))
+        let near = Self::best(self.answers.iter().filter(|answer| answer.at_ns.abs_diff(at_ns) < NEAR_NS));
+        near.or_else(|| Self::best(self.answers.iter())).map_or_else(Instant::now, |best| best.here(at_ns))
     }
 
     fn compared(&self) -> Option<Clocks> {
-        let best = Self::best(&self.answers)?;
-        let (first, last) = self.answers.split_at(self.answers.len() / 2);
-        let drift = match (Self::best(first), Self::best(last)) {
-            (Some(first), Some(last)) => {
-                let (here, there) =
-                    ((last.sent + last.took / 2) - (first.sent + first.took / 2), last.at_ns - first.at_ns);
-                there as f64 / 1e6 - here.as_secs_f64() * 1e3
-            }
-            _ => 0.0,
-        };
-        let error_ms = best.took.as_secs_f64() * 1e3 / 2.0;
-        Some(Clocks { error_ms, drift_ms: drift, answers: self.answers.len() as u64 })
+        let begun = self.answers.first()?.at_ns;
+        let stretches = self.answers.chunk_by(|a, b| {
+            let of = |answer: &Answer| answer.at_ns.saturating_sub(begun) / NEAR_NS;
+            of(a) == of(b)
+        });
+        let bests: Vec<&Answer> = stretches.filter_map(|stretch| Self::best(stretch.iter())).collect();
+        let (first, last) = (bests.first()?, bests.last()?);
+        let here = (last.sent + last.took / 2).saturating_duration_since(first.sent + first.took / 2);
+        let there_ns = i128::from(last.at_ns) - i128::from(first.at_ns);
+        let slowest = bests.iter().map(|best| best.took).max()?;
+        Some(Clocks {
+            error_ms: slowest.as_secs_f64() * 1e3 / 2.0,
+            drift_ms: (there_ns - here.as_nanos() as i128) as f64 / 1e6,
+            answers: self.answers.len() as u64,
+        })
     }
 }
 
@@ -250,7 +264,12 @@ mod tests {
         assert_eq!(here - sent, ms(100));
         assert_eq!(clock.here(1_000_020_000_000) - sent, ms(20));
         let compared = clock.compared().unwrap();
-        assert!((compared.error_ms - 1.0).abs() < 1e-9 && (compared.drift_ms + 4.0).abs() < 1e-6, "{compared:?}");
+        assert!((compared.error_ms - 1.0).abs() < 1e-9 && compared.drift_ms.abs() < 1e-6, "{compared:?}");
+        // Later its clock is 3 ms ahead of that.
+        clock.answers.push(Answer { sent: sent + ms(60_000), took: ms(4), at_ns: 1_060_005_000_000 });
+        assert_eq!(clock.here(1_060_005_000_000) - sent, ms(60_002));
+        let compared = clock.compared().unwrap();
+        assert!((compared.error_ms - 2.0).abs() < 1e-9 && (compared.drift_ms - 3.0).abs() < 1e-6, "{compared:?}");
     }
 
     #[test]

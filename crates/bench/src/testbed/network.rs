@@ -89,8 +89,7 @@ impl Drop for Network {
 fn remove_orphans() {
     let Ok(known) = std::fs::read_dir("/run/netns") else { return };
     for name in known.flatten().filter_map(|entry| entry.file_name().into_string().ok()) {
-        let owner = name.strip_prefix("vmferry-").and_then(|rest| rest.split('-').next()?.parse::<u32>().ok());
-        let Some(owner) = owner.filter(|pid| !Path::new(&format!("/proc/{pid}")).exists()) else { continue };
+        let Some(owner) = owner(&name).filter(|pid| !Path::new(&format!("/proc/{pid}")).exists()) else { continue };
         eprintln!("removing what process {owner}, which was killed, left: the network namespace {name}");
         let inside = Command::new("ip").args(["netns", "pids", &name]).output();
         let inside = inside.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
@@ -101,6 +100,14 @@ fn remove_orphans() {
         if let Err(error) = ip(&format!("netns delete {name}")) {
             eprintln!("{error}");
         }
+    }
+}
+
+/// The process that made a namespace of this name; none when no testbed did.
+fn owner(name: &str) -> Option<u32> {
+    match name.strip_prefix("vmferry-")?.split('-').collect::<Vec<_>>()[..] {
+        [pid, count, "a" | "b"] => count.parse::<u32>().ok().and(pid.parse().ok()),
+        _ => None,
     }
 }
 
@@ -115,4 +122,17 @@ fn run(program: &str, arguments: &str) -> Result<()> {
     }
     let stderr = String::from_utf8_lossy(&output.stderr).trim().to_owned();
     Err(TestbedError::Command { command: format!("{program} {arguments}"), stderr })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::owner;
+
+    #[test]
+    fn only_what_a_testbed_made_is_its() {
+        assert_eq!(owner("vmferry-4711-0-a"), Some(4711));
+        for other in ["vmferry-2024-lab", "vmferry-4711-0-c", "vmferry-4711-0-a-b", "vmferry--0-a", "web"] {
+            assert_eq!(owner(other), None, "{other}");
+        }
+    }
 }

@@ -181,6 +181,9 @@ pub(crate) struct CompareOptions {
     /// Reports, and folders of reports
     #[arg(required = true, value_name = "FILE|FOLDER")]
     pub what: Vec<PathBuf>,
+    /// A line for each set-up, as a table in Markdown, sorted by name
+    #[arg(long)]
+    pub table: bool,
 }
 
 #[derive(Args)]
