@@ -159,7 +159,7 @@ pub(crate) async fn begin(
         predict(&mut plan, limits.post_copy).await?;
         return Ok((plan.view, None));
     }
-    let migration = Migration::new(id, name, plan.peer.clone(), limits.post_copy);
+    let migration = Migration::new(id, name, plan.peer.apart(), limits.post_copy);
     agent.add_migration(Arc::clone(&migration));
     claim.keep(Stage::Migrating(id));
     let view = plan.view.clone();

@@ -182,6 +182,12 @@ impl Peer {
         Self { address: met.remote.to_string(), expected: vec![met.key], authority: None, ..self.clone() }
     }
 
+    /// The same, over connections of its own: what is kept of it keeps none open.
+    #[must_use]
+    pub fn apart(&self) -> Self {
+        Self { idle: Arc::default(), ..self.clone() }
+    }
+
     /// Where it is.
     pub fn address(&self) -> &str {
         &self.address
