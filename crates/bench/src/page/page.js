@@ -89,7 +89,7 @@
       ? element("td", {}, "completed")
       : element("td", { class: "bad", title: run.outcome.reason }, "did not complete") },
     { name: "total, s", value: (run) => s(run).total_ms === null ? null : s(run).total_ms / 1e3, digits: 2 },
-    { name: "downtime, ms", value: (run) => s(run).downtime_ms ?? s(run).downtime_told_ms, digits: 0 },
+    { name: "downtime, ms", value: (run) => s(run).downtime_ms ?? (run.origin === "bench" ? null : s(run).downtime_told_ms), digits: 0 },
     { name: "worst stall, ms", value: (run) => s(run).worst_stall_ms, digits: 0 },
     { name: "worst 64 MiB, ms", value: (run) => s(run).worst_64_mib_ms, digits: 0 },
     { name: "speed kept, %", value: kept, digits: 0 },
