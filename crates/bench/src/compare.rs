@@ -127,8 +127,8 @@ pub fn ratio(of: &Group, to: &Group, figure: &Figure) -> Option<Ratio> {
 fn interval(of: &[f64], to: &[f64]) -> (f64, f64) {
     let mut chance = fastrand::Rng::with_seed(SEED);
     let mut draw = |from: &[f64]| {
-        let drawn: Vec<f64> = (0..from.len()).map(|_| from[chance.usize(..from.len())]).collect();
-        median_of(&drawn)
+        let drawn = (0..from.len()).map(|_| from[chance.usize(..from.len())]);
+        median(drawn).unwrap_or(f64::NAN)
     };
     let mut ratios: Vec<f64> = (0..DRAWS)
         .map(|_| {
@@ -141,7 +141,7 @@ fn interval(of: &[f64], to: &[f64]) -> (f64, f64) {
     (at(TAIL), at(1.0 - TAIL))
 }
 
-/// The middle of what is sorted; of two in the middle their mean.
+/// Not a number of none.
 fn median_of(values: &[f64]) -> f64 {
     median(values.iter().copied()).unwrap_or(f64::NAN)
 }

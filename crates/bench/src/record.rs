@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use vmferry_agent::api::types::{MigrateRequest, MigrationEvent, PlanView, Step, VmView};
 
-use crate::report::{MarkKind, Origin, Outcome, PageCheck, Recorder, RunReport, Settings, Summary, ms_since};
+use crate::report::{MarkKind, Origin, Outcome, PageCheck, Recorder, RunReport, Settings, Summary, Versions, ms_since};
 use crate::run::new_report;
 use crate::run::processors::Sampler;
 
@@ -35,9 +35,7 @@ impl LiveRecord {
         if let Some(hardware) = &mut report.hardware {
             hardware.one_machine = false;
         }
-        report.versions.source_qemu.clone_from(&vm.qemu_version);
-        report.versions.accelerator.clone_from(&vm.accelerator);
-        report.versions.machine.clone_from(&vm.machine);
+        report.versions = Versions::of_source(vm);
         report.outcome = Outcome::NotCompleted { reason: "its end was not heard of here".into() };
         report.page_check = PageCheck::NotChecked { reason: "only the measuring guest can look at its pages".into() };
         let sampler = Sampler::start();

@@ -165,6 +165,11 @@ impl RunOptions {
         }
     }
 
+    /// As it is started: by its place, or to be found in `PATH`.
+    fn qemu(&self) -> PathBuf {
+        self.qemu_dir.clone().unwrap_or_default().join("qemu-system-x86_64")
+    }
+
     fn kernel(&self) -> Result<PathBuf, TestbedError> {
         self.kernel.clone().map_or_else(kernel, Ok)
     }

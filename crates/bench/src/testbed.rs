@@ -201,7 +201,7 @@ impl Testbed {
         let request = RunRequest { name: name.into(), argv, cwd, measuring: false };
         let _: Started = self.alpha().client()?.post("/v1/vms", &request).await?;
         let watch = self.watch(name)?;
-        watch.wait("the guest", GUEST_START, |log| log.ready().is_some() && log.beats().len() > 20).await?;
+        watch.wait_for_start().await?;
         Ok(watch)
     }
 
@@ -440,6 +440,11 @@ impl GuestWatch {
     /// What was heard so far.
     pub fn log(&self) -> MutexGuard<'_, GuestLog> {
         self.log.lock().expect("no holder of this lock panics")
+    }
+
+    /// Waits until the guest has filled its memory, and beats.
+    pub(crate) async fn wait_for_start(&self) -> Result<()> {
+        self.wait("the guest", GUEST_START, |log| log.ready().is_some() && log.beats().len() > 20).await
     }
 
     /// Waits until something was heard.

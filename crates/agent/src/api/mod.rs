@@ -84,8 +84,8 @@ where
 #[openapi(info(
     title = "vmferry agent",
     description = "Live migration for QEMU/KVM guests. The routes under /v1/vms and /v1/migrations are for the host's \
-                   own users, over the agent's Unix socket; /v1/hello, /v1/join, /v1/incoming, /v1/boot-files and /v1/link-trial are \
-                   for other agents, over TLS."
+                   own users, over the agent's Unix socket; /v1/hello, /v1/join, /v1/incoming, /v1/boot-files and \
+                   /v1/link-trial are for other agents, over TLS."
 ))]
 struct Document;
 

@@ -2,9 +2,9 @@
 
 use std::time::Instant;
 
-use vmferry_agent::api::types::{MigrationEvent, Report, Step};
+use vmferry_agent::api::types::{MigrationEvent, Report, Step, VmView};
 
-use super::{MarkKind, ProgressSample, Round, RunReport, Summary};
+use super::{MarkKind, ProgressSample, Round, RunReport, Summary, Versions};
 
 /// Samples are kept this far apart, in ms, but for the first of a round.
 const APART_MS: f64 = 90.0;
@@ -110,6 +110,18 @@ impl Summary {
             post_copy: Some(theirs.post_copy),
             throttle: Some(theirs.throttle),
             ..Self::default()
+        }
+    }
+}
+
+impl Versions {
+    /// Of a VM before it is moved; the destination's QEMU is not known yet.
+    pub fn of_source(vm: &VmView) -> Self {
+        Self {
+            source_qemu: vm.qemu_version.clone(),
+            destination_qemu: None,
+            accelerator: vm.accelerator.clone(),
+            machine: vm.machine.clone(),
         }
     }
 }

@@ -11,7 +11,7 @@ use vmferry_agent::client::{Client, ClientError, vm_path};
 
 use super::processors::Sampler;
 use super::{Driven, RunError, RunOptions, Transport, VM, conclude, measure_link, new_report};
-use crate::report::{Lever, MarkKind, Origin, Outcome, Recorder, RunReport, Summary};
+use crate::report::{Lever, MarkKind, Origin, Outcome, Recorder, RunReport, Summary, Versions};
 use crate::scenario::Means;
 use crate::testbed::{Host, Testbed, TestbedOptions};
 
@@ -43,9 +43,7 @@ pub(super) async fn run(options: &RunOptions, tell: impl Fn(&str)) -> Result<Run
     let client = bed.alpha().client()?;
     let view: VmView = client.get(&vm_path(VM)).await?;
     let mut report = new_report(Origin::Bench, options.settings());
-    report.versions.source_qemu.clone_from(&view.qemu_version);
-    report.versions.accelerator.clone_from(&view.accelerator);
-    report.versions.machine.clone_from(&view.machine);
+    report.versions = Versions::of_source(&view);
     report.settings.link_measured = measure_link(bed.network())?;
     let sampler = Sampler::start();
     sampler.watch(|watched| {

@@ -15,8 +15,7 @@ use super::processors::Sampler;
 use super::witnesses::Witnesses;
 use super::{OtherHost, RunError, RunOptions, conclude, new_report};
 use crate::INITRD;
-use crate::report::{Hardware, Origin, RunReport};
-use crate::testbed::GUEST_START;
+use crate::report::{Hardware, Origin, RunReport, Versions};
 
 /// How long the link is tried.
 const LINK_TRIAL_MS: u64 = 700;
@@ -32,10 +31,7 @@ pub(super) async fn run(options: &RunOptions, to: &OtherHost, tell: impl Fn(&str
     for (name, content) in [&kernel, &initrd] {
         std::fs::write(dir.path().join(name), content)?;
     }
-    let mut argv = vec![match &options.qemu_dir {
-        Some(dir) => dir.join("qemu-system-x86_64").display().to_string(),
-        None => "qemu-system-x86_64".to_owned(),
-    }];
+    let mut argv = vec![options.qemu().display().to_string()];
     argv.extend(options.guest_arguments(&kernel.0, &initrd.0));
     argv.extend(["-serial", "stdio"].map(str::to_owned));
     let name = format!("bench-{:08x}", fastrand::u32(..));
@@ -43,7 +39,7 @@ pub(super) async fn run(options: &RunOptions, to: &OtherHost, tell: impl Fn(&str
     let (mut witnesses, watch) = Witnesses::new();
     let started: Started = to.agent.post("/v1/vms", &guest).await?;
     witnesses.listen(0, &to.agent, format!("{}/witness", vm_path(&name)));
-    watch.wait("the guest", GUEST_START, |log| log.ready().is_some() && log.beats().len() > 20).await?;
+    watch.wait_for_start().await?;
     // Planned once before it counts: this is when the boot files go there.
     let plan = MigrateRequest { dry_run: true, ..request(options, &to.name) };
     let planned: Begun = to.agent.post(&format!("{}/migration", vm_path(&name)), &plan).await.map_err(refused)?;
@@ -53,9 +49,7 @@ pub(super) async fn run(options: &RunOptions, to: &OtherHost, tell: impl Fn(&str
         return Err(RunError::CannotHere { reason });
     }
     let mut report = new_report(Origin::Bench, options.settings());
-    report.versions.source_qemu.clone_from(&started.vm.qemu_version);
-    report.versions.accelerator.clone_from(&started.vm.accelerator);
-    report.versions.machine.clone_from(&started.vm.machine);
+    report.versions = Versions::of_source(&started.vm);
     report.settings.link_measured = Some(carried);
     tell("watching the guest before");
     tokio::time::sleep(options.before).await;
@@ -64,8 +58,8 @@ pub(super) async fn run(options: &RunOptions, to: &OtherHost, tell: impl Fn(&str
     let hear_it_there = |id| witnesses.listen(1, &to.agent, format!("/v1/migrations/{id}/witness"));
     let driven = drive(options, &journey, &mut report, &tell, hear_it_there).await?;
     tell("watching the guest after");
-    let both = |host| witnesses.facts(host).map_or(1, |facts| facts.processors);
-    let sampler = || Sampler::of_two_hosts(&witnesses.processors(), [both(0), both(1)]);
+    let processors = |host| witnesses.facts(host).map_or(1, |facts| facts.processors);
+    let sampler = || Sampler::of_two_hosts(&witnesses.processors(), [processors(0), processors(1)]);
     let mut report = conclude(options, report, driven, &watch, sampler).await;
     let machine = |host| witnesses.facts(host).map(|facts| Hardware::of(facts, false));
     report.hardware = machine(0).or(report.hardware);

@@ -1,6 +1,6 @@
 //! Two bare QEMUs, driven over QMP as a scenario says: what the study's harness did.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
@@ -18,8 +18,8 @@ use super::processors::Sampler;
 use super::{Driven, RunError, RunOptions, Transport, conclude, measure_link, new_report};
 use crate::report::{Lever, MarkKind, Origin, Outcome, ProgressSample, Recorder, RunReport};
 use crate::scenario::Means;
+use crate::testbed::GuestWatch;
 use crate::testbed::network::Network;
-use crate::testbed::{GUEST_START, GuestWatch};
 
 const SOON: Duration = Duration::from_secs(10);
 /// How often QEMU is asked how far it is, as the study did.
@@ -78,10 +78,7 @@ pub(super) async fn run(options: &RunOptions, tell: impl Fn(&str)) -> Result<Run
 impl Qemu {
     async fn start(options: &RunOptions, network: &Network, dir: &Path, index: usize) -> Result<Self, RunError> {
         let name = ["source", "destination"][index];
-        let binary = match &options.qemu_dir {
-            Some(dir) => dir.join("qemu-system-x86_64"),
-            None => PathBuf::from("qemu-system-x86_64"),
-        };
+        let binary = options.qemu();
         let socket = |what: &str| {
             format!("socket,id={what},path={},server=on,wait=off", dir.join(format!("{name}.{what}")).display())
         };
@@ -138,7 +135,7 @@ impl Pair {
         watch.follow_socket(0, &dir.path().join("source.console")).await?;
         let destination = Qemu::start(options, &network, dir.path(), 1).await?;
         watch.follow_socket(1, &dir.path().join("destination.console")).await?;
-        watch.wait("the guest", GUEST_START, |log| log.ready().is_some() && log.beats().len() > 20).await?;
+        watch.wait_for_start().await?;
         Ok(Self { source, destination, watch, network, dir })
     }
 
