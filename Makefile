@@ -1,10 +1,11 @@
 # make demo   a guest moves between two hosts on this machine, with everything that needs
 # make test   all tests, on real QEMU
+# make model   explores the migration protocol further than make test does (MODEL=faults,acts,states,seconds)
 # make lint   formatting, clippy, licences
 # make bench  the figures of docs/FIGURES.md
 # make study  the 2016 study's tables again, small: docs/study/
 
-.PHONY: demo test lint bench study build install
+.PHONY: demo test model lint bench study build install
 
 demo:
 	@scripts/setup.sh
@@ -14,6 +15,10 @@ demo:
 test:
 	scripts/setup.sh --for-tests
 	cargo nextest run --workspace --no-fail-fast
+
+MODEL ?= 3,2,400000000,1800
+model:
+	VMFERRY_MODEL=$(MODEL) cargo test --package vmferry-custody --test check -- --nocapture exactly_one
 
 lint:
 	cargo fmt --all --check

@@ -1,0 +1,29 @@
+//! What an earlier version of the protocol did wrong: each put back where it was, to show that the check finds it.
+
+/// See each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Flaw {
+    /// A migration that was undone left its VM free although its end could not be written, and the next one began beside
+    /// the row that was still open.
+    FreeBeforeItIsWritten,
+    /// A row that could not be written after the commit ended the migration's driver: nobody served post-copy any more.
+    GivesUpAfterTheCommit,
+    /// A guest in doubt had no way out when its destination was gone.
+    NoWayOut,
+    /// That a guest which was handed over must not run was seen to on one event only, not when an agent had been dead
+    /// while that came.
+    ActsOnTheEventOnly,
+    /// An agent that was started again set a guest running that it owns once, and not again when that failed.
+    TriesToRunOnce,
+    /// The user was told that the guest runs there when it had only been committed.
+    SaysSoUnasked,
+}
+
+pub(crate) const FLAWS: [Flaw; 6] = [
+    Flaw::FreeBeforeItIsWritten,
+    Flaw::GivesUpAfterTheCommit,
+    Flaw::NoWayOut,
+    Flaw::ActsOnTheEventOnly,
+    Flaw::TriesToRunOnce,
+    Flaw::SaysSoUnasked,
+];
