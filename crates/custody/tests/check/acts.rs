@@ -130,7 +130,7 @@ fn users(world: &World, flaw: Option<Flaw>, acts: &mut Vec<Act>) {
 
 fn engine(world: &World, acts: &mut Vec<Act>) {
     let id = world.id();
-    let phase = world.source.as_ref().map(source::Source::phase);
+    let phase = world.source.map(source::Source::phase);
     let moves = phase == Some(Phase::Moving) && world.out[id] == Some(Row::Open(OutStep::CopyRam));
     if moves && !world.was_asked(id, Ask::Prepare) {
         acts.push(Act::AskPrepare);
