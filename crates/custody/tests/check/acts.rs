@@ -282,7 +282,7 @@ pub(crate) fn happen(before: &World, flaw: Option<Flaw>, act: Act) -> Option<Wor
             world.source_hears(source::Event::Told(told));
         }
         Act::Source(deed, comes_off) => source_does(&mut world, flaw, deed, comes_off)?,
-        Act::Destination(id, deed, comes_off) => destination_does(&mut world, flaw, id, deed, comes_off)?,
+        Act::Destination(id, deed, comes_off) => destination_does(&mut world, flaw, id, deed, comes_off),
         Act::Deliver(id, ask) => world.destination_hears(
             id,
             match ask {
@@ -415,13 +415,7 @@ fn source_does(world: &mut World, flaw: Option<Flaw>, deed: source::Deed, comes_
     Some(())
 }
 
-fn destination_does(
-    world: &mut World,
-    flaw: Option<Flaw>,
-    id: usize,
-    deed: destination::Deed,
-    comes_off: bool,
-) -> Option<()> {
+fn destination_does(world: &mut World, flaw: Option<Flaw>, id: usize, deed: destination::Deed, comes_off: bool) {
     use destination::{Deed, Event, Qemu};
     if flaw == Some(Flaw::TriesToRunOnce) && deed == Deed::Run {
         world.tried_to_run = true;
@@ -435,7 +429,7 @@ fn destination_does(
                 _ => Event::Told(Qemu::Silent),
             },
         );
-        return Some(());
+        return;
     }
     match deed {
         Deed::Write(row) => {
@@ -475,5 +469,4 @@ fn destination_does(
             world.destination_hears(id, Event::Told(Qemu::Ended));
         }
     }
-    Some(())
 }

@@ -4,7 +4,7 @@
 //! Always: never two guests run; never is a guest ended that had not been handed over; nobody is told what is not so.
 //! From every state that is reached, when faults cease: one guest runs, within bounded steps, or a user can decide.
 //!
-//! `make model` explores further than `make test` does: VMFERRY_MODEL=FAULTS,ACTS,STATES,SECONDS.
+//! `make model` explores further than `make test` does: `VMFERRY_MODEL=FAULTS,ACTS,STATES,SECONDS`.
 
 mod acts;
 mod flaws;

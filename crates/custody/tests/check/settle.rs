@@ -35,7 +35,7 @@ fn judge(settled: &World, flaw: Option<Flaw>) -> Result<(), String> {
         Some(id) if !settled.gone_there => there(id),
         _ => here,
     };
-    let at_rest = settled.source.is_none_or(|it| it.is_at_rest());
+    let at_rest = settled.source.is_none_or(source::Source::is_at_rest);
     if goes_on && at_rest {
         return Ok(());
     }
@@ -63,7 +63,7 @@ fn judge(settled: &World, flaw: Option<Flaw>) -> Result<(), String> {
     let way = if can_run { Act::KeepHere } else { Act::RunsThere };
     let Some(decided) = happen(&decided, flaw, way) else { return wrong("the way out is closed") };
     let (decided, _) = settle(decided, flaw);
-    let free = decided.source.is_some_and(|it| it.is_at_rest());
+    let free = decided.source.is_some_and(source::Source::is_at_rest);
     if !free || can_run && decided.wanted && decided.here != Here::Runs {
         return wrong("the way out leads nowhere");
     }
@@ -104,7 +104,9 @@ fn one_round(mut world: World, flaw: Option<Flaw>, round: usize) -> World {
                 attempt(&mut world, Act::Source(deed, true));
             }
         }
-        if round > 6 && matches!(world.source.map(|it| it.phase()), Some(Phase::Undoing { .. } | Phase::Away { .. })) {
+        if round > 6
+            && matches!(world.source.map(source::Source::phase), Some(Phase::Undoing { .. } | Phase::Away { .. }))
+        {
             attempt(&mut world, Act::SourceWaited);
         }
         for id in 0..MIGRATIONS {
