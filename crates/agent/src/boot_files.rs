@@ -12,11 +12,11 @@ use std::time::SystemTime;
 use axum::body::Bytes;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
+use vmferry_api::VmSpec;
 use vmferry_link::Fingerprint;
 use vmferry_qemu::CommandLine;
 
 use crate::Agent;
-use crate::api::types::VmSpec;
 use crate::error::AgentError;
 use crate::peer::Peer;
 

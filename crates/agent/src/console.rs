@@ -12,8 +12,7 @@ use axum::body::Bytes;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::{broadcast, mpsc};
-
-use crate::witness::monotonic_ns;
+use vmferry_api::witness::monotonic_ns;
 
 /// How much of the past a new viewer is shown, in bytes.
 const SCROLLBACK: usize = 64 << 10;

@@ -7,9 +7,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
+use vmferry_api::VmSpec;
 use vmferry_qemu::{CommandLine, FileKind, FileUse};
 
-use crate::api::types::VmSpec;
 use crate::error::AgentError;
 
 /// The writable disks of a VM, each with a marker beside it; the markers go when this is dropped.

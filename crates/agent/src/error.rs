@@ -3,11 +3,12 @@
 
 use std::path::PathBuf;
 
+use vmferry_api::trial::BadTrial;
+use vmferry_api::{Code, Problem, in_one_line};
 use vmferry_link::LinkDown;
 use vmferry_qemu::{CommandLineError, LaunchError, ProbeError, QmpError, StreamTlsError};
 use vmferry_ram::RamError;
 
-use crate::api::types::{Code, Problem};
 use crate::engine::EngineError;
 use crate::peer::PeerError;
 
@@ -268,18 +269,10 @@ impl AgentError {
     }
 }
 
-/// An error and the chain of what caused it, in one line.
-pub fn in_one_line(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        let inner_text = inner.to_string();
-        if !text.contains(&inner_text) {
-            text = format!("{text}: {inner_text}");
-        }
-        cause = inner.source();
+impl From<BadTrial> for AgentError {
+    fn from(BadTrial(message): BadTrial) -> Self {
+        Self::BadLimit { message }
     }
-    text
 }
 
 impl From<&AgentError> for Problem {

@@ -17,19 +17,20 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
+use vmferry_api::Security;
+use vmferry_api::VmSpec;
+use vmferry_api::in_one_line;
 use vmferry_link::CipherSpeed;
+use vmferry_qemu::migration::{reset_capabilities, set_capabilities};
 use vmferry_qemu::qmp::commands;
 use vmferry_qemu::{
     Accel, CommandLine, Endpoint, Incoming as IncomingLaunch, MigrationStatus, QemuInfo, QmpError, RunState,
-    protect_streams,
+    protect_streams, tls_priority,
 };
 
-use crate::api::types::VmSpec;
-use crate::config::Security;
-use crate::engine::external;
-use crate::engine::qemu::{check_offered, set_capabilities, tls_priority};
+use crate::engine::qemu::check_offered;
 use crate::engine::{NewSession, Protection, Setup};
-use crate::error::{AgentError, in_one_line};
+use crate::error::AgentError;
 use crate::lifecycle::check_name;
 use crate::recovery;
 use crate::relay;
@@ -436,7 +437,7 @@ pub(crate) async fn set_running(agent: &Agent, vm: &Vm) -> Result<(), AgentError
         // What somebody saves to a file later is to have all RAM. It can wait until pages have come.
         let vm = vm.qmp.clone();
         tokio::spawn(async move {
-            while let Err(error) = external::reset_capabilities(&vm).await {
+            while let Err(error) = reset_capabilities(&vm).await {
                 if vm.is_closed() {
                     return;
                 }

@@ -3,12 +3,11 @@
 //! Where to find what: `api` what is said and how; `vm`, `console` a VM of this host; `migration` the source's side of
 //! a migration from plan to end, `incoming` the destination's; `engine` what copies RAM; `store` the journal;
 //! `trust` who may talk to this agent, `peer` talking to another; `recovery` what an agent does with what its
-//! predecessor left; `client` is the other end of the local API. `boot_files` and `witness` serve measurements.
+//! predecessor left. `boot_files` and `witness` serve measurements.
 
 pub mod api;
 mod boot_files;
 mod callers;
-pub mod client;
 pub mod config;
 mod console;
 mod disks;
@@ -250,7 +249,7 @@ impl Agent {
 
     /// Why this agent cannot move RAM itself; found out by trying, once.
     fn external_obstacle(&self) -> Option<String> {
-        let tried = self.external.get_or_init(|| vmferry_ram::support().map_err(|why| error::in_one_line(&why)));
+        let tried = self.external.get_or_init(|| vmferry_ram::support().map_err(|why| vmferry_api::in_one_line(&why)));
         tried.clone().err()
     }
 
@@ -277,7 +276,7 @@ impl Agent {
             self.qemu_info(&binary, &self.accelerator(&binary).await).await
         };
         if let Err(error) = learned.await {
-            tracing::warn!(error = error::in_one_line(&error), "cannot tell what QEMU can do here");
+            tracing::warn!(error = vmferry_api::in_one_line(&error), "cannot tell what QEMU can do here");
         }
     }
 

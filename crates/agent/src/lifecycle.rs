@@ -6,12 +6,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use uuid::Uuid;
+use vmferry_api::{AdoptRequest, RunRequest, Started, StopRequest, VmSpec};
 use vmferry_qemu::qmp::commands;
 use vmferry_qemu::{
     Accel, CommandLine, EventStream, Incoming, LaunchSettings, Qmp, plan_launch, wants_shared_ram, without_ours,
 };
 
-use crate::api::types::{AdoptRequest, RunRequest, Started, StopRequest, VmSpec};
 use crate::error::AgentError;
 use crate::store::VmRecord;
 use crate::vm::{Claim, GRACE, Stage, Vm, is_valid_name};

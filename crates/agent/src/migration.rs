@@ -19,20 +19,24 @@ use std::time::{Duration, Instant};
 use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
-use vmferry_link::{Cipher, Fingerprint, fastest_cipher};
-use vmferry_policy::{Action, AfterRounds, Limits, Observation, Policy, Simple};
-use vmferry_qemu::qmp::commands;
-use vmferry_qemu::{Endpoint, Features, MigrationStatus, QmpError, RunState, StreamKey, protect_streams};
-use vmferry_ram::Backend;
-
-use crate::api::types::{
+use vmferry_api::Security;
+use vmferry_api::in_one_line;
+use vmferry_api::{
     Code, EngineName, MigrateRequest, MigrationEvent, PlanView, Problem, Progress, Report, Script, Step, StepTime,
 };
-use crate::config::Security;
+use vmferry_link::{Cipher, Fingerprint, fastest_cipher};
+use vmferry_policy::{Action, AfterRounds, Limits, Observation, Policy, Simple};
+use vmferry_qemu::migration::{self, set_capabilities};
+use vmferry_qemu::qmp::commands;
+use vmferry_qemu::{
+    Endpoint, Features, MigrationStatus, QmpError, RunState, StreamKey, protect_streams, tls_carries, tls_priority,
+};
+use vmferry_ram::Backend;
+
 use crate::engine::external::{self, ExternalEngine, WayThere};
 use crate::engine::qemu::{self, QemuEngine, Wishes};
 use crate::engine::{EngineError, NewConnection, NewSession, Protection, RamEngine, Seen, Setup, Totals};
-use crate::error::{AgentError, in_one_line};
+use crate::error::AgentError;
 use crate::incoming::{CheckReply, IncomingState, Offer, tcp_uri};
 use crate::peer::{Peer, PeerError};
 use crate::relay::Relay;
@@ -133,13 +137,6 @@ impl Migration {
 
     fn told(&self) -> std::sync::MutexGuard<'_, Told> {
         self.told.lock().expect("no holder of this lock panics")
-    }
-}
-
-impl MigrationEvent {
-    /// Nothing comes after it.
-    pub(crate) fn is_last(&self) -> bool {
-        matches!(self, Self::Finished(_) | Self::Failed(_))
     }
 }
 
@@ -319,7 +316,7 @@ async fn plan(agent: &Agent, vm: &Vm, id: Uuid, request: &MigrateRequest) -> Res
             }
             match cipher {
                 Some(cipher) if is_external => Protect::Link(cipher),
-                Some(cipher) if can_tls && there.tls && qemu::tls_carries(vm.facts.ram_bytes) => Protect::Tls(cipher),
+                Some(cipher) if can_tls && there.tls && tls_carries(vm.facts.ram_bytes) => Protect::Tls(cipher),
                 _ => Protect::Relay,
             }
         }
@@ -333,13 +330,13 @@ async fn plan(agent: &Agent, vm: &Vm, id: Uuid, request: &MigrateRequest) -> Res
     let has = |name: &str| there.capabilities.contains(name);
     let scripted = request.script.as_ref().filter(|_| !is_external);
     let scripted = scripted.map(|script| script_for(vm, &features, has, script)).transpose()?;
-    let loses_writes_when_copied = running && !is_external && qemu::loses_writes(&features, &vm.accelerator);
+    let loses_writes_when_copied = running && !is_external && migration::loses_writes(&features, &vm.accelerator);
     if loses_writes_when_copied && scripted.is_some() {
         notes.push(format!("{}: expect damaged pages.", loses_writes(vm)));
     }
     let post_copy_first = loses_writes_when_copied && scripted.is_none();
     let means = match (&scripted, is_external) {
-        (_, true) => vec![external::CAPABILITY],
+        (_, true) => vec![migration::IGNORE_SHARED],
         (Some(setup), _) => setup.capabilities.iter().map(String::as_str).collect(),
         (None, _) => qemu::means(&features, has, request.post_copy),
     };
@@ -606,11 +603,11 @@ impl Run {
         self.agent.store.begin_out(&self.record(OutStep::Prepare))?;
         let plan = &mut self.plan;
         let has = |name: &str| plan.there.capabilities.contains(name);
-        let stops_first = qemu::loses_writes(&plan.features, &self.vm.accelerator);
+        let stops_first = migration::loses_writes(&plan.features, &self.vm.accelerator);
         if plan.engine.name() == EngineName::External {
             vmferry_qemu::unprotect_streams(&self.vm.qmp).await?;
             let wanted = external::capabilities(stops_first);
-            qemu::set_capabilities(&self.vm.qmp, plan.features.capabilities(), wanted).await?;
+            set_capabilities(&self.vm.qmp, plan.features.capabilities(), wanted).await?;
             let trusted = plan.protect == Protect::Not;
             external::make_folder(&external::sending_dir(&self.vm), trusted)?;
             plan.offer.protection = if trusted { Protection::Plain } else { Protection::Relay };
@@ -620,7 +617,7 @@ impl Run {
             plan.offer.setup = match plan.scripted.take() {
                 Some(setup) => {
                     let wanted: Vec<&str> = setup.capabilities.iter().map(String::as_str).collect();
-                    qemu::set_capabilities(&self.vm.qmp, plan.features.capabilities(), &wanted).await?;
+                    set_capabilities(&self.vm.qmp, plan.features.capabilities(), &wanted).await?;
                     setup
                 }
                 None => qemu::choose(&self.vm.qmp, &plan.features, has, self.limits.post_copy).await?,
@@ -669,7 +666,7 @@ impl Run {
         setup.capabilities.retain(|it| prepared.setup.has(it));
         if setup != plan.offer.setup {
             let names: Vec<&str> = setup.capabilities.iter().map(String::as_str).collect();
-            qemu::set_capabilities(&self.vm.qmp, plan.features.capabilities(), &names).await?;
+            set_capabilities(&self.vm.qmp, plan.features.capabilities(), &names).await?;
         }
         self.limits.post_copy &= setup.has("postcopy-ram");
         if plan.post_copy_first && !self.limits.post_copy {
@@ -974,7 +971,7 @@ async fn protect(vm: &Vm, plan: &mut Plan) -> Result<Protection, AgentError> {
     Relay::forget(vm);
     if let Protect::Tls(cipher) = plan.protect {
         let key = StreamKey::new(&vmferry_link::random_bytes());
-        let priority = qemu::tls_priority(cipher);
+        let priority = tls_priority(cipher);
         match protect_streams(&vm.qmp, &vm.dir.join("tls"), &key, Endpoint::Client, priority).await {
             Ok(()) => return Ok(Protection::Tls { key, cipher }),
             Err(error) => {

@@ -15,19 +15,17 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncRead, AsyncWrite};
 use uuid::Uuid;
+use vmferry_api::{Code, Hello, Join, Problem};
+use vmferry_api::{DEFAULT_PORT, witness};
 use vmferry_link::{Authority, Fingerprint, Identity, LinkError, Secret};
 
-use crate::api::types::{Code, Hello, Join, Problem};
 use crate::boot_files::BootFile;
 use crate::incoming::{CheckReply, IncomingState, Offer, Prepared};
 use crate::link_trial::{TrialAccepted, TrialOffer};
-use crate::{relay, witness};
+use crate::relay;
 
 /// The version of the API between agents. Agents of different versions refuse each other.
 pub const API: u32 = 2;
-/// The port that agents listen on unless told otherwise.
-pub const DEFAULT_PORT: u16 = 7420;
-
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
 /// A sign of life that is not answered must not keep the next one from being sent.

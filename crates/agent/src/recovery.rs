@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use uuid::Uuid;
+use vmferry_api::in_one_line;
 use vmferry_policy::Limits;
 use vmferry_qemu::Qmp;
 use vmferry_qemu::qmp::commands::QueryMigrate;
@@ -16,7 +17,7 @@ use crate::Agent;
 use crate::engine::external::{self, ExternalEngine, WayThere};
 use crate::engine::qemu::{self, QemuEngine};
 use crate::engine::{EngineError, RamEngine, Setup};
-use crate::error::{AgentError, in_one_line};
+use crate::error::AgentError;
 use crate::incoming::{Incoming, arrival, set_running, watch_lease};
 use crate::migration::{Way, follow_post_copy, retire, settle_commit, strand};
 use crate::peer::Peer;

@@ -10,8 +10,9 @@ use tokio::io::{AsyncRead, AsyncWrite, copy_bidirectional_with_sizes};
 use tokio::net::{UnixListener, UnixStream};
 use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
+use vmferry_api::in_one_line;
 
-use crate::error::{AgentError, in_one_line};
+use crate::error::AgentError;
 use crate::peer::Peer;
 use crate::server::bind_anew;
 use crate::vm::Vm;

@@ -10,10 +10,11 @@ use std::time::Duration;
 use rustix::fs::{FlockOperation, flock};
 use tokio::net::{TcpListener, UnixListener};
 use tokio_util::sync::CancellationToken;
+use vmferry_api::Listen;
 use vmferry_link::{Acceptor, Authority, AuthorityError, Identity, IdentityError, Incoming, Sessions};
 
 use crate::callers::Callers;
-use crate::config::{Config, Listen};
+use crate::config::Config;
 use crate::error::AgentError;
 use crate::store::Store;
 use crate::trust::{Caller, Trusts};

@@ -14,9 +14,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
+use vmferry_api::{MigrationView, VmSpec};
 use vmferry_link::Fingerprint;
-
-use crate::api::types::{MigrationView, VmSpec};
 
 /// What makes the tables of each version from those of the version before; `PRAGMA user_version` tells which one a file
 /// has.

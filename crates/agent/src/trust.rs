@@ -8,10 +8,10 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use futures_util::future::select_ok;
+use vmferry_api::{Join, PeerView, PeersView, TokenView};
 use vmferry_link::{Authority, Fingerprint, Identity, JoinToken, Secret};
 
 use crate::Agent;
-use crate::api::types::{Join, PeerView, PeersView, TokenView};
 use crate::error::AgentError;
 use crate::peer::{Met, Peer, PeerError, with_port};
 use crate::store::{Joined, PeerRecord};

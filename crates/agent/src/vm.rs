@@ -5,10 +5,10 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use uuid::Uuid;
+use vmferry_api::{EngineName, VmSpec, VmView};
 use vmferry_qemu::qmp::commands;
 use vmferry_qemu::{Qmp, QmpError, RunState};
 
-use crate::api::types::{EngineName, VmSpec, VmView};
 use crate::console::Console;
 use crate::store::VmRecord;
 use crate::witness::Attendance;

@@ -10,42 +10,31 @@ use axum::response::Response;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use futures_util::{Stream, StreamExt};
 use hyper_util::rt::TokioIo;
-use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::broadcast::error::RecvError;
-use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use uuid::Uuid;
-
-use super::types::{
-    AdoptRequest, EngineName, Hello, MigrateRequest, MigrationEvent, MigrationView, PairRequest, PeerView, PeersView,
-    PlanView, Problem, RunRequest, Started, StopRequest, TokenRequest, TokenView, TrialRequest, VmView,
+use vmferry_api::client::CONSOLE_PROTOCOL;
+use vmferry_api::in_one_line;
+use vmferry_api::trial::TrialResult;
+use vmferry_api::{
+    AdoptRequest, Begun, EngineName, Hello, MigrateRequest, MigrationEvent, MigrationView, PairRequest, PeerView,
+    PeersView, Problem, RunRequest, Started, StopRequest, TokenRequest, TokenView, TrialRequest, VmView,
 };
+
 use super::{Answer, ApiError, upgraded};
 use crate::console::Viewer;
 use crate::engine::external;
-use crate::error::{AgentError, in_one_line};
-use crate::link_trial::TrialResult;
+use crate::error::AgentError;
 use crate::migration::{self, Migration};
 use crate::vm::{GLANCE, Stage};
 use crate::{Agent, lifecycle, link_trial, trust, witness};
 
-/// What the console route upgrades to: raw bytes both ways.
-pub const CONSOLE_PROTOCOL: &str = "vmferry-console";
 /// How many ended migrations are listed.
 const LISTED: u32 = 50;
 
 type Shared = State<Arc<Agent>>;
-
-/// A migration was planned and, unless it was a dry run, started.
-#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
-pub struct Begun {
-    /// What it does.
-    pub plan: PlanView,
-    /// Its id, under which its events are found.
-    pub id: Option<Uuid>,
-}
 
 pub(crate) fn routes() -> OpenApiRouter<Arc<Agent>> {
     OpenApiRouter::new()
@@ -168,7 +157,7 @@ async fn show_console(mut connection: TokioIo<hyper::upgrade::Upgraded>, mut vie
     responses((status = 101, description = "upgraded to vmferry-witness"), (status = "default", body = Problem)))]
 async fn witness(State(agent): Shared, Path(name): Path<String>, request: Request) -> Result<Response, ApiError> {
     let vm = witness::only_measuring(agent.vm(&name)?)?;
-    upgraded(request, witness::PROTOCOL, move |connection| witness::serve(agent, vm, connection))
+    upgraded(request, vmferry_api::witness::PROTOCOL, move |connection| witness::serve(agent, vm, connection))
 }
 
 /// The same at the destination of a migration, once something waits for the guest there.
@@ -177,7 +166,7 @@ async fn witness(State(agent): Shared, Path(name): Path<String>, request: Reques
 async fn witness_there(State(agent): Shared, Path(id): Path<Uuid>, request: Request) -> Result<Response, ApiError> {
     let migration = agent.migration(id).ok_or_else(|| not_followed(id))?;
     let mut there = migration.peer.witness(id).await?;
-    upgraded(request, witness::PROTOCOL, |mut here| async move {
+    upgraded(request, vmferry_api::witness::PROTOCOL, |mut here| async move {
         // Whoever closes it, or breaks, ends it.
         let _ = tokio::io::copy_bidirectional(&mut here, &mut there).await;
     })

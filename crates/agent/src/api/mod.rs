@@ -6,7 +6,6 @@
 
 pub mod local;
 pub mod peers;
-pub mod types;
 
 use std::sync::Arc;
 
@@ -19,9 +18,9 @@ use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
 use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
+use vmferry_api::{Code, Problem};
 
 use crate::Agent;
-use crate::api::types::{Code, Problem};
 use crate::error::AgentError;
 
 /// An error on its way out.

@@ -14,8 +14,8 @@ use axum::response::Response;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use uuid::Uuid;
+use vmferry_api::{Hello, Join, Problem};
 
-use super::types::{Hello, Join, Problem};
 use super::{Answer, ApiError, upgraded};
 use crate::boot_files::BootFile;
 use crate::error::AgentError;
@@ -190,7 +190,7 @@ async fn relay(State(agent): Shared, Began { id, .. }: Began, request: Request) 
     responses((status = 101, description = "upgraded to vmferry-witness"), (status = "default", body = Problem)))]
 async fn witness(State(agent): Shared, Began { id, .. }: Began, request: Request) -> Result<Response, ApiError> {
     let vm = incoming::measuring_vm(&agent, id)?;
-    upgraded(request, crate::witness::PROTOCOL, move |connection| crate::witness::serve(agent, vm, connection))
+    upgraded(request, vmferry_api::witness::PROTOCOL, move |connection| crate::witness::serve(agent, vm, connection))
 }
 
 /// Whether this host has a file for a measuring guest to boot from.

@@ -15,8 +15,10 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use tokio::net::UnixListener;
 use tokio_util::task::AbortOnDropHandle;
+use vmferry_api::in_one_line;
 use vmferry_link::{Cipher, Fingerprint, Identity, Link, LinkOptions, TcpDialer};
 use vmferry_policy::{Action, Bytes, BytesPerSec, Limits, Observation, Percent, Phase};
+use vmferry_qemu::migration::{IGNORE_SHARED, PAUSE_BEFORE_SWITCHOVER, reset_capabilities};
 use vmferry_qemu::qmp::commands::{self, MigrationParameters};
 use vmferry_qemu::{EventStream, MigrationStatus, Qmp, QmpError, RamBackend, RamLayout};
 use vmferry_ram::{Backend, GuestRam, Progress, RamError, Source};
@@ -24,19 +26,14 @@ use vmferry_ram::{Backend, GuestRam, Progress, RamError, Source};
 use super::qemu::{UNLIMITED, abandon};
 use super::{EngineError, NewConnection, NewSession, RamEngine, Seen, Totals};
 use crate::Agent;
-use crate::error::{AgentError, in_one_line};
+use crate::error::AgentError;
 use crate::lifecycle::make_private_dir;
 use crate::server::bind_anew;
 use crate::vm::Vm;
 
-/// The capability of QEMU's migration that all depends on: shared RAM stays where it is.
-pub(crate) const CAPABILITY: &str = "x-ignore-shared";
-/// Only at the source: QEMU pauses the guest and waits before it writes the device state.
-pub(crate) const PAUSES: &str = "pause-before-switchover";
-
 /// What the source's QEMU is set to, for a guest that is paused before QEMU copies anything or not.
 pub(crate) fn capabilities(stops_first: bool) -> &'static [&'static str] {
-    if stops_first { &[CAPABILITY] } else { &[CAPABILITY, PAUSES] }
+    if stops_first { &[IGNORE_SHARED] } else { &[IGNORE_SHARED, PAUSE_BEFORE_SWITCHOVER] }
 }
 
 const TICK: Duration = Duration::from_millis(100);
@@ -535,13 +532,6 @@ pub(crate) async fn backends_of(vm: &Vm) -> Result<Vec<Backend>, QmpError> {
 fn backends(layout: RamLayout) -> Vec<Backend> {
     let backend = |it: RamBackend| Backend { id: it.id, size: it.size, address: it.address };
     layout.backends.into_iter().map(backend).collect()
-}
-
-/// QEMU's own migration takes shared RAM along again, and stops nowhere.
-pub(crate) async fn reset_capabilities(qmp: &Qmp) -> Result<(), QmpError> {
-    let off = |capability: &str| commands::CapabilityState { capability: capability.into(), state: false };
-    qmp.execute(commands::MigrateSetCapabilities { capabilities: vec![off(CAPABILITY), off(PAUSES)] }).await?;
-    Ok(())
 }
 
 async fn blocking<T: Send + 'static>(

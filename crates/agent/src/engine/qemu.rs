@@ -7,28 +7,25 @@
 //!   its connections up and waits for ever, so trying tells nothing and they are never combined;
 //! - auto-converge, held at one percent until the policy asks for more.
 //!
-//! One QEMU cannot copy a guest that runs at all; see [`loses_writes`].
+//! One QEMU cannot copy a guest that runs at all; see [`vmferry_qemu::migration::loses_writes`].
 //!
 //! QEMU switches over by itself once what is left fits the downtime limit; the policy only has to act when that will
 //! not happen.
 
-use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use vmferry_link::Cipher;
+use vmferry_api::Means;
 use vmferry_policy::{Action, Bytes, BytesPerSec, Limits, Observation, Percent, Phase};
+use vmferry_qemu::migration::{OURS, set_capabilities};
 use vmferry_qemu::qmp::commands::{self, MigrationInfo, MigrationParameters};
 use vmferry_qemu::{Event, EventStream, Features, MigrationStatus, Qmp, QmpError, RunState};
 
 use super::{EngineError, NewConnection, RamEngine, Seen, Setup, Totals};
-use crate::api::types::Means;
 use crate::error::AgentError;
 
 /// QEMU's own default is 128 MiB/s; this is as good as none and fits its signed arithmetic.
 pub(super) const UNLIMITED: u64 = 1 << 50;
-/// A guest with more RAM may send more than 256 GiB over one connection, in bytes.
-const MOST_RAM_WITH_TLS: u64 = 96 << 30;
 /// As good as never, while QEMU cannot tell what switching over would cost: zero would mean without a last look.
 const NO_SWITCHOVER_MS: u64 = 1;
 const TICK: Duration = Duration::from_millis(250);
@@ -131,47 +128,6 @@ pub(crate) fn scripted(here: &Features, there: impl Fn(&str) -> bool, means: &[M
     Err(lacks)
 }
 
-/// Whether this QEMU fails to notice some of what a running guest writes while its RAM is copied.
-///
-/// Under TCG, before 9.0: reading the dirty bitmap left translations in place that write without marking the page, so
-/// from the second round on a destination can get stale pages, and its guest kernel crashes within a second (seen with
-/// 7.2.22; fixed upstream in March 2024, "Fix migration dirty bitmap coherency with TCG memory access"). The same
-/// release brought `mapped-ram`, which is how it is told apart. What does not run writes nothing: such a guest is paused
-/// first and moves by post-copy from the first byte.
-pub fn loses_writes(features: &Features, accelerator: &str) -> bool {
-    accelerator == "tcg" && !features.has_capability("mapped-ram")
-}
-
-/// `GnuTLS`'s words for a cipher that is to encrypt QEMU's streams.
-///
-/// With a key that was exchanged beforehand, TLS 1.3 has only ciphers with SHA-256. `GnuTLS`'s own choice among those
-/// is `ChaCha20`, half as fast as AES on most processors; AES-256 is there in TLS 1.2.
-pub fn tls_priority(cipher: Cipher) -> &'static str {
-    match cipher {
-        Cipher::Aes128Gcm => "NORMAL:-CIPHER-ALL:+AES-128-GCM",
-        Cipher::Aes256Gcm => "NORMAL:-VERS-ALL:+VERS-TLS1.2:-CIPHER-ALL:+AES-256-GCM",
-        Cipher::ChaCha20Poly1305 => "NORMAL:-CIPHER-ALL:+CHACHA20-POLY1305",
-    }
-}
-
-/// Whether QEMU's own TLS holds for a guest with so much RAM. `GnuTLS` gives a connection a new key after 16 M records,
-/// 256 GiB, of AES-GCM, and QEMU before 10.1 does not survive that on one with a return path (QEMU issue 1937).
-pub(crate) fn tls_carries(ram_bytes: u64) -> bool {
-    ram_bytes <= MOST_RAM_WITH_TLS
-}
-
-/// The capabilities that we ever use, but for measurements.
-const OURS: [&str; 8] = [
-    "events",
-    "return-path",
-    "auto-converge",
-    "postcopy-ram",
-    "postcopy-preempt",
-    "multifd",
-    super::external::CAPABILITY,
-    super::external::PAUSES,
-];
-
 /// Refuses what a source may not have the destination's QEMU set to: only a measuring guest's is set to more than ours,
 /// and nobody's to other protection.
 pub(crate) fn check_offered(setup: &Setup, measuring: bool) -> Result<(), AgentError> {
@@ -186,19 +142,6 @@ pub(crate) fn check_offered(setup: &Setup, measuring: bool) -> Result<(), AgentE
         Some(name) if !measuring => refuse(format!("QEMU's migration capability {name}")),
         _ => Ok(()),
     }
-}
-
-/// Switches these capabilities on and all others that we ever use off, in one command, as QEMU checks them together.
-pub(crate) async fn set_capabilities(qmp: &Qmp, known: &BTreeSet<String>, wanted: &[&str]) -> Result<(), QmpError> {
-    let others = wanted.iter().filter(|name| !OURS.contains(name));
-    let capabilities = OURS
-        .iter()
-        .chain(others)
-        .filter(|name| known.contains(**name))
-        .map(|name| commands::CapabilityState { capability: (*name).into(), state: wanted.contains(name) })
-        .collect();
-    qmp.execute(commands::MigrateSetCapabilities { capabilities }).await?;
-    Ok(())
 }
 
 impl QemuEngine {

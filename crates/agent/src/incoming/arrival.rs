@@ -10,15 +10,16 @@ use std::sync::Arc;
 
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
+use vmferry_api::in_one_line;
 use vmferry_link::{Fingerprint, Link, Protection, SessionOptions};
+use vmferry_qemu::migration::{IGNORE_SHARED, set_capabilities};
 use vmferry_qemu::qmp::commands;
 use vmferry_ram::{GuestRam, Landing, serve};
 
 use crate::Agent;
 use crate::engine::NewSession;
-use crate::engine::external::{CAPABILITY, backends_of, is_plain, link_options, make_folder};
-use crate::engine::qemu::set_capabilities;
-use crate::error::{AgentError, in_one_line};
+use crate::engine::external::{backends_of, is_plain, link_options, make_folder};
+use crate::error::AgentError;
 use crate::vm::Vm;
 
 /// Where QEMU waits for the device state.
@@ -62,7 +63,7 @@ pub(crate) async fn begin(
 ) -> Result<Option<String>, AgentError> {
     let dir = folder(&vm.dir);
     make_folder(&dir, expected.plain)?;
-    set_capabilities(&vm.qmp, known, &[CAPABILITY]).await?;
+    set_capabilities(&vm.qmp, known, &[IGNORE_SHARED]).await?;
     let uri = format!("unix:{}", dir.join(STATE).display());
     vm.qmp.execute(commands::MigrateIncoming { uri }).await?;
     let (pid, backends, record) = (vm.pid, backends_of(vm).await?, dir.join(RECORD));

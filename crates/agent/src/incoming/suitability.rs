@@ -3,10 +3,10 @@
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
+use vmferry_api::Code;
 use vmferry_qemu::{Accel, CommandLine, FileKind, QemuInfo};
 
 use super::Offer;
-use crate::api::types::Code;
 use crate::disks::marker_beside;
 use crate::error::AgentError;
 

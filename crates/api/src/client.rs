@@ -7,9 +7,11 @@ use reqwest::{Method, Response, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::api::local::CONSOLE_PROTOCOL;
-use crate::api::types::{Code, MigrationEvent, Problem};
+use crate::migration::MigrationEvent;
+use crate::problem::{Code, Problem};
 
+/// What the console route upgrades to: raw bytes both ways.
+pub const CONSOLE_PROTOCOL: &str = "vmferry-console";
 /// Why an agent did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {

@@ -1,189 +1,10 @@
-//! What is said over the API, in JSON: between the command line and its agent, and between agents.
-
-use std::path::PathBuf;
+//! A migration: what is asked for, what it would do, what it tells while it runs, and what it did.
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use crate::link_trial::Trial;
-
-/// What kind of error it is; programs match on this.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "kebab-case")]
-#[non_exhaustive]
-pub enum Code {
-    /// No VM of that name.
-    UnknownVm,
-    /// No migration of that id.
-    UnknownMigration,
-    /// The name is taken.
-    VmExists,
-    /// Something given cannot be used.
-    BadRequest,
-    /// The VM is in a state in which that cannot be done.
-    Conflict,
-    /// Not now; later it may be different.
-    Busy,
-    /// A migration of this VM is under way.
-    MigrationRuns,
-    /// A limit makes no sense.
-    BadLimit,
-    /// This VM cannot be migrated.
-    NotMigratable,
-    /// The destination has too little memory free.
-    NoMemory,
-    /// No such QEMU on that host.
-    NoQemu,
-    /// The QEMU there lacks the machine type.
-    NoMachine,
-    /// The QEMU or the host there lacks the CPU model.
-    NoCpu,
-    /// The accelerator of the VM does not work there.
-    NoAccelerator,
-    /// A file is missing there.
-    NoFile,
-    /// A writable disk is not the same file on both hosts.
-    DiskNotShared,
-    /// The two hosts are not paired, or what is asked for is another peer's.
-    NotPaired,
-    /// The join token is not valid, or not any more.
-    BadToken,
-    /// No peer of that name.
-    UnknownPeer,
-    /// Guests do not travel unencrypted to or from this host.
-    PlainRefused,
-    /// The other host cannot be reached.
-    Unreachable,
-    /// What answers there is not a vmferry agent.
-    NotAnAgent,
-    /// The other agent speaks another version.
-    OtherVersion,
-    /// QEMU failed.
-    QemuFailed,
-    /// The migration failed; the guest runs on at the source.
-    MigrationFailed,
-    /// The limits did not allow it; the guest runs on at the source.
-    GaveUp,
-    /// The user cancelled; the guest runs on at the source.
-    Cancelled,
-    /// The guest was handed over, but not all of its memory could follow.
-    GuestAtRisk,
-    /// An error of the agent or its host.
-    Internal,
-    /// A code of a newer agent.
-    #[serde(other)]
-    Other,
-}
-
-/// An error as the API tells it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct Problem {
-    /// For programs.
-    pub code: Code,
-    /// What is wrong, in plain words.
-    pub message: String,
-    /// What to do about it.
-    pub hint: Option<String>,
-}
-
-/// A VM as its user defined it, and what was decided about it when it started: enough to start the same hardware
-/// again on another host.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct VmSpec {
-    /// Its name, one a host.
-    pub name: String,
-    /// The QEMU command line as the user gave it.
-    pub argv: Vec<String>,
-    /// The folder that relative paths in it start from.
-    #[schema(value_type = String)]
-    pub cwd: PathBuf,
-    /// Its RAM was put into a shared backend although the user gave only `-m`.
-    pub shared_ram: bool,
-    /// Somebody else started it.
-    pub adopted: bool,
-    /// The measuring guest: whoever witnesses it hears all that it says, and it ends with its witness. What it boots from
-    /// goes along with it.
-    #[serde(default)]
-    pub measuring: bool,
-}
-
-/// Start a VM.
-#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
-pub struct RunRequest {
-    /// Its name.
-    pub name: String,
-    /// The QEMU command line, the binary first.
-    pub argv: Vec<String>,
-    /// The folder that relative paths in it start from.
-    #[schema(value_type = String)]
-    pub cwd: PathBuf,
-    /// See [`VmSpec::measuring`]. The files it boots from lie in `cwd`, each under the fingerprint of what is in it.
-    #[serde(default)]
-    pub measuring: bool,
-}
-
-/// Take over a QEMU that somebody else started.
-#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
-pub struct AdoptRequest {
-    /// The name to give it.
-    pub name: String,
-    /// Its QMP socket.
-    #[schema(value_type = String)]
-    pub qmp: PathBuf,
-}
-
-/// Stop a VM.
-#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
-pub struct StopRequest {
-    /// Do not ask the guest: end its QEMU.
-    pub force: bool,
-    /// How long the guest may take to shut down, in ms.
-    pub timeout_ms: u64,
-}
-
-/// What a started VM is told with.
-#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
-pub struct Started {
-    /// The VM.
-    pub vm: VmView,
-    /// What the agent changed or decided, one plain sentence each.
-    pub notes: Vec<String>,
-}
-
-/// A VM as it is now.
-#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
-pub struct VmView {
-    /// Its name.
-    pub name: String,
-    /// `running`, `paused`, `migrating`, `incoming`, `in-doubt`, `ended`, or QEMU's own word.
-    pub state: String,
-    /// More about the state.
-    pub detail: Option<String>,
-    /// The QEMU process.
-    pub pid: u32,
-    /// Guest RAM, in bytes.
-    pub ram_bytes: u64,
-    /// The command line as the user gave it.
-    pub argv: Vec<String>,
-    /// QEMU's version.
-    pub qemu_version: Option<String>,
-    /// The exact machine type.
-    pub machine: Option<String>,
-    /// `kvm` or `tcg`.
-    pub accelerator: Option<String>,
-    /// Somebody else started it.
-    pub adopted: bool,
-    /// `vmferry console` works for it.
-    pub console: bool,
-    /// The RAM engine that a migration uses unless its user says otherwise.
-    pub engine: String,
-    /// Why the agents cannot move this VM's RAM themselves; none when they can, or when that was not looked at.
-    #[serde(default)]
-    pub external_obstacle: Option<String>,
-    /// The migration under way.
-    pub migration: Option<Uuid>,
-}
+use crate::problem::Problem;
 
 /// Migrate a VM.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
@@ -299,6 +120,15 @@ pub struct PlanView {
     pub notes: Vec<String>,
 }
 
+/// A migration was planned and, unless it was a dry run, started.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Begun {
+    /// What it does.
+    pub plan: PlanView,
+    /// Its id, under which its events are found.
+    pub id: Option<Uuid>,
+}
+
 /// The steps of a migration, in order; post-copy turns `commit` and `copy-ram` around.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
@@ -362,6 +192,13 @@ pub enum MigrationEvent {
     Finished(Box<Report>),
     /// It is over and the guest runs at the source, or as the problem says.
     Failed(Problem),
+}
+
+impl MigrationEvent {
+    /// Nothing comes after it.
+    pub fn is_last(&self) -> bool {
+        matches!(self, Self::Finished(_) | Self::Failed(_))
+    }
 }
 
 /// How long one step took.
@@ -441,88 +278,4 @@ pub struct MigrationView {
     pub step: String,
     /// How it ended, or what keeps it from ending.
     pub outcome: Option<String>,
-}
-
-/// An agent, as it introduces itself.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct Hello {
-    /// Always `vmferry`: tells an agent from whatever else listens there.
-    pub product: String,
-    /// The version of the API between agents.
-    pub api: u32,
-    /// The version of the program.
-    pub version: String,
-    /// What the host calls itself.
-    pub name: String,
-}
-
-/// Use a join token: said to the agent that made it.
-#[derive(Clone, Serialize, Deserialize, ToSchema)]
-pub struct Join {
-    /// The token's secret.
-    pub secret: String,
-    /// What the host that joins calls itself.
-    pub name: String,
-    /// Where its agent listens.
-    pub port: Option<u16>,
-}
-
-/// Make a join token.
-#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
-pub struct TokenRequest {
-    /// How long it is good for, in seconds.
-    pub seconds: u64,
-}
-
-/// A join token.
-#[derive(Clone, Serialize, Deserialize, ToSchema)]
-pub struct TokenView {
-    /// What is carried to the other host, like a password.
-    pub token: String,
-    /// How long it is good for, in seconds.
-    pub seconds: u64,
-}
-
-/// Pair with the agent that made a token.
-#[derive(Clone, Serialize, Deserialize, ToSchema)]
-pub struct PairRequest {
-    /// The token.
-    pub token: String,
-    /// A host that may be its address, tried before those in the token.
-    pub host: Option<String>,
-}
-
-/// A peer.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct PeerView {
-    /// What it calls itself.
-    pub name: String,
-    /// HOST:PORT; empty when it listens nowhere.
-    pub address: String,
-    /// Its certificate's fingerprint.
-    pub fingerprint: String,
-    /// When it was paired, in seconds since 1970; 0 just now.
-    pub paired: u64,
-}
-
-/// This host and its peers.
-#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
-pub struct PeersView {
-    /// What this host calls itself.
-    pub name: String,
-    /// Its certificate's fingerprint.
-    pub fingerprint: String,
-    /// Where its agent listens.
-    pub listens: Option<String>,
-    /// Those that it is paired with.
-    pub peers: Vec<PeerView>,
-}
-
-/// Try the link to another agent.
-#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
-pub struct TrialRequest {
-    /// Which: a peer's name, or its address.
-    pub to: String,
-    /// What to try.
-    pub trial: Trial,
 }
