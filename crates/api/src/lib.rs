@@ -16,7 +16,7 @@ pub use migration::{
     Begun, EngineName, Means, MigrateRequest, MigrationEvent, MigrationView, PlanView, Progress, Report, Script, Step,
     StepTime,
 };
-pub use peers::{Hello, Join, PairRequest, PeerView, PeersView, TokenRequest, TokenView};
+pub use peers::{Hello, PairRequest, PeerView, PeersView, TokenRequest, TokenView};
 pub use problem::{Code, Problem, in_one_line};
 pub use settings::{DEFAULT_PORT, Listen, Rate, Security};
 pub use trial::TrialRequest;

@@ -16,17 +16,6 @@ pub struct Hello {
     pub name: String,
 }
 
-/// Use a join token: said to the agent that made it.
-#[derive(Clone, Serialize, Deserialize, ToSchema)]
-pub struct Join {
-    /// The token's secret.
-    pub secret: String,
-    /// What the host that joins calls itself.
-    pub name: String,
-    /// Where its agent listens.
-    pub port: Option<u16>,
-}
-
 /// Make a join token.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub struct TokenRequest {

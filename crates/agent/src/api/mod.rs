@@ -4,8 +4,8 @@
 //! agents use, over TLS in which both sides have proved who they are. Both are made of the same parts, and every route
 //! is in the document because the router is built from it.
 
-pub mod local;
-pub mod peers;
+mod local;
+mod peers;
 
 use std::sync::Arc;
 
@@ -20,7 +20,7 @@ use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 use vmferry_api::{Code, Problem};
 
-use crate::Agent;
+use crate::agent::Agent;
 use crate::error::AgentError;
 
 /// An error on its way out.

@@ -1,28 +1,20 @@
 //! The `qemu` engine: QEMU copies its RAM itself, steered by our policy.
 //!
-//! Which of QEMU's means are used is decided before the start, because QEMU fixes them then:
-//! - post-copy (and its preempt channel) whenever it is allowed and both sides have it, since it is what makes every
-//!   migration end;
-//! - multifd otherwise. QEMU does both together only since 10.1. Between 8.0 and 10.0 it refuses to; 7.2 accepts, mixes
-//!   its connections up and waits for ever, so trying tells nothing and they are never combined;
-//! - auto-converge, held at one percent until the policy asks for more.
-//!
-//! One QEMU cannot copy a guest that runs at all; see [`vmferry_qemu::migration::loses_writes`].
+//! Which of QEMU's means are used is decided before the start; see `means.rs`. One QEMU cannot copy a guest that runs at
+//! all; see [`vmferry_qemu::migration::loses_writes`].
 //!
 //! QEMU switches over by itself once what is left fits the downtime limit; the policy only has to act when that will
 //! not happen.
 
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use vmferry_api::Means;
 use vmferry_policy::{Action, Bytes, BytesPerSec, Limits, Observation, Percent, Phase};
-use vmferry_qemu::migration::{OURS, set_capabilities};
 use vmferry_qemu::qmp::commands::{self, MigrationInfo, MigrationParameters};
 use vmferry_qemu::{Event, EventStream, Features, MigrationStatus, Qmp, QmpError, RunState};
 
 use super::{EngineError, NewConnection, RamEngine, Seen, Setup, Totals};
-use crate::error::AgentError;
 
 /// QEMU's own default is 128 MiB/s; this is as good as none and fits its signed arithmetic.
 pub(super) const UNLIMITED: u64 = 1 << 50;
@@ -69,79 +61,12 @@ pub struct Wishes {
     pub limits: Limits,
     /// The most to send, in bytes a second.
     pub bandwidth: Option<u64>,
-    /// As chosen by [`choose`] and taken by the destination.
+    /// As chosen before (`means.rs`) and taken by the destination.
     pub setup: Setup,
     /// Pause the guest and switch to post-copy at once.
     pub post_copy_first: bool,
     /// A measurement says what is done: QEMU's throttle is its own.
     pub scripted: bool,
-}
-
-/// Chooses QEMU's means for one migration; `there` tells which capabilities the destination's QEMU has. Leaves the
-/// source's QEMU set to them.
-pub async fn choose(
-    qmp: &Qmp,
-    here: &Features,
-    there: impl Fn(&str) -> bool,
-    post_copy: bool,
-) -> Result<Setup, QmpError> {
-    let wanted = means(here, there, post_copy);
-    set_capabilities(qmp, here.capabilities(), &wanted).await?;
-    Ok(setup(&wanted))
-}
-
-/// What both QEMUs have and that goes together.
-pub(crate) fn means(here: &Features, there: impl Fn(&str) -> bool, post_copy: bool) -> Vec<&'static str> {
-    let both = |name: &&str| here.has_capability(name) && there(name);
-    let copy: &[&str] = match post_copy && both(&"postcopy-ram") {
-        true => &["postcopy-ram", "postcopy-preempt"],
-        false => &["multifd"],
-    };
-    ["events", "return-path", "auto-converge"].iter().chain(copy).copied().filter(both).collect()
-}
-
-fn setup(wanted: &[&str]) -> Setup {
-    let channels = match wanted.contains(&"multifd") {
-        true => std::thread::available_parallelism().map_or(2, |cores| (cores.get() / 2).clamp(2, 8) as u8),
-        false => 0,
-    };
-    Setup { capabilities: wanted.iter().map(ToString::to_string).collect(), channels, ..Setup::default() }
-}
-
-/// The first of a measurement's means that both QEMUs have; or what the last of them lacks.
-pub(crate) fn scripted(here: &Features, there: impl Fn(&str) -> bool, means: &[Means]) -> Result<Setup, String> {
-    let mut lacks = "the measurement names no means".to_owned();
-    for wanted in means {
-        let Means { capabilities, parameters } = wanted;
-        let missing = capabilities.iter().find(|it| !here.has_capability(it) || !there(it));
-        if let Some(missing) = missing {
-            lacks = format!("one of the QEMUs has no migration capability {missing}");
-        } else if let Some(missing) = parameters.keys().find(|it| !here.has_parameter(it)) {
-            lacks = format!("the source's QEMU has no migration parameter {missing}");
-        } else {
-            let always = ["events", "return-path"].map(str::to_owned);
-            let always = always.into_iter().filter(|it| here.has_capability(it) && there(it));
-            let capabilities = always.chain(capabilities.clone()).collect();
-            return Ok(Setup { capabilities, channels: 0, parameters: parameters.clone() });
-        }
-    }
-    Err(lacks)
-}
-
-/// Refuses what a source may not have the destination's QEMU set to: only a measuring guest's is set to more than ours,
-/// and nobody's to other protection.
-pub(crate) fn check_offered(setup: &Setup, measuring: bool) -> Result<(), AgentError> {
-    let refuse = |what: String| {
-        Err(AgentError::BadRequest { message: format!("{what} is not for a source to set"), hint: None })
-    };
-    let protection = setup.parameters.keys().find(|name| name.starts_with("tls"));
-    if let Some(name) = protection.or(setup.parameters.keys().next().filter(|_| !measuring)) {
-        return refuse(format!("QEMU's migration parameter {name}"));
-    }
-    match setup.capabilities.iter().find(|name| !OURS.contains(&name.as_str())) {
-        Some(name) if !measuring => refuse(format!("QEMU's migration capability {name}")),
-        _ => Ok(()),
-    }
 }
 
 impl QemuEngine {
@@ -387,6 +312,11 @@ pub async fn abandon(qmp: &Qmp, was_running: bool) -> Result<(), EngineError> {
     Ok(())
 }
 
+/// As QEMU's `migrate` and `migrate-incoming` want it.
+pub(crate) fn tcp_uri(address: IpAddr, port: u16) -> String {
+    format!("tcp:{}", std::net::SocketAddr::new(address, port))
+}
+
 fn reason(info: &MigrationInfo) -> String {
     info.error_desc.clone().unwrap_or_else(|| "QEMU gives no reason".into())
 }
@@ -449,25 +379,5 @@ mod tests {
         meter.update(0, begin);
         let rate = meter.update(10_000_000, begin + TICK);
         assert_eq!(meter.update(10_000_000, begin + TICK + Duration::from_millis(1)), rate);
-    }
-
-    #[test]
-    fn a_source_sets_nothing_but_what_is_ours_unless_it_measures_and_never_the_protection() {
-        let with = |capability: &str, parameter: Option<&str>| Setup {
-            capabilities: vec!["multifd".into(), capability.into()],
-            channels: 2,
-            parameters: parameter.into_iter().map(|name| (name.to_owned(), "".into())).collect(),
-        };
-        assert!(check_offered(&with("postcopy-ram", None), false).is_ok());
-        assert!(check_offered(&with("mapped-ram", None), false).is_err());
-        assert!(check_offered(&with("events", Some("xbzrle-cache-size")), false).is_err());
-        assert!(check_offered(&with("xbzrle", Some("xbzrle-cache-size")), true).is_ok());
-        assert!(check_offered(&with("events", Some("tls-creds")), true).is_err());
-    }
-
-    #[test]
-    fn channels_are_only_for_multifd() {
-        assert_eq!(setup(&["postcopy-ram"]).channels, 0);
-        assert!((2..=8).contains(&setup(&["multifd"]).channels));
     }
 }
