@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use reqwest::Method;
 use uuid::Uuid;
-use vmferry_agent::api::types::{Code, Problem};
 use vmferry_agent::engine::{Protection, Setup};
-use vmferry_agent::incoming::{CheckReply, Offer};
-use vmferry_agent::peer::{Answer, Peer, PeerError};
+use vmferry_agent::peers::{Answer, Peer, PeerError};
+use vmferry_agent::peers::{CheckReply, Offer};
+use vmferry_api::{Code, Problem};
 use vmferry_bench::Mode;
 use vmferry_bench::testbed::{Host, Testbed};
 use vmferry_link::Identity;
@@ -50,7 +50,7 @@ pub(crate) async fn offer_with_disk(bed: &Bed, disk: &std::path::Path) -> Offer 
     Offer {
         id: Uuid::new_v4(),
         from: "alpha".into(),
-        spec: vmferry_agent::api::types::VmSpec {
+        spec: vmferry_api::VmSpec {
             name: "web2".into(),
             argv: view.argv.clone(),
             cwd: "/".into(),

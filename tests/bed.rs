@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Output;
 use std::time::{Duration, Instant};
 
-use vmferry_agent::api::types::{EngineName, MigrationEvent, VmView};
+use vmferry_api::{EngineName, MigrationEvent, VmView};
 use vmferry_bench::testbed::{GuestWatch, Testbed, TestbedOptions, two_qemus};
 use vmferry_bench::{Fill, GuestOptions, Mode};
 

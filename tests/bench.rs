@@ -5,7 +5,7 @@ use std::process::Output;
 use std::time::{Duration, Instant};
 
 use tokio::process::Command;
-use vmferry_agent::api::types::VmView;
+use vmferry_api::VmView;
 use vmferry_bench::Mode;
 use vmferry_bench::batch::read_all;
 use vmferry_bench::report::{MarkKind, Origin, Outcome, PageCheck, RunReport, read};

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use vmferry_agent::api::types::{Report, Step};
+use vmferry_api::{Report, Step};
 use vmferry_bench::testbed::TestbedOptions;
 use vmferry_bench::{GuestOptions, Mode};
 

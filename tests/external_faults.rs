@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
-use vmferry_agent::api::types::{MigrationEvent, Step};
+use vmferry_api::{MigrationEvent, Step};
 use vmferry_bench::testbed::TestbedOptions;
 use vmferry_bench::{GuestOptions, Mode};
 use vmferry_qemu::qmp::commands::QueryStatus;

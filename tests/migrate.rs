@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use vmferry_agent::api::types::{MigrationEvent, Report};
+use vmferry_api::{MigrationEvent, Report};
 use vmferry_bench::{GuestOptions, Mode};
 
 use crate::bed::{self, Bed, VM, assert_success, guest, options, text};
@@ -150,7 +150,7 @@ async fn a_dry_run_tells_what_would_be_done_and_touches_nothing() {
     bed.assert_runs_only_on(0).await;
     bed.assert_never_stopped().await;
     let json = bed.migrate(&["--dry-run", "--json"]).await;
-    let plan: vmferry_agent::api::types::PlanView = serde_json::from_slice(&json.stdout).expect("a plan");
+    let plan: vmferry_api::PlanView = serde_json::from_slice(&json.stdout).expect("a plan");
     assert_eq!((plan.vm.as_str(), plan.to.as_str(), plan.ram_bytes), (VM, "beta", bed::RAM_MIB << 20));
     assert!(plan.link_rate > 1 << 20 && plan.ram_used_bytes > 128 << 20, "{plan:?}");
 }

@@ -147,7 +147,7 @@ async fn a_disk_that_cannot_be_proven_to_be_shared_is_refused_unless_vouched_for
     let offer = crate::api::offer_with_disk(&bed, &other).await;
     let refusal = crate::api::check(&bed, &offer).await.expect_err("there is no marker beside it");
     assert!(refusal.message.contains("is not the same file on both hosts"), "{}", refusal.message);
-    let vouched = vmferry_agent::incoming::Offer { disks_are_shared: true, ..offer };
+    let vouched = vmferry_agent::peers::Offer { disks_are_shared: true, ..offer };
     crate::api::check(&bed, &vouched).await.expect("the user vouches for it");
     bed.assert_never_stopped().await;
 }

@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use reqwest::Method;
 use uuid::Uuid;
-use vmferry_agent::api::types::{Code, Problem};
 use vmferry_agent::engine::Protection;
-use vmferry_agent::incoming::Offer;
-use vmferry_agent::peer::Answer;
+use vmferry_agent::peers::Answer;
+use vmferry_agent::peers::Offer;
+use vmferry_api::{Code, Problem};
 use vmferry_bench::Mode;
 use vmferry_bench::testbed::{Host, Testbed, TestbedOptions};
 use vmferry_link::{Identity, JoinToken};

@@ -10,14 +10,17 @@ use std::time::Duration;
 use rustix::fs::{FlockOperation, flock};
 use tokio::net::{TcpListener, UnixListener};
 use tokio_util::sync::CancellationToken;
+use vmferry_api::Listen;
 use vmferry_link::{Acceptor, Authority, AuthorityError, Identity, IdentityError, Incoming, Sessions};
 
-use crate::callers::Callers;
-use crate::config::{Config, Listen};
+use crate::agent::Agent;
+use crate::config::Config;
 use crate::error::AgentError;
-use crate::store::Store;
-use crate::trust::{Caller, Trusts};
-use crate::{Agent, api, recovery};
+use crate::host::{Trusts, bind_anew};
+use crate::journal::Store;
+use crate::peers::callers::Callers;
+use crate::peers::trust::Caller;
+use crate::{api, recovery};
 
 /// How long requests under way may take when the agent is told to end.
 const FAREWELL: Duration = Duration::from_secs(2);
@@ -87,7 +90,7 @@ pub async fn serve(config: Config, end: CancellationToken) -> Result<(), ServeEr
     let peers = listen_peers(config.listen, acceptor, &sessions).await?;
     let trusts = Trusts { identity: Arc::new(identity), authority };
     let agent = Agent::new(config, store, trusts, peers.as_ref().map(Incoming::local_addr), sessions);
-    recovery::recover(&agent).await.map_err(ServeError::Recover)?;
+    recovery::recover(&agent.incoming).await.map_err(ServeError::Recover)?;
 
     let served = tokio::spawn(
         axum::serve(local, api::local_router(&agent))
@@ -97,20 +100,22 @@ pub async fn serve(config: Config, end: CancellationToken) -> Result<(), ServeEr
     if let Some(incoming) = peers {
         let service = api::peer_router(&agent).into_make_service_with_connect_info::<Caller>();
         let end = end.clone().cancelled_owned();
-        tokio::spawn(axum::serve(Callers::new(incoming, &agent), service).with_graceful_shutdown(end).into_future());
+        tokio::spawn(
+            axum::serve(Callers::new(incoming, &agent.host), service).with_graceful_shutdown(end).into_future(),
+        );
     }
-    let listens = agent.listens.map_or_else(|| "none".into(), |listen| listen.to_string());
-    tracing::info!(listens, fingerprint = %agent.trusts.identity.fingerprint(), "known to other agents");
-    tracing::info!(name = agent.config.name, socket = %socket.display(), version = env!("CARGO_PKG_VERSION"), "ready");
+    let listens = agent.host.listens.map_or_else(|| "none".into(), |listen| listen.to_string());
+    tracing::info!(listens, fingerprint = %agent.host.trusts.identity.fingerprint(), "known to other agents");
+    tracing::info!(name = agent.host.config.name, socket = %socket.display(), version = env!("CARGO_PKG_VERSION"), "ready");
     tell_systemd(&[sd_notify::NotifyState::Ready]);
-    let learning = Arc::clone(&agent);
-    tokio::spawn(async move { learning.learn_qemu().await });
+    let learning = Arc::clone(&agent.host);
+    tokio::spawn(async move { learning.qemus.learn_qemu().await });
     end.cancelled().await;
     tell_systemd(&[sd_notify::NotifyState::Stopping]);
-    agent.cancel_migrations().await;
+    agent.outgoing.cancel_all().await;
     // Consoles and event streams never end by themselves; they are cut.
     let _ = tokio::time::timeout(FAREWELL, served).await;
-    let left = agent.vms().len();
+    let left = agent.host.vms().len();
     tracing::info!(vms = left, "the agent ends; VMs run on");
     if let Err(error) = std::fs::remove_file(&socket) {
         tracing::debug!(%error, "the socket was gone already");
@@ -159,15 +164,6 @@ fn listen_local(socket: &Path) -> Result<UnixListener, ServeError> {
     // The folder is private already; this says it again for one that was not made by us.
     std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
     Ok(listener)
-}
-
-/// Listens on a Unix socket, also where an earlier agent left one.
-pub(crate) fn bind_anew(socket: &Path) -> std::io::Result<UnixListener> {
-    match std::fs::remove_file(socket) {
-        Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    UnixListener::bind(socket)
 }
 
 async fn listen_peers(listen: Listen, acceptor: Acceptor, sessions: &Sessions) -> Result<Option<Incoming>, ServeError> {

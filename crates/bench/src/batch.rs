@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
-use vmferry_agent::api::types::EngineName;
+use vmferry_api::EngineName;
 
 use crate::report::{self, ReadError, RunReport};
 use crate::run::{OtherHost, RunError, RunOptions, Transport, run};
@@ -368,7 +368,7 @@ async fn one_run(job: &Job, folder: &Path) -> Result<Result<RunReport, (bool, St
             Err(error @ (RunError::NoRights { .. } | RunError::NoMemory { .. } | RunError::Senseless { .. })) => {
                 return Err(error.into());
             }
-            Err(error) if tries == TRIES => return Ok(Err((false, vmferry_agent::error::in_one_line(&error)))),
+            Err(error) if tries == TRIES => return Ok(Err((false, vmferry_api::in_one_line(&error)))),
             Err(_) => {}
         }
     }
@@ -486,7 +486,7 @@ mod tests {
             let text = format!("{SMALL}\n{change}");
             match matrix(&text) {
                 Ok(matrix) => matrix.jobs(&here()).unwrap_err().to_string(),
-                Err(error) => vmferry_agent::error::in_one_line(&error),
+                Err(error) => vmferry_api::in_one_line(&error),
             }
         };
         assert!(why("mode = \"lazy\"").contains("none of idle, write"));

@@ -16,19 +16,19 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use vmferry_agent::api::types::{PeersView, TrialRequest};
-use vmferry_agent::client::{Client, ClientError};
-use vmferry_agent::config::Security;
-use vmferry_agent::engine::qemu::tls_priority;
-use vmferry_agent::link_trial::{Data, Load, Trial, TrialResult, send, take};
+use cost::Idle;
+use sshd::Sshd;
+use vmferry_api::Security;
+use vmferry_api::client::{Client, ClientError};
+use vmferry_api::trial::{Data, Load, Trial, TrialResult, send, take};
+use vmferry_api::{PeersView, TrialRequest};
 use vmferry_link::{
     Acceptor, Cipher, Identity, IdentityError, Incoming, Link, LinkDown, Protection, SessionId, SessionKey,
     SessionOptions, Sessions, TcpDialer, fastest_cipher, measure_ciphers, usual_streams,
 };
+use vmferry_qemu::tls_priority;
 
 use crate::median;
-use cost::Idle;
-use sshd::Sshd;
 
 /// What is written at once, in bytes.
 const BLOCK: usize = 256 << 10;

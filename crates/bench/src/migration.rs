@@ -4,10 +4,10 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use tokio::io::AsyncReadExt;
-use vmferry_agent::api::types::{MigrationEvent, Report};
+use vmferry_api::{MigrationEvent, Report};
+use vmferry_qemu::proc_stat::Stat;
 
 use crate::testbed::{GuestWatch, Testbed, TestbedError};
-use vmferry_qemu::proc_stat::Stat;
 
 /// A guest that goes on for so long afterwards shows what it felt.
 const AFTERWARDS: Duration = Duration::from_secs(1);

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::Serialize;
-use vmferry_agent::api::types::{EngineName, Step};
+use vmferry_api::{EngineName, Step};
 
 use crate::migration::{Measured, measure};
 use crate::testbed::{Testbed, TestbedError, TestbedOptions, two_qemus};

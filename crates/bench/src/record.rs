@@ -3,7 +3,7 @@
 
 use std::time::Instant;
 
-use vmferry_agent::api::types::{MigrateRequest, MigrationEvent, PlanView, Step, VmView};
+use vmferry_api::{MigrateRequest, MigrationEvent, PlanView, Step, VmView};
 
 use crate::report::{MarkKind, Origin, Outcome, PageCheck, Recorder, RunReport, Settings, Summary, Versions, ms_since};
 use crate::run::new_report;

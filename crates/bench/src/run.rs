@@ -16,9 +16,10 @@ mod witnesses;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use vmferry_agent::api::types::EngineName;
-use vmferry_agent::client::Client;
-use vmferry_agent::witness::HostFacts;
+use processors::Sampler;
+use vmferry_api::EngineName;
+use vmferry_api::client::Client;
+use vmferry_api::witness::HostFacts;
 
 use crate::report::{
     GuestRecord, Hardware, Lever, MarkKind, Origin, Outcome, PageCheck, Recorder, RunReport, Settings, Stall, ms_since,
@@ -27,7 +28,6 @@ use crate::scenario::{Means, Scenario};
 use crate::testbed::network::Network;
 use crate::testbed::{GUEST_START, GuestWatch, TestbedError, kernel};
 use crate::{Fill, GuestOptions, INITRD, Mode, PERIOD};
-use processors::Sampler;
 
 /// What the guest's kernel needs beside what is rewritten, in bytes and in parts of a hundred.
 const KERNEL: u64 = 192 << 20;
@@ -247,7 +247,7 @@ pub enum RunError {
     Testbed(#[from] TestbedError),
     /// An agent refused.
     #[error(transparent)]
-    Client(#[from] vmferry_agent::client::ClientError),
+    Client(#[from] vmferry_api::client::ClientError),
     /// An input or output error.
     #[error(transparent)]
     Io(#[from] std::io::Error),

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
-use vmferry_agent::api::types::EngineName;
-use vmferry_agent::config::Rate;
+use vmferry_api::EngineName;
+use vmferry_api::Rate;
 
 /// How different a name may be from the one that is suggested for it, 0 to 1.
 const ALIKE: f64 = 0.6;

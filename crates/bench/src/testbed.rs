@@ -11,15 +11,13 @@ use std::process::{Output, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use network::Network;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::process::{Child, Command};
-use vmferry_agent::api::types::{
-    EngineName, PairRequest, PeerView, RunRequest, Started, TokenRequest, TokenView, VmView,
-};
-use vmferry_agent::client::{Client, ClientError, vm_path};
+use vmferry_api::client::{Client, ClientError, vm_path};
+use vmferry_api::{EngineName, PairRequest, PeerView, RunRequest, Started, TokenRequest, TokenView, VmView};
 
 use crate::{GuestLog, GuestOptions, INITRD};
-use network::Network;
 
 /// How long an agent may take to be ready.
 const AGENT_START: Duration = Duration::from_secs(20);

@@ -1,10 +1,11 @@
 //! QEMU, as the rest of vmferry sees it: its monitor ([`qmp`]), its command line ([`command_line`]), starting it
-//! ([`launch`](mod@launch)), the process that it is ([`process`]) and what that uses ([`processors`]), what its guest's RAM
+//! ([`launch`](mod@launch)), what we use of its migration ([`migration`]), the process that it is ([`process`]) and what that uses ([`processors`]), what its guest's RAM
 //! is made of ([`ram`]) and what a binary can do on this host ([`host`]).
 
 pub mod command_line;
 pub mod host;
 pub mod launch;
+pub mod migration;
 pub mod proc_stat;
 pub mod process;
 pub mod processors;
@@ -21,4 +22,6 @@ pub use launch::{
 pub use process::{end_with_us, is_same_process, kill_process, process_command_line, process_cwd, process_start_time};
 pub use qmp::{Command, Event, EventStream, Features, MigrationStatus, Qmp, QmpError, RunState, pid_of_socket_peer};
 pub use ram::{BackendKind, Obstacle, RamBackend, RamLayout, external_obstacles, ram_backends, uses_direct_io};
-pub use stream_tls::{Endpoint, StreamKey, StreamTlsError, protect_streams, unprotect_streams};
+pub use stream_tls::{
+    Endpoint, StreamKey, StreamTlsError, protect_streams, tls_carries, tls_priority, unprotect_streams,
+};

@@ -8,6 +8,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
+use vmferry_link::Cipher;
 
 use crate::qmp::commands::{MigrationParameters, ObjectAdd, ObjectDel};
 use crate::qmp::{Qmp, QmpError};
@@ -122,6 +123,27 @@ fn write_private(path: &Path, text: &str) -> std::io::Result<()> {
         _ => {}
     }
     std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?.write_all(text.as_bytes())
+}
+
+/// `GnuTLS`'s words for a cipher that is to encrypt QEMU's streams.
+///
+/// With a key that was exchanged beforehand, TLS 1.3 has only ciphers with SHA-256. `GnuTLS`'s own choice among those
+/// is `ChaCha20`, half as fast as AES on most processors; AES-256 is there in TLS 1.2.
+pub fn tls_priority(cipher: Cipher) -> &'static str {
+    match cipher {
+        Cipher::Aes128Gcm => "NORMAL:-CIPHER-ALL:+AES-128-GCM",
+        Cipher::Aes256Gcm => "NORMAL:-VERS-ALL:+VERS-TLS1.2:-CIPHER-ALL:+AES-256-GCM",
+        Cipher::ChaCha20Poly1305 => "NORMAL:-CIPHER-ALL:+CHACHA20-POLY1305",
+    }
+}
+
+/// A guest with more RAM may send more than 256 GiB over one connection, in bytes.
+const MOST_RAM_WITH_TLS: u64 = 96 << 30;
+
+/// Whether QEMU's own TLS holds for a guest with so much RAM. `GnuTLS` gives a connection a new key after 16 M records,
+/// 256 GiB, of AES-GCM, and QEMU before 10.1 does not survive that on one with a return path (QEMU issue 1937).
+pub fn tls_carries(ram_bytes: u64) -> bool {
+    ram_bytes <= MOST_RAM_WITH_TLS
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use std::process::{ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{SignalKind, signal};
-use vmferry_agent::api::types::{MigrationEvent, Report};
+use vmferry_api::{MigrationEvent, Report};
 use vmferry_bench::testbed::{GuestWatch, Testbed, TestbedOptions};
 use vmferry_bench::{Fill, GuestOptions, Mode};
 

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
-use vmferry_agent::api::types::{Step, StepTime};
+use vmferry_api::{Step, StepTime};
 use vmferry_bench::migration::{Felt, felt, measure};
 use vmferry_bench::testbed::{Testbed, TestbedOptions, two_qemus};
 use vmferry_bench::{Fill, GuestOptions, Mode};

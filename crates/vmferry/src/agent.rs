@@ -1,6 +1,7 @@
 //! `vmferry agent`: the daemon.
 
 use std::io::IsTerminal;
+use std::path::PathBuf;
 use std::process::Command;
 
 use tokio::signal::unix::{SignalKind, signal};
@@ -34,6 +35,11 @@ pub(crate) async fn run(options: AgentOptions) -> Result<(), Failure> {
         }
     });
     vmferry_agent::serve(config, end).await.map_err(|error| Failure::Serve(error.into()))
+}
+
+/// Where the agent of this host is reached, as its configuration says.
+pub(crate) fn usual_socket() -> Result<PathBuf, Failure> {
+    Ok(Config::load(None).map_err(|error| Failure::Serve(error.into()))?.socket())
 }
 
 fn log_to_stderr(format: LogFormat) {

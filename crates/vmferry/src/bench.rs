@@ -5,12 +5,11 @@ use std::path::Path;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use vmferry_agent::client::Client;
+use vmferry_api::client::Client;
 use vmferry_bench::batch::{Audience, Done, Job, Matrix, Place, batch as run_batch, read_all};
 use vmferry_bench::compare::{Group, group_by_set_up, to_table, to_text};
 use vmferry_bench::link::{LinkBenchOptions, bench_host, bench_loopback};
 use vmferry_bench::ram::{RamBenchOptions, bench_ram};
-
 use vmferry_bench::report::{Outcome, PageCheck, guestperf};
 use vmferry_bench::run::{OtherHost, RunOptions, run as measure};
 use vmferry_bench::scenario::{Scenario, names};

@@ -9,8 +9,8 @@ pub(crate) use bench::{
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
-use vmferry_agent::api::types::EngineName;
-use vmferry_agent::config::{Listen, Rate};
+use vmferry_api::EngineName;
+use vmferry_api::{Listen, Rate};
 
 const EXIT_CODES: &str = "\
 Exit codes:

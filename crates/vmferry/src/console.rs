@@ -5,7 +5,7 @@ use std::io::{IsTerminal, Read};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::mpsc;
-use vmferry_agent::client::Client;
+use vmferry_api::client::Client;
 
 use crate::failure::Failure;
 

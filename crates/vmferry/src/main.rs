@@ -15,8 +15,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
-use vmferry_agent::client::Client;
-use vmferry_agent::config::Config;
+use vmferry_api::client::Client;
 
 use crate::cli::{Bench, Cli, Command};
 use crate::failure::Failure;
@@ -84,7 +83,7 @@ async fn run(cli: Cli) -> Result<(), Failure> {
 fn client(socket: Option<PathBuf>) -> Result<Client, Failure> {
     let socket = match socket {
         Some(socket) => socket,
-        None => Config::load(None).map_err(|error| Failure::Serve(error.into()))?.socket(),
+        None => agent::usual_socket()?,
     };
     Ok(Client::new(&socket)?)
 }

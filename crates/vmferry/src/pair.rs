@@ -3,8 +3,8 @@
 use std::time::{Duration, UNIX_EPOCH};
 
 use tokio::process::Command;
-use vmferry_agent::api::types::{PairRequest, PeerView, PeersView, TokenRequest, TokenView};
-use vmferry_agent::client::Client;
+use vmferry_api::client::Client;
+use vmferry_api::{PairRequest, PeerView, PeersView, TokenRequest, TokenView};
 
 use crate::failure::Failure;
 use crate::vms::{print_json, print_table};

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use bytesize::ByteSize;
-use vmferry_agent::api::types::{AdoptRequest, RunRequest, Started, StopRequest, VmView};
-use vmferry_agent::client::{Client, vm_path};
+use vmferry_api::client::{Client, vm_path};
+use vmferry_api::{AdoptRequest, RunRequest, Started, StopRequest, VmView};
 
 use crate::failure::Failure;
 

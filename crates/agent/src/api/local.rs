@@ -10,42 +10,32 @@ use axum::response::Response;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use futures_util::{Stream, StreamExt};
 use hyper_util::rt::TokioIo;
-use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::broadcast::error::RecvError;
-use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use uuid::Uuid;
-
-use super::types::{
-    AdoptRequest, EngineName, Hello, MigrateRequest, MigrationEvent, MigrationView, PairRequest, PeerView, PeersView,
-    PlanView, Problem, RunRequest, Started, StopRequest, TokenRequest, TokenView, TrialRequest, VmView,
+use vmferry_api::client::CONSOLE_PROTOCOL;
+use vmferry_api::in_one_line;
+use vmferry_api::trial::TrialResult;
+use vmferry_api::{
+    AdoptRequest, Begun, EngineName, Hello, MigrateRequest, MigrationEvent, MigrationView, PairRequest, PeerView,
+    PeersView, Problem, RunRequest, Started, StopRequest, TokenRequest, TokenView, TrialRequest, VmView,
 };
-use super::{Answer, ApiError, upgraded};
-use crate::console::Viewer;
-use crate::engine::external;
-use crate::error::{AgentError, in_one_line};
-use crate::link_trial::TrialResult;
-use crate::migration::{self, Migration};
-use crate::vm::{GLANCE, Stage};
-use crate::{Agent, lifecycle, link_trial, trust, witness};
 
-/// What the console route upgrades to: raw bytes both ways.
-pub const CONSOLE_PROTOCOL: &str = "vmferry-console";
+use super::{Answer, ApiError, upgraded};
+use crate::agent::Agent;
+use crate::engine::movable::movable;
+use crate::error::AgentError;
+use crate::host::{self, Console, GLANCE, Stage, Viewer};
+use crate::measuring::witness;
+use crate::peers::{link_trial, trust};
+use crate::source::{self, Migration};
+
 /// How many ended migrations are listed.
 const LISTED: u32 = 50;
 
 type Shared = State<Arc<Agent>>;
-
-/// A migration was planned and, unless it was a dry run, started.
-#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
-pub struct Begun {
-    /// What it does.
-    pub plan: PlanView,
-    /// Its id, under which its events are found.
-    pub id: Option<Uuid>,
-}
 
 pub(crate) fn routes() -> OpenApiRouter<Arc<Agent>> {
     OpenApiRouter::new()
@@ -76,8 +66,8 @@ async fn host(State(agent): Shared) -> Json<Hello> {
 /// The VMs of this host.
 #[utoipa::path(get, path = "/v1/vms", responses((status = 200, body = Vec<VmView>)))]
 async fn list(State(agent): Shared) -> Json<Vec<VmView>> {
-    let vms = agent.vms();
-    Json(futures_util::future::join_all(vms.iter().map(|vm| vm.view(agent.config.engine))).await)
+    let vms = agent.host.vms();
+    Json(futures_util::future::join_all(vms.iter().map(|vm| vm.view(agent.host.config.engine))).await)
 }
 
 /// Starts a VM.
@@ -85,7 +75,7 @@ async fn list(State(agent): Shared) -> Json<Vec<VmView>> {
     responses((status = 200, body = Started), (status = "default", body = Problem)))]
 async fn run(State(agent): Shared, Json(request): Json<RunRequest>) -> Answer<Started> {
     // In a task of its own: a user who goes away meanwhile must not leave a QEMU that nobody knows.
-    let started = tokio::spawn(async move { lifecycle::run(&agent, request).await });
+    let started = tokio::spawn(async move { host::run(&agent.host, request).await });
     Ok(Json(started.await.expect("starting does not panic")?))
 }
 
@@ -93,18 +83,18 @@ async fn run(State(agent): Shared, Json(request): Json<RunRequest>) -> Answer<St
 #[utoipa::path(post, path = "/v1/adopt", request_body = AdoptRequest,
     responses((status = 200, body = Started), (status = "default", body = Problem)))]
 async fn adopt(State(agent): Shared, Json(request): Json<AdoptRequest>) -> Answer<Started> {
-    Ok(Json(lifecycle::adopt(&agent, request).await?))
+    Ok(Json(host::adopt(&agent.host, request).await?))
 }
 
 /// One VM.
 #[utoipa::path(get, path = "/v1/vms/{name}", params(("name" = String, Path)),
     responses((status = 200, body = VmView), (status = "default", body = Problem)))]
 async fn show(State(agent): Shared, Path(name): Path<String>) -> Answer<VmView> {
-    let vm = agent.vm(&name)?;
-    let mut view = vm.view(agent.config.engine).await;
+    let vm = agent.host.vm(&name)?;
+    let mut view = vm.view(agent.host.config.engine).await;
     if view.migration.is_none() && vm.is_alive() {
         // A QEMU that does not answer keeps nobody from being shown. It is asked a dozen things.
-        let movable = tokio::time::timeout(GLANCE, external::movable(&agent, &vm)).await;
+        let movable = tokio::time::timeout(GLANCE, movable(&agent.host, &vm)).await;
         let movable = movable.map(|told| told.unwrap_or_else(|error| Err(in_one_line(&error))));
         view.external_obstacle = movable.unwrap_or_else(|_| Err("its QEMU does not answer".into())).err();
         if view.external_obstacle.is_some() {
@@ -122,7 +112,7 @@ async fn stop(
     Path(name): Path<String>,
     Json(request): Json<StopRequest>,
 ) -> Result<StatusCode, ApiError> {
-    lifecycle::stop(&agent, &name, &request).await?;
+    host::stop(&agent.host, &name, &request).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -130,8 +120,8 @@ async fn stop(
 #[utoipa::path(get, path = "/v1/vms/{name}/console", params(("name" = String, Path)),
     responses((status = 101, description = "upgraded to vmferry-console"), (status = "default", body = Problem)))]
 async fn console(State(agent): Shared, Path(name): Path<String>, request: Request) -> Result<Response, ApiError> {
-    let vm = agent.vm(&name)?;
-    let viewer = vm.console().map(crate::console::Console::view).ok_or_else(|| AgentError::Conflict {
+    let vm = agent.host.vm(&name)?;
+    let viewer = vm.console().map(Console::view).ok_or_else(|| AgentError::Conflict {
         message: format!("{name} has no serial console that the agent could show"),
         hint: Some("start it with -serial stdio, or without -serial and -nodefaults".into()),
     })?;
@@ -167,17 +157,19 @@ async fn show_console(mut connection: TokioIo<hyper::upgrade::Upgraded>, mut vie
 #[utoipa::path(get, path = "/v1/vms/{name}/witness", params(("name" = String, Path)),
     responses((status = 101, description = "upgraded to vmferry-witness"), (status = "default", body = Problem)))]
 async fn witness(State(agent): Shared, Path(name): Path<String>, request: Request) -> Result<Response, ApiError> {
-    let vm = witness::only_measuring(agent.vm(&name)?)?;
-    upgraded(request, witness::PROTOCOL, move |connection| witness::serve(agent, vm, connection))
+    let vm = witness::only_measuring(agent.host.vm(&name)?)?;
+    upgraded(request, vmferry_api::witness::PROTOCOL, move |connection| {
+        witness::serve(Arc::clone(&agent.host), vm, connection)
+    })
 }
 
 /// The same at the destination of a migration, once something waits for the guest there.
 #[utoipa::path(get, path = "/v1/migrations/{id}/witness", params(("id" = Uuid, Path)),
     responses((status = 101, description = "upgraded to vmferry-witness"), (status = "default", body = Problem)))]
 async fn witness_there(State(agent): Shared, Path(id): Path<Uuid>, request: Request) -> Result<Response, ApiError> {
-    let migration = agent.migration(id).ok_or_else(|| not_followed(id))?;
+    let migration = agent.outgoing.migration(id).ok_or_else(|| not_followed(id))?;
     let mut there = migration.peer.witness(id).await?;
-    upgraded(request, witness::PROTOCOL, |mut here| async move {
+    upgraded(request, vmferry_api::witness::PROTOCOL, |mut here| async move {
         // Whoever closes it, or breaks, ends it.
         let _ = tokio::io::copy_bidirectional(&mut here, &mut there).await;
     })
@@ -187,7 +179,7 @@ async fn witness_there(State(agent): Shared, Path(id): Path<Uuid>, request: Requ
 #[utoipa::path(post, path = "/v1/vms/{name}/migration", params(("name" = String, Path)), request_body = MigrateRequest,
     responses((status = 200, body = Begun), (status = "default", body = Problem)))]
 async fn migrate(State(agent): Shared, Path(name): Path<String>, Json(request): Json<MigrateRequest>) -> Answer<Begun> {
-    let (plan, migration) = migration::begin(&agent, &name, request).await?;
+    let (plan, migration) = source::begin(&agent.outgoing, &name, request).await?;
     Ok(Json(Begun { plan, id: migration.map(|it| it.id) }))
 }
 
@@ -196,7 +188,7 @@ async fn migrate(State(agent): Shared, Path(name): Path<String>, Json(request): 
     responses((status = 204), (status = "default", body = Problem)))]
 async fn cancel(State(agent): Shared, Path(name): Path<String>) -> Result<StatusCode, ApiError> {
     let migration = migration_of(&agent, &name)?;
-    if matches!(agent.vm(&name)?.stage(), Stage::Left(_)) {
+    if matches!(agent.host.vm(&name)?.stage(), Stage::Left(_)) {
         let message = format!("{name} runs at its destination already, and can only go on there");
         let hint = Some("its memory follows; migrate it back when it is there".into());
         return Err(AgentError::Conflict { message, hint }.into());
@@ -217,15 +209,15 @@ async fn post_copy(State(agent): Shared, Path(name): Path<String>) -> Result<Sta
 }
 
 fn migration_of(agent: &Agent, name: &str) -> Result<Arc<Migration>, AgentError> {
-    agent.vm(name)?;
+    agent.host.vm(name)?;
     let none = || AgentError::Conflict { message: format!("{name} is not being migrated"), hint: None };
-    agent.migration_of(name).ok_or_else(none)
+    agent.outgoing.migration_of(name).ok_or_else(none)
 }
 
 /// The last migrations away from this host, newest first.
 #[utoipa::path(get, path = "/v1/migrations", responses((status = 200, body = Vec<MigrationView>)))]
 async fn migrations(State(agent): Shared) -> Answer<Vec<MigrationView>> {
-    Ok(Json(agent.store.last_out(LISTED)?))
+    Ok(Json(agent.host.store.last_out(LISTED)?))
 }
 
 /// What a migration tells: server-sent events, each a `MigrationEvent`; the stream ends with the migration.
@@ -235,8 +227,8 @@ async fn events(
     State(agent): Shared,
     Path(id): Path<Uuid>,
 ) -> Result<Sse<impl Stream<Item = Result<Event, Infallible>>>, ApiError> {
-    let migration = agent.migration(id).ok_or_else(|| not_followed(id))?;
-    let (past, live) = migration.watch();
+    let migration = agent.outgoing.migration(id).ok_or_else(|| not_followed(id))?;
+    let (past, live) = migration.told.watch();
     let live = tokio_stream::wrappers::BroadcastStream::new(live).filter_map(|event| std::future::ready(event.ok()));
     let events = until_the_last(futures_util::stream::iter(past).chain(live))
         .map(|event| Ok(Event::default().json_data(&event).expect("an event is plain data")));
@@ -264,28 +256,28 @@ fn until_the_last(events: impl Stream<Item = MigrationEvent>) -> impl Stream<Ite
 #[utoipa::path(post, path = "/v1/tokens", request_body = TokenRequest,
     responses((status = 200, body = TokenView), (status = "default", body = Problem)))]
 async fn make_token(State(agent): Shared, Json(request): Json<TokenRequest>) -> Answer<TokenView> {
-    Ok(Json(trust::make_token(&agent, request.seconds)?))
+    Ok(Json(trust::make_token(&agent.host, request.seconds)?))
 }
 
 /// This host and its peers.
 #[utoipa::path(get, path = "/v1/peers",
     responses((status = 200, body = PeersView), (status = "default", body = Problem)))]
 async fn peers(State(agent): Shared) -> Answer<PeersView> {
-    Ok(Json(trust::peers(&agent)?))
+    Ok(Json(trust::peers(&agent.host)?))
 }
 
 /// Pairs with the agent that made a token.
 #[utoipa::path(post, path = "/v1/peers", request_body = PairRequest,
     responses((status = 200, body = PeerView), (status = "default", body = Problem)))]
 async fn pair(State(agent): Shared, Json(request): Json<PairRequest>) -> Answer<PeerView> {
-    Ok(Json(trust::pair(&agent, &request.token, request.host.as_deref()).await?))
+    Ok(Json(trust::pair(&agent.host, &request.token, request.host.as_deref()).await?))
 }
 
 /// Trusts a peer, by its name or fingerprint, no more.
 #[utoipa::path(delete, path = "/v1/peers/{peer}", params(("peer" = String, Path)),
     responses((status = 204), (status = "default", body = Problem)))]
 async fn unpair(State(agent): Shared, Path(peer): Path<String>) -> Result<StatusCode, ApiError> {
-    trust::unpair(&agent, &peer)?;
+    trust::unpair(&agent.host, &peer)?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -293,5 +285,5 @@ async fn unpair(State(agent): Shared, Path(peer): Path<String>) -> Result<Status
 #[utoipa::path(post, path = "/v1/link-benchmark", request_body = TrialRequest,
     responses((status = 200, body = TrialResult), (status = "default", body = Problem)))]
 async fn try_link(State(agent): Shared, Json(request): Json<TrialRequest>) -> Answer<TrialResult> {
-    Ok(Json(link_trial::run(&agent, &request.to, request.trial).await?))
+    Ok(Json(link_trial::run(&agent.host, &request.to, request.trial).await?))
 }

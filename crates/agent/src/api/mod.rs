@@ -4,9 +4,8 @@
 //! agents use, over TLS in which both sides have proved who they are. Both are made of the same parts, and every route
 //! is in the document because the router is built from it.
 
-pub mod local;
-pub mod peers;
-pub mod types;
+mod local;
+mod peers;
 
 use std::sync::Arc;
 
@@ -19,9 +18,9 @@ use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
 use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
+use vmferry_api::{Code, Problem};
 
-use crate::Agent;
-use crate::api::types::{Code, Problem};
+use crate::agent::Agent;
 use crate::error::AgentError;
 
 /// An error on its way out.

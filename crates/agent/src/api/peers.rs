@@ -1,4 +1,4 @@
-//! The routes for other agents. See `incoming.rs` for what they mean.
+//! The routes for other agents. See `destination/` for what they mean.
 //!
 //! Everybody who gets here has proved to have a key. `hello` and `join` answer strangers; everything else wants a
 //! [`Paired`] caller, and what concerns one migration the one that [`Began`] it.
@@ -14,16 +14,18 @@ use axum::response::Response;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use uuid::Uuid;
+use vmferry_api::{Hello, Problem};
 
-use super::types::{Hello, Join, Problem};
 use super::{Answer, ApiError, upgraded};
-use crate::boot_files::BootFile;
+use crate::agent::Agent;
+use crate::destination;
 use crate::error::AgentError;
-use crate::incoming::{CheckReply, IncomingState, Offer, Prepared};
-use crate::link_trial::{TrialAccepted, TrialOffer};
-use crate::peer::API;
-use crate::trust::{self, Caller};
-use crate::{Agent, boot_files, incoming, link_trial};
+use crate::measuring::{boot_files, witness};
+use crate::peers::trust::{self, Caller};
+use crate::peers::{
+    API, BootFile, CheckReply, IncomingState, Join, Offer, Prepared, RELAY_PROTOCOL, TrialAccepted, TrialOffer,
+    link_trial, relay,
+};
 
 type Shared = State<Arc<Agent>>;
 
@@ -56,7 +58,7 @@ impl FromRequestParts<Arc<Agent>> for Paired {
 
     async fn from_request_parts(parts: &mut Parts, agent: &Arc<Agent>) -> Result<Self, ApiError> {
         let ConnectInfo(caller) = ConnectInfo::<Caller>::from_request_parts(parts, agent).await.map_err(unrouted)?;
-        trust::require_peer(agent, &caller)?;
+        trust::require_peer(&agent.host, &caller)?;
         Ok(Self(caller))
     }
 }
@@ -74,13 +76,13 @@ impl FromRequestParts<Arc<Agent>> for Began {
     async fn from_request_parts(parts: &mut Parts, agent: &Arc<Agent>) -> Result<Self, ApiError> {
         let ConnectInfo(caller) = ConnectInfo::<Caller>::from_request_parts(parts, agent).await.map_err(unrouted)?;
         let Path(id) = Path::<Uuid>::from_request_parts(parts, agent).await.map_err(unrouted)?;
-        match agent.store.source_of(id)? {
+        match agent.host.store.source_of(id)? {
             Some(source) if source.key == caller.key => {}
             Some(_) => {
                 tracing::warn!(from = %caller.remote, fingerprint = %caller.key, migration = %id, "is not its migration");
                 return Err(AgentError::NotYours.into());
             }
-            None => drop(trust::require_peer(agent, &caller)?),
+            None => drop(trust::require_peer(&agent.host, &caller)?),
         }
         Ok(Self { id, caller })
     }
@@ -95,7 +97,7 @@ pub(super) fn introduce(agent: &Agent) -> Hello {
         product: "vmferry".into(),
         api: API,
         version: env!("CARGO_PKG_VERSION").into(),
-        name: agent.config.name.clone(),
+        name: agent.host.config.name.clone(),
     }
 }
 
@@ -109,7 +111,7 @@ async fn hello(State(agent): Shared) -> Json<Hello> {
 #[utoipa::path(post, path = "/v1/join", request_body = Join,
     responses((status = 200, body = Hello), (status = "default", body = Problem)))]
 async fn join(State(agent): Shared, ConnectInfo(caller): ConnectInfo<Caller>, Json(join): Json<Join>) -> Answer<Hello> {
-    trust::join(&agent, &caller, &join)?;
+    trust::join(&agent.host, &caller, &join)?;
     Ok(Json(introduce(&agent)))
 }
 
@@ -124,7 +126,7 @@ async fn link_trial(_peer: Paired, _bytes: Bytes) -> StatusCode {
 #[utoipa::path(post, path = "/v1/incoming/check", request_body = Offer,
     responses((status = 200, body = CheckReply), (status = "default", body = Problem)))]
 async fn check(State(agent): Shared, Paired(caller): Paired, Json(offer): Json<Offer>) -> Answer<CheckReply> {
-    Ok(Json(incoming::check(&agent, offer, &caller).await?))
+    Ok(Json(destination::check(&agent.incoming, offer, &caller).await?))
 }
 
 /// Starts a QEMU that waits for the VM.
@@ -132,7 +134,7 @@ async fn check(State(agent): Shared, Paired(caller): Paired, Json(offer): Json<O
     responses((status = 200, body = Prepared), (status = "default", body = Problem)))]
 async fn prepare(State(agent): Shared, Paired(caller): Paired, Json(offer): Json<Offer>) -> Answer<Prepared> {
     // In a task of its own: a source that goes away meanwhile must not leave a half-started QEMU.
-    let prepared = tokio::spawn(async move { incoming::prepare(&agent, offer, caller).await });
+    let prepared = tokio::spawn(async move { destination::prepare(&agent.incoming, offer, caller).await });
     Ok(Json(prepared.await.expect("preparing does not panic")?))
 }
 
@@ -140,21 +142,21 @@ async fn prepare(State(agent): Shared, Paired(caller): Paired, Json(offer): Json
 #[utoipa::path(get, path = "/v1/incoming/{id}", params(("id" = Uuid, Path)),
     responses((status = 200, body = IncomingState), (status = "default", body = Problem)))]
 async fn state(State(agent): Shared, Began { id, .. }: Began) -> Answer<IncomingState> {
-    Ok(Json(incoming::state(&agent, id)?))
+    Ok(Json(destination::state(&agent.incoming, id)?))
 }
 
 /// The source is still there.
 #[utoipa::path(post, path = "/v1/incoming/{id}/keep", params(("id" = Uuid, Path)),
     responses((status = 200, body = IncomingState), (status = "default", body = Problem)))]
 async fn keep(State(agent): Shared, Began { id, .. }: Began) -> Answer<IncomingState> {
-    Ok(Json(incoming::keep(&agent, id)?))
+    Ok(Json(destination::keep(&agent.incoming, id)?))
 }
 
 /// This host becomes the owner of the guest and sets it running. The answer is final and may be asked for again.
 #[utoipa::path(post, path = "/v1/incoming/{id}/commit", params(("id" = Uuid, Path)),
     responses((status = 200, body = IncomingState), (status = "default", body = Problem)))]
 async fn commit(State(agent): Shared, Began { id, caller }: Began) -> Answer<IncomingState> {
-    let committed = tokio::spawn(async move { incoming::commit(&agent, id, &caller).await });
+    let committed = tokio::spawn(async move { destination::commit(&agent.incoming, id, &caller).await });
     Ok(Json(committed.await.expect("committing does not panic")?))
 }
 
@@ -162,7 +164,7 @@ async fn commit(State(agent): Shared, Began { id, caller }: Began) -> Answer<Inc
 #[utoipa::path(delete, path = "/v1/incoming/{id}", params(("id" = Uuid, Path)),
     responses((status = 200, body = IncomingState), (status = "default", body = Problem)))]
 async fn abandon(State(agent): Shared, Began { id, caller }: Began) -> Answer<IncomingState> {
-    let abandoned = tokio::spawn(async move { incoming::abandon(&agent, id, &caller).await });
+    let abandoned = tokio::spawn(async move { destination::abandon(&agent.incoming, id, &caller).await });
     Ok(Json(abandoned.await.expect("abandoning does not panic")?))
 }
 
@@ -170,7 +172,7 @@ async fn abandon(State(agent): Shared, Began { id, caller }: Began) -> Answer<In
 #[utoipa::path(post, path = "/v1/incoming/{id}/recover", params(("id" = Uuid, Path)),
     responses((status = 200, body = IncomingState), (status = "default", body = Problem)))]
 async fn recover(State(agent): Shared, Began { id, caller }: Began) -> Answer<IncomingState> {
-    let recovered = tokio::spawn(async move { incoming::recover(&agent, id, &caller).await });
+    let recovered = tokio::spawn(async move { destination::recover(&agent.incoming, id, &caller).await });
     Ok(Json(recovered.await.expect("recovering does not panic")?))
 }
 
@@ -178,9 +180,9 @@ async fn recover(State(agent): Shared, Began { id, caller }: Began) -> Answer<In
 #[utoipa::path(post, path = "/v1/incoming/{id}/relay", params(("id" = Uuid, Path)),
     responses((status = 101, description = "upgraded to vmferry-relay"), (status = "default", body = Problem)))]
 async fn relay(State(agent): Shared, Began { id, .. }: Began, request: Request) -> Result<Response, ApiError> {
-    let vm = incoming::relayed_vm(&agent, id)?;
-    upgraded(request, crate::relay::PROTOCOL, move |connection| async move {
-        crate::relay::receive(&vm, connection).await;
+    let vm = destination::relayed_vm(&agent.incoming, id)?;
+    upgraded(request, RELAY_PROTOCOL, move |connection| async move {
+        relay::receive(&vm, connection).await;
     })
 }
 
@@ -189,15 +191,17 @@ async fn relay(State(agent): Shared, Began { id, .. }: Began, request: Request) 
 #[utoipa::path(post, path = "/v1/incoming/{id}/witness", params(("id" = Uuid, Path)),
     responses((status = 101, description = "upgraded to vmferry-witness"), (status = "default", body = Problem)))]
 async fn witness(State(agent): Shared, Began { id, .. }: Began, request: Request) -> Result<Response, ApiError> {
-    let vm = incoming::measuring_vm(&agent, id)?;
-    upgraded(request, crate::witness::PROTOCOL, move |connection| crate::witness::serve(agent, vm, connection))
+    let vm = destination::measuring_vm(&agent.incoming, id)?;
+    upgraded(request, vmferry_api::witness::PROTOCOL, move |connection| {
+        witness::serve(Arc::clone(&agent.host), vm, connection)
+    })
 }
 
 /// Whether this host has a file for a measuring guest to boot from.
 #[utoipa::path(get, path = "/v1/boot-files/{digest}", params(("digest" = String, Path)),
     responses((status = 200, body = BootFile), (status = "default", body = Problem)))]
 async fn has_boot_file(State(agent): Shared, _peer: Paired, Path(digest): Path<String>) -> Answer<BootFile> {
-    Ok(Json(boot_files::look(&agent, &digest)?))
+    Ok(Json(boot_files::look(&agent.host, &digest)?))
 }
 
 /// A file for a measuring guest to boot from, under its fingerprint: its SHA-256 in base 32.
@@ -210,7 +214,7 @@ async fn put_boot_file(
     Path(digest): Path<String>,
     content: Bytes,
 ) -> Answer<BootFile> {
-    Ok(Json(boot_files::put(&agent, &digest, content).await?))
+    Ok(Json(boot_files::put(&agent.host, &digest, content).await?))
 }
 
 /// Waits for the streams of a trial of the link, and takes what comes over them.
@@ -221,5 +225,5 @@ async fn try_streams(
     Paired(caller): Paired,
     Json(offer): Json<TrialOffer>,
 ) -> Answer<TrialAccepted> {
-    Ok(Json(link_trial::accept(&agent, offer, &caller)?))
+    Ok(Json(link_trial::accept(&agent.host, offer, &caller)?))
 }

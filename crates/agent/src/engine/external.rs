@@ -7,7 +7,7 @@
 //! QEMU's migration begins while the guest still runs: what it takes to set that up, and the memory that is not ours to
 //! move (firmware, video), is no downtime then. It pauses the guest itself, and waits for our word before the devices.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -15,28 +15,21 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use tokio::net::UnixListener;
 use tokio_util::task::AbortOnDropHandle;
+use vmferry_api::in_one_line;
 use vmferry_link::{Cipher, Fingerprint, Identity, Link, LinkOptions, TcpDialer};
 use vmferry_policy::{Action, Bytes, BytesPerSec, Limits, Observation, Percent, Phase};
+use vmferry_qemu::migration::{IGNORE_SHARED, PAUSE_BEFORE_SWITCHOVER, reset_capabilities};
 use vmferry_qemu::qmp::commands::{self, MigrationParameters};
-use vmferry_qemu::{EventStream, MigrationStatus, Qmp, QmpError, RamBackend, RamLayout};
+use vmferry_qemu::{EventStream, MigrationStatus, Qmp};
 use vmferry_ram::{Backend, GuestRam, Progress, RamError, Source};
 
 use super::qemu::{UNLIMITED, abandon};
 use super::{EngineError, NewConnection, NewSession, RamEngine, Seen, Totals};
-use crate::Agent;
-use crate::error::{AgentError, in_one_line};
-use crate::lifecycle::make_private_dir;
-use crate::server::bind_anew;
-use crate::vm::Vm;
-
-/// The capability of QEMU's migration that all depends on: shared RAM stays where it is.
-pub(crate) const CAPABILITY: &str = "x-ignore-shared";
-/// Only at the source: QEMU pauses the guest and waits before it writes the device state.
-pub(crate) const PAUSES: &str = "pause-before-switchover";
+use crate::host::bind_anew;
 
 /// What the source's QEMU is set to, for a guest that is paused before QEMU copies anything or not.
 pub(crate) fn capabilities(stops_first: bool) -> &'static [&'static str] {
-    if stops_first { &[CAPABILITY] } else { &[CAPABILITY, PAUSES] }
+    if stops_first { &[IGNORE_SHARED] } else { &[IGNORE_SHARED, PAUSE_BEFORE_SWITCHOVER] }
 }
 
 const TICK: Duration = Duration::from_millis(100);
@@ -462,86 +455,6 @@ impl RamEngine for ExternalEngine {
             downtime_ms: None,
         }
     }
-}
-
-/// Where the source's QEMU and this agent meet.
-pub(crate) fn sending_dir(vm: &Vm) -> PathBuf {
-    vm.dir.join("ram-out")
-}
-
-/// There when the link is not encrypted.
-const PLAIN: &str = "plain";
-
-/// Makes the folder of one side of a journey, in place of one that another left. A new agent can tell from it that
-/// there is a journey, and whether its link is plain.
-pub(crate) fn make_folder(dir: &Path, plain: bool) -> Result<(), AgentError> {
-    make_private_dir(dir)?;
-    match plain {
-        true => std::fs::write(dir.join(PLAIN), "").map_err(AgentError::io(dir)),
-        false => Ok(()),
-    }
-}
-
-/// Whether the link of the journey with this folder is plain.
-pub(crate) fn is_plain(dir: &Path) -> bool {
-    dir.join(PLAIN).exists()
-}
-
-/// They do not any more.
-pub(crate) fn forget(vm: &Vm) {
-    // What is not there need not go.
-    let _ = std::fs::remove_dir_all(sending_dir(vm));
-}
-
-/// Whether an agent was about to move this VM's RAM, and whether the link was plain.
-pub(crate) fn is_sending(vm: &Vm) -> Option<bool> {
-    let dir = sending_dir(vm);
-    dir.exists().then(|| is_plain(&dir))
-}
-
-/// What the agents would move of this VM; or why they cannot.
-pub(crate) async fn movable(agent: &Agent, vm: &Vm) -> Result<Result<Vec<Backend>, String>, AgentError> {
-    if let Some(why) = agent.external_obstacle() {
-        return Ok(Err(why));
-    }
-    let layout = vmferry_qemu::ram_backends(&vm.qmp).await?;
-    if let Some(first) = vmferry_qemu::external_obstacles(&vm.qmp, &layout).await?.into_iter().next() {
-        return Ok(Err(first.to_string()));
-    }
-    match vmferry_qemu::uses_direct_io(&vm.qmp).await? {
-        true => Ok(Err(DIRECT_IO.into())),
-        false => Ok(Ok(backends(layout))),
-    }
-}
-
-/// Whether the agents have the means to bring this VM's migration to an end whatever the guest writes; or why not.
-pub(crate) async fn ends(vm: &Vm, post_copy: bool) -> Result<(), String> {
-    if post_copy {
-        return Ok(());
-    }
-    let pid = vm.pid;
-    let tried = tokio::task::spawn_blocking(move || vmferry_ram::can_pace(pid)).await.expect("trying does not panic");
-    tried.map_err(|error| format!("without post-copy its writes must be paced: {}", in_one_line(&error)))
-}
-
-/// A disk's controller writes into RAM when it is done, and only the beginning is noticed.
-const DIRECT_IO: &str = "a disk goes around the host's cache (cache=none), and what is read from it cannot be tracked";
-
-/// What there is to move.
-pub(crate) async fn backends_of(vm: &Vm) -> Result<Vec<Backend>, QmpError> {
-    Ok(backends(vmferry_qemu::ram_backends(&vm.qmp).await?))
-}
-
-fn backends(layout: RamLayout) -> Vec<Backend> {
-    let backend = |it: RamBackend| Backend { id: it.id, size: it.size, address: it.address };
-    layout.backends.into_iter().map(backend).collect()
-}
-
-/// QEMU's own migration takes shared RAM along again, and stops nowhere.
-pub(crate) async fn reset_capabilities(qmp: &Qmp) -> Result<(), QmpError> {
-    let off = |capability: &str| commands::CapabilityState { capability: capability.into(), state: false };
-    qmp.execute(commands::MigrateSetCapabilities { capabilities: vec![off(CAPABILITY), off(PAUSES)] }).await?;
-    Ok(())
 }
 
 async fn blocking<T: Send + 'static>(

@@ -1,10 +1,15 @@
 //! RAM engines: what copies a guest's RAM, behind one face.
 //!
-//! The migration (see `migration.rs`) drives an engine without knowing which one it is: start, observe, do what the
+//! The migration (see `source/`) drives an engine without knowing which one it is: start, observe, do what the
 //! policy says, and stop observing when the destination can take over. An engine says so in [`Seen`].
 
 pub mod external;
+pub(crate) mod journey;
+pub(crate) mod means;
+pub(crate) mod movable;
 pub mod qemu;
+
+pub use crate::error::EngineError;
 
 use std::time::{Duration, Instant};
 
@@ -14,7 +19,6 @@ use utoipa::ToSchema;
 use vmferry_link::{Cipher, SessionId, SessionKey};
 use vmferry_policy::{Action, Observation};
 use vmferry_qemu::{Qmp, QmpError, StreamKey};
-use vmferry_ram::RamError;
 
 /// What the destination's QEMU must be set to before it receives.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -123,26 +127,6 @@ pub enum NewConnection {
     Uri(String),
     /// Its agent, for a link with this session.
     Session(NewSession),
-}
-
-/// Why copying the RAM failed. The guest runs on at the source unless the destination was committed to.
-#[derive(Debug, thiserror::Error)]
-pub enum EngineError {
-    /// The engine said so.
-    #[error("copying the RAM failed: {reason}")]
-    Failed {
-        /// In its words.
-        reason: String,
-    },
-    /// The source's QEMU has let go of the guest for post-copy: only the destination can have it now.
-    #[error("QEMU has let go of the guest for post-copy already")]
-    TooLate,
-    /// The guest's QEMU does not answer.
-    #[error("the guest's QEMU does not do as told")]
-    Qmp(#[from] QmpError),
-    /// The agents cannot move it.
-    #[error("copying the RAM failed")]
-    Ram(#[from] RamError),
 }
 
 /// Copies a guest's RAM to a destination that is prepared for it.

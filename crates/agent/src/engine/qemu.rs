@@ -1,34 +1,23 @@
 //! The `qemu` engine: QEMU copies its RAM itself, steered by our policy.
 //!
-//! Which of QEMU's means are used is decided before the start, because QEMU fixes them then:
-//! - post-copy (and its preempt channel) whenever it is allowed and both sides have it, since it is what makes every
-//!   migration end;
-//! - multifd otherwise. QEMU does both together only since 10.1. Between 8.0 and 10.0 it refuses to; 7.2 accepts, mixes
-//!   its connections up and waits for ever, so trying tells nothing and they are never combined;
-//! - auto-converge, held at one percent until the policy asks for more.
-//!
-//! One QEMU cannot copy a guest that runs at all; see [`loses_writes`].
+//! Which of QEMU's means are used is decided before the start; see `means.rs`. One QEMU cannot copy a guest that runs at
+//! all; see [`vmferry_qemu::migration::loses_writes`].
 //!
 //! QEMU switches over by itself once what is left fits the downtime limit; the policy only has to act when that will
 //! not happen.
 
-use std::collections::BTreeSet;
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use vmferry_link::Cipher;
 use vmferry_policy::{Action, Bytes, BytesPerSec, Limits, Observation, Percent, Phase};
 use vmferry_qemu::qmp::commands::{self, MigrationInfo, MigrationParameters};
 use vmferry_qemu::{Event, EventStream, Features, MigrationStatus, Qmp, QmpError, RunState};
 
 use super::{EngineError, NewConnection, RamEngine, Seen, Setup, Totals};
-use crate::api::types::Means;
-use crate::error::AgentError;
 
 /// QEMU's own default is 128 MiB/s; this is as good as none and fits its signed arithmetic.
 pub(super) const UNLIMITED: u64 = 1 << 50;
-/// A guest with more RAM may send more than 256 GiB over one connection, in bytes.
-const MOST_RAM_WITH_TLS: u64 = 96 << 30;
 /// As good as never, while QEMU cannot tell what switching over would cost: zero would mean without a last look.
 const NO_SWITCHOVER_MS: u64 = 1;
 const TICK: Duration = Duration::from_millis(250);
@@ -72,133 +61,12 @@ pub struct Wishes {
     pub limits: Limits,
     /// The most to send, in bytes a second.
     pub bandwidth: Option<u64>,
-    /// As chosen by [`choose`] and taken by the destination.
+    /// As chosen before (`means.rs`) and taken by the destination.
     pub setup: Setup,
     /// Pause the guest and switch to post-copy at once.
     pub post_copy_first: bool,
     /// A measurement says what is done: QEMU's throttle is its own.
     pub scripted: bool,
-}
-
-/// Chooses QEMU's means for one migration; `there` tells which capabilities the destination's QEMU has. Leaves the
-/// source's QEMU set to them.
-pub async fn choose(
-    qmp: &Qmp,
-    here: &Features,
-    there: impl Fn(&str) -> bool,
-    post_copy: bool,
-) -> Result<Setup, QmpError> {
-    let wanted = means(here, there, post_copy);
-    set_capabilities(qmp, here.capabilities(), &wanted).await?;
-    Ok(setup(&wanted))
-}
-
-/// What both QEMUs have and that goes together.
-pub(crate) fn means(here: &Features, there: impl Fn(&str) -> bool, post_copy: bool) -> Vec<&'static str> {
-    let both = |name: &&str| here.has_capability(name) && there(name);
-    let copy: &[&str] = match post_copy && both(&"postcopy-ram") {
-        true => &["postcopy-ram", "postcopy-preempt"],
-        false => &["multifd"],
-    };
-    ["events", "return-path", "auto-converge"].iter().chain(copy).copied().filter(both).collect()
-}
-
-fn setup(wanted: &[&str]) -> Setup {
-    let channels = match wanted.contains(&"multifd") {
-        true => std::thread::available_parallelism().map_or(2, |cores| (cores.get() / 2).clamp(2, 8) as u8),
-        false => 0,
-    };
-    Setup { capabilities: wanted.iter().map(ToString::to_string).collect(), channels, ..Setup::default() }
-}
-
-/// The first of a measurement's means that both QEMUs have; or what the last of them lacks.
-pub(crate) fn scripted(here: &Features, there: impl Fn(&str) -> bool, means: &[Means]) -> Result<Setup, String> {
-    let mut lacks = "the measurement names no means".to_owned();
-    for wanted in means {
-        let Means { capabilities, parameters } = wanted;
-        let missing = capabilities.iter().find(|it| !here.has_capability(it) || !there(it));
-        if let Some(missing) = missing {
-            lacks = format!("one of the QEMUs has no migration capability {missing}");
-        } else if let Some(missing) = parameters.keys().find(|it| !here.has_parameter(it)) {
-            lacks = format!("the source's QEMU has no migration parameter {missing}");
-        } else {
-            let always = ["events", "return-path"].map(str::to_owned);
-            let always = always.into_iter().filter(|it| here.has_capability(it) && there(it));
-            let capabilities = always.chain(capabilities.clone()).collect();
-            return Ok(Setup { capabilities, channels: 0, parameters: parameters.clone() });
-        }
-    }
-    Err(lacks)
-}
-
-/// Whether this QEMU fails to notice some of what a running guest writes while its RAM is copied.
-///
-/// Under TCG, before 9.0: reading the dirty bitmap left translations in place that write without marking the page, so
-/// from the second round on a destination can get stale pages, and its guest kernel crashes within a second (seen with
-/// 7.2.22; fixed upstream in March 2024, "Fix migration dirty bitmap coherency with TCG memory access"). The same
-/// release brought `mapped-ram`, which is how it is told apart. What does not run writes nothing: such a guest is paused
-/// first and moves by post-copy from the first byte.
-pub fn loses_writes(features: &Features, accelerator: &str) -> bool {
-    accelerator == "tcg" && !features.has_capability("mapped-ram")
-}
-
-/// `GnuTLS`'s words for a cipher that is to encrypt QEMU's streams.
-///
-/// With a key that was exchanged beforehand, TLS 1.3 has only ciphers with SHA-256. `GnuTLS`'s own choice among those
-/// is `ChaCha20`, half as fast as AES on most processors; AES-256 is there in TLS 1.2.
-pub fn tls_priority(cipher: Cipher) -> &'static str {
-    match cipher {
-        Cipher::Aes128Gcm => "NORMAL:-CIPHER-ALL:+AES-128-GCM",
-        Cipher::Aes256Gcm => "NORMAL:-VERS-ALL:+VERS-TLS1.2:-CIPHER-ALL:+AES-256-GCM",
-        Cipher::ChaCha20Poly1305 => "NORMAL:-CIPHER-ALL:+CHACHA20-POLY1305",
-    }
-}
-
-/// Whether QEMU's own TLS holds for a guest with so much RAM. `GnuTLS` gives a connection a new key after 16 M records,
-/// 256 GiB, of AES-GCM, and QEMU before 10.1 does not survive that on one with a return path (QEMU issue 1937).
-pub(crate) fn tls_carries(ram_bytes: u64) -> bool {
-    ram_bytes <= MOST_RAM_WITH_TLS
-}
-
-/// The capabilities that we ever use, but for measurements.
-const OURS: [&str; 8] = [
-    "events",
-    "return-path",
-    "auto-converge",
-    "postcopy-ram",
-    "postcopy-preempt",
-    "multifd",
-    super::external::CAPABILITY,
-    super::external::PAUSES,
-];
-
-/// Refuses what a source may not have the destination's QEMU set to: only a measuring guest's is set to more than ours,
-/// and nobody's to other protection.
-pub(crate) fn check_offered(setup: &Setup, measuring: bool) -> Result<(), AgentError> {
-    let refuse = |what: String| {
-        Err(AgentError::BadRequest { message: format!("{what} is not for a source to set"), hint: None })
-    };
-    let protection = setup.parameters.keys().find(|name| name.starts_with("tls"));
-    if let Some(name) = protection.or(setup.parameters.keys().next().filter(|_| !measuring)) {
-        return refuse(format!("QEMU's migration parameter {name}"));
-    }
-    match setup.capabilities.iter().find(|name| !OURS.contains(&name.as_str())) {
-        Some(name) if !measuring => refuse(format!("QEMU's migration capability {name}")),
-        _ => Ok(()),
-    }
-}
-
-/// Switches these capabilities on and all others that we ever use off, in one command, as QEMU checks them together.
-pub(crate) async fn set_capabilities(qmp: &Qmp, known: &BTreeSet<String>, wanted: &[&str]) -> Result<(), QmpError> {
-    let others = wanted.iter().filter(|name| !OURS.contains(name));
-    let capabilities = OURS
-        .iter()
-        .chain(others)
-        .filter(|name| known.contains(**name))
-        .map(|name| commands::CapabilityState { capability: (*name).into(), state: wanted.contains(name) })
-        .collect();
-    qmp.execute(commands::MigrateSetCapabilities { capabilities }).await?;
-    Ok(())
 }
 
 impl QemuEngine {
@@ -444,6 +312,11 @@ pub async fn abandon(qmp: &Qmp, was_running: bool) -> Result<(), EngineError> {
     Ok(())
 }
 
+/// As QEMU's `migrate` and `migrate-incoming` want it.
+pub(crate) fn tcp_uri(address: IpAddr, port: u16) -> String {
+    format!("tcp:{}", std::net::SocketAddr::new(address, port))
+}
+
 fn reason(info: &MigrationInfo) -> String {
     info.error_desc.clone().unwrap_or_else(|| "QEMU gives no reason".into())
 }
@@ -506,25 +379,5 @@ mod tests {
         meter.update(0, begin);
         let rate = meter.update(10_000_000, begin + TICK);
         assert_eq!(meter.update(10_000_000, begin + TICK + Duration::from_millis(1)), rate);
-    }
-
-    #[test]
-    fn a_source_sets_nothing_but_what_is_ours_unless_it_measures_and_never_the_protection() {
-        let with = |capability: &str, parameter: Option<&str>| Setup {
-            capabilities: vec!["multifd".into(), capability.into()],
-            channels: 2,
-            parameters: parameter.into_iter().map(|name| (name.to_owned(), "".into())).collect(),
-        };
-        assert!(check_offered(&with("postcopy-ram", None), false).is_ok());
-        assert!(check_offered(&with("mapped-ram", None), false).is_err());
-        assert!(check_offered(&with("events", Some("xbzrle-cache-size")), false).is_err());
-        assert!(check_offered(&with("xbzrle", Some("xbzrle-cache-size")), true).is_ok());
-        assert!(check_offered(&with("events", Some("tls-creds")), true).is_err());
-    }
-
-    #[test]
-    fn channels_are_only_for_multifd() {
-        assert_eq!(setup(&["postcopy-ram"]).channels, 0);
-        assert!((2..=8).contains(&setup(&["multifd"]).channels));
     }
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use vmferry_agent::link_trial::Load;
+use vmferry_api::trial::Load;
 use vmferry_qemu::qmp::commands::{
     CapabilityState, Migrate, MigrateIncoming, MigrateSetCapabilities, MigrationParameters, QueryMigrate,
 };

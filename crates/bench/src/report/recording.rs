@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use vmferry_agent::api::types::{MigrationEvent, Report, Step, VmView};
+use vmferry_api::{MigrationEvent, Report, Step, VmView};
 
 use super::{MarkKind, ProgressSample, Round, RunReport, Summary, Versions};
 

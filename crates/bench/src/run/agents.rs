@@ -3,11 +3,11 @@
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
-use vmferry_agent::api::local::Begun;
-use vmferry_agent::api::types::{
+use vmferry_api::Begun;
+use vmferry_api::client::{Client, ClientError, vm_path};
+use vmferry_api::{
     Code, EngineName, Means as ScriptMeans, MigrateRequest, MigrationEvent, Problem, Report, Script, Step, VmView,
 };
-use vmferry_agent::client::{Client, ClientError, vm_path};
 
 use super::processors::Sampler;
 use super::{Driven, RunError, RunOptions, Transport, VM, conclude, measure_link, new_report};

@@ -6,12 +6,13 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tokio::process::{Child, Command};
-use vmferry_agent::engine::qemu::{loses_writes, tls_priority};
 use vmferry_link::Cipher;
+use vmferry_qemu::migration::loses_writes;
 use vmferry_qemu::qmp::commands::{
     CapabilityState, Cont, Migrate, MigrateCancel, MigrateIncoming, MigrateSetCapabilities, MigrateStartPostcopy,
     MigrationInfo, QueryKvm, QueryMigrate, QueryVersion, Stop,
 };
+use vmferry_qemu::tls_priority;
 use vmferry_qemu::{Endpoint, Features, MigrationStatus, Qmp, QmpError, StreamKey, end_with_us, protect_streams};
 
 use super::processors::Sampler;
@@ -328,7 +329,7 @@ fn info_of(answer: &Value) -> Result<MigrationInfo, QmpError> {
 /// A QEMU that refuses what a scenario needs: a reason to skip it.
 fn refused(error: QmpError) -> RunError {
     match error {
-        QmpError::Command { .. } => RunError::CannotHere { reason: vmferry_agent::error::in_one_line(&error) },
+        QmpError::Command { .. } => RunError::CannotHere { reason: vmferry_api::in_one_line(&error) },
         other => other.into(),
     }
 }

@@ -12,8 +12,8 @@ use futures_util::{SinkExt, StreamExt};
 use tokio::sync::mpsc::Receiver;
 use tokio_util::codec::{Framed, LinesCodec};
 use tokio_util::task::AbortOnDropHandle;
-use vmferry_agent::client::Client;
-use vmferry_agent::witness::{Asked, HostFacts, LONGEST_LINE, Told};
+use vmferry_api::client::Client;
+use vmferry_api::witness::{Asked, HostFacts, LONGEST_LINE, Told};
 use vmferry_qemu::processors::ProcessorUse;
 
 use crate::GuestLog;

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
-use vmferry_agent::api::types::EngineName;
-use vmferry_agent::config::Rate;
+use vmferry_api::EngineName;
+use vmferry_api::Rate;
 use vmferry_bench::run::Transport;
 use vmferry_bench::scenario::parse_bits;
 use vmferry_bench::{Fill, Mode};

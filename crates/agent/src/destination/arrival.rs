@@ -1,0 +1,187 @@
+//! RAM that the source's agent sends: where it lands, and over which link.
+//!
+//! What belongs to a VM's arrival is in a folder of it, so that a new agent can tell: the socket where QEMU waits for
+//! the device state, and, in post-copy, the record of what is missing. There the guest may run and QEMU need not answer
+//! before its pages come, so that nothing here asks QEMU for anything once it began.
+
+use std::collections::{BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+use vmferry_api::in_one_line;
+use vmferry_link::{Fingerprint, Link, Protection, SessionOptions};
+use vmferry_qemu::migration::{IGNORE_SHARED, set_capabilities};
+use vmferry_qemu::qmp::commands;
+use vmferry_ram::{GuestRam, Landing, serve};
+
+use crate::engine::NewSession;
+use crate::engine::external::link_options;
+use crate::engine::journey::{is_plain, make_folder};
+use crate::engine::movable::backends_of;
+use crate::error::AgentError;
+use crate::host::{Host, Vm};
+
+/// Where QEMU waits for the device state.
+const STATE: &str = "state.sock";
+/// What is missing in post-copy.
+const RECORD: &str = "post-copy";
+
+/// One VM's RAM, and what brings it.
+pub(crate) struct Arrival {
+    landing: Arc<Landing>,
+    link: Arc<Link>,
+    /// Nobody takes anything from the link any more.
+    over: CancellationToken,
+}
+
+/// The RAM that other agents send.
+#[derive(Default)]
+pub(crate) struct Arrivals {
+    under_way: Mutex<HashMap<Uuid, Arrival>>,
+    /// Held while an arrival goes on over another link.
+    resuming: tokio::sync::Mutex<()>,
+}
+
+impl Arrivals {
+    /// What was under way for this migration is not any more.
+    pub(super) fn take(&self, id: Uuid) -> Option<Arrival> {
+        self.lock().remove(&id)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<Uuid, Arrival>> {
+        self.under_way.lock().expect("no holder of this lock panics")
+    }
+}
+
+fn folder(vm_dir: &Path) -> PathBuf {
+    vm_dir.join("ram-in")
+}
+
+/// Its RAM comes from the source's agent.
+pub(crate) fn is_expected(vm_dir: &Path) -> bool {
+    folder(vm_dir).exists()
+}
+
+/// The link that a source is about to make.
+pub(crate) struct Expected {
+    pub(crate) session: NewSession,
+    pub(crate) source: Fingerprint,
+    /// Both hosts trust the network.
+    pub(crate) plain: bool,
+}
+
+/// Has a QEMU wait for its device state, and takes its RAM as soon as it comes. Tells why the guest cannot run there
+/// before all of it is there; nothing, when it can.
+pub(crate) async fn begin(
+    host: &Host,
+    arrivals: &Arc<Arrivals>,
+    vm: &Vm,
+    id: Uuid,
+    known: &BTreeSet<String>,
+    expected: Expected,
+) -> Result<Option<String>, AgentError> {
+    let dir = folder(&vm.dir);
+    make_folder(&dir, expected.plain)?;
+    set_capabilities(&vm.qmp, known, &[IGNORE_SHARED]).await?;
+    let uri = format!("unix:{}", dir.join(STATE).display());
+    vm.qmp.execute(commands::MigrateIncoming { uri }).await?;
+    let (pid, backends, record) = (vm.pid, backends_of(vm).await?, dir.join(RECORD));
+    let opened = tokio::task::spawn_blocking(move || {
+        let landing = Landing::new(GuestRam::open(pid, &backends)?, &record);
+        let post_copy = landing.prepare_post_copy();
+        Ok((landing, post_copy))
+    });
+    let (landing, post_copy) = opened.await.expect("opening RAM does not panic").map_err(AgentError::Ram)?;
+    expect(host, arrivals, id, dir, Arc::new(landing), expected)?;
+    Ok(post_copy.err().map(|why| in_one_line(&why)))
+}
+
+impl Arrival {
+    /// Nothing more is taken.
+    pub(crate) fn give_up(&self) {
+        self.link.give_up();
+    }
+}
+
+/// Takes what comes over the link, in a thread of its own, to its end.
+fn expect(
+    host: &Host,
+    arrivals: &Arc<Arrivals>,
+    id: Uuid,
+    dir: PathBuf,
+    landing: Arc<Landing>,
+    expected: Expected,
+) -> Result<(), AgentError> {
+    let protection = match expected.plain {
+        true => Protection::Plain,
+        false => Protection::Tls(expected.source),
+    };
+    let options = SessionOptions { link: link_options(expected.session, None), protection };
+    let link = Arc::new(host.sessions.expect(options).map_err(|down| AgentError::Ram(down.into()))?);
+    let arrival = Arrival { landing: Arc::clone(&landing), link: Arc::clone(&link), over: CancellationToken::new() };
+    let over = arrival.over.clone();
+    arrivals.lock().insert(id, arrival);
+    let there = Arc::clone(arrivals);
+    let take = move || {
+        // Also when it panics.
+        let _over = over.drop_guard();
+        match serve(&link, &landing, &dir.join(STATE)) {
+            Ok(ended) => {
+                tracing::debug!(migration = %id, ?ended, "its RAM has arrived");
+                there.take(id);
+            }
+            Err(error) => {
+                tracing::warn!(migration = %id, error = in_one_line(&error), "its RAM does not arrive");
+                if landing.missing().is_none() {
+                    there.take(id);
+                }
+            }
+        }
+    };
+    let thread = std::thread::Builder::new().name("ram-arrival".into()).spawn(take);
+    if let Err(error) = thread {
+        arrivals.take(id);
+        return Err(AgentError::io("a thread")(error));
+    }
+    Ok(())
+}
+
+/// How the RAM of a guest that this host owns stands.
+pub(crate) enum Standing {
+    /// All of it is here.
+    Complete,
+    /// The rest comes over this session.
+    Awaited(NewSession),
+}
+
+/// The source has lost its link, or is another agent than before, or this one is. Post-copy goes on over a new one.
+pub(crate) async fn again(
+    host: &Host,
+    arrivals: &Arc<Arrivals>,
+    id: Uuid,
+    vm_dir: &Path,
+    pid: u32,
+    source: Fingerprint,
+) -> Result<Standing, AgentError> {
+    // Two at once would take each other's faults.
+    let _turn = arrivals.resuming.lock().await;
+    let dir = folder(vm_dir);
+    let landing = if let Some(arrival) = arrivals.take(id) {
+        arrival.link.give_up();
+        arrival.over.cancelled().await;
+        Some(arrival.landing)
+    } else {
+        let record = dir.join(RECORD);
+        let found = tokio::task::spawn_blocking(move || Landing::again(pid, &record));
+        found.await.expect("opening RAM does not panic").map_err(AgentError::Ram)?.map(Arc::new)
+    };
+    // Without a record it was complete before the guest ran.
+    let Some(landing) = landing.filter(|landing| landing.missing().is_some_and(|missing| missing > 0)) else {
+        return Ok(Standing::Complete);
+    };
+    let (session, plain) = (NewSession::random(), is_plain(&dir));
+    expect(host, arrivals, id, dir, landing, Expected { session: session.clone(), source, plain })?;
+    Ok(Standing::Awaited(session))
+}

@@ -1,0 +1,62 @@
+//! Whether this host could take a VM.
+
+use vmferry_qemu::{Accel, CommandLine, QemuInfo};
+
+use super::incoming::Incoming;
+use super::suitability;
+use crate::error::AgentError;
+use crate::host::check_name;
+use crate::measuring::boot_files;
+use crate::peers::trust::Caller;
+use crate::peers::{CheckReply, Offer};
+
+/// Whether this host could take the VM; touches nothing.
+pub(crate) async fn check(here: &Incoming, mut offer: Offer, caller: &Caller) -> Result<CheckReply, AgentError> {
+    boot_files::settle(&here.host, &mut offer.spec);
+    let (_, _, info) = suitable(here, &offer).await?;
+    Ok(CheckReply {
+        host: here.host.config.name.clone(),
+        qemu_version: info.version,
+        capabilities: info.features.capabilities().clone(),
+        security: here.host.config.security_of(caller.remote),
+        tls: info.tls,
+        ciphers: here.host.ciphers_for(caller.remote),
+        external_obstacle: here.host.external_obstacle(),
+    })
+}
+
+pub(super) async fn suitable(here: &Incoming, offer: &Offer) -> Result<(CommandLine, Accel, QemuInfo), AgentError> {
+    let name = &offer.spec.name;
+    check_name(name)?;
+    if here.host.has_vm(name) {
+        return Err(AgentError::VmExists { name: name.clone(), host: here.host.config.name.clone() });
+    }
+    let command = CommandLine::parse(&offer.spec.argv)?;
+    if !is_qemu(command.binary()) {
+        let message = format!("{:?} is no QEMU: nothing else is started for another host", command.binary());
+        return Err(AgentError::BadRequest { message, hint: None });
+    }
+    let binary = here.host.qemus.find_qemu(&command)?;
+    let accel = match offer.accelerator.as_str() {
+        "kvm" => here.host.qemus.accelerator(&binary).await,
+        _ => Accel::Tcg { why: "the guest runs under TCG at the source".into() },
+    };
+    let info = here.host.qemus.qemu_info(&binary, &accel).await?;
+    let memory = suitability::available_memory()
+        .saturating_sub(here.host.config.reserved_memory.as_u64())
+        .saturating_sub(here.promised_memory());
+    let (offer, name) = (offer.clone(), here.host.config.name.clone());
+    // Files may lie on storage that does not answer, which must not keep others waiting.
+    let judged = tokio::task::spawn_blocking(move || {
+        let host = suitability::Host { name: &name, qemu: &info, accel: &accel, memory };
+        suitability::judge(&offer, &command, &host)?;
+        Ok((command, accel, info))
+    });
+    judged.await.expect("judging does not panic")
+}
+
+/// By its name, as distributions call it.
+fn is_qemu(binary: &str) -> bool {
+    let name = binary.rsplit('/').next().unwrap_or_default();
+    name.starts_with("qemu-") || name == "kvm"
+}

@@ -1,0 +1,199 @@
+//! Whether this host can take a VM: everything that can be refused is refused here, before anything is touched.
+
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
+
+use vmferry_api::Code;
+use vmferry_qemu::{Accel, CommandLine, FileKind, QemuInfo};
+
+use crate::error::AgentError;
+use crate::host::marker_beside;
+use crate::peers::Offer;
+
+/// What QEMU itself needs beside the guest's RAM, in bytes: its code, its heap, the frame buffer.
+const QEMU_OVERHEAD: u64 = 96 << 20;
+
+/// A refusal, before it knows the host's and the VM's name.
+struct Refusal {
+    code: Code,
+    reason: String,
+    hint: Option<String>,
+}
+
+fn refuse<T>(code: Code, reason: impl Into<String>, hint: &str) -> Result<T, Refusal> {
+    Err(Refusal { code, reason: reason.into(), hint: (!hint.is_empty()).then(|| hint.into()) })
+}
+
+/// This host, as far as it matters here.
+pub(super) struct Host<'a> {
+    pub name: &'a str,
+    pub qemu: &'a QemuInfo,
+    pub accel: &'a Accel,
+    /// Memory that may be used, in bytes: what is free less what is reserved or promised.
+    pub memory: u64,
+}
+
+/// Refuses what this host cannot take, naming what is missing.
+pub(super) fn judge(offer: &Offer, command: &CommandLine, host: &Host<'_>) -> Result<(), AgentError> {
+    memory(offer, host)
+        .and_then(|()| machine(offer, host))
+        .and_then(|()| accelerator(offer, host))
+        .and_then(|()| cpu(command, host))
+        .and_then(|()| files(offer, command))
+        .and_then(|()| disks(offer, command))
+        .map_err(|refusal| AgentError::Unsuitable {
+            host: host.name.into(),
+            name: offer.spec.name.clone(),
+            code: refusal.code,
+            reason: refusal.reason,
+            hint: refusal.hint,
+        })
+}
+
+fn memory(offer: &Offer, host: &Host<'_>) -> Result<(), Refusal> {
+    let needed = offer.ram_bytes.saturating_add(QEMU_OVERHEAD);
+    if needed <= host.memory {
+        return Ok(());
+    }
+    let mib = |bytes: u64| bytes >> 20;
+    refuse(
+        Code::NoMemory,
+        format!("it needs {} MiB and only {} MiB may be used there", mib(needed), mib(host.memory)),
+        "free memory there, or lower reserved_memory in that agent's configuration",
+    )
+}
+
+fn machine(offer: &Offer, host: &Host<'_>) -> Result<(), Refusal> {
+    let known = |machine: &vmferry_qemu::Machine| {
+        machine.name == offer.machine || machine.alias.as_deref() == Some(offer.machine.as_str())
+    };
+    if host.qemu.machines.iter().any(known) {
+        return Ok(());
+    }
+    refuse(
+        Code::NoMachine,
+        format!("its QEMU {} lacks the machine type {}", host.qemu.version, offer.machine),
+        "install a QEMU there that is at least as new as the one the VM was started with",
+    )
+}
+
+fn accelerator(offer: &Offer, host: &Host<'_>) -> Result<(), Refusal> {
+    match (offer.accelerator.as_str(), host.accel) {
+        ("kvm", Accel::Tcg { why }) => refuse(
+            Code::NoAccelerator,
+            format!("the guest runs under KVM, which does not work there ({why})"),
+            "a running guest cannot change its accelerator",
+        ),
+        _ => Ok(()),
+    }
+}
+
+fn cpu(command: &CommandLine, host: &Host<'_>) -> Result<(), Refusal> {
+    let Some(model) = command.cpu_model() else { return Ok(()) };
+    let Some(known) = host.qemu.cpus.iter().find(|cpu| cpu.name == model) else {
+        return refuse(
+            Code::NoCpu,
+            format!("its QEMU {} lacks the CPU model {model}", host.qemu.version),
+            "use a QEMU there that is at least as new, or a CPU model that both have",
+        );
+    };
+    if matches!(host.accel, Accel::Kvm) && !known.unavailable.is_empty() {
+        return refuse(
+            Code::NoCpu,
+            format!("its processor lacks features of the CPU model {model}: {}", known.unavailable.join(", ")),
+            "start the VM with a CPU model that all hosts have",
+        );
+    }
+    Ok(())
+}
+
+fn files(offer: &Offer, command: &CommandLine) -> Result<(), Refusal> {
+    for file in command.files() {
+        let path = offer.spec.cwd.join(&file.path);
+        if matches!(file.kind, FileKind::Ram) {
+            continue;
+        }
+        if let Err(error) = std::fs::metadata(&path) {
+            return refuse(
+                Code::NoFile,
+                format!("{} ({}) cannot be used there: {error}", path.display(), file.option),
+                "put the file there, at the same path",
+            );
+        }
+    }
+    Ok(())
+}
+
+fn disks(offer: &Offer, command: &CommandLine) -> Result<(), Refusal> {
+    if offer.disks_are_shared {
+        return Ok(());
+    }
+    if let Some(disk) = command.remote_disks().into_iter().find(|disk| is_of_this_host(disk)) {
+        return refuse(
+            Code::DiskNotShared,
+            format!("the disk {disk} is served by the source itself"),
+            "serve it under an address that means the same on both hosts; if it does, say --disks-are-shared",
+        );
+    }
+    for disk in &offer.disks {
+        if is_block_device(disk) {
+            return refuse(
+                Code::DiskNotShared,
+                format!("nothing tells that {} is the same disk on both hosts", disk.display()),
+                "if you know that it is, say --disks-are-shared",
+            );
+        }
+        if !marker_beside(disk, offer.id).is_some_and(|marker| marker.exists()) {
+            return refuse(
+                Code::DiskNotShared,
+                format!("the disk {} is not the same file on both hosts", disk.display()),
+                "put it on storage that both hosts mount; if it is there and the source may not write beside it, \
+                 say --disks-are-shared",
+            );
+        }
+    }
+    Ok(())
+}
+
+/// The address of a disk server means another one on every host.
+fn is_of_this_host(disk: &str) -> bool {
+    ["localhost", "127.", "[::1]", "unix:", "+unix", "path="].iter().any(|own| disk.contains(own))
+}
+
+fn is_block_device(path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|it| it.file_type().is_block_device())
+}
+
+/// Memory that could be used without swapping, in bytes.
+pub(super) fn available_memory() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    meminfo_available(&text).unwrap_or(0)
+}
+
+fn meminfo_available(text: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    Some(line.trim().trim_end_matches(" kB").parse::<u64>().ok()? << 10)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_server_of_this_host_is_told_from_one_for_all() {
+        for own in ["nbd://localhost/disk", "nbd:127.0.0.1:10809", "nbd:unix:/run/nbd.sock", "nbd+unix:///d?socket=/s"]
+        {
+            assert!(is_of_this_host(own), "{own}");
+        }
+        for shared in ["nbd://storage.example.org/disk", "iscsi://192.0.2.9/iqn/0", "rbd:pool/web1"] {
+            assert!(!is_of_this_host(shared), "{shared}");
+        }
+    }
+
+    #[test]
+    fn available_memory_is_read_from_the_kernels_words() {
+        let text = "MemTotal:       24607360 kB\nMemFree: 1 kB\nMemAvailable:   23000000 kB\n";
+        assert_eq!(meminfo_available(text), Some(23_000_000 << 10));
+        assert!(available_memory() > 1 << 20);
+    }
+}

@@ -1,0 +1,86 @@
+//! QEMU's means for one migration.
+//!
+//! Which of QEMU's means are used is decided before the start, because QEMU fixes them then:
+//! - post-copy (and its preempt channel) whenever it is allowed and both sides have it, since it is what makes every
+//!   migration end;
+//! - multifd otherwise. QEMU does both together only since 10.1. Between 8.0 and 10.0 it refuses to; 7.2 accepts, mixes
+//!   its connections up and waits for ever, so trying tells nothing and they are never combined;
+//! - auto-converge, held at one percent until the policy asks for more.
+
+use vmferry_qemu::migration::{OURS, set_capabilities};
+use vmferry_qemu::{Features, Qmp, QmpError};
+
+use super::Setup;
+use crate::error::AgentError;
+
+/// Chooses QEMU's means for one migration; `there` tells which capabilities the destination's QEMU has. Leaves the
+/// source's QEMU set to them.
+pub(crate) async fn choose(
+    qmp: &Qmp,
+    here: &Features,
+    there: impl Fn(&str) -> bool,
+    post_copy: bool,
+) -> Result<Setup, QmpError> {
+    let wanted = means(here, there, post_copy);
+    set_capabilities(qmp, here.capabilities(), &wanted).await?;
+    Ok(setup(&wanted))
+}
+
+/// What both QEMUs have and that goes together.
+pub(crate) fn means(here: &Features, there: impl Fn(&str) -> bool, post_copy: bool) -> Vec<&'static str> {
+    let both = |name: &&str| here.has_capability(name) && there(name);
+    let copy: &[&str] = match post_copy && both(&"postcopy-ram") {
+        true => &["postcopy-ram", "postcopy-preempt"],
+        false => &["multifd"],
+    };
+    ["events", "return-path", "auto-converge"].iter().chain(copy).copied().filter(both).collect()
+}
+
+fn setup(wanted: &[&str]) -> Setup {
+    let channels = match wanted.contains(&"multifd") {
+        true => std::thread::available_parallelism().map_or(2, |cores| (cores.get() / 2).clamp(2, 8) as u8),
+        false => 0,
+    };
+    Setup { capabilities: wanted.iter().map(ToString::to_string).collect(), channels, ..Setup::default() }
+}
+
+/// Refuses what a source may not have the destination's QEMU set to: only a measuring guest's is set to more than ours,
+/// and nobody's to other protection.
+pub(crate) fn check_offered(setup: &Setup, measuring: bool) -> Result<(), AgentError> {
+    let refuse = |what: String| {
+        Err(AgentError::BadRequest { message: format!("{what} is not for a source to set"), hint: None })
+    };
+    let protection = setup.parameters.keys().find(|name| name.starts_with("tls"));
+    if let Some(name) = protection.or(setup.parameters.keys().next().filter(|_| !measuring)) {
+        return refuse(format!("QEMU's migration parameter {name}"));
+    }
+    match setup.capabilities.iter().find(|name| !OURS.contains(&name.as_str())) {
+        Some(name) if !measuring => refuse(format!("QEMU's migration capability {name}")),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_source_sets_nothing_but_what_is_ours_unless_it_measures_and_never_the_protection() {
+        let with = |capability: &str, parameter: Option<&str>| Setup {
+            capabilities: vec!["multifd".into(), capability.into()],
+            channels: 2,
+            parameters: parameter.into_iter().map(|name| (name.to_owned(), "".into())).collect(),
+        };
+        assert!(check_offered(&with("postcopy-ram", None), false).is_ok());
+        assert!(check_offered(&with("mapped-ram", None), false).is_err());
+        assert!(check_offered(&with("events", Some("xbzrle-cache-size")), false).is_err());
+        assert!(check_offered(&with("xbzrle", Some("xbzrle-cache-size")), true).is_ok());
+        assert!(check_offered(&with("events", Some("tls-creds")), true).is_err());
+    }
+
+    #[test]
+    fn channels_are_only_for_multifd() {
+        assert_eq!(setup(&["postcopy-ram"]).channels, 0);
+        assert!((2..=8).contains(&setup(&["multifd"]).channels));
+    }
+}

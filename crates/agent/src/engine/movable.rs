@@ -1,0 +1,46 @@
+//! What the agents would move of a VM; or why they cannot.
+
+use vmferry_api::in_one_line;
+use vmferry_qemu::{QmpError, RamBackend, RamLayout};
+use vmferry_ram::Backend;
+
+use crate::error::AgentError;
+use crate::host::{Host, Vm};
+
+/// What the agents would move of this VM; or why they cannot.
+pub(crate) async fn movable(host: &Host, vm: &Vm) -> Result<Result<Vec<Backend>, String>, AgentError> {
+    if let Some(why) = host.external_obstacle() {
+        return Ok(Err(why));
+    }
+    let layout = vmferry_qemu::ram_backends(&vm.qmp).await?;
+    if let Some(first) = vmferry_qemu::external_obstacles(&vm.qmp, &layout).await?.into_iter().next() {
+        return Ok(Err(first.to_string()));
+    }
+    match vmferry_qemu::uses_direct_io(&vm.qmp).await? {
+        true => Ok(Err(DIRECT_IO.into())),
+        false => Ok(Ok(backends(layout))),
+    }
+}
+
+/// Whether the agents have the means to bring this VM's migration to an end whatever the guest writes; or why not.
+pub(crate) async fn ends(vm: &Vm, post_copy: bool) -> Result<(), String> {
+    if post_copy {
+        return Ok(());
+    }
+    let pid = vm.pid;
+    let tried = tokio::task::spawn_blocking(move || vmferry_ram::can_pace(pid)).await.expect("trying does not panic");
+    tried.map_err(|error| format!("without post-copy its writes must be paced: {}", in_one_line(&error)))
+}
+
+/// A disk's controller writes into RAM when it is done, and only the beginning is noticed.
+const DIRECT_IO: &str = "a disk goes around the host's cache (cache=none), and what is read from it cannot be tracked";
+
+/// What there is to move.
+pub(crate) async fn backends_of(vm: &Vm) -> Result<Vec<Backend>, QmpError> {
+    Ok(backends(vmferry_qemu::ram_backends(&vm.qmp).await?))
+}
+
+fn backends(layout: RamLayout) -> Vec<Backend> {
+    let backend = |it: RamBackend| Backend { id: it.id, size: it.size, address: it.address };
+    layout.backends.into_iter().map(backend).collect()
+}

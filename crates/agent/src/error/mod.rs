@@ -1,0 +1,288 @@
+//! What can go wrong in an agent, and how it is told: every error has a code that programs can match, a message in
+//! plain words, and, where there is something to do about it, a hint.
+
+use std::path::PathBuf;
+
+use vmferry_api::trial::BadTrial;
+use vmferry_api::{Code, Problem, in_one_line};
+use vmferry_link::LinkDown;
+use vmferry_qemu::{CommandLineError, LaunchError, ProbeError, QmpError, StreamTlsError};
+use vmferry_ram::RamError;
+
+mod engine;
+mod peer;
+
+pub use engine::EngineError;
+pub use peer::{API, PeerError};
+
+/// An error of the agent. The message says what is wrong; the chain of sources says why.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// No VM of that name.
+    #[error("there is no VM named {name} on this host")]
+    UnknownVm {
+        /// The name asked for.
+        name: String,
+    },
+    /// The name is taken.
+    #[error("a VM named {name} exists on {host}")]
+    VmExists {
+        /// The name.
+        name: String,
+        /// The host that has it.
+        host: String,
+    },
+    /// Something the user gave cannot be used.
+    #[error("{message}")]
+    BadRequest {
+        /// What is wrong with it.
+        message: String,
+        /// What to do.
+        hint: Option<String>,
+    },
+    /// The VM is in a state in which that cannot be done.
+    #[error("{message}")]
+    Conflict {
+        /// What stands in the way.
+        message: String,
+        /// What to do.
+        hint: Option<String>,
+    },
+    /// Later it may be different.
+    #[error("wait for {what}")]
+    Busy {
+        /// What keeps it.
+        what: String,
+    },
+    /// A migration of this VM is under way.
+    #[error("{name} is being migrated")]
+    MigrationRuns {
+        /// The VM.
+        name: String,
+    },
+    /// The user's limits make no sense.
+    #[error("{message}")]
+    BadLimit {
+        /// Which, and what is allowed.
+        message: String,
+    },
+    /// This VM cannot be migrated.
+    #[error("{name} cannot be migrated: {reason}")]
+    NotMigratable {
+        /// The VM.
+        name: String,
+        /// Why, in QEMU's words or ours.
+        reason: String,
+        /// What to do.
+        hint: Option<String>,
+    },
+    /// The destination cannot take the VM.
+    #[error("{host} cannot take {name}: {reason}")]
+    Unsuitable {
+        /// The destination.
+        host: String,
+        /// The VM.
+        name: String,
+        /// Which requirement is not met.
+        code: Code,
+        /// Why.
+        reason: String,
+        /// What to do.
+        hint: Option<String>,
+    },
+    /// Whoever asks is not a peer.
+    #[error("{host} is not paired with this host")]
+    NotPaired {
+        /// Who was asked.
+        host: String,
+    },
+    /// Whoever asks did not begin this migration.
+    #[error("that migration is not yours")]
+    NotYours,
+    /// Somebody came with a token that is not valid.
+    #[error("the join token is not valid any more: it was used, or has expired")]
+    BadToken,
+    /// No peer of that name.
+    #[error("there is no peer named {name}")]
+    UnknownPeer {
+        /// The name or fingerprint asked for.
+        name: String,
+    },
+    /// The other host's guests would travel without encryption, and this host's configuration does not want that.
+    #[error("{host} does not send or take guests unencrypted")]
+    PlainRefused {
+        /// Who was asked.
+        host: String,
+    },
+    /// The other agent could not be reached, or refused.
+    #[error(transparent)]
+    Peer(#[from] PeerError),
+    /// The link to the other agent broke, or could not be made.
+    #[error(transparent)]
+    Link(#[from] LinkDown),
+    /// The migration failed; the guest runs on at the source.
+    #[error("{message}; {name} runs on at the source, unharmed")]
+    MigrationFailed {
+        /// The VM.
+        name: String,
+        /// What happened.
+        message: String,
+    },
+    /// The policy gave up within the user's limits.
+    #[error("gave up: {reason}; {name} runs on at the source, unharmed")]
+    GaveUp {
+        /// The VM.
+        name: String,
+        /// Why.
+        reason: String,
+    },
+    /// The user cancelled.
+    #[error("cancelled; {name} runs on at the source")]
+    Cancelled {
+        /// The VM.
+        name: String,
+    },
+    /// Post-copy could not be finished.
+    #[error("{name} was handed over to {to}, but post-copy could not be finished: {reason}; it may have lost memory")]
+    GuestAtRisk {
+        /// The VM.
+        name: String,
+        /// The destination.
+        to: String,
+        /// Why.
+        reason: String,
+    },
+    /// The source's own QEMU ended.
+    #[error("{name}'s own QEMU ended at the source while it was migrated ({why})")]
+    SourceEnded {
+        /// The VM.
+        name: String,
+        /// What was seen of it.
+        why: String,
+    },
+    /// A migration was to be undone, but could not be yet.
+    #[error("{name} may stand still here: its QEMU does not stop copying ({reason}); the agent goes on trying")]
+    Unsettled {
+        /// The VM.
+        name: String,
+        /// Why.
+        reason: String,
+    },
+    /// No QEMU of that name.
+    #[error("{binary} was not found on {host}")]
+    NoQemu {
+        /// What was looked for.
+        binary: String,
+        /// On which host.
+        host: String,
+    },
+    /// A QEMU command line that cannot be used.
+    #[error(transparent)]
+    CommandLine(#[from] CommandLineError),
+    /// QEMU did not start.
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+    /// QEMU could not be asked what it can do.
+    #[error(transparent)]
+    Probe(#[from] ProbeError),
+    /// QEMU did not do what it was told.
+    #[error(transparent)]
+    Qmp(#[from] QmpError),
+    /// QEMU's streams cannot be encrypted.
+    #[error(transparent)]
+    StreamTls(#[from] StreamTlsError),
+    /// Copying the RAM failed.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// A guest's RAM cannot be received.
+    #[error("cannot receive the guest's RAM")]
+    Ram(#[from] RamError),
+    /// The journal cannot be read or written.
+    #[error("the agent's journal cannot be used")]
+    Store(#[from] rusqlite::Error),
+    /// A file or folder cannot be used.
+    #[error("cannot use {path}")]
+    Io {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+impl AgentError {
+    /// An [`AgentError::Io`] of this path.
+    pub fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io { path, source }
+    }
+
+    fn code(&self) -> Code {
+        match self {
+            Self::UnknownVm { .. } => Code::UnknownVm,
+            Self::VmExists { .. } => Code::VmExists,
+            Self::BadRequest { .. } | Self::CommandLine(_) => Code::BadRequest,
+            Self::Conflict { .. } => Code::Conflict,
+            Self::Busy { .. } => Code::Busy,
+            Self::MigrationRuns { .. } => Code::MigrationRuns,
+            Self::BadLimit { .. } => Code::BadLimit,
+            Self::NotMigratable { .. } => Code::NotMigratable,
+            Self::Unsuitable { code, .. } => *code,
+            Self::NotPaired { .. } | Self::NotYours => Code::NotPaired,
+            Self::BadToken => Code::BadToken,
+            Self::UnknownPeer { .. } => Code::UnknownPeer,
+            Self::PlainRefused { .. } => Code::PlainRefused,
+            Self::Peer(error) => error.code(),
+            Self::Link(_) => Code::Unreachable,
+            Self::MigrationFailed { .. } | Self::Engine(_) | Self::Ram(_) => Code::MigrationFailed,
+            Self::GaveUp { .. } => Code::GaveUp,
+            Self::Cancelled { .. } => Code::Cancelled,
+            Self::GuestAtRisk { .. } | Self::Unsettled { .. } => Code::GuestAtRisk,
+            Self::NoQemu { .. } => Code::NoQemu,
+            Self::Launch(_) | Self::Probe(_) | Self::Qmp(_) | Self::StreamTls(_) | Self::SourceEnded { .. } => {
+                Code::QemuFailed
+            }
+            Self::Store(_) | Self::Io { .. } => Code::Internal,
+        }
+    }
+
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::UnknownVm { .. } => Some("`vmferry list` shows the VMs of this host".into()),
+            Self::VmExists { .. } => Some("choose another name, or stop that VM first".into()),
+            Self::BadRequest { hint, .. }
+            | Self::Conflict { hint, .. }
+            | Self::NotMigratable { hint, .. }
+            | Self::Unsuitable { hint, .. } => hint.clone(),
+            Self::MigrationRuns { name } => Some(format!("wait for it, or cancel it with `vmferry cancel {name}`")),
+            Self::NotPaired { .. } => {
+                Some("pair the two: `vmferry pair` on one makes a token for `vmferry pair TOKEN` on the other".into())
+            }
+            Self::BadToken => Some("make a new one with `vmferry pair`".into()),
+            Self::UnknownPeer { .. } => Some("`vmferry peers` lists them".into()),
+            Self::PlainRefused { .. } => {
+                Some("set security = \"plain\" for the network in the agents' configurations, on both hosts".into())
+            }
+            Self::Peer(error) => error.hint(),
+            Self::GuestAtRisk { name, .. } => Some(format!("see `vmferry show {name}` there")),
+            Self::NoQemu { .. } => Some("install QEMU there, or name its folder in the agent's qemu_dirs".into()),
+            _ => None,
+        }
+    }
+}
+
+impl From<BadTrial> for AgentError {
+    fn from(BadTrial(message): BadTrial) -> Self {
+        Self::BadLimit { message }
+    }
+}
+
+impl From<&AgentError> for Problem {
+    fn from(error: &AgentError) -> Self {
+        if let AgentError::Peer(PeerError::Refused { problem, .. }) = error {
+            return problem.clone();
+        }
+        Problem { code: error.code(), message: in_one_line(error), hint: error.hint() }
+    }
+}

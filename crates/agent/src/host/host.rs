@@ -1,0 +1,185 @@
+//! What an agent knows of its host, and what everything else needs of it.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::time::Duration;
+
+use tokio::sync::Semaphore;
+use vmferry_api::in_one_line;
+use vmferry_link::{Authority, CipherSpeed, Identity, Sessions, measure_ciphers};
+
+use super::qemus::Qemus;
+use super::vm::{Stage, Vm};
+use crate::config::Config;
+use crate::error::AgentError;
+use crate::journal::{Store, VmRecord};
+
+/// How long a switchover takes besides its pages while none was seen.
+const SWITCHOVER: Duration = Duration::from_millis(40);
+/// How many VMs' switchovers are remembered.
+const KEPT_SWITCHOVERS: usize = 4096;
+/// How many trials an agent serves at a time.
+pub(crate) const MOST_TRIALS: usize = 4;
+
+/// What this agent proves to be, and who vouches for others.
+pub(crate) struct Trusts {
+    /// Its own key and certificate.
+    pub(crate) identity: Arc<Identity>,
+    /// Whoever it vouches for is as good as paired.
+    pub(crate) authority: Option<Authority>,
+}
+
+/// Whoever has more to do with this host's VMs than to run them.
+pub(crate) trait Follower: Send + Sync {
+    /// The agent has taken hold of this one.
+    fn taken(&self, host: &Arc<Host>, vm: &Arc<Vm>);
+
+    /// This one is gone.
+    fn forgotten(&self, vm: &Vm);
+}
+
+/// One host, its VMs and what they need.
+pub(crate) struct Host {
+    /// How its agent was set up.
+    pub(crate) config: Config,
+    /// Its journal.
+    pub(crate) store: Store,
+    /// What its agent proves to be, and who vouches for others.
+    pub(crate) trusts: Trusts,
+    /// Where other agents are served.
+    pub(crate) listens: Option<SocketAddr>,
+    /// Links whose streams are expected.
+    pub(crate) sessions: Sessions,
+    /// Its QEMU binaries.
+    pub(crate) qemus: Qemus,
+    /// Places for trials of the link.
+    pub(crate) trials: Arc<Semaphore>,
+    /// How fast each cipher is on this host.
+    ciphers: Vec<CipherSpeed>,
+    /// Whether its agent can move RAM itself, once that was tried.
+    external: OnceLock<Result<(), String>>,
+    follower: OnceLock<Box<dyn Follower>>,
+    state: Mutex<State>,
+}
+
+/// What changes.
+#[derive(Default)]
+pub(super) struct State {
+    pub(super) vms: BTreeMap<String, Arc<Vm>>,
+    /// Names of VMs that are being started.
+    reserved: HashSet<String>,
+    /// How long the last switchover of a VM took besides its pages; and whether that was one to post-copy.
+    switchovers: HashMap<(String, bool), Duration>,
+}
+
+/// A name that nobody else can take while this lives.
+pub(crate) struct ReservedName<'a> {
+    host: &'a Host,
+    name: String,
+}
+
+impl Drop for ReservedName<'_> {
+    fn drop(&mut self) {
+        self.host.state().reserved.remove(&self.name);
+    }
+}
+
+impl Host {
+    /// With nothing running on it yet.
+    pub(crate) fn new(
+        config: Config,
+        store: Store,
+        trusts: Trusts,
+        listens: Option<SocketAddr>,
+        sessions: Sessions,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            qemus: Qemus::new(&config.name, &config.qemu_dirs),
+            config,
+            store,
+            trusts,
+            listens,
+            sessions,
+            ciphers: measure_ciphers(),
+            trials: Arc::new(Semaphore::new(MOST_TRIALS)),
+            external: OnceLock::new(),
+            follower: OnceLock::new(),
+            state: Mutex::default(),
+        })
+    }
+
+    /// Tells this one of all VMs from now on; only the first that is named is told.
+    pub(crate) fn tell(&self, follower: Box<dyn Follower>) {
+        if self.follower.set(follower).is_err() {
+            unreachable!("a host has one follower");
+        }
+    }
+
+    pub(super) fn follower(&self) -> Option<&dyn Follower> {
+        self.follower.get().map(AsRef::as_ref)
+    }
+
+    /// The ciphers that may be used with this address, and how fast they are here.
+    pub(crate) fn ciphers_for(&self, address: IpAddr) -> Vec<CipherSpeed> {
+        let only = self.config.network_of(address).and_then(|network| network.cipher.0);
+        self.ciphers.iter().filter(|it| only.is_none_or(|only| only == it.cipher)).copied().collect()
+    }
+
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("no holder of this lock panics")
+    }
+
+    pub(crate) fn vm(&self, name: &str) -> Result<Arc<Vm>, AgentError> {
+        self.state().vms.get(name).cloned().ok_or_else(|| AgentError::UnknownVm { name: name.into() })
+    }
+
+    pub(crate) fn vms(&self) -> Vec<Arc<Vm>> {
+        self.state().vms.values().cloned().collect()
+    }
+
+    pub(crate) fn has_vm(&self, name: &str) -> bool {
+        self.state().vms.get(name).is_some_and(|vm| !matches!(vm.stage(), Stage::Ended(_)))
+    }
+
+    pub(crate) fn reserve_name(&self, name: &str) -> Result<ReservedName<'_>, AgentError> {
+        let exists = self.has_vm(name);
+        let mut state = self.state();
+        if exists || !state.reserved.insert(name.into()) {
+            return Err(AgentError::VmExists { name: name.into(), host: self.config.name.clone() });
+        }
+        Ok(ReservedName { host: self, name: name.into() })
+    }
+
+    /// How long a switchover of this VM takes besides its pages: as long as its last one from here, or any VM's.
+    pub(crate) fn switchover_time(&self, vm: &str, post_copy: bool) -> Duration {
+        let known = &self.state().switchovers;
+        let longest = || known.iter().filter(|((_, kind), _)| *kind == post_copy).map(|(_, time)| *time).max();
+        known.get(&(vm.to_owned(), post_copy)).copied().or_else(longest).unwrap_or(SWITCHOVER)
+    }
+
+    pub(crate) fn note_switchover(&self, vm: &str, post_copy: bool, time: Duration) {
+        let mut state = self.state();
+        if state.switchovers.len() >= KEPT_SWITCHOVERS {
+            state.switchovers.clear();
+        }
+        state.switchovers.insert((vm.into(), post_copy), time);
+    }
+
+    /// Why this agent cannot move RAM itself; found out by trying, once.
+    pub(crate) fn external_obstacle(&self) -> Option<String> {
+        let tried = self.external.get_or_init(|| vmferry_ram::support().map_err(|why| in_one_line(&why)));
+        tried.clone().err()
+    }
+
+    /// A QEMU of that name is on record and lives, whether or not it answers.
+    pub(crate) fn lives(&self, name: &str) -> bool {
+        matches!(self.living(name), Ok(Some(_)))
+    }
+
+    /// The record of a QEMU of that name that lives, whether or not it answers.
+    pub(crate) fn living(&self, name: &str) -> Result<Option<VmRecord>, AgentError> {
+        let is_it = |it: &VmRecord| it.spec.name == name && vmferry_qemu::is_same_process(it.pid, it.start_time);
+        Ok(self.store.vms()?.into_iter().find(is_it))
+    }
+}

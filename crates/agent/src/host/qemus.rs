@@ -1,0 +1,102 @@
+//! The QEMU binaries of this host, and what they turned out to be able to do.
+
+use std::collections::HashMap;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime};
+
+use vmferry_api::in_one_line;
+use vmferry_qemu::{Accel, CommandLine, Features, QemuInfo};
+
+use super::vm::Vm;
+use crate::error::AgentError;
+
+/// A trial of KVM can fail because the host was busy.
+const TRY_KVM_AGAIN: Duration = Duration::from_secs(300);
+
+/// See the module's text.
+pub(crate) struct Qemus {
+    /// What the host calls itself.
+    host: String,
+    /// Searched before `PATH`.
+    dirs: Vec<PathBuf>,
+    probed: tokio::sync::Mutex<Probed>,
+}
+
+/// What QEMU binaries turned out to be able to do; asked once a binary and version of it.
+#[derive(Default)]
+struct Probed {
+    accelerators: HashMap<PathBuf, (Accel, Instant)>,
+    infos: HashMap<(PathBuf, Option<SystemTime>, bool), QemuInfo>,
+}
+
+impl Qemus {
+    /// Of the host of this name; nothing is asked yet.
+    pub(super) fn new(host: &str, dirs: &[PathBuf]) -> Self {
+        Self { host: host.into(), dirs: dirs.to_vec(), probed: tokio::sync::Mutex::default() }
+    }
+
+    pub(crate) fn find_qemu(&self, command: &CommandLine) -> Result<PathBuf, AgentError> {
+        self.find_binary(command.binary())
+    }
+
+    pub(crate) fn find_binary(&self, binary: &str) -> Result<PathBuf, AgentError> {
+        let path = std::env::var_os("PATH").unwrap_or_else(|| OsString::from("/usr/local/bin:/usr/bin:/bin"));
+        vmferry_qemu::find_binary(binary, &self.dirs, &path)
+            .ok_or_else(|| AgentError::NoQemu { binary: binary.into(), host: self.host.clone() })
+    }
+
+    /// Asks this architecture's QEMU before it is needed, or the first migration would wait for it.
+    pub(crate) async fn learn_qemu(&self) {
+        let binary = format!("qemu-system-{}", std::env::consts::ARCH);
+        let learned = async {
+            let binary = self.find_binary(&binary)?;
+            self.qemu_info(&binary, &self.accelerator(&binary).await).await
+        };
+        if let Err(error) = learned.await {
+            tracing::warn!(error = in_one_line(&error), "cannot tell what QEMU can do here");
+        }
+    }
+
+    /// What a VM's QEMU can do, and whether it can encrypt its streams. It is asked itself only when its binary was
+    /// replaced since: the answer is so long that QEMU leaves its guest waiting for some tenths of a second.
+    pub(crate) async fn features_of(&self, vm: &Vm) -> Result<(Features, bool), AgentError> {
+        let same_build = async {
+            let binary = self.find_qemu(&CommandLine::parse(&vm.spec.argv)?)?;
+            let info = self.qemu_info(&binary, &self.accelerator(&binary).await).await?;
+            Ok::<_, AgentError>(Some(info).filter(|info| info.build == vm.facts.qemu_build))
+        };
+        match same_build.await {
+            Ok(Some(info)) => Ok((info.features, info.tls)),
+            // Whether it can encrypt is seen when it is told to.
+            _ => Ok((Features::probe(&vm.qmp).await?, true)),
+        }
+    }
+
+    /// Whether KVM works with this QEMU; where it did not, that is tried again after a while.
+    pub(crate) async fn accelerator(&self, binary: &Path) -> Accel {
+        let mut probed = self.probed.lock().await;
+        if let Some((known, tried)) = probed.accelerators.get(binary)
+            && (*known == Accel::Kvm || tried.elapsed() < TRY_KVM_AGAIN)
+        {
+            return known.clone();
+        }
+        let found = vmferry_qemu::try_kvm(binary).await;
+        tracing::info!(binary = %binary.display(), accelerator = %found, "tried KVM");
+        probed.accelerators.insert(binary.into(), (found.clone(), Instant::now()));
+        found
+    }
+
+    /// What this QEMU can do, asked once a version.
+    pub(crate) async fn qemu_info(&self, binary: &Path, accel: &Accel) -> Result<QemuInfo, AgentError> {
+        let changed = std::fs::metadata(binary).and_then(|it| it.modified()).ok();
+        let key = (binary.to_owned(), changed, matches!(accel, Accel::Kvm));
+        let mut probed = self.probed.lock().await;
+        if let Some(known) = probed.infos.get(&key) {
+            return Ok(known.clone());
+        }
+        let info = vmferry_qemu::probe_qemu(binary, accel).await?;
+        probed.infos.insert(key, info.clone());
+        Ok(info)
+    }
+}

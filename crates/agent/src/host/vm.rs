@@ -1,0 +1,294 @@
+//! A VM: one QEMU process of this host, its monitor and its console.
+
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::time::Duration;
+
+use uuid::Uuid;
+use vmferry_api::{EngineName, VmSpec, VmView};
+use vmferry_qemu::qmp::commands;
+use vmferry_qemu::{Qmp, QmpError, RunState};
+
+use super::attendance::Attendance;
+use super::console::Console;
+use crate::journal::VmRecord;
+
+/// How long a QEMU that was told to quit, or to end, may take before it is killed.
+pub(crate) const GRACE: Duration = Duration::from_secs(5);
+/// How much of QEMU's log tells why it ended, in bytes.
+const LAST_WORDS: usize = 600;
+/// How long QMP may take to answer when a VM is only looked at.
+pub(crate) const GLANCE: Duration = Duration::from_secs(1);
+
+/// What the agent is doing with a VM, beyond running it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Stage {
+    /// This host owns the guest and nothing is under way.
+    Owned,
+    /// It receives a guest that the source still owns.
+    Incoming(Uuid),
+    /// A migration is planned, which touches nothing.
+    Planning,
+    /// It is being shut down.
+    Stopping,
+    /// It is being migrated away.
+    Migrating(Uuid),
+    /// It was handed over, but the destination could not be asked whether it took it; the guest is paused.
+    InDoubt(Uuid),
+    /// The guest runs on the destination; what is left here serves post-copy or is about to go.
+    Left(Uuid),
+    /// The guest was handed over, but its post-copy could not be finished: the destination may lack memory that only
+    /// this QEMU has.
+    Stranded,
+    /// Its QEMU ended without being asked to.
+    Ended(String),
+}
+
+impl Stage {
+    /// A migration has the say over it.
+    pub(crate) fn is_migration(&self) -> bool {
+        matches!(self, Self::Incoming(_) | Self::Planning | Self::Migrating(_) | Self::InDoubt(_) | Self::Left(_))
+    }
+}
+
+/// What does not change while a VM lives.
+#[derive(Clone, Debug)]
+pub(crate) struct Facts {
+    /// QEMU's version.
+    pub(crate) qemu_version: String,
+    /// The same with what its distribution adds: tells one build from another.
+    pub(crate) qemu_build: String,
+    /// The exact machine type, such as `pc-q35-7.2`.
+    pub(crate) machine: String,
+    /// Guest RAM, in bytes, with what was plugged in later.
+    pub(crate) ram_bytes: u64,
+}
+
+/// See the module's text.
+pub(crate) struct Vm {
+    /// How it is started.
+    pub(crate) spec: VmSpec,
+    /// Its QEMU process.
+    pub(crate) pid: u32,
+    /// When that process started, in clock ticks since boot.
+    pub(crate) start_time: u64,
+    /// Its monitor.
+    pub(crate) qmp: Qmp,
+    /// Where its sockets, pidfile and log are.
+    pub(crate) dir: PathBuf,
+    /// `kvm` or `tcg`.
+    pub(crate) accelerator: String,
+    /// What does not change.
+    pub(crate) facts: Facts,
+    /// Of a measuring guest.
+    pub(crate) attendance: Attendance,
+    console: Option<Console>,
+    stage: Mutex<Stage>,
+}
+
+impl Vm {
+    /// Takes hold of a QEMU that runs: asks it for its facts and connects to its console.
+    pub(crate) async fn attach(record: &VmRecord, qmp: Qmp, dir: PathBuf) -> Result<Self, QmpError> {
+        let facts = Facts::ask(&qmp).await?;
+        let socket = dir.join("console.sock");
+        let console = match socket.exists() {
+            true => Console::open(&socket)
+                .await
+                .inspect_err(|error| tracing::warn!(vm = record.spec.name, %error, "no console"))
+                .ok(),
+            false => None,
+        };
+        let stage = match record.incoming {
+            Some(id) => Stage::Incoming(id),
+            None if record.stranded => Stage::Stranded,
+            None => Stage::Owned,
+        };
+        Ok(Self {
+            spec: record.spec.clone(),
+            pid: record.pid,
+            start_time: record.start_time,
+            accelerator: record.accelerator.clone(),
+            qmp,
+            dir,
+            facts,
+            attendance: Attendance::default(),
+            console,
+            stage: Mutex::new(stage),
+        })
+    }
+
+    /// Its name.
+    pub(crate) fn name(&self) -> &str {
+        &self.spec.name
+    }
+
+    /// Its console, if the agent has it.
+    pub(crate) fn console(&self) -> Option<&Console> {
+        self.console.as_ref()
+    }
+
+    /// What is being done with it.
+    pub(crate) fn stage(&self) -> Stage {
+        self.lock_stage().clone()
+    }
+
+    /// Says what is being done with it.
+    pub(crate) fn set_stage(&self, stage: Stage) {
+        *self.lock_stage() = stage;
+    }
+
+    fn lock_stage(&self) -> std::sync::MutexGuard<'_, Stage> {
+        self.stage.lock().expect("no holder of this lock panics")
+    }
+
+    /// The process is still the one that was started.
+    pub(crate) fn is_alive(&self) -> bool {
+        vmferry_qemu::is_same_process(self.pid, self.start_time)
+    }
+
+    /// The end of what QEMU wrote to its log, in one line.
+    pub(crate) fn last_words(&self) -> Option<String> {
+        let log = std::fs::read(self.dir.join("qemu.log")).ok()?;
+        let tail = String::from_utf8_lossy(&log[log.len().saturating_sub(LAST_WORDS)..]).into_owned();
+        let lines: Vec<&str> = tail.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+        (!lines.is_empty()).then(|| lines[lines.len().saturating_sub(3)..].join("; "))
+    }
+
+    /// Tells QEMU to quit, and ends it when it does not.
+    pub(crate) async fn quit(&self) {
+        if let Err(error) = self.qmp.execute(commands::Quit {}).await {
+            tracing::debug!(vm = self.name(), %error, "quit was not answered");
+        }
+        if tokio::time::timeout(GRACE, self.qmp.closed()).await.is_err() {
+            tracing::warn!(vm = self.name(), pid = self.pid, "its QEMU does not quit and is killed");
+        }
+        vmferry_qemu::kill_process(self.pid, self.start_time, GRACE).await;
+    }
+
+    /// The VM as a user sees it now.
+    pub(crate) async fn view(&self, engine: EngineName) -> VmView {
+        let (state, detail, migration) = match self.stage() {
+            Stage::Owned | Stage::Planning | Stage::Stopping => {
+                let (state, detail) = self.run_state_in_words().await;
+                (state, detail, None)
+            }
+            Stage::Incoming(id) => ("incoming".into(), Some("the source owns the guest".into()), Some(id)),
+            Stage::Migrating(id) => ("migrating".into(), Some("the guest runs here".into()), Some(id)),
+            Stage::Left(id) => ("leaving".into(), Some("the guest runs on the destination".into()), Some(id)),
+            Stage::InDoubt(id) => (
+                "in-doubt".into(),
+                Some("handed over, but the destination does not answer whether it took it; paused here".into()),
+                Some(id),
+            ),
+            Stage::Stranded => (
+                "stranded".into(),
+                Some("the guest runs on the destination, but not all of its memory could follow".into()),
+                None,
+            ),
+            Stage::Ended(why) => ("ended".into(), Some(why), None),
+        };
+        VmView {
+            name: self.name().into(),
+            state,
+            detail,
+            pid: self.pid,
+            ram_bytes: self.facts.ram_bytes,
+            argv: self.spec.argv.clone(),
+            qemu_version: Some(self.facts.qemu_version.clone()),
+            machine: Some(self.facts.machine.clone()),
+            accelerator: Some(self.accelerator.clone()),
+            adopted: self.spec.adopted,
+            console: self.console.is_some(),
+            engine: engine.to_string(),
+            external_obstacle: None,
+            migration,
+        }
+    }
+
+    async fn run_state_in_words(&self) -> (String, Option<String>) {
+        match self.qmp.execute_within(commands::QueryStatus {}, GLANCE).await {
+            Ok(status) => (status.status.to_string(), None),
+            Err(error) => ("unknown".into(), Some(error.to_string())),
+        }
+    }
+
+    /// Whether the guest runs, or would run if the host let it; and the state in QEMU's word.
+    pub(crate) async fn run_state(&self) -> Result<RunState, QmpError> {
+        Ok(self.qmp.execute(commands::QueryStatus {}).await?.status)
+    }
+}
+
+impl Facts {
+    async fn ask(qmp: &Qmp) -> Result<Self, QmpError> {
+        let version = qmp.execute(commands::QueryVersion {}).await?;
+        let memory = qmp.execute(commands::QueryMemorySizeSummary {}).await?;
+        let machine = qmp
+            .execute(commands::QomGet { path: "/machine".into(), property: "type".into() })
+            .await?
+            .as_str()
+            .unwrap_or_default()
+            .trim_end_matches("-machine")
+            .to_owned();
+        Ok(Self {
+            qemu_version: version.to_string(),
+            qemu_build: version.build(),
+            machine,
+            ram_bytes: memory.base_memory + memory.plugged_memory.unwrap_or(0),
+        })
+    }
+}
+
+/// A VM that is claimed for something that may not come off: given back when this goes, unless it is kept.
+pub(crate) struct Claim<'a> {
+    vm: &'a Vm,
+    then: Stage,
+}
+
+impl<'a> Claim<'a> {
+    /// Claims an idle VM to do this with it; otherwise tells what is being done already.
+    pub(crate) fn take(vm: &'a Vm, what: Stage) -> Result<Self, Stage> {
+        let mut stage = vm.lock_stage();
+        if *stage != Stage::Owned {
+            return Err(stage.clone());
+        }
+        *stage = what;
+        Ok(Self { vm, then: Stage::Owned })
+    }
+
+    /// It came off: this is what is done with it from now on.
+    pub(crate) fn keep(mut self, stage: Stage) {
+        self.then = stage;
+    }
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        self.vm.set_stage(self.then.clone());
+    }
+}
+
+/// Whether this can name a VM: it becomes a folder's name and stands in commands.
+pub(crate) fn is_valid_name(name: &str) -> bool {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    name.len() <= 64 && name.chars().all(allowed) && name.starts_with(|c: char| c.is_ascii_alphanumeric())
+}
+
+/// The pid that QEMU wrote to its pidfile.
+pub(crate) fn pid_from_file(dir: &Path) -> Option<u32> {
+    std::fs::read_to_string(dir.join("qemu.pid")).ok()?.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_valid_name;
+
+    #[test]
+    fn names_that_leave_the_folder_or_start_an_option_are_refused() {
+        for bad in ["", ".", "..", "../web1", "a/b", "-web1", ".web1", "web 1", "wéb", &"x".repeat(65)] {
+            assert!(!is_valid_name(bad), "{bad}");
+        }
+        for good in ["web1", "db-2.example.org", "A_b"] {
+            assert!(is_valid_name(good), "{good}");
+        }
+    }
+}

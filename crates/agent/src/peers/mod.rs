@@ -1,0 +1,14 @@
+//! Other agents: whom this one trusts, what they say to each other, and how.
+
+pub(crate) mod callers;
+mod client;
+pub(crate) mod link_trial;
+pub(crate) mod relay;
+pub(crate) mod trust;
+mod wire;
+
+pub(crate) use client::RELAY_PROTOCOL;
+pub use client::{Answer, Met, Peer};
+pub use wire::{BootFile, CheckReply, IncomingState, Join, Offer, Prepared, TrialAccepted, TrialOffer};
+
+pub use crate::error::{API, PeerError};

@@ -1,0 +1,139 @@
+//! What agents say to each other, beside what the local API says too.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+use uuid::Uuid;
+use vmferry_api::trial::Trial;
+use vmferry_api::{Security, VmSpec};
+use vmferry_link::{CipherSpeed, SessionId, SessionKey};
+
+use crate::engine::{NewSession, Protection, Setup};
+use crate::journal::InStep;
+
+/// Use a join token: said to the agent that made it.
+#[derive(Clone, Serialize, Deserialize, ToSchema)]
+pub struct Join {
+    /// The token's secret.
+    pub secret: String,
+    /// What the host that joins calls itself.
+    pub name: String,
+    /// Where its agent listens.
+    pub port: Option<u16>,
+}
+
+/// A VM that a source would like to hand over.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Offer {
+    /// The migration.
+    pub id: Uuid,
+    /// The source, as it calls itself.
+    pub from: String,
+    /// The VM.
+    pub spec: VmSpec,
+    /// Guest RAM, in bytes.
+    pub ram_bytes: u64,
+    /// The exact machine type.
+    pub machine: String,
+    /// `kvm` or `tcg`.
+    pub accelerator: String,
+    /// The guest runs; otherwise it stays paused.
+    pub running: bool,
+    /// The writable disks, as absolute paths. Beside each, the source has put a marker named after the migration.
+    #[schema(value_type = Vec<String>)]
+    pub disks: Vec<PathBuf>,
+    /// The user vouches for what cannot be proven.
+    pub disks_are_shared: bool,
+    /// What QEMU must be set to; not known yet when this is only a question.
+    pub setup: Setup,
+    /// How what QEMU sends is protected; not known yet when this is only a question. When the agents move the RAM
+    /// themselves, `plain` means their link too, and anything else that it is encrypted.
+    pub protection: Protection,
+    /// The agents move the RAM themselves, over a link with this session.
+    #[serde(default)]
+    pub external: Option<NewSession>,
+}
+
+/// This host could take the VM.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct CheckReply {
+    /// What this host calls itself.
+    pub host: String,
+    /// Its QEMU's version.
+    pub qemu_version: String,
+    /// The migration capabilities its QEMU has.
+    pub capabilities: BTreeSet<String>,
+    /// How guests from the source are to be protected on their way.
+    pub security: Security,
+    /// Its QEMU can encrypt what it receives.
+    pub tls: bool,
+    /// The ciphers that this host allows, and how fast they are here.
+    #[schema(value_type = Vec<Object>)]
+    pub ciphers: Vec<CipherSpeed>,
+    /// Why its agent cannot move RAM itself; none when it can.
+    #[serde(default)]
+    pub external_obstacle: Option<String>,
+}
+
+/// A QEMU waits.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Prepared {
+    /// At which port of this host; none when its connections are relayed. A source takes no more from a destination
+    /// than this: QEMU runs what some addresses name.
+    pub port: Option<u16>,
+    /// What it was set to: less than was asked for when this host does not permit post-copy.
+    pub setup: Setup,
+    /// Why the guest cannot run here before all of its RAM is here, where the agents move that; none when it can.
+    #[serde(default)]
+    pub post_copy_obstacle: Option<String>,
+    /// What the user should know, one plain sentence each.
+    pub notes: Vec<String>,
+}
+
+/// How an incoming migration stands.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct IncomingState {
+    /// Who owns the guest.
+    pub step: InStep,
+    /// Why, when it was abandoned.
+    pub detail: Option<String>,
+    /// Post-copy waits for a new connection.
+    pub listens: bool,
+    /// At this port; none when its connections are relayed.
+    pub port: Option<u16>,
+    /// For a link with this session.
+    #[serde(default)]
+    pub session: Option<NewSession>,
+    /// Post-copy was to be recovered, but all memory is here.
+    pub complete: bool,
+}
+
+/// Asks an agent to take a trial.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct TrialOffer {
+    /// What will be tried.
+    pub trial: Trial,
+    /// The session of its streams.
+    #[schema(value_type = String)]
+    pub session: SessionId,
+    /// Its key.
+    #[schema(value_type = String)]
+    pub key: SessionKey,
+}
+
+/// It waits for the streams.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct TrialAccepted {
+    /// The ciphers that this host allows, and how fast they are here.
+    #[schema(value_type = Vec<Object>)]
+    pub ciphers: Vec<CipherSpeed>,
+}
+
+/// Whether a host has a file.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, ToSchema)]
+pub struct BootFile {
+    /// It does.
+    pub is_there: bool,
+}

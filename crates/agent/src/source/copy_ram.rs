@@ -1,0 +1,79 @@
+//! Copy RAM: rounds, as the policy says, until the destination has what it needs to run the guest.
+
+use std::sync::atomic::Ordering;
+
+use vmferry_api::{MigrationEvent, Step};
+use vmferry_policy::{Action, Observation};
+
+use super::run::{Halt, Run};
+use crate::engine::{RamEngine, Seen};
+use crate::error::AgentError;
+use crate::journal::OutStep;
+use crate::measuring::scripts::policy_of;
+
+impl Run {
+    /// Copies rounds of RAM, as the policy says, until the destination has what it needs to run the guest.
+    pub(super) async fn copy_ram(&mut self, engine: &mut dyn RamEngine) -> Result<Seen, Halt> {
+        self.step(Step::CopyRam);
+        self.host.store.step_out(self.migration.id, OutStep::CopyRam)?;
+        engine.start().await?;
+        let mut policy = policy_of(self.script.as_ref());
+        loop {
+            let seen = tokio::select! {
+                seen = engine.observe() => seen?,
+                () = self.migration.cancel.cancelled() => return Err(self.cancelled()),
+            };
+            self.tell_progress(&seen);
+            if seen.ready_to_commit {
+                return Ok(seen);
+            }
+            let asked = self.post_copy_is_asked_for(&seen.observation);
+            let action = if asked { Action::PostCopy } else { policy.decide(&seen.observation) };
+            match &action {
+                Action::Continue => {}
+                // What is left is sent while it stands still.
+                Action::Pause => self.migration.told.tell(MigrationEvent::Step { step: Step::SwitchOver }),
+                Action::PostCopy => self.migration.note(post_copy_in_words(&seen.observation, asked)),
+                Action::Throttle(share) => {
+                    self.migration
+                        .note(format!("The guest writes faster than the link carries: slowed by {} %.", share.0));
+                }
+                Action::Pace(share) => self.migration.note(format!(
+                    "The guest writes faster than the link carries: its writes are held to {} % of what it does carry.",
+                    share.0
+                )),
+                Action::GiveUp(reason) => {
+                    let name = self.vm.name().into();
+                    return Err(Halt::Undo(AgentError::GaveUp { name, reason: reason.to_string() }));
+                }
+            }
+            engine.apply(&action).await?;
+        }
+    }
+
+    /// The user wants post-copy, and it is the moment for it.
+    fn post_copy_is_asked_for(&self, seen: &Observation) -> bool {
+        let copies = seen.phase == vmferry_policy::Phase::PreCopy && seen.round > 0;
+        if !copies || !self.migration.wants_post_copy.swap(false, Ordering::Relaxed) {
+            return false;
+        }
+        if !self.limits.post_copy {
+            self.migration.note("Post-copy was asked for and is not possible between these hosts.");
+        }
+        self.limits.post_copy
+    }
+}
+
+/// With what the user risks by it.
+fn post_copy_in_words(seen: &Observation, asked: bool) -> String {
+    let why = match asked {
+        true => "Post-copy, as asked for.",
+        false => "The guest writes faster than the link carries: post-copy.",
+    };
+    match seen.remaining.time_at(seen.link_rate) {
+        Some(rest) => {
+            format!("{why} For about {:.0} s at most it needs both hosts.", rest.as_secs_f64().max(1.0).ceil())
+        }
+        None => why.into(),
+    }
+}

@@ -1,0 +1,316 @@
+//! The plan of a migration: everything that can be refused is refused here, and nothing is touched yet.
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use uuid::Uuid;
+use vmferry_api::{EngineName, MigrateRequest, PlanView, Security};
+use vmferry_link::{Cipher, Fingerprint, fastest_cipher};
+use vmferry_policy::Limits;
+use vmferry_qemu::migration;
+use vmferry_qemu::qmp::commands;
+use vmferry_qemu::{Features, MigrationStatus, RunState, tls_carries};
+use vmferry_ram::Backend;
+
+use crate::engine::means::means as choose_means;
+use crate::engine::{Protection, Setup, movable as ram};
+use crate::error::AgentError;
+use crate::host::{Claim, Host, Markers, Stage, Vm, resident_memory};
+use crate::measuring::boot_files;
+use crate::measuring::scripts::setup_for;
+use crate::peers::{CheckReply, Offer, Peer, trust};
+
+/// Limits a user may set.
+const DOWNTIME_MS: std::ops::RangeInclusive<u64> = 1..=60_000;
+const LEAST_BANDWIDTH: u64 = 1 << 20;
+const MAX_TIME_MS: std::ops::RangeInclusive<u64> = 1_000..=7 * 24 * 3600 * 1000;
+
+/// What planning found out.
+pub(super) struct Plan {
+    pub(super) view: PlanView,
+    pub(super) offer: Offer,
+    pub(super) there: CheckReply,
+    pub(super) features: Features,
+    pub(super) peer: Peer,
+    pub(super) peer_key: Fingerprint,
+    /// Where its agent is, and its QEMU will be.
+    pub(super) remote: IpAddr,
+    pub(super) protect: Protect,
+    /// The most to send over the network between the hosts, in bytes a second.
+    pub(super) rate: Option<u64>,
+    /// Until the destination has looked for them for the last time.
+    pub(super) markers: Option<Markers>,
+    /// The guest is paused before anything is copied.
+    pub(super) post_copy_first: bool,
+    pub(super) engine: Engine,
+    /// What a measurement sets QEMU to, where that moves the RAM.
+    pub(super) scripted: Option<Setup>,
+}
+
+/// Who moves the RAM.
+pub(super) enum Engine {
+    /// The agents: this is what there is to move.
+    External(Vec<Backend>),
+    /// QEMU.
+    Qemu,
+}
+
+impl Engine {
+    pub(super) fn name(&self) -> EngineName {
+        match self {
+            Self::External(_) => EngineName::External,
+            Self::Qemu => EngineName::Qemu,
+        }
+    }
+}
+
+/// How the guest is to be protected on its way.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Protect {
+    Not,
+    /// With the fastest cipher that both hosts allow.
+    Tls(Cipher),
+    Relay,
+    /// The agents' link, with that cipher.
+    Link(Cipher),
+}
+
+impl Protect {
+    fn in_words(self) -> String {
+        match self {
+            Self::Not => "none: both hosts trust the network".into(),
+            Self::Tls(cipher) => format!("TLS between the QEMUs ({cipher})"),
+            Self::Link(cipher) => format!("TLS between the agents ({cipher})"),
+            Self::Relay => "TLS between the agents, which relay what the QEMUs say".into(),
+        }
+    }
+}
+
+/// Claims a VM for a migration that may yet be refused.
+pub(super) fn claim(vm: &Vm) -> Result<Claim<'_>, AgentError> {
+    let name = || vm.name().to_owned();
+    let refuse = |reason: String| AgentError::NotMigratable { name: name(), reason, hint: None };
+    Claim::take(vm, Stage::Planning).map_err(|doing| match doing {
+        Stage::Ended(why) => refuse(format!("it does not run any more ({why})")),
+        Stage::Stranded => refuse("it runs on another host; this is what an unfinished post-copy left".into()),
+        Stage::Stopping => refuse("it is being stopped".into()),
+        _ => AgentError::MigrationRuns { name: name() },
+    })
+}
+
+pub(super) fn limits(request: &MigrateRequest) -> Result<Limits, AgentError> {
+    let bad = |message: String| Err(AgentError::BadLimit { message });
+    if !DOWNTIME_MS.contains(&request.downtime_ms) {
+        return bad(format!("a downtime of {} ms makes no sense: give 1 ms to 60 s", request.downtime_ms));
+    }
+    if let Some(max) = request.max_time_ms.filter(|max| !MAX_TIME_MS.contains(max)) {
+        return bad(format!("a maximum time of {max} ms makes no sense: give 1 s to 7 days"));
+    }
+    if let Some(rate) = request.bandwidth.filter(|rate| *rate < LEAST_BANDWIDTH) {
+        return bad(format!("a bandwidth of {rate} bytes a second makes no sense: give at least 1 MiB/s"));
+    }
+    Ok(Limits {
+        downtime: Duration::from_millis(request.downtime_ms),
+        max_time: request.max_time_ms.map(Duration::from_millis),
+        post_copy: request.post_copy,
+    })
+}
+
+/// Refuses everything that can be refused; nothing is touched, here or there, except that a measuring guest's boot files
+/// are brought to where it is to go.
+pub(super) async fn plan(host: &Host, vm: &Vm, id: Uuid, request: &MigrateRequest) -> Result<Plan, AgentError> {
+    let run_state = movable(vm).await?;
+    let found = trust::find_peer(host, &request.to)?;
+    let met = found.hello().await?;
+    let (peer, remote) = (found.pinned_to(&met), met.ip());
+    // The disks may lie on storage that does not answer, which must not keep others waiting.
+    let spec = vm.spec.clone();
+    let put = tokio::task::spawn_blocking(move || Markers::put(&spec, id));
+    let markers = put.await.expect("putting markers does not panic")?;
+    let offer = Offer {
+        id,
+        from: host.config.name.clone(),
+        spec: vm.spec.clone(),
+        ram_bytes: vm.facts.ram_bytes,
+        machine: vm.facts.machine.clone(),
+        accelerator: vm.accelerator.clone(),
+        running: run_state == RunState::Running,
+        disks: markers.disks(),
+        disks_are_shared: request.disks_are_shared,
+        setup: Setup::default(),
+        protection: Protection::default(),
+        external: None,
+    };
+    if vm.spec.measuring {
+        boot_files::send(&vm.spec, &peer).await?;
+    }
+    let there = peer.check(&offer).await?;
+    let (features, can_tls) = host.qemus.features_of(vm).await?;
+    let mut notes = Vec::new();
+    let (engine, other) = choose_engine(host, vm, request, &there).await?;
+    notes.extend(other);
+    let is_external = engine.name() == EngineName::External;
+    let cipher = fastest_cipher(&host.ciphers_for(remote), &there.ciphers);
+    let protect = match (host.config.security_of(remote), there.security) {
+        (Security::Plain, Security::Plain) => Protect::Not,
+        (security, their_security) => {
+            if security == Security::Plain || their_security == Security::Plain {
+                notes
+                    .push("The guest travels encrypted: only one of the two hosts is configured to do without.".into());
+            }
+            match cipher {
+                Some(cipher) if is_external => Protect::Link(cipher),
+                Some(cipher) if can_tls && there.tls && tls_carries(vm.facts.ram_bytes) => Protect::Tls(cipher),
+                _ => Protect::Relay,
+            }
+        }
+    };
+    if request.post_copy && !is_external && !there.capabilities.contains("postcopy-ram") {
+        notes.push(
+            "Post-copy is not possible: the destination's QEMU lacks it; the guest is throttled if it must be.".into(),
+        );
+    }
+    let running = run_state == RunState::Running;
+    let has = |name: &str| there.capabilities.contains(name);
+    let scripted = request.script.as_ref().filter(|_| !is_external);
+    let scripted = scripted.map(|script| setup_for(vm, &features, has, script)).transpose()?;
+    let loses_writes_when_copied = running && !is_external && migration::loses_writes(&features, &vm.accelerator);
+    if loses_writes_when_copied && scripted.is_some() {
+        notes.push(format!("{}: expect damaged pages.", loses_writes(vm)));
+    }
+    let post_copy_first = loses_writes_when_copied && scripted.is_none();
+    let means = match (&scripted, is_external) {
+        (_, true) => vec![migration::IGNORE_SHARED],
+        (Some(setup), _) => setup.capabilities.iter().map(String::as_str).collect(),
+        (None, _) => choose_means(&features, has, request.post_copy),
+    };
+    if post_copy_first {
+        if !means.contains(&"postcopy-ram") {
+            return Err(only_by_post_copy(vm));
+        }
+        notes.push(format!("{}: it goes first, and its memory follows by post-copy.", loses_writes(vm)));
+    }
+    if !running {
+        notes.push("The guest is paused and will be paused there.".into());
+    }
+    let view = PlanView {
+        vm: vm.name().into(),
+        to: met.hello.name,
+        engine: engine.name().to_string(),
+        ram_bytes: vm.facts.ram_bytes,
+        ram_used_bytes: resident_memory(vm.pid).min(vm.facts.ram_bytes),
+        link_rate: 0,
+        first_round_ms: 0,
+        source_qemu: vm.facts.qemu_version.clone(),
+        destination_qemu: there.qemu_version.clone(),
+        machine: vm.facts.machine.clone(),
+        accelerator: vm.accelerator.clone(),
+        capabilities: means.into_iter().map(str::to_owned).collect(),
+        protection: protect.in_words(),
+        notes,
+    };
+    let rate = host.config.network_of(remote).and_then(|network| network.rate).map(|rate| rate.0);
+    Ok(Plan {
+        view,
+        offer,
+        there,
+        features,
+        peer,
+        peer_key: met.key,
+        remote,
+        protect,
+        rate,
+        markers: Some(markers),
+        post_copy_first,
+        engine,
+        scripted,
+    })
+}
+
+/// The one that is wanted; QEMU, and why, where the agents cannot and nobody insists on them.
+async fn choose_engine(
+    host: &Host,
+    vm: &Vm,
+    request: &MigrateRequest,
+    there: &CheckReply,
+) -> Result<(Engine, Option<String>), AgentError> {
+    if request.engine.unwrap_or(host.config.engine) == EngineName::Qemu {
+        return Ok((Engine::Qemu, None));
+    }
+    let why = match (ram::movable(host, vm).await?, &there.external_obstacle) {
+        (Err(why), _) => why,
+        (Ok(_), Some(why)) => format!("at {}: {why}", there.host),
+        (Ok(backends), None) => match ram::ends(vm, request.post_copy).await {
+            Ok(()) => return Ok((Engine::External(backends), None)),
+            Err(why) => why,
+        },
+    };
+    if request.engine.is_none() {
+        return Ok((Engine::Qemu, Some(format!("QEMU moves the memory itself, as the agents cannot: {why}."))));
+    }
+    Err(AgentError::NotMigratable {
+        name: vm.name().into(),
+        reason: format!("its RAM cannot be moved by the agents: {why}"),
+        hint: Some("let QEMU move it: --engine qemu".into()),
+    })
+}
+
+fn loses_writes(vm: &Vm) -> String {
+    format!("QEMU {} loses track of what a guest writes under TCG while its RAM is copied", vm.facts.qemu_version)
+}
+
+pub(super) fn only_by_post_copy(vm: &Vm) -> AgentError {
+    AgentError::NotMigratable {
+        name: vm.name().into(),
+        reason: format!("{}, so that a running guest could only move by post-copy", loses_writes(vm)),
+        hint: Some("allow post-copy on both hosts, pause the guest first, or use QEMU 9.0 or newer".into()),
+    }
+}
+
+/// The VM's run state, if it is one in which it can move, and nothing about it stands in the way.
+async fn movable(vm: &Vm) -> Result<RunState, AgentError> {
+    let refuse = |reason: String, hint: &str| AgentError::NotMigratable {
+        name: vm.name().into(),
+        reason,
+        hint: (!hint.is_empty()).then(|| hint.into()),
+    };
+    let info = vm.qmp.execute(commands::QueryMigrate {}).await?;
+    if let Some(reasons) = info.blocked_reasons.filter(|reasons| !reasons.is_empty()) {
+        return Err(refuse(format!("QEMU says: {}", reasons.join("; ")), "remove what blocks it from the VM"));
+    }
+    if !matches!(
+        info.status,
+        None | Some(
+            MigrationStatus::None | MigrationStatus::Completed | MigrationStatus::Failed | MigrationStatus::Cancelled
+        )
+    ) {
+        return Err(refuse("somebody else is migrating it already".into(), "see query-migrate in its monitor"));
+    }
+    if vmferry_qemu::CommandLine::parse(&vm.spec.argv)?.snapshot() {
+        return Err(refuse(
+            "its disks' changes are in a temporary file of this host".into(),
+            "run it without snapshot",
+        ));
+    }
+    match vm.run_state().await? {
+        state @ (RunState::Running | RunState::Paused) => Ok(state),
+        // A guest that was started with -S: paused, with all its state.
+        RunState::Prelaunch | RunState::Suspended => Ok(RunState::Paused),
+        RunState::PostMigrate => Err(refuse(
+            "it is paused since a migration that was undone, and QEMU moves such a guest only after it ran".into(),
+            "let it run for a moment (`cont` in its monitor)",
+        )),
+        other => Err(refuse(format!("it is {other}"), "only a running or paused guest can be migrated")),
+    }
+}
+
+/// Only for a dry run, since it uses the link.
+pub(super) async fn predict(plan: &mut Plan, post_copy: bool) -> Result<(), AgentError> {
+    plan.view.link_rate = plan.peer.try_link().await?;
+    plan.view.first_round_ms = plan.view.ram_used_bytes * 1000 / plan.view.link_rate.max(1);
+    if post_copy {
+        let most = plan.view.first_round_ms.div_ceil(1000).max(1);
+        plan.view.notes.push(format!("Should it take post-copy, the guest needs both hosts for up to about {most} s."));
+    }
+    Ok(())
+}

@@ -1,0 +1,23 @@
+//! The agent's local API, from the side of whoever uses it: what is said over its Unix socket, in JSON, and the
+//! [`client`] that says it. The routes that answer are the agent's.
+//!
+//! Also what whoever measures needs on both ends of a connection: the words of a [`witness`], and a [`trial`] of a link.
+
+pub mod client;
+mod migration;
+mod peers;
+mod problem;
+mod settings;
+pub mod trial;
+mod vm;
+pub mod witness;
+
+pub use migration::{
+    Begun, EngineName, Means, MigrateRequest, MigrationEvent, MigrationView, PlanView, Progress, Report, Script, Step,
+    StepTime,
+};
+pub use peers::{Hello, PairRequest, PeerView, PeersView, TokenRequest, TokenView};
+pub use problem::{Code, Problem, in_one_line};
+pub use settings::{DEFAULT_PORT, Listen, Rate, Security};
+pub use trial::TrialRequest;
+pub use vm::{AdoptRequest, RunRequest, Started, StopRequest, VmSpec, VmView};

@@ -1,0 +1,55 @@
+//! QEMU's own migration: what we use of it, and what is to be known of some of its releases.
+
+use std::collections::BTreeSet;
+
+use crate::qmp::commands::{CapabilityState, MigrateSetCapabilities};
+use crate::qmp::{Features, Qmp, QmpError};
+
+/// The capability of QEMU's migration that all depends on: shared RAM stays where it is.
+pub const IGNORE_SHARED: &str = "x-ignore-shared";
+/// Only at the source: QEMU pauses the guest and waits before it writes the device state.
+pub const PAUSE_BEFORE_SWITCHOVER: &str = "pause-before-switchover";
+
+/// The capabilities that we ever use, but for measurements.
+pub const OURS: [&str; 8] = [
+    "events",
+    "return-path",
+    "auto-converge",
+    "postcopy-ram",
+    "postcopy-preempt",
+    "multifd",
+    IGNORE_SHARED,
+    PAUSE_BEFORE_SWITCHOVER,
+];
+
+/// Switches these capabilities on and all others that we ever use off, in one command, as QEMU checks them together.
+pub async fn set_capabilities(qmp: &Qmp, known: &BTreeSet<String>, wanted: &[&str]) -> Result<(), QmpError> {
+    let others = wanted.iter().filter(|name| !OURS.contains(name));
+    let capabilities = OURS
+        .iter()
+        .chain(others)
+        .filter(|name| known.contains(**name))
+        .map(|name| CapabilityState { capability: (*name).into(), state: wanted.contains(name) })
+        .collect();
+    qmp.execute(MigrateSetCapabilities { capabilities }).await?;
+    Ok(())
+}
+
+/// QEMU's own migration takes shared RAM along again, and stops nowhere.
+pub async fn reset_capabilities(qmp: &Qmp) -> Result<(), QmpError> {
+    let off = |capability: &str| CapabilityState { capability: capability.into(), state: false };
+    qmp.execute(MigrateSetCapabilities { capabilities: vec![off(IGNORE_SHARED), off(PAUSE_BEFORE_SWITCHOVER)] })
+        .await?;
+    Ok(())
+}
+
+/// Whether this QEMU fails to notice some of what a running guest writes while its RAM is copied.
+///
+/// Under TCG, before 9.0: reading the dirty bitmap left translations in place that write without marking the page, so
+/// from the second round on a destination can get stale pages, and its guest kernel crashes within a second (seen with
+/// 7.2.22; fixed upstream in March 2024, "Fix migration dirty bitmap coherency with TCG memory access"). The same
+/// release brought `mapped-ram`, which is how it is told apart. What does not run writes nothing: such a guest is paused
+/// first and moves by post-copy from the first byte.
+pub fn loses_writes(features: &Features, accelerator: &str) -> bool {
+    accelerator == "tcg" && !features.has_capability("mapped-ram")
+}
