@@ -8,7 +8,7 @@ use vmferry_link::Sessions;
 use crate::config::Config;
 use crate::destination::Incoming;
 use crate::host::{Follower, Host, Trusts, Vm};
-use crate::journal::Store;
+use crate::journal::Journal;
 use crate::measuring::witness;
 use crate::source::Outgoing;
 
@@ -26,12 +26,12 @@ impl Agent {
     /// One that has nothing under way.
     pub(crate) fn new(
         config: Config,
-        store: Store,
+        journal: Journal,
         trusts: Trusts,
         listens: Option<SocketAddr>,
         sessions: Sessions,
     ) -> Arc<Self> {
-        let host = Host::new(config, store, trusts, listens, sessions);
+        let host = Host::new(config, journal, trusts, listens, sessions);
         let (outgoing, incoming) = (Outgoing::new(Arc::clone(&host)), Incoming::new(Arc::clone(&host)));
         let (leaving, coming) = (Arc::downgrade(&outgoing), Arc::downgrade(&incoming));
         host.tell(Box::new(Migrations { leaving, coming }));
@@ -50,8 +50,9 @@ impl Follower for Migrations {
         if vm.spec.measuring {
             let leaving = Weak::clone(&self.leaving);
             let cancel = move |name: &str| {
-                if let Some(migration) = leaving.upgrade().and_then(|outgoing| outgoing.migration_of(name)) {
-                    migration.cancel();
+                // What is too late to be cancelled ends at its destination.
+                if let Some(outgoing) = leaving.upgrade() {
+                    let _ = outgoing.cancel(name);
                 }
             };
             tokio::spawn(witness::guard(Arc::clone(host), Arc::clone(vm), cancel));

@@ -1,97 +1,192 @@
 //! What an agent does, when it starts, with what its predecessor left: VMs that run on, and migrations in any step.
+//!
+//! Nobody waits for it: the agent serves meanwhile, each VM is looked for by a task of its own, and one whose QEMU does
+//! not answer is shown as silent until it does.
 
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use vmferry_api::in_one_line;
-use vmferry_qemu::Qmp;
+use vmferry_api::{VmSpec, in_one_line};
+use vmferry_custody::InStep;
+use vmferry_qemu::{CommandLine, Qmp, without_ours};
 
-use crate::destination::{Awaited, Incoming, is_expected, set_running, watch_lease};
+use crate::agent::Agent;
 use crate::error::AgentError;
-use crate::host::{GRACE, Stage, pid_from_file};
-use crate::journal::{InStep, VmRecord};
-use crate::source::settle;
+use crate::host::{self, Host, Idle, Stage, pid_from_file};
+use crate::journal::{Instance, VmRecord};
+use crate::{destination, source};
 
 /// How long the monitor of a QEMU that lives may take to answer.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Between two tries to find one.
-const FIND_AGAIN: Duration = Duration::from_secs(5);
+const FIND_AGAIN: Duration = Duration::from_secs(1);
 
-/// Finds the VMs again and goes on with what had begun.
-pub(crate) async fn recover(here: &Arc<Incoming>) -> Result<(), AgentError> {
-    for record in here.host.store.vms()? {
-        let name = record.spec.name.clone();
-        if let Err(error) = find_again(here, record.clone()).await {
-            tracing::error!(vm = name, error = in_one_line(&error), "runs, but does not answer yet");
-            tokio::spawn(find_later(Arc::clone(here), record));
-        }
+/// Goes on with what had begun, and has the VMs found.
+pub(crate) async fn recover(agent: &Arc<Agent>) -> Result<(), AgentError> {
+    let journal = &agent.host.journal;
+    for record in journal.open_out().await? {
+        source::take_up(&agent.outgoing, record);
     }
-    for record in here.host.store.unfinished_out()? {
-        if let Ok(vm) = here.host.vm(&record.vm) {
-            vm.set_stage(Stage::Migrating(record.id));
+    for record in journal.vms().await? {
+        let agent = Arc::clone(agent);
+        if let Some(record) = alive(&agent.host, record).await {
+            agent.host.rest(record.clone(), Idle::Silent);
+            tokio::spawn(find(agent, record));
         }
-        tracing::warn!(vm = record.vm, migration = %record.id, step = ?record.step, "was under way when the agent ended");
-        tokio::spawn(settle(Arc::clone(&here.host), record));
     }
     Ok(())
 }
 
-/// A QEMU whose migration stands still may not answer for long.
-async fn find_later(here: Arc<Incoming>, record: VmRecord) {
-    let Ok(_name) = here.host.reserve_name(&record.spec.name) else { return };
-    loop {
-        tokio::time::sleep(FIND_AGAIN).await;
-        match find_again(&here, record.clone()).await {
-            Ok(()) => return,
-            Err(error) => tracing::debug!(vm = record.spec.name, error = in_one_line(&error), "does not answer yet"),
+/// After the journal was lost: VMs are found by their processes, and their users asked whose they are.
+pub(crate) async fn find_by_process(agent: &Arc<Agent>) {
+    let dirs = std::fs::read_dir(agent.host.config.vm_dir("x").parent().unwrap_or(Path::new("/"))).into_iter().flatten();
+    for dir in dirs.flatten() {
+        let name = dir.file_name().to_string_lossy().into_owned();
+        let Some(pid) = pid_from_file(&dir.path()) else { continue };
+        let Some(start_time) = vmferry_qemu::process_start_time(pid) else { continue };
+        let words = vmferry_qemu::process_command_line(pid);
+        let socket = dir.path().join("qmp.sock").to_string_lossy().into_owned();
+        // The pid may be somebody else's by now.
+        if !words.iter().any(|word| word.contains(&socket)) {
+            continue;
+        }
+        let Ok(command) = CommandLine::parse(&words) else { continue };
+        let (argv, shared_ram) = without_ours(&command);
+        let cwd = vmferry_qemu::process_cwd(pid).unwrap_or_else(|| "/".into());
+        let spec = VmSpec { name: name.clone(), argv, cwd, shared_ram, adopted: false, measuring: false };
+        let record = VmRecord {
+            spec,
+            instance: Instance::now(pid, start_time),
+            qmp: socket.clone(),
+            accelerator: "tcg".into(),
+            incoming: None,
+            autostart: false,
+            ended: None,
+        };
+        tracing::warn!(vm = name, pid, "found by its process: `vmferry resolve` says whether its guest is this host's");
+        let found = async {
+            let qmp = Qmp::connect(Path::new(&socket), CONNECT_TIMEOUT).await?;
+            let kvm = qmp.execute(vmferry_qemu::qmp::commands::QueryKvm {}).await?.enabled;
+            let accelerator = if kvm { "kvm" } else { "tcg" }.into();
+            agent.host.take(&VmRecord { accelerator, ..record.clone() }, qmp, Stage::Unclear).await
+        };
+        if let Err(error) = found.await {
+            tracing::error!(vm = name, error = in_one_line(&error), "its QEMU does not answer");
         }
     }
 }
 
-async fn find_again(here: &Arc<Incoming>, mut record: VmRecord) -> Result<(), AgentError> {
+/// The VM's record, if its QEMU lives; otherwise it is noted that it does not, and started if it is to be.
+async fn alive(host: &Arc<Host>, mut record: VmRecord) -> Option<VmRecord> {
     let name = record.spec.name.clone();
-    let dir = here.host.config.vm_dir(&name);
-    if record.pid == 0 {
+    let is_of_this_boot = record.instance.boot == Instance::now(0, 0).boot;
+    if record.instance.pid == 0 && is_of_this_boot {
         // The agent ended between writing the record and learning the process.
-        record.pid = pid_from_file(&dir).unwrap_or(0);
-        record.start_time = vmferry_qemu::process_start_time(record.pid).unwrap_or(0);
-    }
-    if record.pid == 0 || !vmferry_qemu::is_same_process(record.pid, record.start_time) {
-        tracing::warn!(vm = name, pid = record.pid, "ended while no agent was there");
-        if let Some(id) = record.incoming {
-            here.host.store.abandon_in(id, "its QEMU ended while no agent was there")?;
+        let pid = pid_from_file(&host.config.vm_dir(&name)).unwrap_or(0);
+        record.instance = Instance::now(pid, vmferry_qemu::process_start_time(pid).unwrap_or(0));
+        if let Err(error) = host.journal.put_vm(&record).await {
+            tracing::error!(vm = name, %error, "cannot record its process");
         }
-        return Ok(here.host.store.remove_vm(&name)?);
     }
-    if let Some(id) = record.incoming
-        && matches!(here.host.store.step_in(id)?, Some((InStep::Abandoned, _)))
+    if record.instance.is_alive() {
+        return Some(record);
+    }
+    let why = match &record.ended {
+        Some(why) => why.clone(),
+        None if is_of_this_boot => "its QEMU ended while no agent was there".into(),
+        None => "its host was restarted".into(),
+    };
+    tracing::warn!(vm = name, pid = record.instance.pid, why, "does not run");
+    host.rest(record, Idle::Ended(why));
+    None
+}
+
+/// What ended with its QEMU is settled; then it is started if it is to be whenever its host is.
+pub(crate) async fn see_to_the_ended(agent: Arc<Agent>) {
+    for idle in agent.host.idle_vms() {
+        let Idle::Ended(_) = &idle.why else { continue };
+        let name = &idle.record.spec.name;
+        let restarted = idle.record.instance.boot != Instance::now(0, 0).boot;
+        match came_whole(&agent, &idle.record).await {
+            Ok(true) if idle.record.autostart && restarted => {
+                if let Err(error) = host::start(&agent.host, name).await {
+                    tracing::error!(vm = name, error = in_one_line(&error), "cannot be started");
+                }
+            }
+            Ok(true) => {}
+            // It never was this host's, or is not any more.
+            Ok(false) => {
+                if let Err(error) = agent.host.forget_idle(&idle).await {
+                    tracing::error!(vm = name, error = in_one_line(&error), "cannot forget it");
+                }
+            }
+            Err(error) => tracing::error!(vm = name, error = in_one_line(&error), "cannot tell whether it is this host's"),
+        }
+    }
+}
+
+/// Whether a VM whose QEMU is gone was this host's: one that was to come here, and had not, is not.
+pub(crate) async fn came_whole(agent: &Arc<Agent>, record: &VmRecord) -> Result<bool, AgentError> {
+    let Some(id) = record.incoming else { return Ok(true) };
+    let Some(row) = agent.host.journal.row_in(id).await? else { return Ok(true) };
+    let step = row.step;
+    // With its QEMU gone what was prepared is abandoned.
+    agent.incoming.take_up(id, row);
+    match step {
+        InStep::Prepared | InStep::Abandoned => Ok(false),
+        InStep::Committed { .. } => destination::is_undisputed(&agent.incoming, id).await,
+    }
+}
+
+/// Until its QEMU answers: a migration that stands still may keep it from that for long.
+async fn find(agent: Arc<Agent>, record: VmRecord) {
+    let name = record.spec.name.clone();
+    let mut told = false;
+    while agent.host.idle(&name).is_some_and(|idle| idle.record.instance == record.instance) {
+        match find_once(&agent, &record).await {
+            Ok(()) => return,
+            Err(_) if !record.instance.is_alive() => {
+                agent.host.rest(record.clone(), Idle::Ended("its QEMU ended".into()));
+                return;
+            }
+            Err(error) => {
+                if !std::mem::replace(&mut told, true) {
+                    tracing::error!(vm = name, error = in_one_line(&error), "runs, but does not answer yet");
+                }
+            }
+        }
+        tokio::time::sleep(FIND_AGAIN).await;
+    }
+}
+
+async fn find_once(agent: &Arc<Agent>, record: &VmRecord) -> Result<(), AgentError> {
+    let (host, name) = (&agent.host, &record.spec.name);
+    let row = match record.incoming {
+        Some(id) => host.journal.row_in(id).await?.map(|row| (id, row)),
+        None => None,
+    };
+    let step = row.as_ref().map(|(_, row)| row.step);
+    if let Some((id, row)) = row.clone()
+        && !matches!(step, Some(InStep::Committed { must_run: false }))
     {
-        tracing::warn!(vm = name, pid = record.pid, migration = %id, "was abandoned, and goes");
-        vmferry_qemu::kill_process(record.pid, record.start_time, GRACE).await;
-        return Ok(here.host.store.remove_vm(&name)?);
+        // Before QEMU is asked anything, as it may wait for what will not come.
+        let lost = destination::is_expected(&host.config.vm_dir(name)) && step == Some(InStep::Prepared);
+        agent.incoming.take_up_again(id, row, lost);
+        if lost || step == Some(InStep::Abandoned) {
+            // Its driver ends it.
+            return Ok(());
+        }
+        tracing::warn!(vm = name, pid = record.instance.pid, migration = %id, ?step, "came, or was to come");
     }
-    if let Some(id) = record.incoming
-        && is_expected(&dir)
-        && here.host.store.abandon_in(id, "the destination's agent ended before it had the guest")?
-    {
-        // What was to bring the guest ended with the old agent, and QEMU may wait for it and not answer.
-        vmferry_qemu::kill_process(record.pid, record.start_time, GRACE).await;
-        return Ok(here.host.store.remove_vm(&name)?);
-    }
-    here.host.store.put_vm(&record)?;
+    let stage = match (step, record.incoming) {
+        (Some(InStep::Prepared), Some(id)) => Stage::Incoming(id),
+        _ => agent.outgoing.stage_of(&record.instance).unwrap_or(Stage::Owned),
+    };
     let qmp = Qmp::connect(Path::new(&record.qmp), CONNECT_TIMEOUT).await?;
-    let vm = here.host.take(&record, qmp).await?;
-    if let Some(id) = record.incoming {
-        tracing::warn!(vm = name, pid = record.pid, migration = %id, "still waits for a guest");
-        let source = here.host.store.source_of(id)?.map(|source| source.name).unwrap_or_default();
-        let incoming = Awaited::new(id, source, vm);
-        here.add(Arc::clone(&incoming));
-        tokio::spawn(watch_lease(Arc::clone(here), incoming));
-    } else {
-        set_running(&here.host, &vm).await?;
-        let state = vm.view(here.host.config.engine).await.state;
-        tracing::info!(vm = name, pid = record.pid, state, "found again");
-    }
+    let vm = host.take(record, qmp, stage).await?;
+    agent.incoming.is_found(&vm);
+    let state = vm.view(host.config.engine).await.state;
+    tracing::info!(vm = name, pid = vm.pid, state, "found again");
     Ok(())
 }

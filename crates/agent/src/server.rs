@@ -17,10 +17,10 @@ use crate::agent::Agent;
 use crate::config::Config;
 use crate::error::AgentError;
 use crate::host::{Trusts, bind_anew};
-use crate::journal::Store;
+use crate::journal::{Journal, Opened};
 use crate::peers::callers::Callers;
 use crate::peers::trust::Caller;
-use crate::{api, recovery};
+use crate::{api, recovery, source};
 
 /// How long requests under way may take when the agent is told to end.
 const FAREWELL: Duration = Duration::from_secs(2);
@@ -77,7 +77,7 @@ pub async fn serve(config: Config, end: CancellationToken) -> Result<(), ServeEr
     make_dir(&config.run_dir)?;
     make_dir(&config.state_dir)?;
     let _lock = lock(&config.state_dir)?;
-    let store = Store::open(&config.state_dir)
+    let Opened { journal, set_aside } = Journal::open(&config.state_dir)
         .map_err(|source| ServeError::Journal { path: config.state_dir.clone(), source })?;
     let socket = config.socket();
     let local = listen_local(&socket)?;
@@ -89,8 +89,8 @@ pub async fn serve(config: Config, end: CancellationToken) -> Result<(), ServeEr
     let acceptor = Acceptor::new(&identity, authority.as_ref());
     let peers = listen_peers(config.listen, acceptor, &sessions).await?;
     let trusts = Trusts { identity: Arc::new(identity), authority };
-    let agent = Agent::new(config, store, trusts, peers.as_ref().map(Incoming::local_addr), sessions);
-    recovery::recover(&agent.incoming).await.map_err(ServeError::Recover)?;
+    let agent = Agent::new(config, journal, trusts, peers.as_ref().map(Incoming::local_addr), sessions);
+    recovery::recover(&agent).await.map_err(ServeError::Recover)?;
 
     let served = tokio::spawn(
         axum::serve(local, api::local_router(&agent))
@@ -108,6 +108,17 @@ pub async fn serve(config: Config, end: CancellationToken) -> Result<(), ServeEr
     tracing::info!(listens, fingerprint = %agent.host.trusts.identity.fingerprint(), "known to other agents");
     tracing::info!(name = agent.host.config.name, socket = %socket.display(), version = env!("CARGO_PKG_VERSION"), "ready");
     tell_systemd(&[sd_notify::NotifyState::Ready]);
+    if let Some((aside, why)) = set_aside {
+        tracing::error!(
+            kept = %aside.display(),
+            why,
+            "THE JOURNAL COULD NOT BE READ: a new one is begun, peers must be paired again, and VMs that run are found by \
+             their processes; `vmferry resolve` says whose they are"
+        );
+        recovery::find_by_process(&agent).await;
+    }
+    tokio::spawn(recovery::see_to_the_ended(Arc::clone(&agent)));
+    tokio::spawn(source::keep_fences(Arc::clone(&agent.host)));
     let learning = Arc::clone(&agent.host);
     tokio::spawn(async move { learning.qemus.learn_qemu().await });
     end.cancelled().await;

@@ -67,6 +67,11 @@ impl Client {
         check(self.send(Method::POST, path, Some(body)).await?).await.map(drop)
     }
 
+    /// Has something set; it answers with success or a problem.
+    pub async fn put<B: Serialize>(&self, path: &str, body: &B) -> Result<(), ClientError> {
+        check(self.send(Method::PUT, path, Some(body)).await?).await.map(drop)
+    }
+
     /// Has something ended.
     pub async fn delete(&self, path: &str) -> Result<(), ClientError> {
         check(self.send(Method::DELETE, path, None::<&()>).await?).await.map(drop)

@@ -62,8 +62,10 @@ pub enum Code {
     GaveUp,
     /// The user cancelled; the guest runs on at the source.
     Cancelled,
-    /// The guest was handed over, but not all of its memory could follow.
+    /// The guest was handed over, but not all of its memory could follow; or it is not known to run anywhere.
     GuestAtRisk,
+    /// A migration cannot be cancelled any more.
+    TooLate,
     /// An error of the agent or its host.
     Internal,
     /// A code of a newer agent.

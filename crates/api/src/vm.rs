@@ -40,6 +40,9 @@ pub struct RunRequest {
     /// See [`VmSpec::measuring`]. The files it boots from lie in `cwd`, each under the fingerprint of what is in it.
     #[serde(default)]
     pub measuring: bool,
+    /// Start it whenever its host is started.
+    #[serde(default)]
+    pub autostart: bool,
 }
 
 /// Take over a QEMU that somebody else started.
@@ -75,7 +78,8 @@ pub struct Started {
 pub struct VmView {
     /// Its name.
     pub name: String,
-    /// `running`, `paused`, `migrating`, `incoming`, `in-doubt`, `ended`, or QEMU's own word.
+    /// `running`, `paused`, `migrating`, `incoming`, `leaving`, `in-doubt`, `stranded`, `unclear`, `silent`, `ended`, or
+    /// QEMU's own word.
     pub state: String,
     /// More about the state.
     pub detail: Option<String>,
@@ -93,6 +97,9 @@ pub struct VmView {
     pub accelerator: Option<String>,
     /// Somebody else started it.
     pub adopted: bool,
+    /// It is started when its host is.
+    #[serde(default)]
+    pub autostart: bool,
     /// `vmferry console` works for it.
     pub console: bool,
     /// The RAM engine that a migration uses unless its user says otherwise.
@@ -102,4 +109,21 @@ pub struct VmView {
     pub external_obstacle: Option<String>,
     /// The migration under way.
     pub migration: Option<Uuid>,
+}
+
+/// Decide about a guest of which the agents do not know where it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Resolve {
+    /// It goes on here, whatever the other host thinks, which lets go as soon as it hears of that.
+    KeepHere,
+    /// It runs there: what is left of it here goes.
+    ItRunsThere,
+}
+
+/// Whether a VM is started whenever its host is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Autostart {
+    /// It is.
+    pub on: bool,
 }

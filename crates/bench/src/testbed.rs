@@ -196,7 +196,7 @@ impl Testbed {
     /// Starts a measuring guest on the first host and waits until it writes.
     pub async fn start_guest(&self, name: &str, argv: Vec<String>) -> Result<GuestWatch> {
         let cwd = self.dir.path().to_owned();
-        let request = RunRequest { name: name.into(), argv, cwd, measuring: false };
+        let request = RunRequest { name: name.into(), argv, cwd, measuring: false, autostart: false };
         let _: Started = self.alpha().client()?.post("/v1/vms", &request).await?;
         let watch = self.watch(name)?;
         watch.wait_for_start().await?;

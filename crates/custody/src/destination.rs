@@ -118,7 +118,7 @@ impl Destination {
     /// What is answered to the source, whatever it asked.
     pub fn answer(self) -> Answer {
         match self.row {
-            Some(InStep::Committed { must_run }) => Answer::Committed { runs: !must_run },
+            Some(InStep::Committed { must_run }) => Answer::Committed { runs: !must_run || self.qemu == Qemu::Runs },
             Some(InStep::Abandoned) => Answer::Abandoned,
             Some(InStep::Prepared) | None => Answer::Prepared,
         }

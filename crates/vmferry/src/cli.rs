@@ -22,6 +22,7 @@ Exit codes:
   5    gave up within the given limits; the guest runs on at the source
   6    the outcome is not known here, or the guest needs attention
   7    no agent answers on this host
+  8    too late to cancel: the guest is at its destination, or may be
   130  cancelled; the guest runs on at the source";
 
 /// Hands-off live migration for QEMU/KVM guests.
@@ -49,6 +50,9 @@ shared memory for RAM when only -m is given. The VM outlives the agent.")]
     Run {
         /// Its name, one a host
         name: String,
+        /// Start it whenever this host is started; it is not forgotten when it shuts down
+        #[arg(long)]
+        autostart: bool,
         /// The QEMU command line, after --
         #[arg(last = true, required = true, value_name = "QEMU COMMAND LINE")]
         argv: Vec<String>,
@@ -86,6 +90,29 @@ shared memory for RAM when only -m is given. The VM outlives the agent.")]
         #[arg(long, value_name = "TIME", default_value = "60s")]
         timeout: humantime::Duration,
     },
+    /// Start a VM again whose QEMU has ended, or whose host was restarted
+    Start {
+        /// Its name
+        name: String,
+    },
+    /// Pause a guest; one that is being migrated arrives paused
+    Pause {
+        /// Its name
+        name: String,
+    },
+    /// Have a paused guest go on
+    Resume {
+        /// Its name
+        name: String,
+    },
+    /// Start a VM whenever this host is started, or not any more
+    Autostart {
+        /// Its name
+        name: String,
+        /// Whether it is
+        #[arg(value_parser = ["on", "off"])]
+        on: String,
+    },
     /// Attach to a VM's serial console; Ctrl-] detaches
     Console {
         /// Its name
@@ -103,6 +130,33 @@ shared memory for RAM when only -m is given. The VM outlives the agent.")]
     Cancel {
         /// The VM's name
         name: String,
+    },
+    /// Decide about a guest of which the agents do not know where it is
+    #[command(after_long_help = "\
+A guest is `in-doubt` when it was handed over and its destination does not answer whether it took it. It stays paused
+here, as it may run there. When that host comes back, all is well by itself. When it never will, only you can know
+whether the guest runs there.
+
+--keep-here lets it go on here. Be sure that it does not run there: two guests that write to one disk destroy it. The
+other host lets go of it as soon as it can be told, also when it comes back later, at another address, or set up anew
+(pair it again under its old name then).
+
+--it-runs-there ends what is left of it here.
+
+The same decides about a guest that is `stranded` (its post-copy could not be finished), `leaving` (the destination of
+its post-copy does not answer), or `unclear` (found running after the agent's journal was lost).")]
+    Resolve {
+        /// The VM's name
+        name: String,
+        /// It goes on here
+        #[arg(long, required_unless_present = "it_runs_there", conflicts_with = "it_runs_there")]
+        keep_here: bool,
+        /// It runs at the other host
+        #[arg(long)]
+        it_runs_there: bool,
+        /// Do not ask again
+        #[arg(long)]
+        yes: bool,
     },
     /// Make two hosts peers: without a token, make one; with a token of the other host, use it
     #[command(after_long_help = "\

@@ -24,6 +24,8 @@ pub(crate) enum Failure {
     Serve(#[source] Box<dyn std::error::Error + Send + Sync>),
     #[error("cannot use the terminal")]
     Terminal(#[source] std::io::Error),
+    #[error("nothing was decided: say `y`, or give --yes")]
+    NotConfirmed,
     #[error("cannot run ssh")]
     Ssh(#[source] std::io::Error),
     #[error("{0:?} is no ssh destination: give ssh://HOST, ssh://USER@HOST or ssh://USER@HOST:PORT")]
@@ -108,7 +110,7 @@ impl Failure {
                 | BatchError::OtherMatrix(_)
                 | BatchError::Scenario(_),
             ) => 2,
-            Self::Ssh(_) | Self::NoTokenOverSsh { .. } | Self::ReadReport(_) | Self::Batch(BatchError::Read(_)) => 3,
+            Self::NotConfirmed | Self::Ssh(_) | Self::NoTokenOverSsh { .. } | Self::ReadReport(_) | Self::Batch(BatchError::Read(_)) => 3,
             Self::Agent(ClientError::Lost(_))
             | Self::Bench(_)
             | Self::BenchRam(_)
@@ -137,6 +139,7 @@ fn exit_code(code: Code) -> u8 {
         Code::MigrationFailed => 4,
         Code::GaveUp => 5,
         Code::GuestAtRisk => 6,
+        Code::TooLate => 8,
         Code::Cancelled => 130,
         _ => 3,
     }
@@ -148,8 +151,15 @@ mod tests {
 
     #[test]
     fn every_exit_code_of_the_help_is_given_for_something() {
-        let given =
-            [Code::Internal, Code::NoMemory, Code::MigrationFailed, Code::GaveUp, Code::GuestAtRisk, Code::Cancelled];
-        assert_eq!(given.map(exit_code), [1, 3, 4, 5, 6, 130]);
+        let given = [
+            Code::Internal,
+            Code::NoMemory,
+            Code::MigrationFailed,
+            Code::GaveUp,
+            Code::GuestAtRisk,
+            Code::TooLate,
+            Code::Cancelled,
+        ];
+        assert_eq!(given.map(exit_code), [1, 3, 4, 5, 6, 8, 130]);
     }
 }

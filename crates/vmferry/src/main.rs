@@ -9,12 +9,14 @@ mod console;
 mod failure;
 mod migrate;
 mod pair;
+mod resolve;
 mod vms;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
+use vmferry_api::Resolve;
 use vmferry_api::client::Client;
 
 use crate::cli::{Bench, Cli, Command};
@@ -49,15 +51,23 @@ async fn run(cli: Cli) -> Result<(), Failure> {
     let client = || client(cli.socket);
     match cli.command {
         Command::Agent(options) => agent::run(options).await,
-        Command::Run { name, argv } => vms::run(&client()?, name, argv).await,
+        Command::Run { name, autostart, argv } => vms::run(&client()?, name, autostart, argv).await,
         Command::Adopt { name, qmp } => vms::adopt(&client()?, name, qmp).await,
         Command::List { json } => vms::list(&client()?, json).await,
         Command::Show { name, json } => vms::show(&client()?, &name, json).await,
         Command::Stop { name, force, timeout } => vms::stop(&client()?, &name, force, timeout.into()).await,
+        Command::Start { name } => vms::start(&client()?, &name).await,
+        Command::Pause { name } => vms::pause(&client()?, &name).await,
+        Command::Resume { name } => vms::resume(&client()?, &name).await,
+        Command::Autostart { name, on } => vms::autostart(&client()?, &name, on == "on").await,
         Command::Console { name } => console::run(&client()?, &name).await,
         Command::Migrate(options) => migrate::run(&client()?, options).await,
         Command::PostCopy { name } => migrate::post_copy(&client()?, &name).await,
         Command::Cancel { name } => migrate::cancel(&client()?, &name).await,
+        Command::Resolve { name, keep_here, yes, .. } => {
+            let how = if keep_here { Resolve::KeepHere } else { Resolve::ItRunsThere };
+            resolve::run(&client()?, &name, how, yes).await
+        }
         Command::Pair { token: Some(token), .. } => pair::use_token(&client()?, token).await,
         Command::Pair { token: None, expires, quiet } => pair::make_token(&client()?, expires.into(), quiet).await,
         Command::Peers { json } => pair::list(&client()?, json).await,

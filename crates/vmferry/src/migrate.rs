@@ -67,7 +67,14 @@ pub(crate) async fn run(client: &Client, options: MigrateOptions) -> Result<(), 
     if let Some((record, path)) = record.zip(options.record) {
         // A migration that failed is what a report is wanted of most.
         let text = record.finish().to_json();
-        std::fs::write(&path, text).map_err(|source| Failure::Report { path, source })?;
+        if let Err(source) = std::fs::write(&path, text) {
+            let failure = Failure::Report { path, source };
+            if let Ok(Ok(_)) = ended {
+                return Err(failure);
+            }
+            // How it ended matters more.
+            failure.tell();
+        }
     }
     let report = ended??;
     if !options.json {

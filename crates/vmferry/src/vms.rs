@@ -1,17 +1,18 @@
-//! `run`, `adopt`, `list`, `show`, `stop`.
+//! `run`, `adopt`, `list`, `show`, `start`, `stop`, `pause`, `resume`, `autostart`.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 use bytesize::ByteSize;
 use vmferry_api::client::{Client, vm_path};
-use vmferry_api::{AdoptRequest, RunRequest, Started, StopRequest, VmView};
+use vmferry_api::{AdoptRequest, Autostart, RunRequest, Started, StopRequest, VmView};
 
 use crate::failure::Failure;
 
-pub(crate) async fn run(client: &Client, name: String, argv: Vec<String>) -> Result<(), Failure> {
+pub(crate) async fn run(client: &Client, name: String, autostart: bool, argv: Vec<String>) -> Result<(), Failure> {
     let cwd = std::env::current_dir().map_err(Failure::NoFolder)?;
-    let started: Started = client.post("/v1/vms", &RunRequest { name, argv, cwd, measuring: false }).await?;
+    let request = RunRequest { name, argv, cwd, measuring: false, autostart };
+    let started: Started = client.post("/v1/vms", &request).await?;
     tell_started(&started);
     Ok(())
 }
@@ -57,6 +58,7 @@ pub(crate) async fn show(client: &Client, name: &str, json: bool) -> Result<(), 
         None => vm.state.clone(),
     };
     let engine = match &vm.external_obstacle {
+        _ if vm.engine.is_empty() => "-".into(),
         Some(why) => format!("{} (external cannot be used: {why})", vm.engine),
         None => format!("{} (external can be used)", vm.engine),
     };
@@ -72,6 +74,7 @@ pub(crate) async fn show(client: &Client, name: &str, json: bool) -> Result<(), 
         ("RAM engine", Some(engine)),
         ("console", Some(yes_no(vm.console))),
         ("adopted", Some(yes_no(vm.adopted))),
+        ("autostart", Some(yes_no(vm.autostart))),
         ("command line", Some(vm.argv.join(" "))),
     ];
     for (key, value) in rows {
@@ -86,6 +89,30 @@ pub(crate) async fn stop(client: &Client, name: &str, force: bool, timeout: Dura
     let request = StopRequest { force, timeout_ms: timeout.as_millis() as u64 };
     client.tell(&format!("{}/stop", vm_path(name)), &request).await?;
     println!("{name} is stopped");
+    Ok(())
+}
+
+pub(crate) async fn start(client: &Client, name: &str) -> Result<(), Failure> {
+    let started: Started = client.post(&format!("{}/start", vm_path(name)), &()).await?;
+    tell_started(&started);
+    Ok(())
+}
+
+pub(crate) async fn pause(client: &Client, name: &str) -> Result<(), Failure> {
+    client.tell(&format!("{}/pause", vm_path(name)), &()).await?;
+    println!("{name} is paused");
+    Ok(())
+}
+
+pub(crate) async fn resume(client: &Client, name: &str) -> Result<(), Failure> {
+    client.tell(&format!("{}/resume", vm_path(name)), &()).await?;
+    println!("{name} goes on");
+    Ok(())
+}
+
+pub(crate) async fn autostart(client: &Client, name: &str, on: bool) -> Result<(), Failure> {
+    client.put(&format!("{}/autostart", vm_path(name)), &Autostart { on }).await?;
+    println!("{name} is {} when this host is", if on { "started" } else { "not started" });
     Ok(())
 }
 

@@ -19,17 +19,18 @@ use vmferry_api::client::CONSOLE_PROTOCOL;
 use vmferry_api::in_one_line;
 use vmferry_api::trial::TrialResult;
 use vmferry_api::{
-    AdoptRequest, Begun, EngineName, Hello, MigrateRequest, MigrationEvent, MigrationView, PairRequest, PeerView,
-    PeersView, Problem, RunRequest, Started, StopRequest, TokenRequest, TokenView, TrialRequest, VmView,
+    AdoptRequest, Autostart, Begun, EngineName, Hello, MigrateRequest, MigrationEvent, MigrationView, PairRequest, PeerView,
+    PeersView, Problem, Resolve, RunRequest, Started, StopRequest, TokenRequest, TokenView, TrialRequest, VmView,
 };
 
 use super::{Answer, ApiError, upgraded};
 use crate::agent::Agent;
 use crate::engine::movable::movable;
 use crate::error::AgentError;
-use crate::host::{self, Console, GLANCE, Stage, Viewer};
+use crate::host::{self, Console, GLANCE, IdleVm, Viewer};
 use crate::measuring::witness;
 use crate::peers::{link_trial, trust};
+use crate::recovery::came_whole;
 use crate::source::{self, Migration};
 
 /// How many ended migrations are listed.
@@ -45,7 +46,12 @@ pub(crate) fn routes() -> OpenApiRouter<Arc<Agent>> {
         .routes(routes!(show))
         .routes(routes!(stop))
         .routes(routes!(console))
+        .routes(routes!(start))
+        .routes(routes!(pause))
+        .routes(routes!(resume))
+        .routes(routes!(autostart))
         .routes(routes!(migrate, cancel))
+        .routes(routes!(resolve))
         .routes(routes!(post_copy))
         .routes(routes!(migrations))
         .routes(routes!(events))
@@ -67,7 +73,10 @@ async fn host(State(agent): Shared) -> Json<Hello> {
 #[utoipa::path(get, path = "/v1/vms", responses((status = 200, body = Vec<VmView>)))]
 async fn list(State(agent): Shared) -> Json<Vec<VmView>> {
     let vms = agent.host.vms();
-    Json(futures_util::future::join_all(vms.iter().map(|vm| vm.view(agent.host.config.engine))).await)
+    let mut views = futures_util::future::join_all(vms.iter().map(|vm| vm.view(agent.host.config.engine))).await;
+    views.extend(agent.host.idle_vms().iter().map(IdleVm::view));
+    views.sort_by(|a, b| a.name.cmp(&b.name));
+    Json(views)
 }
 
 /// Starts a VM.
@@ -90,7 +99,10 @@ async fn adopt(State(agent): Shared, Json(request): Json<AdoptRequest>) -> Answe
 #[utoipa::path(get, path = "/v1/vms/{name}", params(("name" = String, Path)),
     responses((status = 200, body = VmView), (status = "default", body = Problem)))]
 async fn show(State(agent): Shared, Path(name): Path<String>) -> Answer<VmView> {
-    let vm = agent.host.vm(&name)?;
+    let vm = match agent.host.found(&name).await {
+        Ok(vm) => vm,
+        Err(error) => return agent.host.idle(&name).map(|idle| Json(idle.view())).ok_or_else(|| error.into()),
+    };
     let mut view = vm.view(agent.host.config.engine).await;
     if view.migration.is_none() && vm.is_alive() {
         // A QEMU that does not answer keeps nobody from being shown. It is asked a dozen things.
@@ -112,7 +124,10 @@ async fn stop(
     Path(name): Path<String>,
     Json(request): Json<StopRequest>,
 ) -> Result<StatusCode, ApiError> {
-    host::stop(&agent.host, &name, &request).await?;
+    // What is left of a guest that is stranded has nothing to shut down.
+    if !(request.force && source::discard(&agent.outgoing, &name)) {
+        host::stop(&agent.host, &name, &request).await?;
+    }
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -179,6 +194,7 @@ async fn witness_there(State(agent): Shared, Path(id): Path<Uuid>, request: Requ
 #[utoipa::path(post, path = "/v1/vms/{name}/migration", params(("name" = String, Path)), request_body = MigrateRequest,
     responses((status = 200, body = Begun), (status = "default", body = Problem)))]
 async fn migrate(State(agent): Shared, Path(name): Path<String>, Json(request): Json<MigrateRequest>) -> Answer<Begun> {
+    agent.host.found(&name).await?;
     let (plan, migration) = source::begin(&agent.outgoing, &name, request).await?;
     Ok(Json(Begun { plan, id: migration.map(|it| it.id) }))
 }
@@ -187,13 +203,66 @@ async fn migrate(State(agent): Shared, Path(name): Path<String>, Json(request): 
 #[utoipa::path(delete, path = "/v1/vms/{name}/migration", params(("name" = String, Path)),
     responses((status = 204), (status = "default", body = Problem)))]
 async fn cancel(State(agent): Shared, Path(name): Path<String>) -> Result<StatusCode, ApiError> {
-    let migration = migration_of(&agent, &name)?;
-    if matches!(agent.host.vm(&name)?.stage(), Stage::Left(_)) {
-        let message = format!("{name} runs at its destination already, and can only go on there");
-        let hint = Some("its memory follows; migrate it back when it is there".into());
-        return Err(AgentError::Conflict { message, hint }.into());
-    }
-    migration.cancel();
+    agent.host.found(&name).await?;
+    agent.outgoing.cancel(&name)?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Decides about a guest of which the agents do not know where it is.
+#[utoipa::path(post, path = "/v1/vms/{name}/resolve", params(("name" = String, Path)), request_body = Resolve,
+    responses((status = 204), (status = "default", body = Problem)))]
+async fn resolve(
+    State(agent): Shared,
+    Path(name): Path<String>,
+    Json(how): Json<Resolve>,
+) -> Result<StatusCode, ApiError> {
+    source::resolve(&agent.outgoing, &name, how).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Starts a VM again whose QEMU has ended, or whose host was restarted.
+#[utoipa::path(post, path = "/v1/vms/{name}/start", params(("name" = String, Path)),
+    responses((status = 200, body = Started), (status = "default", body = Problem)))]
+async fn start(State(agent): Shared, Path(name): Path<String>) -> Answer<Started> {
+    let started = async move {
+        if let Some(idle) = agent.host.idle(&name)
+            && !came_whole(&agent, &idle.record).await?
+        {
+            agent.host.forget_idle(&idle).await?;
+            return Err(AgentError::UnknownVm { name });
+        }
+        host::start(&agent.host, &name).await
+    };
+    Ok(Json(tokio::spawn(started).await.expect("starting does not panic")?))
+}
+
+/// Pauses a guest. One that is being migrated arrives paused.
+#[utoipa::path(post, path = "/v1/vms/{name}/pause", params(("name" = String, Path)),
+    responses((status = 204), (status = "default", body = Problem)))]
+async fn pause(State(agent): Shared, Path(name): Path<String>) -> Result<StatusCode, ApiError> {
+    agent.host.found(&name).await?;
+    host::pause(&agent.host, &name).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Has a paused guest go on.
+#[utoipa::path(post, path = "/v1/vms/{name}/resume", params(("name" = String, Path)),
+    responses((status = 204), (status = "default", body = Problem)))]
+async fn resume(State(agent): Shared, Path(name): Path<String>) -> Result<StatusCode, ApiError> {
+    agent.host.found(&name).await?;
+    host::resume(&agent.host, &name).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Has a VM started whenever its host is, or not any more.
+#[utoipa::path(put, path = "/v1/vms/{name}/autostart", params(("name" = String, Path)), request_body = Autostart,
+    responses((status = 204), (status = "default", body = Problem)))]
+async fn autostart(
+    State(agent): Shared,
+    Path(name): Path<String>,
+    Json(autostart): Json<Autostart>,
+) -> Result<StatusCode, ApiError> {
+    host::set_autostart(&agent.host, &name, autostart.on).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -217,7 +286,7 @@ fn migration_of(agent: &Agent, name: &str) -> Result<Arc<Migration>, AgentError>
 /// The last migrations away from this host, newest first.
 #[utoipa::path(get, path = "/v1/migrations", responses((status = 200, body = Vec<MigrationView>)))]
 async fn migrations(State(agent): Shared) -> Answer<Vec<MigrationView>> {
-    Ok(Json(agent.host.store.last_out(LISTED)?))
+    Ok(Json(agent.host.journal.last_out(LISTED).await?))
 }
 
 /// What a migration tells: server-sent events, each a `MigrationEvent`; the stream ends with the migration.
@@ -256,14 +325,14 @@ fn until_the_last(events: impl Stream<Item = MigrationEvent>) -> impl Stream<Ite
 #[utoipa::path(post, path = "/v1/tokens", request_body = TokenRequest,
     responses((status = 200, body = TokenView), (status = "default", body = Problem)))]
 async fn make_token(State(agent): Shared, Json(request): Json<TokenRequest>) -> Answer<TokenView> {
-    Ok(Json(trust::make_token(&agent.host, request.seconds)?))
+    Ok(Json(trust::make_token(&agent.host, request.seconds).await?))
 }
 
 /// This host and its peers.
 #[utoipa::path(get, path = "/v1/peers",
     responses((status = 200, body = PeersView), (status = "default", body = Problem)))]
 async fn peers(State(agent): Shared) -> Answer<PeersView> {
-    Ok(Json(trust::peers(&agent.host)?))
+    Ok(Json(trust::peers(&agent.host).await?))
 }
 
 /// Pairs with the agent that made a token.
@@ -277,7 +346,7 @@ async fn pair(State(agent): Shared, Json(request): Json<PairRequest>) -> Answer<
 #[utoipa::path(delete, path = "/v1/peers/{peer}", params(("peer" = String, Path)),
     responses((status = 204), (status = "default", body = Problem)))]
 async fn unpair(State(agent): Shared, Path(peer): Path<String>) -> Result<StatusCode, ApiError> {
-    trust::unpair(&agent.host, &peer)?;
+    trust::unpair(&agent.host, &peer).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 

@@ -23,7 +23,7 @@ use crate::error::AgentError;
 use crate::measuring::{boot_files, witness};
 use crate::peers::trust::{self, Caller};
 use crate::peers::{
-    API, BootFile, CheckReply, IncomingState, Join, Offer, Prepared, RELAY_PROTOCOL, TrialAccepted, TrialOffer,
+    API, BootFile, CheckReply, Commit, Fence, IncomingState, Join, OutgoingState, Offer, Prepared, RELAY_PROTOCOL, TrialAccepted, TrialOffer,
     link_trial, relay,
 };
 
@@ -45,6 +45,9 @@ pub(crate) fn routes() -> OpenApiRouter<Arc<Agent>> {
         .routes(routes!(keep))
         .routes(routes!(commit))
         .routes(routes!(recover))
+        .routes(routes!(fence))
+        .routes(routes!(settled))
+        .routes(routes!(outgoing))
         .routes(routes!(relay))
         .routes(routes!(try_streams))
         .routes(routes!(witness))
@@ -58,7 +61,7 @@ impl FromRequestParts<Arc<Agent>> for Paired {
 
     async fn from_request_parts(parts: &mut Parts, agent: &Arc<Agent>) -> Result<Self, ApiError> {
         let ConnectInfo(caller) = ConnectInfo::<Caller>::from_request_parts(parts, agent).await.map_err(unrouted)?;
-        trust::require_peer(&agent.host, &caller)?;
+        trust::require_peer(&agent.host, &caller).await?;
         Ok(Self(caller))
     }
 }
@@ -76,13 +79,13 @@ impl FromRequestParts<Arc<Agent>> for Began {
     async fn from_request_parts(parts: &mut Parts, agent: &Arc<Agent>) -> Result<Self, ApiError> {
         let ConnectInfo(caller) = ConnectInfo::<Caller>::from_request_parts(parts, agent).await.map_err(unrouted)?;
         let Path(id) = Path::<Uuid>::from_request_parts(parts, agent).await.map_err(unrouted)?;
-        match agent.host.store.source_of(id)? {
+        match agent.host.journal.row_in(id).await?.map(|row| row.source) {
             Some(source) if source.key == caller.key => {}
             Some(_) => {
                 tracing::warn!(from = %caller.remote, fingerprint = %caller.key, migration = %id, "is not its migration");
                 return Err(AgentError::NotYours.into());
             }
-            None => drop(trust::require_peer(&agent.host, &caller)?),
+            None => drop(trust::require_peer(&agent.host, &caller).await?),
         }
         Ok(Self { id, caller })
     }
@@ -111,7 +114,7 @@ async fn hello(State(agent): Shared) -> Json<Hello> {
 #[utoipa::path(post, path = "/v1/join", request_body = Join,
     responses((status = 200, body = Hello), (status = "default", body = Problem)))]
 async fn join(State(agent): Shared, ConnectInfo(caller): ConnectInfo<Caller>, Json(join): Json<Join>) -> Answer<Hello> {
-    trust::join(&agent.host, &caller, &join)?;
+    trust::join(&agent.host, &caller, &join).await?;
     Ok(Json(introduce(&agent)))
 }
 
@@ -142,21 +145,26 @@ async fn prepare(State(agent): Shared, Paired(caller): Paired, Json(offer): Json
 #[utoipa::path(get, path = "/v1/incoming/{id}", params(("id" = Uuid, Path)),
     responses((status = 200, body = IncomingState), (status = "default", body = Problem)))]
 async fn state(State(agent): Shared, Began { id, .. }: Began) -> Answer<IncomingState> {
-    Ok(Json(destination::state(&agent.incoming, id)?))
+    Ok(Json(destination::state(&agent.incoming, id).await?))
 }
 
 /// The source is still there.
 #[utoipa::path(post, path = "/v1/incoming/{id}/keep", params(("id" = Uuid, Path)),
     responses((status = 200, body = IncomingState), (status = "default", body = Problem)))]
 async fn keep(State(agent): Shared, Began { id, .. }: Began) -> Answer<IncomingState> {
-    Ok(Json(destination::keep(&agent.incoming, id)?))
+    Ok(Json(destination::keep(&agent.incoming, id).await?))
 }
 
-/// This host becomes the owner of the guest and sets it running. The answer is final and may be asked for again.
-#[utoipa::path(post, path = "/v1/incoming/{id}/commit", params(("id" = Uuid, Path)),
+/// This host becomes the owner of the guest and sets it running. What it decides is final and may be asked for again.
+#[utoipa::path(post, path = "/v1/incoming/{id}/commit", params(("id" = Uuid, Path)), request_body = Commit,
     responses((status = 200, body = IncomingState), (status = "default", body = Problem)))]
-async fn commit(State(agent): Shared, Began { id, caller }: Began) -> Answer<IncomingState> {
-    let committed = tokio::spawn(async move { destination::commit(&agent.incoming, id, &caller).await });
+async fn commit(
+    State(agent): Shared,
+    Began { id, caller }: Began,
+    Json(commit): Json<Commit>,
+) -> Answer<IncomingState> {
+    let committed = async move { destination::commit(&agent.incoming, id, commit.run, &caller).await };
+    let committed = tokio::spawn(committed);
     Ok(Json(committed.await.expect("committing does not panic")?))
 }
 
@@ -166,6 +174,36 @@ async fn commit(State(agent): Shared, Began { id, caller }: Began) -> Answer<Inc
 async fn abandon(State(agent): Shared, Began { id, caller }: Began) -> Answer<IncomingState> {
     let abandoned = tokio::spawn(async move { destination::abandon(&agent.incoming, id, &caller).await });
     Ok(Json(abandoned.await.expect("abandoning does not panic")?))
+}
+
+/// The guest goes on at its source, by its user's word: whatever this host has of it ends.
+#[utoipa::path(post, path = "/v1/incoming/{id}/fence", params(("id" = Uuid, Path)), request_body = Fence,
+    responses((status = 200, body = IncomingState), (status = "default", body = Problem)))]
+async fn fence(
+    State(agent): Shared,
+    Began { id, caller }: Began,
+    Json(fence): Json<Fence>,
+) -> Answer<IncomingState> {
+    let fenced = async move { destination::fence(&agent.incoming, id, &fence.vm, &caller).await };
+    Ok(Json(tokio::spawn(fenced).await.expect("fencing does not panic")?))
+}
+
+/// Nothing is left of the guest at its source, which has nothing more to say of it.
+#[utoipa::path(post, path = "/v1/incoming/{id}/settled", params(("id" = Uuid, Path)),
+    responses((status = 200, body = IncomingState), (status = "default", body = Problem)))]
+async fn settled(State(agent): Shared, Began { id, .. }: Began) -> Answer<IncomingState> {
+    Ok(Json(destination::settled(&agent.incoming, id).await?))
+}
+
+/// How a migration from this host to the one that asks stands here.
+#[utoipa::path(get, path = "/v1/outgoing/{id}", params(("id" = Uuid, Path)),
+    responses((status = 200, body = OutgoingState), (status = "default", body = Problem)))]
+async fn outgoing(
+    State(agent): Shared,
+    Paired(caller): Paired,
+    Path(id): Path<Uuid>,
+) -> Answer<OutgoingState> {
+    Ok(Json(OutgoingState { step: agent.host.journal.word_of_out(id, caller.key).await? }))
 }
 
 /// Post-copy lost its connection: listens again.
@@ -180,7 +218,7 @@ async fn recover(State(agent): Shared, Began { id, caller }: Began) -> Answer<In
 #[utoipa::path(post, path = "/v1/incoming/{id}/relay", params(("id" = Uuid, Path)),
     responses((status = 101, description = "upgraded to vmferry-relay"), (status = "default", body = Problem)))]
 async fn relay(State(agent): Shared, Began { id, .. }: Began, request: Request) -> Result<Response, ApiError> {
-    let vm = destination::relayed_vm(&agent.incoming, id)?;
+    let vm = destination::relayed_vm(&agent.incoming, id).await?;
     upgraded(request, RELAY_PROTOCOL, move |connection| async move {
         relay::receive(&vm, connection).await;
     })

@@ -1,11 +1,13 @@
 //! Whether this host could take a VM.
 
+use std::sync::Arc;
+
 use vmferry_qemu::{Accel, CommandLine, QemuInfo};
 
 use super::incoming::Incoming;
 use super::suitability;
 use crate::error::AgentError;
-use crate::host::check_name;
+use crate::host::{Need, check_name};
 use crate::measuring::boot_files;
 use crate::peers::trust::Caller;
 use crate::peers::{CheckReply, Offer};
@@ -13,7 +15,7 @@ use crate::peers::{CheckReply, Offer};
 /// Whether this host could take the VM; touches nothing.
 pub(crate) async fn check(here: &Incoming, mut offer: Offer, caller: &Caller) -> Result<CheckReply, AgentError> {
     boot_files::settle(&here.host, &mut offer.spec);
-    let (_, _, info) = suitable(here, &offer).await?;
+    let (_, _, info, _) = suitable(here, &offer).await?;
     Ok(CheckReply {
         host: here.host.config.name.clone(),
         qemu_version: info.version,
@@ -25,7 +27,10 @@ pub(crate) async fn check(here: &Incoming, mut offer: Offer, caller: &Caller) ->
     })
 }
 
-pub(super) async fn suitable(here: &Incoming, offer: &Offer) -> Result<(CommandLine, Accel, QemuInfo), AgentError> {
+pub(super) async fn suitable(
+    here: &Incoming,
+    offer: &Offer,
+) -> Result<(CommandLine, Accel, QemuInfo, Need), AgentError> {
     let name = &offer.spec.name;
     check_name(name)?;
     if here.host.has_vm(name) {
@@ -42,15 +47,16 @@ pub(super) async fn suitable(here: &Incoming, offer: &Offer) -> Result<(CommandL
         _ => Accel::Tcg { why: "the guest runs under TCG at the source".into() },
     };
     let info = here.host.qemus.qemu_info(&binary, &accel).await?;
-    let memory = suitability::available_memory()
-        .saturating_sub(here.host.config.reserved_memory.as_u64())
-        .saturating_sub(here.promised_memory());
-    let (offer, name) = (offer.clone(), here.host.config.name.clone());
+    let (offer, host) = (offer.clone(), Arc::clone(&here.host));
     // Files may lie on storage that does not answer, which must not keep others waiting.
     let judged = tokio::task::spawn_blocking(move || {
-        let host = suitability::Host { name: &name, qemu: &info, accel: &accel, memory };
-        suitability::judge(&offer, &command, &host)?;
-        Ok((command, accel, info))
+        let name = &host.config.name;
+        suitability::judge(&offer, &command, &suitability::Host { name, qemu: &info, accel: &accel })?;
+        let need = Need { ram: offer.ram_bytes, huge_page: suitability::huge_page(&command, &offer.spec.cwd) };
+        host.admission
+            .look(need, host.config.reserved_memory.as_u64())
+            .map_err(|short| suitability::no_memory(name, &offer.spec.name, short))?;
+        Ok((command, accel, info, need))
     });
     judged.await.expect("judging does not panic")
 }

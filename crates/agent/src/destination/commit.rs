@@ -1,143 +1,127 @@
-//! The moment of ownership: this host's journal takes the guest over, once, and then it is set running.
+//! What a source asks about ownership: take the guest over, let go of it, and, when its user has kept it, let go of it
+//! even so. Each may be asked again and has the same answer then.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
-use vmferry_api::in_one_line;
-use vmferry_qemu::migration::reset_capabilities;
-use vmferry_qemu::qmp::commands;
-use vmferry_qemu::{MigrationStatus, RunState};
+use vmferry_custody::destination::{Event, Qemu};
+use vmferry_custody::{Destination, InStep};
 
-use super::abandon::{abandon_unheard, drop_awaited};
-use super::arrival;
-use super::incoming::{Incoming, state};
+use super::awaited::Awaited;
+use super::incoming::Incoming;
 use crate::error::AgentError;
-use crate::host::{Host, Stage, Vm};
-use crate::journal::InStep;
+use crate::journal::Source;
 use crate::peers::IncomingState;
-use crate::peers::trust::Caller;
+use crate::peers::trust::{self, Caller};
 
 /// How long QEMU may take to load what the source says it has sent.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(8);
-/// How long the guest may take to be set running.
-const RUN_TIMEOUT: Duration = Duration::from_secs(2);
+/// What is decided is answered at once; that the guest runs may take so long.
+const RUN_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long it may take until all is gone of what is abandoned.
+const END_TIMEOUT: Duration = Duration::from_secs(12);
+/// Why a migration was abandoned by its source.
+const ASKED_TO: &str = "the source asked for it";
 
-/// Makes this host the owner of the guest, if it can run it, and sets it running. May be asked again: the answer stays
-/// the same. The answer is final either way.
-pub(crate) async fn commit(here: &Arc<Incoming>, id: Uuid, caller: &Caller) -> Result<IncomingState, AgentError> {
-    let Some(incoming) = here.awaited(id) else {
-        // It never came this far; or its VM is gone again; or this agent was started since, and has seen to it then.
-        abandon_unheard(here, id, caller, "this host knows nothing of it")?;
-        return match here.host.store.step_in(id)? {
-            Some((InStep::Prepared, _)) => {
-                Err(AgentError::Busy { what: "the VM's QEMU, which does not answer the new agent yet".into() })
-            }
-            _ => state(here, id),
-        };
+/// Makes this host the owner of the guest, if it can run it, and sets it running. When nothing can be decided yet, it
+/// says that it is as it was.
+pub(crate) async fn commit(
+    here: &Arc<Incoming>,
+    id: Uuid,
+    run: bool,
+    caller: &Caller,
+) -> Result<IncomingState, AgentError> {
+    let Some(awaited) = here.find(id).await? else {
+        return unheard(here, id, caller, "this host knows nothing of it").await;
     };
-    let _turn = incoming.turn.lock().await;
-    incoming.heard();
-    let vm = &incoming.vm;
-    let begun = Instant::now();
-    if !matches!(here.host.store.step_in(id)?, Some((InStep::Committed, _))) {
-        if let Err(why) = loaded(vm).await {
-            drop_awaited(here, &incoming, &why).await?;
-            return state(here, id);
-        }
-        if !here.host.store.commit_in(id)? {
-            return state(here, id);
-        }
-        vm.set_stage(Stage::Owned);
-        let took_us = begun.elapsed().as_micros() as u64;
-        tracing::info!(vm = vm.name(), migration = %id, took_us, "owns the guest now");
-        if let Err(error) = set_running(&here.host, vm).await {
-            // In post-copy it may answer only when the source has made a lost connection anew, and for that the source
-            // must hear that the guest is here.
-            tracing::error!(vm = vm.name(), error = in_one_line(&error), "cannot be set running yet");
-            tokio::spawn(set_running_later(Arc::clone(&here.host), Arc::clone(vm)));
-        }
-        tokio::spawn(announce(Arc::clone(vm)));
-    }
-    state(here, id)
-}
-
-async fn set_running_later(host: Arc<Host>, vm: Arc<Vm>) {
-    while let Err(error) = set_running(&host, &vm).await {
-        tracing::debug!(vm = vm.name(), error = in_one_line(&error), "cannot be set running yet");
-        tokio::time::sleep(RUN_TIMEOUT).await;
-    }
-}
-
-/// Sets a guest running that this host owns, once: its user may pause it afterwards.
-pub(crate) async fn set_running(host: &Host, vm: &Vm) -> Result<(), AgentError> {
-    if !host.store.must_run(vm.name())? {
-        return Ok(());
-    }
-    match run(vm).await {
-        Err(error) if vm.is_alive() => return Err(error),
-        Err(error) => tracing::error!(vm = vm.name(), %error, "its QEMU ended before it could be set running"),
-        Ok(()) => {}
-    }
-    if arrival::is_expected(&vm.dir) {
-        // What somebody saves to a file later is to have all RAM. It can wait until pages have come.
-        let vm = vm.qmp.clone();
-        tokio::spawn(async move {
-            while let Err(error) = reset_capabilities(&vm).await {
-                if vm.is_closed() {
-                    return;
+    awaited.heard();
+    awaited.apply(Event::Commit { run });
+    let load = Instant::now() + LOAD_TIMEOUT;
+    let mut decided = None;
+    loop {
+        awaited.act(here).await;
+        let machine = awaited.machine();
+        match machine.row() {
+            Some(InStep::Committed { .. }) => {
+                let since = *decided.get_or_insert_with(Instant::now);
+                if awaited.view().runs || machine.is_at_rest() || since.elapsed() > RUN_TIMEOUT {
+                    return Ok(awaited.view());
                 }
-                tracing::debug!(error = in_one_line(&error), "QEMU does not answer yet");
-                tokio::time::sleep(RUN_TIMEOUT).await;
             }
-        });
-    }
-    Ok(host.store.did_run(vm.name())?)
-}
-
-/// Waits until QEMU has what it needs to run the guest.
-async fn loaded(vm: &Vm) -> Result<(), String> {
-    let deadline = Instant::now() + LOAD_TIMEOUT;
-    loop {
-        let told = async {
-            let info = vm.qmp.execute(commands::QueryMigrate {}).await?;
-            Ok::<_, vmferry_qemu::QmpError>((info, vm.run_state().await?))
-        };
-        let (info, run_state) = told.await.map_err(|error| format!("its QEMU does not answer: {error}"))?;
-        match info.status.unwrap_or(MigrationStatus::None) {
-            status
-                if (status == MigrationStatus::Completed || status.is_post_copy())
-                    && run_state != RunState::InMigrate =>
-            {
-                return Ok(());
+            Some(InStep::Abandoned) => return Ok(awaited.view()),
+            // Its QEMU does not answer a new agent yet, or the journal cannot be written: it is not for this host to
+            // say that nothing will come of it.
+            _ if machine.qemu() == Qemu::Silent && Instant::now() > load => return Ok(awaited.view()),
+            _ if !wants_to_commit(machine) => return Ok(awaited.view()),
+            _ if Instant::now() > load => {
+                awaited.give_up(Event::GiveUp, "its QEMU did not receive the whole guest");
             }
-            MigrationStatus::Failed => {
-                let why = info.error_desc.unwrap_or_else(|| "see its log".into());
-                return Err(format!("its QEMU could not load the guest: {why}"));
-            }
-            _ if Instant::now() > deadline => return Err("its QEMU did not receive the whole guest".into()),
-            _ => tokio::time::sleep(Duration::from_micros(300)).await,
+            _ => {}
         }
+        tokio::time::sleep(Duration::from_micros(300)).await;
     }
 }
 
-async fn run(vm: &Vm) -> Result<(), AgentError> {
-    let deadline = Instant::now() + RUN_TIMEOUT;
+/// It was asked to, and nothing else came of that yet.
+fn wants_to_commit(machine: Destination) -> bool {
+    !machine.due().is_empty()
+}
+
+/// Gives up what was prepared, now and for ever; what was committed stays. Also a migration that this host never heard
+/// of. When it answers nothing of it is left, so that the VM can be offered again at once.
+pub(crate) async fn abandon(here: &Arc<Incoming>, id: Uuid, caller: &Caller) -> Result<IncomingState, AgentError> {
+    match here.find(id).await? {
+        Some(awaited) => Ok(let_go(here, &awaited, Event::Abandon, ASKED_TO).await),
+        None => unheard(here, id, caller, ASKED_TO).await,
+    }
+}
+
+/// The source's user has decided that the guest goes on there: whatever this host has of it ends.
+pub(crate) async fn fence(
+    here: &Arc<Incoming>,
+    id: Uuid,
+    vm: &str,
+    caller: &Caller,
+) -> Result<IncomingState, AgentError> {
+    const WHY: &str = "the source's user has kept the guest there";
+    if let Some(awaited) = here.find(id).await? {
+        tracing::warn!(vm = awaited.name, migration = %id, "its source's user has kept it: what is here ends");
+        return Ok(let_go(here, &awaited, Event::Fence, WHY).await);
+    }
+    // A journal that was lost knows nothing of it; but somebody may still run it.
+    if let Ok(found) = here.host.vm(vm)
+        && found.stage() == crate::host::Stage::Unclear
+    {
+        tracing::warn!(vm, migration = %id, "its source's user has kept it: what was found here ends");
+        vmferry_qemu::kill_process(found.pid, found.start_time, Duration::ZERO).await;
+        here.host.forget_vm(&found).await?;
+    }
+    unheard(here, id, caller, WHY).await
+}
+
+async fn let_go(here: &Arc<Incoming>, awaited: &Awaited, event: Event, why: &str) -> IncomingState {
+    awaited.give_up(event, why);
+    let deadline = Instant::now() + END_TIMEOUT;
     loop {
-        vm.qmp.execute_within(commands::Cont {}, RUN_TIMEOUT).await?;
-        let state = vm.qmp.execute_within(commands::QueryStatus {}, RUN_TIMEOUT).await?.status;
-        // A guest that shut down or crashed on its own in its first moment is none of ours to restart.
-        if !matches!(state, RunState::Paused | RunState::InMigrate | RunState::Prelaunch) || Instant::now() > deadline {
-            return Ok(());
+        awaited.act(here).await;
+        let machine = awaited.machine();
+        // What was committed is not abandoned; and what cannot be written is said to be as it was.
+        let is_over = machine.row() == Some(InStep::Abandoned) && machine.is_at_rest();
+        let stays = matches!(machine.row(), Some(InStep::Committed { .. })) && event != Event::Fence;
+        if is_over || stays || Instant::now() > deadline {
+            return awaited.view();
         }
-        tokio::time::sleep(Duration::from_millis(1)).await;
+        // While its QEMU starts, whoever starts it ends it.
+        tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
 
-/// Has the guest's network cards tell the switches where they are now, some times, as QEMU does by itself once.
-async fn announce(vm: Arc<Vm>) {
-    let rounds = commands::AnnounceSelf { initial: 50, max: 550, rounds: 5, step: 100 };
-    if let Err(error) = vm.qmp.execute(rounds).await {
-        tracing::warn!(vm = vm.name(), %error, "could not announce the guest's network cards");
-    }
+/// What this host never heard of cannot begin any more either. It is written down for peers only; nobody else gets here
+/// with a migration that is not known.
+async fn unheard(here: &Arc<Incoming>, id: Uuid, caller: &Caller, why: &str) -> Result<IncomingState, AgentError> {
+    let name = trust::require_peer(&here.host, caller).await?;
+    let source = Source { name, key: caller.key };
+    here.host.journal.write_in(id, "", &source, InStep::Abandoned, why, false).await?;
+    super::incoming::state(here, id).await
 }

@@ -1,63 +1,23 @@
 //! The guests that come to this host.
 
-use std::collections::{HashMap, HashSet};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use uuid::Uuid;
+use vmferry_custody::destination::{Event, Qemu};
 
 use super::arrival::Arrivals;
+use super::awaited::Awaited;
 use crate::error::AgentError;
-use crate::host::{Host, Stage, Vm};
-use crate::journal::InStep;
+use crate::host::{Host, Vm};
+use crate::journal::InRow;
 use crate::measuring::witness;
+use crate::peers::trust;
 use crate::peers::{IncomingState, relay};
 
 /// How long QEMU may take to tell how post-copy stands, which it cannot while its main loop waits for a page.
 pub(super) const STATUS_TIMEOUT: Duration = Duration::from_secs(3);
-
-/// One guest that a QEMU of this host waits for, or has waited for.
-pub(crate) struct Awaited {
-    pub(super) id: Uuid,
-    pub(super) from: String,
-    pub(super) vm: Arc<Vm>,
-    begun: Instant,
-    /// When the source was last heard of, in ms since `begun`.
-    heard_ms: AtomicU64,
-    /// Held while ownership changes, so that a commit and an abandon never run side by side.
-    pub(super) turn: tokio::sync::Mutex<()>,
-}
-
-impl Awaited {
-    pub(crate) fn new(id: Uuid, from: String, vm: Arc<Vm>) -> Arc<Self> {
-        let turn = tokio::sync::Mutex::new(());
-        Arc::new(Self { id, from, vm, begun: Instant::now(), heard_ms: AtomicU64::new(0), turn })
-    }
-
-    pub(super) fn heard(&self) {
-        self.heard_ms.store(self.begun.elapsed().as_millis() as u64, Ordering::Relaxed);
-    }
-
-    pub(super) fn silent_for(&self) -> Duration {
-        self.begun.elapsed().saturating_sub(Duration::from_millis(self.heard_ms.load(Ordering::Relaxed)))
-    }
-
-    /// Guest RAM that is promised to it, in bytes.
-    fn ram_bytes(&self) -> u64 {
-        self.vm.facts.ram_bytes
-    }
-
-    /// This VM came with it.
-    fn brought(&self, vm: &Vm) -> bool {
-        self.vm.pid == vm.pid && self.vm.start_time == vm.start_time
-    }
-
-    /// The source still owns the guest.
-    fn is_open(&self) -> bool {
-        matches!(self.vm.stage(), Stage::Incoming(_))
-    }
-}
 
 /// See the module's text.
 pub(crate) struct Incoming {
@@ -65,93 +25,161 @@ pub(crate) struct Incoming {
     pub(crate) host: Arc<Host>,
     /// Their RAM, where the agents move it.
     pub(super) arrivals: Arc<Arrivals>,
-    state: Mutex<State>,
+    awaited: Mutex<HashMap<Uuid, Arc<Awaited>>>,
 }
 
-#[derive(Default)]
-struct State {
-    awaited: HashMap<Uuid, Arc<Awaited>>,
-    /// Migrations whose QEMUs are being started.
-    preparing: HashSet<Uuid>,
-}
-
-/// An incoming migration is being prepared while this lives.
-pub(crate) struct Preparing<'a> {
-    here: &'a Incoming,
-    id: Uuid,
-}
-
-impl Drop for Preparing<'_> {
-    fn drop(&mut self) {
-        self.here.lock().preparing.remove(&self.id);
-    }
-}
 
 impl Incoming {
     /// To this host: none yet.
     pub(crate) fn new(host: Arc<Host>) -> Arc<Self> {
-        Arc::new(Self { host, arrivals: Arc::default(), state: Mutex::default() })
+        Arc::new(Self { host, arrivals: Arc::default(), awaited: Mutex::default() })
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().expect("no holder of this lock panics")
+    fn lock(&self) -> MutexGuard<'_, HashMap<Uuid, Arc<Awaited>>> {
+        self.awaited.lock().expect("no holder of this lock panics")
     }
 
-    pub(crate) fn add(&self, awaited: Arc<Awaited>) {
-        self.lock().awaited.insert(awaited.id, awaited);
+    /// The one that is known already, if there is one; otherwise this.
+    pub(super) fn add(&self, awaited: Arc<Awaited>) -> Result<(), Arc<Awaited>> {
+        let mut all = self.lock();
+        if let Some(known) = all.get(&awaited.id) {
+            return Err(Arc::clone(known));
+        }
+        all.insert(awaited.id, awaited);
+        Ok(())
     }
 
     pub(super) fn awaited(&self, id: Uuid) -> Option<Arc<Awaited>> {
-        self.lock().awaited.get(&id).cloned()
+        self.lock().get(&id).cloned()
+    }
+
+    /// It is over, or was never begun.
+    pub(super) fn remove(&self, id: Uuid) {
+        self.lock().remove(&id);
     }
 
     /// This VM is gone.
     pub(crate) fn forget(&self, vm: &Vm) {
-        self.lock().awaited.retain(|_, awaited| !awaited.brought(vm));
+        self.lock().retain(|_, awaited| !awaited.brought(vm));
     }
 
-    pub(super) fn begin_preparing(&self, id: Uuid) -> Preparing<'_> {
-        self.lock().preparing.insert(id);
-        Preparing { here: self, id }
+    /// One that is under way, or that the journal knows: then what is due is done from now on.
+    pub(super) async fn find(self: &Arc<Self>, id: Uuid) -> Result<Option<Arc<Awaited>>, AgentError> {
+        if let Some(known) = self.awaited(id) {
+            return Ok(Some(known));
+        }
+        let Some(row) = self.host.journal.row_in(id).await? else { return Ok(None) };
+        Ok(Some(self.take_up(id, row)))
     }
 
-    pub(super) fn is_preparing(&self, id: Uuid) -> bool {
-        self.lock().preparing.contains(&id)
+    /// One that the journal knows goes on.
+    pub(crate) fn take_up(self: &Arc<Self>, id: Uuid, row: InRow) -> Arc<Awaited> {
+        let awaited = Awaited::found(id, row);
+        let vm = self.host.vm(&awaited.name).ok().filter(|vm| vm.incoming == Some(id));
+        let is_idle = self.host.idle(&awaited.name).is_some_and(|it| it.record.incoming == Some(id));
+        match vm {
+            Some(vm) => awaited.is_served_by(&vm),
+            None if is_idle => {}
+            // Whatever it had is gone.
+            None => awaited.apply(Event::Told(Qemu::Ended)),
+        }
+        // Of what is over there is nothing to be done, and nobody to be kept in mind.
+        if awaited.machine().is_at_rest() && awaited.vm.get().is_none() {
+            return awaited;
+        }
+        if let Err(known) = self.add(Arc::clone(&awaited)) {
+            return known;
+        }
+        tokio::spawn(Arc::clone(&awaited).watch(Arc::clone(self)));
+        awaited
+    }
+}
+
+impl Incoming {
+    /// One that the journal knows goes on; what was to bring its guest may have been lost with the last agent.
+    pub(crate) fn take_up_again(self: &Arc<Self>, id: Uuid, row: InRow, lost: bool) {
+        let awaited = self.take_up(id, row);
+        if lost {
+            awaited.give_up(Event::GiveUp, "the destination's agent ended before it had the guest");
+        }
     }
 
-    /// Memory that incoming VMs will still fill, at most, in bytes.
-    pub(super) fn promised_memory(&self) -> u64 {
-        self.lock().awaited.values().filter(|it| it.is_open()).map(|it| it.ram_bytes()).sum()
+    /// This VM's QEMU answers, after all.
+    pub(crate) fn is_found(&self, vm: &Arc<Vm>) {
+        if let Some(awaited) = vm.incoming.and_then(|id| self.awaited(id)) {
+            awaited.heard();
+            awaited.is_served_by(vm);
+        }
+    }
+}
+
+/// Whether the source of a guest that this host has taken over has nothing more to say of it. One that was kept there,
+/// while this host was away, is not this host's any more; and as long as that cannot be asked, nobody knows.
+pub(crate) async fn is_undisputed(here: &Arc<Incoming>, id: Uuid) -> Result<bool, AgentError> {
+    let Some(row) = here.host.journal.row_in(id).await? else { return Ok(true) };
+    if row.settled {
+        return Ok(true);
+    }
+    let peers = here.host.journal.peers().await?;
+    let Some(known) = peers.iter().find(|peer| peer.fingerprint == row.source.key && !peer.address.is_empty()) else {
+        return Err(AgentError::Busy { what: format!("the agent of {}, which has the last word on it", row.source.name) });
+    };
+    let peer = trust::pinned(&here.host, &known.address, known.fingerprint);
+    match peer.outgoing(id).await?.step.as_deref() {
+        Some("kept-here" | "abandoned") => {
+            let awaited = here.take_up(id, row);
+            awaited.give_up(Event::Fence, "the source's user has kept the guest there");
+            awaited.act(here).await;
+            Ok(false)
+        }
+        Some("done" | "retire") | None => {
+            here.host.journal.settle_in(id).await?;
+            Ok(true)
+        }
+        Some(_) => Ok(true),
     }
 }
 
 /// Notes that the source is still there, and tells how it stands.
-pub(crate) fn keep(here: &Incoming, id: Uuid) -> Result<IncomingState, AgentError> {
+pub(crate) async fn keep(here: &Arc<Incoming>, id: Uuid) -> Result<IncomingState, AgentError> {
     if let Some(incoming) = here.awaited(id) {
         incoming.heard();
     }
-    state(here, id)
+    state(here, id).await
 }
 
 /// How an incoming migration stands.
-pub(crate) fn state(here: &Incoming, id: Uuid) -> Result<IncomingState, AgentError> {
-    let (step, detail) = here.host.store.step_in(id)?.ok_or_else(|| AgentError::Conflict {
-        message: format!("this host knows no incoming migration {id}"),
+pub(crate) async fn state(here: &Arc<Incoming>, id: Uuid) -> Result<IncomingState, AgentError> {
+    match here.find(id).await? {
+        Some(awaited) => Ok(awaited.view()),
+        None => Err(AgentError::Conflict {
+            message: format!("this host knows no incoming migration {id}"),
+            hint: None,
+        }),
+    }
+}
+
+/// The source has nothing more to do with this migration: the guest is whole, and this host's without dispute.
+pub(crate) async fn settled(here: &Arc<Incoming>, id: Uuid) -> Result<IncomingState, AgentError> {
+    if let Some(awaited) = here.awaited(id) {
+        awaited.has_arrived();
+    }
+    here.host.journal.settle_in(id).await?;
+    state(here, id).await
+}
+
+/// The VM that this migration brought, or is to bring.
+fn vm_of(here: &Incoming, id: Uuid) -> Result<Arc<Vm>, AgentError> {
+    here.awaited(id).and_then(|awaited| awaited.vm.get().cloned()).ok_or_else(|| AgentError::Conflict {
+        message: format!("nothing waits here for the guest of migration {id}"),
         hint: None,
-    })?;
-    Ok(IncomingState {
-        step,
-        detail: detail.filter(|_| step == InStep::Abandoned),
-        listens: false,
-        port: None,
-        session: None,
-        complete: false,
     })
 }
 
-/// The VM that this migration brings, for one of its connections that is relayed.
-pub(crate) fn relayed_vm(here: &Incoming, id: Uuid) -> Result<Arc<Vm>, AgentError> {
-    let vm = here.host.vm(&newest_vm_of(here, id)?)?;
+/// For one of its connections that is relayed.
+pub(crate) async fn relayed_vm(here: &Arc<Incoming>, id: Uuid) -> Result<Arc<Vm>, AgentError> {
+    here.find(id).await?;
+    let vm = vm_of(here, id)?;
     match relay::is_receiving(&vm) {
         true => Ok(vm),
         false => {
@@ -160,23 +188,7 @@ pub(crate) fn relayed_vm(here: &Incoming, id: Uuid) -> Result<Arc<Vm>, AgentErro
     }
 }
 
-/// The measuring guest that this migration brings.
+/// If it is a measuring guest.
 pub(crate) fn measuring_vm(here: &Incoming, id: Uuid) -> Result<Arc<Vm>, AgentError> {
-    let incoming = here.awaited(id).ok_or_else(|| AgentError::Conflict {
-        message: format!("nothing waits here for the guest of migration {id}"),
-        hint: None,
-    })?;
-    witness::only_measuring(Arc::clone(&incoming.vm))
-}
-
-/// The VM of this migration, if it was the last one to bring a VM of that name here: what another brought since is none
-/// of its source's business.
-pub(super) fn newest_vm_of(here: &Incoming, id: Uuid) -> Result<String, AgentError> {
-    let name = here.host.store.vm_of(id)?;
-    match here.host.store.newest_in(&name)? {
-        Some(newest) if newest == id => Ok(name),
-        _ => {
-            Err(AgentError::Conflict { message: format!("{name} came here with another migration since"), hint: None })
-        }
-    }
+    witness::only_measuring(vm_of(here, id)?)
 }

@@ -5,24 +5,26 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use vmferry_api::{Security, in_one_line};
+use vmferry_custody::InStep;
+use vmferry_custody::destination::{Event, Qemu};
 use vmferry_qemu::migration::set_capabilities;
 use vmferry_qemu::qmp::commands;
 use vmferry_qemu::{Endpoint, Incoming as IncomingLaunch, protect_streams, tls_priority};
 
-use super::abandon::give_up;
 use super::arrival;
+use super::awaited::Awaited;
 use super::check::suitable;
-use super::incoming::{Awaited, Incoming};
-use super::lease::watch_lease;
+use super::incoming::Incoming;
+use super::suitability::no_memory;
 use crate::engine::means::check_offered;
 use crate::engine::qemu::tcp_uri;
 use crate::engine::{Protection, Setup};
 use crate::error::AgentError;
 use crate::host::{Vm, check_name};
-use crate::journal::{InStep, Source};
+use crate::journal::Source;
 use crate::measuring::boot_files;
 use crate::peers::trust::Caller;
-use crate::peers::{Offer, Prepared, relay};
+use crate::peers::{InWord, Offer, Prepared, relay};
 
 /// Starts a QEMU that waits for the VM.
 pub(crate) async fn prepare(here: &Arc<Incoming>, mut offer: Offer, caller: Caller) -> Result<Prepared, AgentError> {
@@ -30,30 +32,48 @@ pub(crate) async fn prepare(here: &Arc<Incoming>, mut offer: Offer, caller: Call
     check_name(&name)?;
     acceptable(here, &offer.protection, &caller)?;
     check_offered(&offer.setup, offer.spec.measuring)?;
-    let _preparing = here.begin_preparing(offer.id);
     let _name = here.host.reserve_name(&name)?;
     boot_files::settle(&here.host, &mut offer.spec);
-    let (command, accel, info) = suitable(here, &offer).await?;
+    let (command, accel, info, need) = suitable(here, &offer).await?;
     if offer.spec.cwd.metadata().is_err() {
         // Nothing on the command line is relative to it, or it would have been missed above.
         offer.spec.cwd = "/".into();
     }
+    let promise = here
+        .host
+        .admission
+        .admit(need, here.host.config.reserved_memory.as_u64())
+        .map_err(|short| no_memory(&here.host.config.name, &name, short))?;
+    // That it can be committed or abandoned must not depend on what happens to the disk meanwhile.
+    here.host.journal.reserve().await?;
     let source = Source { name: offer.from.clone(), key: caller.key };
-    if !here.host.store.begin_in(offer.id, &name, &source, offer.running)? {
-        return Err(AgentError::Conflict { message: "this migration is known here already".into(), hint: None });
+    let awaited = Awaited::new(offer.id, source, &name, promise);
+    let known_already = || AgentError::Conflict { message: "this migration is known here already".into(), hint: None };
+    if here.host.journal.row_in(offer.id).await?.is_some() || here.add(Arc::clone(&awaited)).is_err() {
+        return Err(known_already());
+    }
+    awaited.apply(Event::Prepare);
+    awaited.act(here).await;
+    if awaited.machine().row() != Some(InStep::Prepared) {
+        here.remove(offer.id);
+        let message = "its journal cannot be written, so that nobody could tell who owns the guest".into();
+        return Err(AgentError::Conflict { message, hint: Some("is its disk full?".into()) });
     }
     let incoming = IncomingLaunch { machine_type: offer.machine.clone() };
-    let launched = here.host.launch(&offer.spec, &command, accel, Some((offer.id, incoming))).await;
+    let launched = here.host.launch(&offer.spec, &command, accel, false, Some((offer.id, incoming))).await;
     let (vm, _) = match launched {
         Ok(started) => started,
         Err(error) => {
-            here.host.store.abandon_in(offer.id, &in_one_line(&error))?;
+            awaited.give_up(Event::GiveUp, &in_one_line(&error));
+            awaited.apply(Event::Told(Qemu::Ended));
+            tokio::spawn(awaited.watch(Arc::clone(here)));
             return Err(error);
         }
     };
-    let incoming = Awaited::new(offer.id, offer.from.clone(), Arc::clone(&vm));
-    here.add(Arc::clone(&incoming));
-    tokio::spawn(watch_lease(Arc::clone(here), incoming));
+    awaited.is_served_by(&vm);
+    awaited.heard();
+    awaited.apply(Event::Told(Qemu::Waits));
+    tokio::spawn(Arc::clone(&awaited).watch(Arc::clone(here)));
     let known = info.features.capabilities();
     let received = match offer.external {
         Some(session) => {
@@ -69,22 +89,19 @@ pub(crate) async fn prepare(here: &Arc<Incoming>, mut offer: Offer, caller: Call
         }
         None => receive(&vm, known, offer.setup, &offer.protection, caller.local).await,
     };
-    if let Some((InStep::Abandoned, why)) = here.host.store.step_in(offer.id)? {
+    if let Err(error) = &received {
+        awaited.give_up(Event::GiveUp, &format!("its QEMU could not be prepared: {}", in_one_line(error)));
+    }
+    awaited.act(here).await;
+    let state = awaited.view();
+    if state.step == InWord::Abandoned && received.is_ok() {
         // While its QEMU started.
-        let why = why.unwrap_or_default();
-        give_up(here, offer.id, &why).await?;
-        return Err(AgentError::Conflict { message: format!("this migration was abandoned: {why}"), hint: None });
+        let message = format!("this migration was abandoned: {}", state.detail.unwrap_or_default());
+        return Err(AgentError::Conflict { message, hint: None });
     }
-    match received {
-        Ok(prepared) => {
-            tracing::info!(vm = name, migration = %offer.id, from = offer.from, port = prepared.port, "waits for a guest");
-            Ok(prepared)
-        }
-        Err(error) => {
-            give_up(here, offer.id, &format!("its QEMU could not be prepared: {}", in_one_line(&error))).await?;
-            Err(error)
-        }
-    }
+    let prepared = received?;
+    tracing::info!(vm = name, migration = %offer.id, from = offer.from, port = prepared.port, "waits for a guest");
+    Ok(prepared)
 }
 
 /// A source that wants less protection than this host's configuration does not get its way.

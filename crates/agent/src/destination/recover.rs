@@ -4,36 +4,52 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use uuid::Uuid;
+use vmferry_custody::InStep;
 use vmferry_qemu::qmp::commands;
 use vmferry_qemu::{MigrationStatus, QmpError};
 
 use super::arrival;
-use super::incoming::{Incoming, STATUS_TIMEOUT, newest_vm_of, state};
+use super::awaited::Awaited;
+use super::incoming::{Incoming, STATUS_TIMEOUT};
 use crate::engine::qemu::tcp_uri;
 use crate::error::AgentError;
 use crate::host::Vm;
-use crate::journal::InStep;
 use crate::peers::trust::Caller;
 use crate::peers::{IncomingState, relay};
 
 /// After a broken connection in post-copy: listens again, at this address of ours.
 pub(crate) async fn recover(here: &Arc<Incoming>, id: Uuid, caller: &Caller) -> Result<IncomingState, AgentError> {
     let conflict = |message: String| AgentError::Conflict { message, hint: None };
-    if !matches!(here.host.store.step_in(id)?, Some((InStep::Committed, _))) {
+    let awaited = here.find(id).await?.filter(|it| matches!(it.machine().row(), Some(InStep::Committed { .. })));
+    let Some(awaited) = awaited else {
         return Err(conflict(format!("no post-copy to recover in migration {id}")));
-    }
-    let name = newest_vm_of(here, id)?;
-    if arrival::is_expected(&here.host.config.vm_dir(&name)) {
-        return await_ram(here, id, &name, caller).await;
-    }
-    let vm = match here.host.vm(&name) {
-        // Whatever its user is about to do with it: without its memory nothing comes of that.
-        Ok(vm) if vm.is_alive() => vm,
-        Err(error) if here.host.lives(&name) => return Err(error),
-        _ => return Err(conflict(format!("{name} does not run on {} any more", here.host.config.name))),
     };
-    let mut state = state(here, id)?;
-    match listen_again(&vm, caller.local).await {
+    let name = awaited.name.clone();
+    let gone = || conflict(format!("{name} does not run on {} any more", here.host.config.name));
+    let Some(pid) = living(here, &awaited) else {
+        if let Some(arrival) = here.arrivals.take(id) {
+            arrival.give_up();
+        }
+        return Err(gone());
+    };
+    let mut state = awaited.view();
+    if arrival::is_expected(&here.host.config.vm_dir(&name)) {
+        // QEMU is not asked: it may wait for that.
+        let dir = here.host.config.vm_dir(&name);
+        match arrival::again(&here.host, &here.arrivals, id, &dir, pid, caller.key).await? {
+            arrival::Standing::Complete => {
+                awaited.has_arrived();
+                state.complete = true;
+            }
+            arrival::Standing::Awaited(session) => (state.listens, state.session) = (true, Some(session)),
+        }
+        return Ok(state);
+    }
+    // Whatever its user is about to do with it: without its memory nothing comes of that.
+    let Some(vm) = awaited.vm.get() else {
+        return Err(AgentError::Busy { what: format!("the QEMU of {name}, which does not answer the new agent yet") });
+    };
+    match listen_again(vm, caller.local).await {
         Ok(port) => {
             (state.listens, state.port) = (true, port);
             return Ok(state);
@@ -56,7 +72,10 @@ pub(crate) async fn recover(here: &Arc<Incoming>, id: Uuid, caller: &Caller) -> 
             Err(error) => return Err(error.into()),
         },
         status if status.is_post_copy() => {}
-        MigrationStatus::Completed => state.complete = true,
+        MigrationStatus::Completed => {
+            awaited.has_arrived();
+            state.complete = true;
+        }
         other => {
             return Err(conflict(format!("{name}'s QEMU on {} cannot go on: it is {other}", here.host.config.name)));
         }
@@ -64,22 +83,15 @@ pub(crate) async fn recover(here: &Arc<Incoming>, id: Uuid, caller: &Caller) -> 
     Ok(state)
 }
 
-/// The source's agent is to send the rest of the RAM over a new link. QEMU is not asked: it may wait for that.
-async fn await_ram(here: &Arc<Incoming>, id: Uuid, name: &str, caller: &Caller) -> Result<IncomingState, AgentError> {
-    let Some(record) = here.host.living(name)? else {
-        if let Some(arrival) = here.arrivals.take(id) {
-            arrival.give_up();
+/// The process of its QEMU, if that lives, whether or not it answers.
+fn living(here: &Incoming, awaited: &Awaited) -> Option<u32> {
+    match awaited.vm.get() {
+        Some(vm) => vm.is_alive().then_some(vm.pid),
+        None => {
+            let idle = here.host.idle(&awaited.name).filter(|it| it.record.incoming == Some(awaited.id))?;
+            idle.record.instance.is_alive().then_some(idle.record.instance.pid)
         }
-        let message = format!("{name} does not run on {} any more", here.host.config.name);
-        return Err(AgentError::Conflict { message, hint: None });
-    };
-    let mut state = state(here, id)?;
-    match arrival::again(&here.host, &here.arrivals, id, &here.host.config.vm_dir(name), record.pid, caller.key).await?
-    {
-        arrival::Standing::Complete => state.complete = true,
-        arrival::Standing::Awaited(session) => (state.listens, state.session) = (true, Some(session)),
     }
-    Ok(state)
 }
 
 /// Has a QEMU whose post-copy is paused listen once more. It can do this even while its main loop, which would tell

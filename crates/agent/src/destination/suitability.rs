@@ -7,11 +7,8 @@ use vmferry_api::Code;
 use vmferry_qemu::{Accel, CommandLine, FileKind, QemuInfo};
 
 use crate::error::AgentError;
-use crate::host::marker_beside;
+use crate::host::{Short, marker_beside};
 use crate::peers::Offer;
-
-/// What QEMU itself needs beside the guest's RAM, in bytes: its code, its heap, the frame buffer.
-const QEMU_OVERHEAD: u64 = 96 << 20;
 
 /// A refusal, before it knows the host's and the VM's name.
 struct Refusal {
@@ -29,14 +26,11 @@ pub(super) struct Host<'a> {
     pub name: &'a str,
     pub qemu: &'a QemuInfo,
     pub accel: &'a Accel,
-    /// Memory that may be used, in bytes: what is free less what is reserved or promised.
-    pub memory: u64,
 }
 
 /// Refuses what this host cannot take, naming what is missing.
 pub(super) fn judge(offer: &Offer, command: &CommandLine, host: &Host<'_>) -> Result<(), AgentError> {
-    memory(offer, host)
-        .and_then(|()| machine(offer, host))
+    machine(offer, host)
         .and_then(|()| accelerator(offer, host))
         .and_then(|()| cpu(command, host))
         .and_then(|()| files(offer, command))
@@ -50,17 +44,30 @@ pub(super) fn judge(offer: &Offer, command: &CommandLine, host: &Host<'_>) -> Re
         })
 }
 
-fn memory(offer: &Offer, host: &Host<'_>) -> Result<(), Refusal> {
-    let needed = offer.ram_bytes.saturating_add(QEMU_OVERHEAD);
-    if needed <= host.memory {
-        return Ok(());
-    }
+/// This host has too little memory for the VM.
+pub(super) fn no_memory(host: &str, name: &str, short: Short) -> AgentError {
     let mib = |bytes: u64| bytes >> 20;
-    refuse(
-        Code::NoMemory,
-        format!("it needs {} MiB and only {} MiB may be used there", mib(needed), mib(host.memory)),
-        "free memory there, or lower reserved_memory in that agent's configuration",
-    )
+    let (kind, hint) = match short.huge_page {
+        None => (String::new(), "free memory there, or lower reserved_memory in that agent's configuration"),
+        Some(size) => (format!(" in pages of {} KiB", size >> 10), "set more huge pages aside there"),
+    };
+    AgentError::Unsuitable {
+        host: host.into(),
+        name: name.into(),
+        code: Code::NoMemory,
+        reason: format!("it needs {} MiB{kind} and only {} MiB may be used there", mib(short.needed), mib(short.free)),
+        hint: Some(hint.into()),
+    }
+}
+
+/// The size of the huge pages that the VM's RAM is made of, in bytes; none when it is ordinary memory.
+pub(super) fn huge_page(command: &CommandLine, cwd: &Path) -> Option<u64> {
+    const HUGETLBFS: i64 = 0x9584_58f6;
+    let from_file = command.files().into_iter().filter(|file| matches!(file.kind, FileKind::Ram)).find_map(|file| {
+        let found = rustix::fs::statfs(cwd.join(file.path)).ok()?;
+        (i64::from(found.f_type) == HUGETLBFS).then_some(found.f_bsize as u64)
+    });
+    from_file.or_else(|| command.huge_page())
 }
 
 fn machine(offer: &Offer, host: &Host<'_>) -> Result<(), Refusal> {
@@ -164,17 +171,6 @@ fn is_block_device(path: &Path) -> bool {
     std::fs::metadata(path).is_ok_and(|it| it.file_type().is_block_device())
 }
 
-/// Memory that could be used without swapping, in bytes.
-pub(super) fn available_memory() -> u64 {
-    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    meminfo_available(&text).unwrap_or(0)
-}
-
-fn meminfo_available(text: &str) -> Option<u64> {
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    Some(line.trim().trim_end_matches(" kB").parse::<u64>().ok()? << 10)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -188,12 +184,5 @@ mod tests {
         for shared in ["nbd://storage.example.org/disk", "iscsi://192.0.2.9/iqn/0", "rbd:pool/web1"] {
             assert!(!is_of_this_host(shared), "{shared}");
         }
-    }
-
-    #[test]
-    fn available_memory_is_read_from_the_kernels_words() {
-        let text = "MemTotal:       24607360 kB\nMemFree: 1 kB\nMemAvailable:   23000000 kB\n";
-        assert_eq!(meminfo_available(text), Some(23_000_000 << 10));
-        assert!(available_memory() > 1 << 20);
     }
 }

@@ -20,10 +20,10 @@ use vmferry_link::{Cipher, Fingerprint, Identity, Link, LinkOptions, TcpDialer};
 use vmferry_policy::{Action, Bytes, BytesPerSec, Limits, Observation, Percent, Phase};
 use vmferry_qemu::migration::{IGNORE_SHARED, PAUSE_BEFORE_SWITCHOVER, reset_capabilities};
 use vmferry_qemu::qmp::commands::{self, MigrationParameters};
-use vmferry_qemu::{EventStream, MigrationStatus, Qmp};
+use vmferry_qemu::{EventStream, MigrationStatus, Qmp, RunState};
 use vmferry_ram::{Backend, GuestRam, Progress, RamError, Source};
 
-use super::qemu::{UNLIMITED, abandon};
+use super::qemu::{UNLIMITED, stop_copying};
 use super::{EngineError, NewConnection, NewSession, RamEngine, Seen, Totals};
 use crate::host::bind_anew;
 
@@ -92,8 +92,8 @@ pub struct Wishes {
     pub bandwidth: Option<u64>,
     /// How much memory differences of pages may take, in bytes.
     pub delta_cache: u64,
-    /// The guest ran when the migration began: it must run again when it is abandoned.
-    pub was_running: bool,
+    /// The guest runs, as far as its user is concerned.
+    pub runs: bool,
     /// It must be paused before QEMU copies anything, as QEMU would lose what it writes.
     pub stops_first: bool,
 }
@@ -189,6 +189,7 @@ impl ExternalEngine {
             let source = Arc::clone(&source);
             blocking(move || source.prepare_post_copy()).await?;
         }
+        self.look_whether_it_runs().await?;
         let stops_first = self.wishes.stops_first;
         if stops_first {
             self.pause(&source).await?;
@@ -226,9 +227,14 @@ impl ExternalEngine {
         let mut all = !begins;
         while !all {
             let source = Arc::clone(&source);
-            self.qmp.execute(commands::Stop {}).await?;
+            self.look_whether_it_runs().await?;
+            if self.wishes.runs {
+                self.qmp.execute(commands::Stop {}).await?;
+            }
             let taken = blocking(move || source.take_over(at_most)).await;
-            self.qmp.execute(commands::Cont {}).await?;
+            if self.wishes.runs {
+                self.qmp.execute(commands::Cont {}).await?;
+            }
             all = taken?;
             if !all {
                 tokio::time::sleep(BETWEEN).await;
@@ -237,7 +243,20 @@ impl ExternalEngine {
         Ok(())
     }
 
+    /// Its user may pause it, and have it go on, while it is copied.
+    async fn look_whether_it_runs(&mut self) -> Result<(), EngineError> {
+        if self.paused_at.is_none() && !self.switched {
+            match self.qmp.execute(commands::QueryStatus {}).await?.status {
+                RunState::Running => self.wishes.runs = true,
+                RunState::Paused => self.wishes.runs = false,
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
     async fn pause(&mut self, source: &Source) -> Result<(), EngineError> {
+        self.look_whether_it_runs().await?;
         // A processor that waits to write cannot be stopped.
         source.lift_pacing();
         self.qmp.execute(commands::Stop {}).await?;
@@ -353,6 +372,7 @@ impl ExternalEngine {
             observation,
             ready_to_commit: self.switched,
             complete,
+            let_go: false,
             paused_at: self.paused_at,
             last_pages: self.last_pages,
             broken: None,
@@ -383,6 +403,7 @@ impl RamEngine for ExternalEngine {
 
     async fn observe(&mut self) -> Result<Seen, EngineError> {
         let Some(source) = self.source.clone() else { return Ok(self.see_broken("it has not begun".into()).await) };
+        self.look_whether_it_runs().await?;
         // Once the guest is paused, every moment counts.
         let at_most = if std::mem::take(&mut self.just_switched) { Duration::ZERO } else { TICK };
         let progress = match blocking(move || source.wait(at_most)).await {
@@ -423,16 +444,20 @@ impl RamEngine for ExternalEngine {
         self.connect(session.clone(), Source::resume).await
     }
 
-    async fn abandon(&mut self) -> Result<(), EngineError> {
+    async fn stop_copying(&mut self) -> Result<(), EngineError> {
         if let Some(source) = self.source.take() {
             let ended = tokio::task::spawn_blocking(move || source.abandon()).await;
             ended.expect("abandoning does not panic");
         }
-        abandon(&self.qmp, self.wishes.was_running).await?;
+        stop_copying(&self.qmp).await?;
         // What somebody saves to a file later is to have all RAM.
         reset_capabilities(&self.qmp).await?;
         self.switched = false;
         Ok(())
+    }
+
+    fn guest_runs(&self) -> bool {
+        self.wishes.runs
     }
 
     async fn close(&mut self) {

@@ -77,6 +77,8 @@ pub struct Seen {
     pub ready_to_commit: bool,
     /// All RAM is on the destination.
     pub complete: bool,
+    /// The source's QEMU would not let the guest run any more.
+    pub let_go: bool,
     /// When the source's guest was paused.
     pub paused_at: Option<Instant>,
     /// How long the pages that were left then were to take, where that is known.
@@ -138,15 +140,18 @@ pub trait RamEngine: Send {
     /// Waits for news, for some 100 ms at most, and tells what is seen then.
     async fn observe(&mut self) -> Result<Seen, EngineError>;
 
-    /// Does what the policy said. [`Action::GiveUp`] is the migration's to do, by [`RamEngine::abandon`].
+    /// Does what the policy said. [`Action::GiveUp`] is the migration's to do, by [`RamEngine::stop_copying`].
     async fn apply(&mut self, action: &Action) -> Result<(), EngineError>;
 
     /// Post-copy goes on over a new connection to the destination, which waits for it.
     async fn reconnect(&mut self, to: &NewConnection) -> Result<(), EngineError>;
 
-    /// Stops copying and leaves no trace in the guest. Only before the destination is committed to;
-    /// [`EngineError::TooLate`] when QEMU has let go of the guest.
-    async fn abandon(&mut self) -> Result<(), EngineError>;
+    /// Stops copying and leaves no trace in the guest, which may be left paused. Only while the destination does not own
+    /// it; [`EngineError::TooLate`] when QEMU has let go of the guest.
+    async fn stop_copying(&mut self) -> Result<(), EngineError>;
+
+    /// The guest runs, as far as its user is concerned: whatever pauses it for the migration does not count.
+    fn guest_runs(&self) -> bool;
 
     /// The destination has everything: nothing more is said to it.
     async fn close(&mut self) {}

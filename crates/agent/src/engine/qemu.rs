@@ -39,8 +39,10 @@ pub struct QemuEngine {
     setup: Setup,
     post_copy_first: bool,
     scripted: bool,
-    /// The guest ran when the migration began: it must run again when it is abandoned.
-    was_running: bool,
+    /// The guest runs, as far as its user is concerned.
+    runs: bool,
+    /// We have paused it.
+    paused_by_us: bool,
     /// QEMU was told a downtime that it cannot keep.
     holds_switchover: bool,
     started: Instant,
@@ -71,7 +73,7 @@ pub struct Wishes {
 
 impl QemuEngine {
     /// An engine for this QEMU, not started.
-    pub fn new(qmp: Qmp, features: Features, was_running: bool, wishes: Wishes) -> Self {
+    pub fn new(qmp: Qmp, features: Features, runs: bool, wishes: Wishes) -> Self {
         Self {
             events: qmp.events(),
             qmp,
@@ -82,8 +84,9 @@ impl QemuEngine {
             setup: wishes.setup,
             post_copy_first: wishes.post_copy_first,
             scripted: wishes.scripted,
-            was_running,
-            holds_switchover: was_running && !wishes.post_copy_first,
+            runs,
+            paused_by_us: false,
+            holds_switchover: runs && !wishes.post_copy_first,
             started: Instant::now(),
             paused_at: None,
             post_copy: false,
@@ -92,6 +95,27 @@ impl QemuEngine {
             last: MigrationInfo::default(),
             last_sent: Instant::now(),
         }
+    }
+
+    async fn pause(&mut self) -> Result<(), QmpError> {
+        self.look_whether_it_runs().await?;
+        self.paused_by_us = true;
+        self.qmp.execute(commands::Stop {}).await?;
+        Ok(())
+    }
+
+    /// Its user may pause it, and have it go on, while it is copied. What QEMU pauses for the migration it calls
+    /// otherwise.
+    async fn look_whether_it_runs(&mut self) -> Result<(), QmpError> {
+        if self.paused_by_us || self.post_copy {
+            return Ok(());
+        }
+        match self.qmp.execute(commands::QueryStatus {}).await?.status {
+            RunState::Running => self.runs = true,
+            RunState::Paused => (self.runs, self.paused_at) = (false, None),
+            _ => {}
+        }
+        Ok(())
     }
 
     fn downtime_ms(&self) -> u64 {
@@ -151,10 +175,10 @@ impl QemuEngine {
         match event.name.as_str() {
             "STOP" => self.paused_at = Some(event.at),
             "RESUME" => self.paused_at = None,
-            "MIGRATION" | "MIGRATION_PASS" => return true,
-            _ => {}
+            "MIGRATION" | "MIGRATION_PASS" => {}
+            _ => return false,
         }
-        false
+        true
     }
 
     fn see(&mut self, info: MigrationInfo) -> Result<Seen, EngineError> {
@@ -208,7 +232,8 @@ impl QemuEngine {
             limits: self.limits,
         };
         self.last = info;
-        Ok(Seen { observation, ready_to_commit, complete, paused_at: self.paused_at, last_pages: None, broken })
+        let let_go = status.is_post_copy();
+        Ok(Seen { observation, ready_to_commit, complete, let_go, paused_at: self.paused_at, last_pages: None, broken })
     }
 }
 
@@ -217,7 +242,7 @@ impl RamEngine for QemuEngine {
     async fn start(&mut self) -> Result<(), EngineError> {
         self.set_parameters().await?;
         if self.post_copy_first {
-            self.qmp.execute(commands::Stop {}).await?;
+            self.pause().await?;
         }
         self.started = Instant::now();
         self.last_sent = self.started;
@@ -230,6 +255,7 @@ impl RamEngine for QemuEngine {
 
     async fn observe(&mut self) -> Result<Seen, EngineError> {
         self.next_news().await;
+        self.look_whether_it_runs().await?;
         let info = self.qmp.execute(commands::QueryMigrate {}).await?;
         if self.holds_switchover && info.ram.as_ref().is_some_and(|ram| ram.dirty_sync_count > 1) {
             self.permit_switchover().await?;
@@ -247,9 +273,7 @@ impl RamEngine for QemuEngine {
                 parameters.set_throttle(*share);
                 self.qmp.execute(parameters).await?;
             }
-            Action::Pause => {
-                self.qmp.execute(commands::Stop {}).await?;
-            }
+            Action::Pause => self.pause().await?,
             Action::Continue | Action::Pace(_) | Action::GiveUp(_) => {}
         }
         Ok(())
@@ -263,8 +287,12 @@ impl RamEngine for QemuEngine {
         Ok(())
     }
 
-    async fn abandon(&mut self) -> Result<(), EngineError> {
-        abandon(&self.qmp, self.was_running).await
+    async fn stop_copying(&mut self) -> Result<(), EngineError> {
+        stop_copying(&self.qmp).await
+    }
+
+    fn guest_runs(&self) -> bool {
+        self.runs
     }
 
     fn totals(&self) -> Totals {
@@ -279,9 +307,9 @@ impl RamEngine for QemuEngine {
     }
 }
 
-/// Ends whatever migration this QEMU is doing and sets the guest running if it `was_running`. Also for an agent that
-/// starts again and finds a migration that its predecessor left behind.
-pub async fn abandon(qmp: &Qmp, was_running: bool) -> Result<(), EngineError> {
+/// Ends whatever migration this QEMU is doing. Also for an agent that starts again and finds a migration that its
+/// predecessor left behind. QEMU may set the guest running that it had paused, or leave it paused.
+pub async fn stop_copying(qmp: &Qmp) -> Result<(), EngineError> {
     let deadline = Instant::now() + CANCEL_TIMEOUT;
     loop {
         let status = qmp.execute(commands::QueryMigrate {}).await?.status.unwrap_or(MigrationStatus::None);
@@ -289,7 +317,7 @@ pub async fn abandon(qmp: &Qmp, was_running: bool) -> Result<(), EngineError> {
             MigrationStatus::None
             | MigrationStatus::Completed
             | MigrationStatus::Failed
-            | MigrationStatus::Cancelled => break,
+            | MigrationStatus::Cancelled => return Ok(()),
             MigrationStatus::Cancelling => {}
             status if status.is_post_copy() => return Err(EngineError::TooLate),
             _ => {
@@ -301,15 +329,6 @@ pub async fn abandon(qmp: &Qmp, was_running: bool) -> Result<(), EngineError> {
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    // A guest that has shut down, or crashed, meanwhile is left as it is.
-    let is_paused = matches!(
-        qmp.execute(commands::QueryStatus {}).await?.status,
-        RunState::Paused | RunState::PostMigrate | RunState::FinishMigrate | RunState::Prelaunch
-    );
-    if was_running && is_paused {
-        qmp.execute(commands::Cont {}).await?;
-    }
-    Ok(())
 }
 
 /// As QEMU's `migrate` and `migrate-incoming` want it.

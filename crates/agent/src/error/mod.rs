@@ -24,6 +24,14 @@ pub enum AgentError {
         /// The name asked for.
         name: String,
     },
+    /// Its QEMU is gone.
+    #[error("{name} does not run any more: {why}")]
+    Ended {
+        /// The VM.
+        name: String,
+        /// What became of it.
+        why: String,
+    },
     /// The name is taken.
     #[error("a VM named {name} exists on {host}")]
     VmExists {
@@ -142,6 +150,28 @@ pub enum AgentError {
         /// The VM.
         name: String,
     },
+    /// The user wanted to cancel a migration that cannot be undone any more.
+    #[error("too late to cancel it: {name} {}", if *is_there { "runs at its destination already, and can only go on there" } else { "may run at its destination already, which does not answer" })]
+    TooLate {
+        /// The VM.
+        name: String,
+        /// The destination has said that it owns the guest.
+        is_there: bool,
+    },
+    /// The user has decided, in doubt, that the guest goes on at the source.
+    #[error("{name} goes on here by its user's word; its destination lets go as soon as it hears of that")]
+    Kept {
+        /// The VM.
+        name: String,
+    },
+    /// The destination owns the guest and has all of it, but has not said that it runs.
+    #[error("{name} was handed over to {to} with all of its memory, but {to} has not said that it runs")]
+    DoesNotRun {
+        /// The VM.
+        name: String,
+        /// The destination.
+        to: String,
+    },
     /// Post-copy could not be finished.
     #[error("{name} was handed over to {to}, but post-copy could not be finished: {reason}; it may have lost memory")]
     GuestAtRisk {
@@ -159,14 +189,6 @@ pub enum AgentError {
         name: String,
         /// What was seen of it.
         why: String,
-    },
-    /// A migration was to be undone, but could not be yet.
-    #[error("{name} may stand still here: its QEMU does not stop copying ({reason}); the agent goes on trying")]
-    Unsettled {
-        /// The VM.
-        name: String,
-        /// Why.
-        reason: String,
     },
     /// No QEMU of that name.
     #[error("{binary} was not found on {host}")]
@@ -223,7 +245,7 @@ impl AgentError {
             Self::UnknownVm { .. } => Code::UnknownVm,
             Self::VmExists { .. } => Code::VmExists,
             Self::BadRequest { .. } | Self::CommandLine(_) => Code::BadRequest,
-            Self::Conflict { .. } => Code::Conflict,
+            Self::Conflict { .. } | Self::Ended { .. } => Code::Conflict,
             Self::Busy { .. } => Code::Busy,
             Self::MigrationRuns { .. } => Code::MigrationRuns,
             Self::BadLimit { .. } => Code::BadLimit,
@@ -235,14 +257,13 @@ impl AgentError {
             Self::PlainRefused { .. } => Code::PlainRefused,
             Self::Peer(error) => error.code(),
             Self::Link(_) => Code::Unreachable,
-            Self::MigrationFailed { .. } | Self::Engine(_) | Self::Ram(_) => Code::MigrationFailed,
+            Self::MigrationFailed { .. } | Self::Kept { .. } | Self::Engine(_) | Self::Ram(_) => Code::MigrationFailed,
             Self::GaveUp { .. } => Code::GaveUp,
             Self::Cancelled { .. } => Code::Cancelled,
-            Self::GuestAtRisk { .. } | Self::Unsettled { .. } => Code::GuestAtRisk,
+            Self::GuestAtRisk { .. } | Self::DoesNotRun { .. } | Self::SourceEnded { .. } => Code::GuestAtRisk,
+            Self::TooLate { .. } => Code::TooLate,
             Self::NoQemu { .. } => Code::NoQemu,
-            Self::Launch(_) | Self::Probe(_) | Self::Qmp(_) | Self::StreamTls(_) | Self::SourceEnded { .. } => {
-                Code::QemuFailed
-            }
+            Self::Launch(_) | Self::Probe(_) | Self::Qmp(_) | Self::StreamTls(_) => Code::QemuFailed,
             Self::Store(_) | Self::Io { .. } => Code::Internal,
         }
     }
@@ -250,6 +271,7 @@ impl AgentError {
     fn hint(&self) -> Option<String> {
         match self {
             Self::UnknownVm { .. } => Some("`vmferry list` shows the VMs of this host".into()),
+            Self::Ended { name, .. } => Some(format!("`vmferry start {name}` starts it again")),
             Self::VmExists { .. } => Some("choose another name, or stop that VM first".into()),
             Self::BadRequest { hint, .. }
             | Self::Conflict { hint, .. }
@@ -265,7 +287,16 @@ impl AgentError {
                 Some("set security = \"plain\" for the network in the agents' configurations, on both hosts".into())
             }
             Self::Peer(error) => error.hint(),
-            Self::GuestAtRisk { name, .. } => Some(format!("see `vmferry show {name}` there")),
+            Self::GuestAtRisk { name, .. } => Some(format!(
+                "see `vmferry show {name}` there; what is left of it here stays until `vmferry resolve` or `vmferry stop --force`"
+            )),
+            Self::DoesNotRun { name, .. } => Some(format!("see `vmferry show {name}` there: its agent goes on trying")),
+            Self::TooLate { name, is_there: true } => {
+                Some(format!("its memory follows; migrate {name} back when it is there"))
+            }
+            Self::TooLate { name, .. } => {
+                Some(format!("wait for that host; if it never comes back: `vmferry resolve {name} --help`"))
+            }
             Self::NoQemu { .. } => Some("install QEMU there, or name its folder in the agent's qemu_dirs".into()),
             _ => None,
         }

@@ -1,4 +1,4 @@
-//! Proof that both hosts see the same disks, and what memory a guest really uses.
+//! Proof that both hosts see the same disks.
 //!
 //! A guest whose disk is not the same file on both hosts would be destroyed by a migration that moves only its RAM. So
 //! the source puts a small file beside each writable disk, and only a host that finds it there sees the same storage.
@@ -54,11 +54,4 @@ impl Drop for Markers {
             }
         }
     }
-}
-
-/// Memory that the host has given to this process, in bytes: private and shared.
-pub(crate) fn resident_memory(pid: u32) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let kib = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    kib.and_then(|kib| kib.trim().trim_end_matches(" kB").parse::<u64>().ok()).unwrap_or(0) << 10
 }

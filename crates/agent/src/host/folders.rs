@@ -25,3 +25,15 @@ pub(crate) fn bind_anew(socket: &Path) -> std::io::Result<UnixListener> {
     }
     UnixListener::bind(socket)
 }
+
+/// Removes a folder and what is in it, if it is there.
+pub(crate) async fn remove_dir(dir: std::path::PathBuf) {
+    let removing = tokio::task::spawn_blocking(move || {
+        if let Err(error) = std::fs::remove_dir_all(&dir)
+            && error.kind() != ErrorKind::NotFound
+        {
+            tracing::warn!(dir = %dir.display(), %error, "cannot remove a VM's folder");
+        }
+    });
+    removing.await.expect("removing a folder does not panic");
+}

@@ -3,22 +3,26 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::Semaphore;
 use vmferry_api::in_one_line;
 use vmferry_link::{Authority, CipherSpeed, Identity, Sessions, measure_ciphers};
 
+use super::admission::Admission;
+use super::idle::{Idle, IdleVm};
 use super::qemus::Qemus;
-use super::vm::{Stage, Vm};
+use super::vm::Vm;
 use crate::config::Config;
 use crate::error::AgentError;
-use crate::journal::{Store, VmRecord};
+use crate::journal::{Instance, Journal};
 
 /// How long a switchover takes besides its pages while none was seen.
 const SWITCHOVER: Duration = Duration::from_millis(40);
 /// How many VMs' switchovers are remembered.
 const KEPT_SWITCHOVERS: usize = 4096;
+/// How long somebody who asks for a VM waits until it is found.
+const FOUND: Duration = Duration::from_secs(1);
 /// How many trials an agent serves at a time.
 pub(crate) const MOST_TRIALS: usize = 4;
 
@@ -44,7 +48,7 @@ pub(crate) struct Host {
     /// How its agent was set up.
     pub(crate) config: Config,
     /// Its journal.
-    pub(crate) store: Store,
+    pub(crate) journal: Journal,
     /// What its agent proves to be, and who vouches for others.
     pub(crate) trusts: Trusts,
     /// Where other agents are served.
@@ -53,6 +57,8 @@ pub(crate) struct Host {
     pub(crate) sessions: Sessions,
     /// Its QEMU binaries.
     pub(crate) qemus: Qemus,
+    /// Memory that is promised.
+    pub(crate) admission: Arc<Admission>,
     /// Places for trials of the link.
     pub(crate) trials: Arc<Semaphore>,
     /// How fast each cipher is on this host.
@@ -67,10 +73,18 @@ pub(crate) struct Host {
 #[derive(Default)]
 pub(super) struct State {
     pub(super) vms: BTreeMap<String, Arc<Vm>>,
+    /// Those whose QEMU is not at hand.
+    pub(super) idle: BTreeMap<String, IdleVm>,
     /// Names of VMs that are being started.
-    reserved: HashSet<String>,
+    pub(super) reserved: HashSet<String>,
     /// How long the last switchover of a VM took besides its pages; and whether that was one to post-copy.
     switchovers: HashMap<(String, bool), Duration>,
+}
+
+impl State {
+    fn has(&self, name: &str) -> bool {
+        self.vms.contains_key(name) || self.idle.get(name).is_some_and(|it| it.why == Idle::Silent)
+    }
 }
 
 /// A name that nobody else can take while this lives.
@@ -89,7 +103,7 @@ impl Host {
     /// With nothing running on it yet.
     pub(crate) fn new(
         config: Config,
-        store: Store,
+        journal: Journal,
         trusts: Trusts,
         listens: Option<SocketAddr>,
         sessions: Sessions,
@@ -97,11 +111,12 @@ impl Host {
         Arc::new(Self {
             qemus: Qemus::new(&config.name, &config.qemu_dirs),
             config,
-            store,
+            journal,
             trusts,
             listens,
             sessions,
             ciphers: measure_ciphers(),
+            admission: Arc::default(),
             trials: Arc::new(Semaphore::new(MOST_TRIALS)),
             external: OnceLock::new(),
             follower: OnceLock::new(),
@@ -138,14 +153,37 @@ impl Host {
         self.state().vms.values().cloned().collect()
     }
 
-    pub(crate) fn has_vm(&self, name: &str) -> bool {
-        self.state().vms.get(name).is_some_and(|vm| !matches!(vm.stage(), Stage::Ended(_)))
+    /// The VM whose QEMU this is, if it is at hand.
+    pub(crate) fn vm_of(&self, name: &str, instance: &Instance) -> Option<Arc<Vm>> {
+        self.state().vms.get(name).filter(|vm| vm.instance() == *instance).cloned()
     }
 
+    /// A VM whose QEMU answers. One that an agent has only just begun to look for is waited for a moment.
+    pub(crate) async fn found(&self, name: &str) -> Result<Arc<Vm>, AgentError> {
+        let deadline = Instant::now() + FOUND;
+        loop {
+            match (self.vm(name), self.idle(name).map(|idle| idle.why)) {
+                (Ok(vm), _) => return Ok(vm),
+                (Err(_), Some(Idle::Silent)) if Instant::now() < deadline => {
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+                (Err(_), Some(Idle::Silent)) => {
+                    return Err(AgentError::Busy { what: format!("the QEMU of {name}, which does not answer") });
+                }
+                (Err(_), Some(Idle::Ended(why))) => return Err(AgentError::Ended { name: name.into(), why }),
+                (Err(unknown), None) => return Err(unknown),
+            }
+        }
+    }
+
+    pub(crate) fn has_vm(&self, name: &str) -> bool {
+        self.state().has(name)
+    }
+
+    /// A name for a VM that is about to be there. One that has ended gives up its own.
     pub(crate) fn reserve_name(&self, name: &str) -> Result<ReservedName<'_>, AgentError> {
-        let exists = self.has_vm(name);
         let mut state = self.state();
-        if exists || !state.reserved.insert(name.into()) {
+        if state.has(name) || !state.reserved.insert(name.into()) {
             return Err(AgentError::VmExists { name: name.into(), host: self.config.name.clone() });
         }
         Ok(ReservedName { host: self, name: name.into() })
@@ -172,14 +210,4 @@ impl Host {
         tried.clone().err()
     }
 
-    /// A QEMU of that name is on record and lives, whether or not it answers.
-    pub(crate) fn lives(&self, name: &str) -> bool {
-        matches!(self.living(name), Ok(Some(_)))
-    }
-
-    /// The record of a QEMU of that name that lives, whether or not it answers.
-    pub(crate) fn living(&self, name: &str) -> Result<Option<VmRecord>, AgentError> {
-        let is_it = |it: &VmRecord| it.spec.name == name && vmferry_qemu::is_same_process(it.pid, it.start_time);
-        Ok(self.store.vms()?.into_iter().find(is_it))
-    }
 }

@@ -2,43 +2,21 @@
 
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use uuid::Uuid;
-use vmferry_api::VmSpec;
-use vmferry_qemu::qmp::commands;
+use vmferry_api::{VmSpec, in_one_line};
 use vmferry_qemu::{Accel, CommandLine, EventStream, Incoming, LaunchSettings, Qmp, plan_launch};
 
-use super::folders::make_private_dir;
+use super::folders::{make_private_dir, remove_dir};
 use super::host::Host;
 use super::vm::{GRACE, Stage, Vm};
 use crate::error::AgentError;
-use crate::journal::VmRecord;
+use crate::journal::{Instance, VmRecord};
 
 /// How long a QEMU may take until its monitor answers.
 const START_TIMEOUT: Duration = Duration::from_secs(20);
-
-/// A guest that this host may not own any more was set running: QEMU does so by itself when a migration fails at its
-/// very end. It must not run on two hosts.
-async fn mind_the_owner(vm: &Vm) {
-    match vm.stage() {
-        Stage::Left(_) | Stage::Stranded => {
-            tracing::error!(
-                vm = vm.name(),
-                pid = vm.pid,
-                "its QEMU set it running although it was handed over: killed"
-            );
-            vmferry_qemu::kill_process(vm.pid, vm.start_time, Duration::ZERO).await;
-        }
-        Stage::InDoubt(_) => {
-            tracing::error!(vm = vm.name(), "its QEMU set it running although it may be on the destination: paused");
-            if vm.qmp.execute(commands::Stop {}).await.is_err() {
-                vmferry_qemu::kill_process(vm.pid, vm.start_time, Duration::ZERO).await;
-            }
-        }
-        _ => {}
-    }
-}
 
 impl Host {
     /// Starts a QEMU for this VM, to run it or to wait for it, and records it.
@@ -47,6 +25,7 @@ impl Host {
         spec: &VmSpec,
         command: &CommandLine,
         accel: Accel,
+        autostart: bool,
         incoming: Option<(Uuid, Incoming)>,
     ) -> Result<(Arc<Vm>, Vec<String>), AgentError> {
         let binary = self.qemus.find_qemu(command)?;
@@ -64,38 +43,53 @@ impl Host {
         // Recorded before it is started: an agent that dies in between is not followed by a QEMU that nobody knows.
         let mut record = VmRecord {
             spec: spec.clone(),
-            pid: 0,
-            start_time: 0,
+            instance: Instance::now(0, 0),
             qmp: dir.join("qmp.sock").to_string_lossy().into_owned(),
             accelerator: accelerator.into(),
             incoming: id,
-            must_run: false,
-            stranded: false,
+            autostart,
+            ended: None,
         };
-        self.store.put_vm(&record)?;
+        let stage = id.map_or(Stage::Owned, Stage::Incoming);
+        self.journal.put_vm(&record).await?;
         let started = async {
             let launched = vmferry_qemu::launch(&binary, &plan, ram, &spec.cwd, &dir, START_TIMEOUT).await?;
-            (record.pid, record.start_time) = (launched.pid, launched.start_time);
-            self.store.put_vm(&record)?;
-            self.take(&record, launched.qmp).await
+            record.instance = Instance::now(launched.pid, launched.start_time);
+            self.journal.put_vm(&record).await?;
+            self.take(&record, launched.qmp, stage).await
         };
         match started.await {
             Ok(vm) => Ok((vm, plan.notes)),
             Err(error) => {
-                if record.pid != 0 {
-                    vmferry_qemu::kill_process(record.pid, record.start_time, GRACE).await;
+                let Instance { pid, start_time, .. } = record.instance;
+                if pid != 0 {
+                    vmferry_qemu::kill_process(pid, start_time, GRACE).await;
                 }
-                self.store.remove_vm(&spec.name)?;
+                // The first error is the one to tell. What stays on record is found to be gone by the next agent.
+                for instance in [Instance::now(0, 0), record.instance] {
+                    if let Err(error) = self.journal.remove_vm(&spec.name, &instance).await {
+                        tracing::error!(vm = spec.name, %error, "cannot forget it");
+                    }
+                }
                 Err(error)
             }
         }
     }
 
     /// Takes hold of a QEMU that runs, and of what becomes of it.
-    pub(crate) async fn take(self: &Arc<Self>, record: &VmRecord, qmp: Qmp) -> Result<Arc<Vm>, AgentError> {
+    pub(crate) async fn take(
+        self: &Arc<Self>,
+        record: &VmRecord,
+        qmp: Qmp,
+        stage: Stage,
+    ) -> Result<Arc<Vm>, AgentError> {
         let events = qmp.events();
-        let vm = Arc::new(Vm::attach(record, qmp, self.config.vm_dir(&record.spec.name)).await?);
-        self.state().vms.insert(vm.name().into(), Arc::clone(&vm));
+        let vm = Arc::new(Vm::attach(record, qmp, self.config.vm_dir(&record.spec.name), stage).await?);
+        {
+            let mut state = self.state();
+            state.idle.remove(vm.name());
+            state.vms.insert(vm.name().into(), Arc::clone(&vm));
+        }
         tokio::spawn(Arc::clone(self).watch(Arc::clone(&vm), events));
         if let Some(follower) = self.follower() {
             follower.taken(self, &vm);
@@ -107,10 +101,8 @@ impl Host {
     async fn watch(self: Arc<Self>, vm: Arc<Vm>, mut events: EventStream) {
         let mut asked_for = None;
         while let Some(event) = events.next().await {
-            match event.name.as_str() {
-                "SHUTDOWN" => asked_for = event.data["reason"].as_str().map(str::to_owned),
-                "RESUME" => mind_the_owner(&vm).await,
-                _ => {}
+            if event.name == "SHUTDOWN" {
+                asked_for = event.data["reason"].as_str().map(str::to_owned);
             }
         }
         // The monitor closes a little before the process is gone.
@@ -128,16 +120,21 @@ impl Host {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         match asked_for {
+            // Its user wants it to be there when the host is: not to be forgotten when it was shut down.
+            Some(reason) if gone && vm.autostart.load(Ordering::Relaxed) => {
+                tracing::info!(vm = vm.name(), reason, "ended");
+                self.ended(&vm, &format!("it was shut down ({reason})")).await;
+            }
             Some(reason) if gone => {
                 tracing::info!(vm = vm.name(), reason, "ended");
-                if let Err(error) = self.forget_vm(&vm) {
-                    tracing::error!(vm = vm.name(), %error, "cannot forget it");
+                if let Err(error) = self.forget_vm(&vm).await {
+                    tracing::error!(vm = vm.name(), error = in_one_line(&error), "cannot forget it");
                 }
             }
             _ if gone => {
                 let words = vm.last_words().unwrap_or_else(|| "killed, or crashed without a word".into());
                 tracing::error!(vm = vm.name(), pid = vm.pid, words, "its QEMU ended unexpectedly");
-                vm.set_stage(Stage::Ended(format!("its QEMU ended unexpectedly: {words}")));
+                self.ended(&vm, &format!("its QEMU ended unexpectedly: {words}")).await;
             }
             _ => tracing::error!(
                 vm = vm.name(),
@@ -148,20 +145,22 @@ impl Host {
     }
 
     /// Forgets a VM whose QEMU is gone, and its folder with it.
-    pub(crate) fn forget_vm(&self, vm: &Vm) -> Result<(), AgentError> {
-        let mut state = self.state();
-        if state.vms.get(vm.name()).is_some_and(|it| it.pid == vm.pid && it.start_time == vm.start_time) {
+    pub(crate) async fn forget_vm(&self, vm: &Vm) -> Result<(), AgentError> {
+        {
+            let mut state = self.state();
+            if !state.vms.get(vm.name()).is_some_and(|it| it.pid == vm.pid && it.start_time == vm.start_time) {
+                return Ok(());
+            }
             state.vms.remove(vm.name());
-            if let Some(follower) = self.follower() {
-                follower.forgotten(vm);
-            }
-            self.store.remove_vm(vm.name())?;
-            if let Err(error) = std::fs::remove_dir_all(&vm.dir)
-                && error.kind() != std::io::ErrorKind::NotFound
-            {
-                tracing::warn!(dir = %vm.dir.display(), %error, "cannot remove the VM's folder");
-            }
+            // Nobody takes the name, and the folder, while the rest is done.
+            state.reserved.insert(vm.name().into());
         }
-        Ok(())
+        if let Some(follower) = self.follower() {
+            follower.forgotten(vm);
+        }
+        let removed = self.journal.remove_vm(vm.name(), &vm.instance()).await;
+        remove_dir(vm.dir.clone()).await;
+        self.state().reserved.remove(vm.name());
+        Ok(removed?)
     }
 }

@@ -1,16 +1,18 @@
-//! What a user does with a VM: run it, have one adopted, stop it.
+//! What a user does with a VM: run it, have one adopted, pause and resume it, stop it, start it again.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use vmferry_api::{AdoptRequest, RunRequest, Started, StopRequest, VmSpec};
 use vmferry_qemu::qmp::commands;
-use vmferry_qemu::{CommandLine, Qmp, wants_shared_ram, without_ours};
+use vmferry_qemu::{CommandLine, Qmp, RunState, wants_shared_ram, without_ours};
 
 use super::host::Host;
-use super::vm::{Claim, Stage, Vm, is_valid_name};
+use super::idle::{Idle, IdleVm};
+use super::vm::{Claim, GRACE, Stage, Vm, is_valid_name};
 use crate::error::AgentError;
-use crate::journal::VmRecord;
+use crate::journal::{Instance, VmRecord};
 
 /// How long somebody else's monitor may take to answer.
 const ADOPT_TIMEOUT: Duration = Duration::from_secs(3);
@@ -41,7 +43,7 @@ pub(crate) async fn run(host: &Arc<Host>, request: RunRequest) -> Result<Started
         adopted: false,
         measuring: request.measuring,
     };
-    let (vm, notes) = host.launch(&spec, &command, accel, None).await?;
+    let (vm, notes) = host.launch(&spec, &command, accel, request.autostart, None).await?;
     tracing::info!(vm = vm.name(), pid = vm.pid, "runs");
     Ok(Started { vm: vm.view(host.config.engine).await, notes })
 }
@@ -75,36 +77,139 @@ pub(crate) async fn adopt(host: &Arc<Host>, request: AdoptRequest) -> Result<Sta
     };
     let record = VmRecord {
         spec: VmSpec { name: request.name, argv, cwd, shared_ram, adopted: true, measuring: false },
-        pid,
-        start_time,
+        instance: Instance::now(pid, start_time),
         qmp: request.qmp.to_string_lossy().into_owned(),
         accelerator: accelerator.into(),
         incoming: None,
-        must_run: false,
-        stranded: false,
+        autostart: false,
+        ended: None,
     };
-    let vm = host.take(&record, qmp).await?;
-    host.store.put_vm(&record)?;
+    host.journal.put_vm(&record).await?;
+    let vm = match host.take(&record, qmp, Stage::Owned).await {
+        Ok(vm) => vm,
+        Err(error) => {
+            host.journal.remove_vm(&record.spec.name, &record.instance).await?;
+            return Err(error);
+        }
+    };
     tracing::info!(vm = vm.name(), pid, "adopted");
     Ok(Started { vm: vm.view(host.config.engine).await, notes: Vec::new() })
 }
 
+/// Starts a VM again whose QEMU has ended, or whose host was restarted.
+pub(crate) async fn start(host: &Arc<Host>, name: &str) -> Result<Started, AgentError> {
+    let Some(IdleVm { record, why: Idle::Ended(_) }) = host.idle(name) else {
+        // One that runs, or does not answer, or is not known.
+        let vm = host.vm(name)?;
+        return Err(AgentError::VmExists { name: vm.name().into(), host: host.config.name.clone() });
+    };
+    if record.spec.adopted {
+        return Err(AgentError::Conflict {
+            message: format!("{name} was started by somebody else, who alone can start it as it was"),
+            hint: Some("start it there, and `vmferry adopt` it".into()),
+        });
+    }
+    let _name = host.reserve_name(name)?;
+    let command = CommandLine::parse(&record.spec.argv)?;
+    let accel = host.qemus.accelerator(&host.qemus.find_qemu(&command)?).await;
+    let launched = host.launch(&record.spec, &command, accel, record.autostart, None).await;
+    let (vm, notes) = match launched {
+        Ok(launched) => launched,
+        Err(error) => {
+            // It stays on record, to be tried again.
+            host.journal.put_vm(&record).await?;
+            return Err(error);
+        }
+    };
+    tracing::info!(vm = name, pid = vm.pid, "started again");
+    Ok(Started { vm: vm.view(host.config.engine).await, notes })
+}
+
+/// Has a VM started whenever its host is, or not any more.
+pub(crate) async fn set_autostart(host: &Host, name: &str, autostart: bool) -> Result<(), AgentError> {
+    if let Some(IdleVm { record, why }) = host.idle(name) {
+        let record = VmRecord { autostart, ..record };
+        host.journal.put_vm(&record).await?;
+        host.rest(record, why);
+        return Ok(());
+    }
+    let vm = host.vm(name)?;
+    host.journal.put_vm(&VmRecord { autostart, ..vm.record() }).await?;
+    vm.autostart.store(autostart, Ordering::Relaxed);
+    Ok(())
+}
+
+/// Pauses a guest. One that is being migrated arrives paused.
+pub(crate) async fn pause(host: &Host, name: &str) -> Result<(), AgentError> {
+    let vm = ours(host, name)?;
+    vm.qmp.execute(commands::Stop {}).await?;
+    tracing::info!(vm = name, "paused");
+    Ok(())
+}
+
+/// Has a paused guest go on.
+pub(crate) async fn resume(host: &Host, name: &str) -> Result<(), AgentError> {
+    let vm = ours(host, name)?;
+    let state = vm.run_state().await?;
+    if matches!(state, RunState::FinishMigrate | RunState::PostMigrate | RunState::InMigrate) {
+        return Err(AgentError::Conflict {
+            message: format!("{name} is on its way to its destination at this moment"),
+            hint: Some("try again in a second".into()),
+        });
+    }
+    vm.qmp.execute(commands::Cont {}).await?;
+    tracing::info!(vm = name, "resumed");
+    Ok(())
+}
+
+/// The VM, if its guest is this host's to pause and to resume.
+fn ours(host: &Host, name: &str) -> Result<Arc<Vm>, AgentError> {
+    let vm = host.vm(name)?;
+    match vm.stage() {
+        Stage::Owned | Stage::Planning | Stage::Stopping | Stage::Migrating(_) => Ok(vm),
+        Stage::Incoming(_) => Err(not_ours(name, "has not arrived yet", "its source's agent has the say over it")),
+        Stage::Unclear => Err(not_ours(name, "may be another host's", "`vmferry resolve` says whose it is")),
+        Stage::InDoubt(_) => {
+            Err(not_ours(name, "may run at its destination", "wait, or see `vmferry resolve --help`"))
+        }
+        Stage::Left(_) | Stage::Stranded(_) => {
+            Err(not_ours(name, "was handed over", "its destination's agent has the say over it"))
+        }
+    }
+}
+
+fn not_ours(name: &str, what: &str, hint: &str) -> AgentError {
+    AgentError::Conflict { message: format!("the guest of {name} {what}"), hint: Some(hint.into()) }
+}
+
 /// Stops a VM: asks the guest to shut down, or ends its QEMU.
 pub(crate) async fn stop(host: &Arc<Host>, name: &str, request: &StopRequest) -> Result<(), AgentError> {
-    let vm = host.vm(name)?;
     let conflict = |message: String, hint: String| AgentError::Conflict { message, hint: Some(hint) };
+    if let Some(idle) = host.idle(name) {
+        if idle.why == Idle::Silent {
+            if !request.force {
+                let hint = format!("`vmferry stop {name} --force` ends its QEMU like a power cut");
+                return Err(conflict(format!("the QEMU of {name} does not answer"), hint));
+            }
+            let Instance { pid, start_time, .. } = idle.record.instance;
+            vmferry_qemu::kill_process(pid, start_time, GRACE).await;
+        }
+        return host.forget_idle(&idle).await;
+    }
+    let vm = host.vm(name)?;
     let _claim = match Claim::take(&vm, Stage::Stopping) {
         Ok(claim) => Some(claim),
-        Err(Stage::Ended(_)) => return host.forget_vm(&vm),
         Err(Stage::Stopping) => {
             return Err(conflict(format!("{name} is being stopped already"), "wait for it".into()));
         }
-        Err(Stage::Stranded) if request.force => None,
-        Err(Stage::Stranded) => {
-            return Err(conflict(
-                format!("{name} runs on the destination, and only the QEMU here has the rest of its memory"),
-                format!("`vmferry stop {name} --force` ends the QEMU here"),
-            ));
+        Err(Stage::Unclear) if request.force => None,
+        Err(Stage::Unclear) => {
+            let hint = format!("`vmferry resolve {name}` first, or `vmferry stop {name} --force` to end the QEMU here");
+            return Err(conflict(format!("the guest of {name} may be another host's"), hint));
+        }
+        Err(Stage::InDoubt(_)) => {
+            let hint = format!("wait for that host, or decide: `vmferry resolve {name} --help`");
+            return Err(conflict(format!("{name} may run at its destination, which does not answer"), hint));
         }
         Err(_) => return Err(AgentError::MigrationRuns { name: name.into() }),
     };
@@ -115,7 +220,7 @@ pub(crate) async fn stop(host: &Arc<Host>, name: &str, request: &StopRequest) ->
         });
     }
     vm.quit().await;
-    host.forget_vm(&vm)?;
+    host.forget_vm(&vm).await?;
     tracing::info!(vm = name, force = request.force, "stopped");
     Ok(())
 }

@@ -1,20 +1,24 @@
 //! This host: its VMs, from the start of their QEMU to its end, and what everything else needs to know of it.
 
+mod admission;
 mod attendance;
 mod console;
 mod disks;
 mod folders;
 #[expect(clippy::module_inception, reason = "the host itself")]
 mod host;
+mod idle;
 mod launch;
 mod lifecycle;
 mod qemus;
 mod vm;
 
+pub(crate) use admission::{Need, Promise, Short, resident_memory};
 pub(crate) use attendance::Present;
 pub(crate) use console::{Console, Viewer};
-pub(crate) use disks::{Markers, marker_beside, resident_memory};
+pub(crate) use disks::{Markers, marker_beside};
 pub(crate) use folders::{bind_anew, make_private_dir};
+pub(crate) use idle::{Idle, IdleVm};
 pub(crate) use host::{Follower, Host, MOST_TRIALS, Trusts};
-pub(crate) use lifecycle::{adopt, check_name, run, stop};
+pub(crate) use lifecycle::{adopt, check_name, pause, resume, run, set_autostart, start, stop};
 pub(crate) use vm::{Claim, GLANCE, GRACE, Stage, Vm, pid_from_file};

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use uuid::Uuid;
@@ -11,7 +12,7 @@ use vmferry_qemu::{Qmp, QmpError, RunState};
 
 use super::attendance::Attendance;
 use super::console::Console;
-use crate::journal::VmRecord;
+use crate::journal::{Instance, VmRecord};
 
 /// How long a QEMU that was told to quit, or to end, may take before it is killed.
 pub(crate) const GRACE: Duration = Duration::from_secs(5);
@@ -39,15 +40,23 @@ pub(crate) enum Stage {
     Left(Uuid),
     /// The guest was handed over, but its post-copy could not be finished: the destination may lack memory that only
     /// this QEMU has.
-    Stranded,
-    /// Its QEMU ended without being asked to.
-    Ended(String),
+    Stranded(Uuid),
+    /// It was found running, and no journal says whose it is: the user is to decide.
+    Unclear,
 }
 
 impl Stage {
     /// A migration has the say over it.
     pub(crate) fn is_migration(&self) -> bool {
-        matches!(self, Self::Incoming(_) | Self::Planning | Self::Migrating(_) | Self::InDoubt(_) | Self::Left(_))
+        matches!(
+            self,
+            Self::Incoming(_)
+                | Self::Planning
+                | Self::Migrating(_)
+                | Self::InDoubt(_)
+                | Self::Left(_)
+                | Self::Stranded(_)
+        )
     }
 }
 
@@ -68,12 +77,17 @@ pub(crate) struct Facts {
 pub(crate) struct Vm {
     /// How it is started.
     pub(crate) spec: VmSpec,
+    /// The migration that brought it.
+    pub(crate) incoming: Option<Uuid>,
+    /// It is started when the host is.
+    pub(crate) autostart: AtomicBool,
     /// Its QEMU process.
     pub(crate) pid: u32,
     /// When that process started, in clock ticks since boot.
     pub(crate) start_time: u64,
     /// Its monitor.
     pub(crate) qmp: Qmp,
+    qmp_path: String,
     /// Where its sockets, pidfile and log are.
     pub(crate) dir: PathBuf,
     /// `kvm` or `tcg`.
@@ -88,7 +102,12 @@ pub(crate) struct Vm {
 
 impl Vm {
     /// Takes hold of a QEMU that runs: asks it for its facts and connects to its console.
-    pub(crate) async fn attach(record: &VmRecord, qmp: Qmp, dir: PathBuf) -> Result<Self, QmpError> {
+    pub(crate) async fn attach(
+        record: &VmRecord,
+        qmp: Qmp,
+        dir: PathBuf,
+        stage: Stage,
+    ) -> Result<Self, QmpError> {
         let facts = Facts::ask(&qmp).await?;
         let socket = dir.join("console.sock");
         let console = match socket.exists() {
@@ -98,17 +117,15 @@ impl Vm {
                 .ok(),
             false => None,
         };
-        let stage = match record.incoming {
-            Some(id) => Stage::Incoming(id),
-            None if record.stranded => Stage::Stranded,
-            None => Stage::Owned,
-        };
         Ok(Self {
             spec: record.spec.clone(),
-            pid: record.pid,
-            start_time: record.start_time,
+            incoming: record.incoming,
+            autostart: AtomicBool::new(record.autostart),
+            pid: record.instance.pid,
+            start_time: record.instance.start_time,
             accelerator: record.accelerator.clone(),
             qmp,
+            qmp_path: record.qmp.clone(),
             dir,
             facts,
             attendance: Attendance::default(),
@@ -139,6 +156,24 @@ impl Vm {
 
     fn lock_stage(&self) -> std::sync::MutexGuard<'_, Stage> {
         self.stage.lock().expect("no holder of this lock panics")
+    }
+
+    /// Which QEMU it is.
+    pub(crate) fn instance(&self) -> Instance {
+        Instance::now(self.pid, self.start_time)
+    }
+
+    /// As it is in the journal.
+    pub(crate) fn record(&self) -> VmRecord {
+        VmRecord {
+            spec: self.spec.clone(),
+            instance: self.instance(),
+            qmp: self.qmp_path.clone(),
+            accelerator: self.accelerator.clone(),
+            incoming: self.incoming,
+            autostart: self.autostart.load(Ordering::Relaxed),
+            ended: None,
+        }
     }
 
     /// The process is still the one that was started.
@@ -180,12 +215,16 @@ impl Vm {
                 Some("handed over, but the destination does not answer whether it took it; paused here".into()),
                 Some(id),
             ),
-            Stage::Stranded => (
+            Stage::Stranded(id) => (
                 "stranded".into(),
-                Some("the guest runs on the destination, but not all of its memory could follow".into()),
+                Some("the guest was handed over, but not all of its memory could follow".into()),
+                Some(id),
+            ),
+            Stage::Unclear => (
+                "unclear".into(),
+                Some("found running after the agent's journal was lost: is the guest this host's?".into()),
                 None,
             ),
-            Stage::Ended(why) => ("ended".into(), Some(why), None),
         };
         VmView {
             name: self.name().into(),
@@ -198,6 +237,7 @@ impl Vm {
             machine: Some(self.facts.machine.clone()),
             accelerator: Some(self.accelerator.clone()),
             adopted: self.spec.adopted,
+            autostart: self.autostart.load(Ordering::Relaxed),
             console: self.console.is_some(),
             engine: engine.to_string(),
             external_obstacle: None,

@@ -3,7 +3,7 @@
 use rusqlite::{OptionalExtension, Row, params};
 use vmferry_link::Fingerprint;
 
-use super::store::{Result, Store, now, parse_key};
+use super::{Journal, Result, now, parse_key};
 
 /// A paired agent.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,59 +29,73 @@ pub enum Joined {
     NameTaken,
 }
 
-impl Store {
+impl Journal {
     /// A token with this hash may be used once, for so many seconds.
-    pub fn add_token(&self, hash: &str, seconds: u64) -> Result<()> {
-        let db = self.db();
-        db.execute("DELETE FROM tokens WHERE expires <= ?1", [now()])?;
-        db.execute("INSERT INTO tokens VALUES (?1, ?2)", params![hash, now() + seconds as i64])?;
-        Ok(())
+    pub async fn add_token(&self, hash: &str, seconds: u64) -> Result<()> {
+        let hash = hash.to_owned();
+        self.call(move |db| {
+            db.execute("DELETE FROM tokens WHERE expires <= ?1", [now()])?;
+            db.execute("INSERT INTO tokens VALUES (?1, ?2)", params![hash, now() + seconds as i64])?;
+            Ok(())
+        })
+        .await
     }
 
     /// Takes whoever comes with the token of this hash as a peer.
-    pub fn join(&self, hash: &str, peer: &PeerRecord) -> Result<Joined> {
-        let mut db = self.db();
-        let step = db.transaction()?;
-        let used = step.execute("DELETE FROM tokens WHERE hash = ?1 AND expires > ?2", params![hash, now()])?;
-        if used == 0 {
-            return Ok(Joined::NoToken);
-        }
-        // Without the commit the token is there again.
-        if !put(&step, peer)? {
-            return Ok(Joined::NameTaken);
-        }
-        step.commit()?;
-        Ok(Joined::Yes)
+    pub async fn join(&self, hash: &str, peer: &PeerRecord) -> Result<Joined> {
+        let (hash, peer) = (hash.to_owned(), peer.clone());
+        self.call(move |db| {
+            let step = db.transaction()?;
+            let used = step.execute("DELETE FROM tokens WHERE hash = ?1 AND expires > ?2", params![hash, now()])?;
+            if used == 0 {
+                return Ok(Joined::NoToken);
+            }
+            // Without the commit the token is there again.
+            if !put(&step, &peer)? {
+                return Ok(Joined::NameTaken);
+            }
+            step.commit()?;
+            Ok(Joined::Yes)
+        })
+        .await
     }
 
     /// Makes somebody a peer, or changes what is known of it. False when another peer has its name.
-    pub fn put_peer(&self, peer: &PeerRecord) -> Result<bool> {
-        put(&self.db(), peer)
+    pub async fn put_peer(&self, peer: &PeerRecord) -> Result<bool> {
+        let peer = peer.clone();
+        self.call(move |db| put(db, &peer)).await
     }
 
     /// All peers, by name.
-    pub fn peers(&self) -> Result<Vec<PeerRecord>> {
-        self.db()
-            .prepare("SELECT name, fingerprint, address, paired FROM peers ORDER BY name")?
-            .query_map([], record)?
-            .collect()
+    pub async fn peers(&self) -> Result<Vec<PeerRecord>> {
+        self.call(|db| {
+            db.prepare("SELECT name, fingerprint, address, paired FROM peers ORDER BY name")?
+                .query_map([], record)?
+                .collect()
+        })
+        .await
     }
 
     /// The peer with this fingerprint.
-    pub fn peer(&self, fingerprint: Fingerprint) -> Result<Option<PeerRecord>> {
-        self.db()
-            .query_row(
+    pub async fn peer(&self, fingerprint: Fingerprint) -> Result<Option<PeerRecord>> {
+        self.call(move |db| {
+            db.query_row(
                 "SELECT name, fingerprint, address, paired FROM peers WHERE fingerprint = ?1",
                 [fingerprint.to_string()],
                 record,
             )
             .optional()
+        })
+        .await
     }
 
     /// Trusts the peer with this fingerprint no more.
-    pub fn remove_peer(&self, fingerprint: Fingerprint) -> Result<()> {
-        self.db().execute("DELETE FROM peers WHERE fingerprint = ?1", [fingerprint.to_string()])?;
-        Ok(())
+    pub async fn remove_peer(&self, fingerprint: Fingerprint) -> Result<()> {
+        self.call(move |db| {
+            db.execute("DELETE FROM peers WHERE fingerprint = ?1", [fingerprint.to_string()])?;
+            Ok(())
+        })
+        .await
     }
 }
 
@@ -108,59 +122,4 @@ fn record(row: &Row<'_>) -> Result<PeerRecord> {
         address: row.get(2)?,
         paired: row.get::<_, i64>(3)? as u64,
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn store() -> (tempfile::TempDir, Store) {
-        let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(dir.path()).unwrap();
-        (dir, store)
-    }
-
-    fn peer(name: &str, key: &[u8]) -> PeerRecord {
-        PeerRecord { name: name.into(), fingerprint: Fingerprint::of(key), address: String::new(), paired: 0 }
-    }
-
-    #[test]
-    fn a_token_is_used_once() {
-        let (_dir, store) = store();
-        store.add_token("hash", 60).unwrap();
-        assert_eq!(store.join("other", &peer("alpha", b"a")).unwrap(), Joined::NoToken);
-        assert_eq!(store.join("hash", &peer("alpha", b"a")).unwrap(), Joined::Yes);
-        assert_eq!(store.join("hash", &peer("mallory", b"m")).unwrap(), Joined::NoToken);
-        let names: Vec<String> = store.peers().unwrap().into_iter().map(|peer| peer.name).collect();
-        assert_eq!(names, ["alpha"]);
-    }
-
-    #[test]
-    fn a_token_that_has_expired_is_worth_nothing() {
-        let (_dir, store) = store();
-        store.add_token("hash", 0).unwrap();
-        assert_eq!(store.join("hash", &peer("alpha", b"a")).unwrap(), Joined::NoToken);
-    }
-
-    #[test]
-    fn a_name_belongs_to_one_peer_until_it_is_unpaired() {
-        let (_dir, store) = store();
-        assert!(store.put_peer(&peer("alpha", b"a")).unwrap());
-        store.add_token("hash", 60).unwrap();
-        assert_eq!(store.join("hash", &peer("alpha", b"m")).unwrap(), Joined::NameTaken);
-        assert_eq!(store.peer(Fingerprint::of(b"m")).unwrap(), None);
-        store.remove_peer(Fingerprint::of(b"a")).unwrap();
-        assert_eq!(store.join("hash", &peer("alpha", b"m")).unwrap(), Joined::Yes, "the token was not used up");
-        assert!(store.peer(Fingerprint::of(b"m")).unwrap().is_some());
-    }
-
-    #[test]
-    fn a_peer_may_change_its_name_and_address() {
-        let (_dir, store) = store();
-        assert!(store.put_peer(&peer("alpha", b"a")).unwrap());
-        let moved = PeerRecord { address: "192.0.2.9:7420".into(), ..peer("gamma", b"a") };
-        assert!(store.put_peer(&moved).unwrap());
-        let known = store.peers().unwrap();
-        assert_eq!((known.len(), known[0].name.as_str(), known[0].address.as_str()), (1, "gamma", "192.0.2.9:7420"));
-    }
 }

@@ -49,7 +49,7 @@ impl Listener for Callers {
                 local: stream.local.ip().to_canonical(),
                 remote: stream.remote.ip().to_canonical(),
             };
-            if is_peer(&self.host, &caller) {
+            if is_peer(&self.host, &caller).await {
                 return (Connection { io: stream.io, stranger: None }, caller);
             }
             // Whoever finds no place may come again.

@@ -18,7 +18,9 @@ use uuid::Uuid;
 use vmferry_api::{DEFAULT_PORT, Hello, witness};
 use vmferry_link::{Authority, Fingerprint, Identity, Secret};
 
-use super::wire::{BootFile, CheckReply, IncomingState, Join, Offer, Prepared, TrialAccepted, TrialOffer};
+use super::wire::{
+    BootFile, CheckReply, Commit, Fence, IncomingState, Join, Offer, OutgoingState, Prepared, TrialAccepted, TrialOffer,
+};
 use crate::error::{API, PeerError};
 
 /// What the API's route upgrades to: the bytes of one of QEMU's connections.
@@ -31,7 +33,7 @@ const KEEP_TIMEOUT: Duration = Duration::from_secs(3);
 /// Preparing starts a QEMU there.
 const PREPARE_TIMEOUT: Duration = Duration::from_secs(60);
 /// The destination has everything by then and only has to be set running.
-const COMMIT_TIMEOUT: Duration = Duration::from_secs(10);
+const COMMIT_TIMEOUT: Duration = Duration::from_secs(13);
 /// What a trial of the link sends, in bytes.
 const TRIAL: usize = 4 << 20;
 /// The longest answer that is read, in bytes.
@@ -153,9 +155,26 @@ impl Peer {
         self.ask(Method::POST, &format!("/v1/incoming/{id}/keep"), None::<&()>, KEEP_TIMEOUT).await
     }
 
-    /// Makes it the owner of the guest and sets it running.
-    pub async fn commit(&self, id: Uuid) -> Result<IncomingState, PeerError> {
-        self.ask(Method::POST, &format!("/v1/incoming/{id}/commit"), None::<&()>, COMMIT_TIMEOUT).await
+    /// Makes it the owner of the guest, which is to run there, or to stay paused.
+    pub async fn commit(&self, id: Uuid, run: bool) -> Result<IncomingState, PeerError> {
+        let commit = Commit { run };
+        self.ask(Method::POST, &format!("/v1/incoming/{id}/commit"), Some(&commit), COMMIT_TIMEOUT).await
+    }
+
+    /// Has it let go of a guest, even if it owns it, that its source's user has kept.
+    pub async fn fence(&self, id: Uuid, vm: &str) -> Result<IncomingState, PeerError> {
+        let fence = Fence { vm: vm.into() };
+        self.ask(Method::POST, &format!("/v1/incoming/{id}/fence"), Some(&fence), ANSWER_TIMEOUT).await
+    }
+
+    /// Tells it that nothing is left of the guest here, and that nothing more will be said of it.
+    pub async fn settled(&self, id: Uuid) -> Result<IncomingState, PeerError> {
+        self.ask(Method::POST, &format!("/v1/incoming/{id}/settled"), None::<&()>, ANSWER_TIMEOUT).await
+    }
+
+    /// How a migration from there to here stands there.
+    pub async fn outgoing(&self, id: Uuid) -> Result<OutgoingState, PeerError> {
+        self.ask(Method::GET, &format!("/v1/outgoing/{id}"), None::<&()>, ANSWER_TIMEOUT).await
     }
 
     /// Makes it forget the incoming migration, now and for ever.

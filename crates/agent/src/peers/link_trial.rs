@@ -46,7 +46,7 @@ pub(crate) fn accept(host: &Host, offer: TrialOffer, caller: &Caller) -> Result<
 
 /// Tries the link to another agent.
 pub(crate) async fn run(host: &Arc<Host>, to: &str, trial: Trial) -> Result<TrialResult, AgentError> {
-    let found = trust::find_peer(host, to)?;
+    let found = trust::find_peer(host, to).await?;
     let met = found.hello().await?;
     let peer = found.pinned_to(&met);
     if trial.security == Security::Plain && host.config.security_of(met.ip()) != Security::Plain {

@@ -9,6 +9,6 @@ mod wire;
 
 pub(crate) use client::RELAY_PROTOCOL;
 pub use client::{Answer, Met, Peer};
-pub use wire::{BootFile, CheckReply, IncomingState, Join, Offer, Prepared, TrialAccepted, TrialOffer};
+pub use wire::{BootFile, CheckReply, Commit, Fence, IncomingState, InWord, OutgoingState, Join, Offer, Prepared, TrialAccepted, TrialOffer};
 
 pub use crate::error::{API, PeerError};

@@ -38,14 +38,14 @@ pub(crate) struct Caller {
 }
 
 /// Makes a token that lets one other agent become a peer.
-pub(crate) fn make_token(host: &Host, seconds: u64) -> Result<TokenView, AgentError> {
+pub(crate) async fn make_token(host: &Host, seconds: u64) -> Result<TokenView, AgentError> {
     if !TOKEN_SECONDS.contains(&seconds) {
         let message = format!("a token for {seconds} s makes no sense: give 1 s to 24 h");
         return Err(AgentError::BadLimit { message });
     }
     let addresses = advertised(host)?;
     let secret = Secret::random();
-    host.store.add_token(&secret.hash(), seconds)?;
+    host.journal.add_token(&secret.hash(), seconds).await?;
     let expires = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs() + seconds;
     let token = JoinToken { addresses, fingerprint: host.trusts.identity.fingerprint(), secret, expires };
     Ok(TokenView { token: token.to_string(), seconds })
@@ -115,11 +115,11 @@ pub(crate) async fn pair(host: &Host, token: &str, also_at: Option<&str>) -> Res
         PeerRecord { name: met.hello.name, fingerprint: token.fingerprint, address: peer.address().into(), paired: 0 };
     // Before the token is used up.
     check_name(&record.name)?;
-    if host.store.peers()?.iter().any(|it| it.name == record.name && it.fingerprint != record.fingerprint) {
+    if host.journal.peers().await?.iter().any(|it| it.name == record.name && it.fingerprint != record.fingerprint) {
         return Err(name_taken(&record.name));
     }
     peer.join(&token.secret, &host.config.name, host.listens.map(|listen| listen.port())).await?;
-    if !host.store.put_peer(&record)? {
+    if !host.journal.put_peer(&record).await? {
         return Err(name_taken(&record.name));
     }
     tracing::info!(peer = record.name, address = record.address, fingerprint = %record.fingerprint, "paired");
@@ -152,13 +152,13 @@ async fn reach(
 }
 
 /// Somebody came with a token.
-pub(crate) fn join(host: &Host, caller: &Caller, join: &Join) -> Result<(), AgentError> {
+pub(crate) async fn join(host: &Host, caller: &Caller, join: &Join) -> Result<(), AgentError> {
     check_name(&join.name)?;
     let unknown = || AgentError::BadToken;
     let secret: Secret = join.secret.parse().map_err(|_| unknown())?;
     let address = join.port.map_or_else(String::new, |port| SocketAddr::new(caller.remote, port).to_string());
     let record = PeerRecord { name: join.name.clone(), fingerprint: caller.key, address, paired: 0 };
-    match host.store.join(&secret.hash(), &record)? {
+    match host.journal.join(&secret.hash(), &record).await? {
         Joined::Yes => {
             tracing::info!(peer = record.name, address = record.address, fingerprint = %record.fingerprint, "paired");
             Ok(())
@@ -190,12 +190,12 @@ fn name_taken(name: &str) -> AgentError {
 }
 
 /// This host and its peers.
-pub(crate) fn peers(host: &Host) -> Result<PeersView, AgentError> {
+pub(crate) async fn peers(host: &Host) -> Result<PeersView, AgentError> {
     Ok(PeersView {
         name: host.config.name.clone(),
         fingerprint: host.trusts.identity.fingerprint().to_string(),
         listens: host.listens.map(|listen| listen.to_string()),
-        peers: host.store.peers()?.into_iter().map(view).collect(),
+        peers: host.journal.peers().await?.into_iter().map(view).collect(),
     })
 }
 
@@ -209,26 +209,27 @@ fn view(record: PeerRecord) -> PeerView {
 }
 
 /// Trusts a peer, by its name or fingerprint, no more. What it has under way is finished.
-pub(crate) fn unpair(host: &Host, which: &str) -> Result<(), AgentError> {
-    let peers = host.store.peers()?;
+pub(crate) async fn unpair(host: &Host, which: &str) -> Result<(), AgentError> {
+    let peers = host.journal.peers().await?;
     let found = peers.iter().find(|peer| peer.name == which || peer.fingerprint.to_string() == which);
     let peer = found.ok_or_else(|| AgentError::UnknownPeer { name: which.into() })?;
-    host.store.remove_peer(peer.fingerprint)?;
+    host.journal.remove_peer(peer.fingerprint).await?;
     tracing::info!(peer = peer.name, fingerprint = %peer.fingerprint, "unpaired");
     Ok(())
 }
 
 /// Whether this is a peer, or as good as one.
-pub(crate) fn is_peer(host: &Host, caller: &Caller) -> bool {
-    let is_paired = || host.store.peer(caller.key).is_ok_and(|peer| peer.is_some());
+pub(crate) async fn is_peer(host: &Host, caller: &Caller) -> bool {
+    if caller.vouched_for || host.journal.peer(caller.key).await.is_ok_and(|peer| peer.is_some()) {
+        return true;
+    }
     // What began while it was one is finished.
-    let was_paired = || host.store.is_recent_source(caller.key).unwrap_or(false);
-    caller.vouched_for || is_paired() || was_paired()
+    host.journal.is_recent_source(caller.key).await.unwrap_or(false)
 }
 
 /// Nobody but a peer; what it is called.
-pub(crate) fn require_peer(host: &Host, caller: &Caller) -> Result<String, AgentError> {
-    match host.store.peer(caller.key)? {
+pub(crate) async fn require_peer(host: &Host, caller: &Caller) -> Result<String, AgentError> {
+    match host.journal.peer(caller.key).await? {
         Some(peer) => Ok(peer.name),
         None if caller.vouched_for => Ok(caller.remote.to_string()),
         None => {
@@ -244,9 +245,9 @@ pub(crate) fn pinned(host: &Host, address: &str, key: Fingerprint) -> Peer {
 }
 
 /// The destination that a user names: a peer by its name, or any peer at that address.
-pub(crate) fn find_peer(host: &Host, to: &str) -> Result<Peer, AgentError> {
+pub(crate) async fn find_peer(host: &Host, to: &str) -> Result<Peer, AgentError> {
     let bad = |message| AgentError::BadRequest { message, hint: None };
-    let peers = host.store.peers()?;
+    let peers = host.journal.peers().await?;
     if let Some(known) = peers.iter().find(|peer| peer.name == to) {
         if known.address.is_empty() {
             return Err(bad(format!("the agent of {to} listens nowhere, so that it can take no VM")));

@@ -11,7 +11,6 @@ use vmferry_api::{Security, VmSpec};
 use vmferry_link::{CipherSpeed, SessionId, SessionKey};
 
 use crate::engine::{NewSession, Protection, Setup};
-use crate::journal::InStep;
 
 /// Use a join token: said to the agent that made it.
 #[derive(Clone, Serialize, Deserialize, ToSchema)]
@@ -92,11 +91,46 @@ pub struct Prepared {
     pub notes: Vec<String>,
 }
 
+/// Where an incoming migration stands, for the source that asks. This is what decides who owns the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum InWord {
+    /// QEMU waits or receives; the source owns the guest.
+    Prepared,
+    /// This host owns the guest.
+    Committed,
+    /// This host never will, or does not any more: whatever it had is gone.
+    Abandoned,
+}
+
+/// How a guest is taken over.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Commit {
+    /// It is to run; otherwise it stays paused.
+    pub run: bool,
+}
+
+/// A guest that its source's user has kept.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Fence {
+    /// What the VM is called.
+    pub vm: String,
+}
+
+/// How a migration away from a host stands, for its destination that asks.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct OutgoingState {
+    /// In the journal's word; none when it is not known there.
+    pub step: Option<String>,
+}
+
 /// How an incoming migration stands.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub struct IncomingState {
     /// Who owns the guest.
-    pub step: InStep,
+    pub step: InWord,
+    /// It owns the guest, and has it as it is to be: running, or paused because it was.
+    pub runs: bool,
     /// Why, when it was abandoned.
     pub detail: Option<String>,
     /// Post-copy waits for a new connection.

@@ -5,16 +5,18 @@ use std::time::{Duration, Instant};
 
 use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
-use vmferry_api::{Code, MigrateRequest, MigrationEvent, PlanView, Problem, Report, in_one_line};
+use vmferry_api::{MigrateRequest, PlanView, in_one_line};
+use vmferry_custody::OutStep;
 
+use super::custody::Custody;
 use super::migration::Migration;
 use super::outgoing::Outgoing;
 use super::plan::{claim, limits, plan, predict};
-use super::run::{Halt, Run, Steps};
-use super::undo::undone;
-use crate::engine::RamEngine;
+use super::run::Run;
+use super::teller::Teller;
 use crate::error::AgentError;
 use crate::host::Stage;
+use crate::journal::OutRecord;
 use crate::peers::Peer;
 
 /// How often the destination is told that the source is still there.
@@ -36,24 +38,39 @@ pub(crate) async fn begin(
         predict(&mut plan, limits.post_copy).await?;
         return Ok((plan.view, None));
     }
+    // That it can be committed or undone must not depend on what happens to the disk meanwhile.
+    host.journal.reserve().await?;
+    let record = OutRecord {
+        id,
+        vm: name.into(),
+        instance: vm.instance(),
+        peer: plan.view.to.clone(),
+        address: plan.peer.address().into(),
+        peer_key: plan.peer_key,
+        running: plan.offer.running,
+        step: OutStep::CopyRam,
+    };
     let migration = Migration::new(id, name, plan.peer.apart(), limits.post_copy);
+    let teller = Arc::new(Teller::new(host, &migration, begun, request.script.is_some()));
+    let custody = Custody::begin(host, record, plan.peer.clone());
+    custody.open(teller.as_ref()).await?;
+    outgoing.is_open(&custody);
     outgoing.add(Arc::clone(&migration));
     claim.keep(Stage::Migrating(id));
     let view = plan.view.clone();
     let bandwidth = request.bandwidth.or(plan.rate);
     let run = Run {
         host: Arc::clone(host),
+        outgoing: Arc::clone(outgoing),
         migration: Arc::clone(&migration),
-        vm,
+        custody,
+        teller,
+        vm: Arc::clone(&vm),
         plan,
         limits,
         bandwidth,
         script: request.script,
         to: request.to,
-        steps: Steps::begin(begun),
-        downtime: Duration::ZERO,
-        predicted: None,
-        throttle: 0,
         keep: None,
         relay: None,
     };
@@ -61,38 +78,8 @@ pub(crate) async fn begin(
     Ok((view, Some(migration)))
 }
 
-impl Run {
-    async fn run(mut self) {
-        let mut engine = None;
-        let outcome = match self.all_steps(&mut engine).await {
-            Err(Halt::Undo(error)) => self.undo(engine.as_deref_mut(), error).await,
-            other => other,
-        };
-        let last = match outcome {
-            Ok(report) => MigrationEvent::Finished(Box::new(report)),
-            Err(Halt::Undo(error)) => MigrationEvent::Failed(undone(self.vm.name(), &error)),
-            Err(Halt::Lost(error)) => {
-                MigrationEvent::Failed(Problem { code: Code::GuestAtRisk, ..Problem::from(&error) })
-            }
-        };
-        if let MigrationEvent::Failed(problem) = &last {
-            tracing::warn!(vm = self.vm.name(), migration = %self.migration.id, "{}", problem.message);
-        } else {
-            tracing::info!(vm = self.vm.name(), migration = %self.migration.id, to = self.to, "migrated");
-        }
-        self.migration.told.tell(last);
-    }
-
-    async fn all_steps(&mut self, engine: &mut Option<Box<dyn RamEngine>>) -> Result<Report, Halt> {
-        let engine = engine.insert(self.prepare().await?).as_mut();
-        self.keep = Some(keep_alive(self.plan.peer.clone(), self.migration.id));
-        let switched = self.copy_ram(engine).await?;
-        self.hand_over(engine, &switched).await
-    }
-}
-
 /// Tells the destination every now and then that the source is still there, until dropped.
-fn keep_alive(peer: Peer, id: Uuid) -> AbortOnDropHandle<()> {
+pub(super) fn keep_alive(peer: Peer, id: Uuid) -> AbortOnDropHandle<()> {
     AbortOnDropHandle::new(tokio::spawn(async move {
         loop {
             tokio::time::sleep(KEEP).await;

@@ -5,17 +5,18 @@ use std::sync::atomic::Ordering;
 use vmferry_api::{MigrationEvent, Step};
 use vmferry_policy::{Action, Observation};
 
-use super::run::{Halt, Run};
+use vmferry_custody::source::Event;
+
+use super::run::Run;
+use super::teller::Audience;
 use crate::engine::{RamEngine, Seen};
 use crate::error::AgentError;
-use crate::journal::OutStep;
 use crate::measuring::scripts::policy_of;
 
 impl Run {
     /// Copies rounds of RAM, as the policy says, until the destination has what it needs to run the guest.
-    pub(super) async fn copy_ram(&mut self, engine: &mut dyn RamEngine) -> Result<Seen, Halt> {
-        self.step(Step::CopyRam);
-        self.host.store.step_out(self.migration.id, OutStep::CopyRam)?;
+    pub(super) async fn copy_ram(&mut self, engine: &mut dyn RamEngine) -> Result<Seen, AgentError> {
+        self.teller.step(Step::CopyRam);
         engine.start().await?;
         let mut policy = policy_of(self.script.as_ref());
         loop {
@@ -23,7 +24,8 @@ impl Run {
                 seen = engine.observe() => seen?,
                 () = self.migration.cancel.cancelled() => return Err(self.cancelled()),
             };
-            self.tell_progress(&seen);
+            self.teller.progress(&seen);
+            self.custody.tell(Event::Wants { running: engine.guest_runs() });
             if seen.ready_to_commit {
                 return Ok(seen);
             }
@@ -44,7 +46,7 @@ impl Run {
                 )),
                 Action::GiveUp(reason) => {
                     let name = self.vm.name().into();
-                    return Err(Halt::Undo(AgentError::GaveUp { name, reason: reason.to_string() }));
+                    return Err(AgentError::GaveUp { name, reason: reason.to_string() });
                 }
             }
             engine.apply(&action).await?;

@@ -47,8 +47,13 @@ impl Migration {
     }
 
     /// Asks it to stop; has no effect once the destination was told to take over.
-    pub(crate) fn cancel(&self) {
+    pub(super) fn cancel(&self) {
         self.cancel.cancel();
+    }
+
+    /// It was asked to.
+    pub(super) fn was_cancelled(&self) -> bool {
+        self.cancel.is_cancelled()
     }
 
     /// Asks it to switch to post-copy as soon as it can, if it has not. False when the user has forbidden that.

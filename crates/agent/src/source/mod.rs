@@ -1,4 +1,4 @@
-//! A migration from plan to retirement, at the source. Each phase has a file, and `begin.rs` drives them:
+//! A migration from plan to retirement, at the source. Each phase has a file, and `run.rs` leads through them:
 //!
 //! ```text
 //! plan         refuse early                                     nothing is touched yet
@@ -9,23 +9,28 @@
 //! retire       the source's QEMU goes
 //! ```
 //!
-//! Each step is written to the journal before it is done; `settle.rs` goes on from there after a crash.
+//! Who owns the guest meanwhile is for the source's half of the protocol (`vmferry_custody`), which `custody.rs` drives:
+//! under way, and from what the journal holds after a crash (`settle.rs`).
 
 mod begin;
-mod commit;
 mod copy_ram;
+mod custody;
+mod end;
+mod fences;
 mod migration;
 mod outgoing;
 mod plan;
 mod post_copy;
 mod prepare;
-mod retire;
+mod resolve;
 mod run;
 mod settle;
+mod teller;
 mod told;
-mod undo;
 
 pub(crate) use begin::begin;
 pub(crate) use migration::Migration;
 pub(crate) use outgoing::Outgoing;
-pub(crate) use settle::settle;
+pub(crate) use fences::keep as keep_fences;
+pub(crate) use resolve::{discard, resolve};
+pub(crate) use settle::take_up;

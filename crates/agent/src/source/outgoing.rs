@@ -4,12 +4,20 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
+use vmferry_api::in_one_line;
+use vmferry_custody::source::{Event, Phase, Refused};
 
+use super::custody::Custody;
 use super::migration::Migration;
+use crate::error::AgentError;
 use crate::host::{Host, Stage};
+use crate::journal::Instance;
+use crate::peers::Peer;
 
 /// How many ended migrations can still be looked at in full.
 const KEPT_MIGRATIONS: usize = 32;
+/// For how long a destination is asked to abandon, every half a second.
+const ABANDON_TRIES: u32 = 20;
 /// How long migrations may take to be undone when the agent ends.
 const FAREWELL: Duration = Duration::from_secs(20);
 
@@ -18,12 +26,14 @@ pub(crate) struct Outgoing {
     /// From where.
     pub(crate) host: Arc<Host>,
     migrations: Mutex<Vec<Arc<Migration>>>,
+    /// Those that are driven.
+    open: Mutex<Vec<Arc<Custody>>>,
 }
 
 impl Outgoing {
     /// Of this host: none yet.
     pub(crate) fn new(host: Arc<Host>) -> Arc<Self> {
-        Arc::new(Self { host, migrations: Mutex::default() })
+        Arc::new(Self { host, migrations: Mutex::default(), open: Mutex::default() })
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Arc<Migration>>> {
@@ -47,20 +57,94 @@ impl Outgoing {
         self.lock().iter().find(|migration| migration.vm == vm && !migration.told.is_over()).cloned()
     }
 
+    /// This one is open, and driven.
+    pub(super) fn is_open(&self, custody: &Arc<Custody>) {
+        self.open().push(Arc::clone(custody));
+    }
+
+    /// This one is over: whatever is left of it goes.
+    pub(super) async fn is_over(&self, custody: &Arc<Custody>) {
+        self.open().retain(|it| !Arc::ptr_eq(it, custody));
+        let (id, peer) = (custody.record.id, custody.peer.apart());
+        let Phase::Over { .. } = custody.phase() else {
+            // It may not have heard that it is to let go. Its lease runs out; but nobody should wait for that.
+            if !custody.let_go() && !custody.was_kept() {
+                tokio::spawn(async move { abandon_there(&peer, id).await });
+            }
+            return;
+        };
+        let forgotten = match custody.vm() {
+            Some(vm) => self.host.forget_vm(&vm).await,
+            None => match self.host.idle(&custody.record.vm) {
+                Some(idle) if idle.record.instance == custody.record.instance => self.host.forget_idle(&idle).await,
+                _ => Ok(()),
+            },
+        };
+        if let Err(error) = forgotten {
+            tracing::error!(vm = custody.record.vm, error = in_one_line(&error), "cannot forget it");
+        }
+        tokio::spawn(async move {
+            if let Err(error) = peer.settled(id).await {
+                tracing::debug!(migration = %id, error = in_one_line(&error), "the destination does not hear that it is over");
+            }
+        });
+    }
+
+    /// The open migration of this VM.
+    pub(crate) fn custody_of(&self, vm: &str) -> Option<Arc<Custody>> {
+        self.open().iter().find(|it| it.record.vm == vm && !it.machine().is_at_rest()).cloned()
+    }
+
+    /// How a VM stands that this agent has just found, when a migration of it is open.
+    pub(crate) fn stage_of(&self, instance: &Instance) -> Option<Stage> {
+        self.open().iter().find(|it| it.record.instance == *instance).map(|it| it.stage())
+    }
+
+    fn open(&self) -> MutexGuard<'_, Vec<Arc<Custody>>> {
+        self.open.lock().expect("no holder of this lock panics")
+    }
+
+    /// Stops the migration of this VM. It is undone, unless it is too late for that.
+    pub(crate) fn cancel(&self, vm: &str) -> Result<(), AgentError> {
+        let none = || AgentError::Conflict { message: format!("{vm} is not being migrated"), hint: None };
+        let custody = self.custody_of(vm).ok_or_else(none)?;
+        match custody.apply(Event::Cancel) {
+            Ok(()) => {
+                custody.because("its user cancelled it");
+                if let Some(migration) = self.migration(custody.record.id) {
+                    migration.cancel();
+                }
+                Ok(())
+            }
+            Err(Refused::NotMoving) => Err(none()),
+            Err(_) => Err(AgentError::TooLate { name: vm.into(), is_there: custody.is_there() }),
+        }
+    }
+
     /// Before the agent ends: what is not committed is undone, or QEMU would go on alone and nobody would commit.
     pub(crate) async fn cancel_all(&self) {
-        let under_way: Vec<Arc<Migration>> =
-            self.lock().iter().filter(|migration| !migration.told.is_over()).cloned().collect();
-        for migration in &under_way {
-            migration.cancel();
+        let under_way: Vec<Arc<Custody>> = self.open().clone();
+        for custody in &under_way {
+            // What is too late to be undone goes on with the next agent.
+            let _ = self.cancel(&custody.record.vm);
         }
-        let is_settled = |it: &Arc<Migration>| {
-            it.told.is_over()
-                || self.host.vm(&it.vm).is_ok_and(|vm| matches!(vm.stage(), Stage::Left(_) | Stage::InDoubt(_)))
+        let is_settled = |it: &Arc<Custody>| match it.phase() {
+            Phase::Moving | Phase::Sealed { .. } | Phase::Undoing { .. } => false,
+            _ => self.migration(it.record.id).is_none_or(|it| it.told.is_over()) || !it.machine().is_at_rest(),
         };
         let deadline = Instant::now() + FAREWELL;
         while !under_way.iter().all(is_settled) && Instant::now() < deadline {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
+    }
+}
+
+/// For a while; then its own lease must do it.
+async fn abandon_there(peer: &Peer, id: Uuid) {
+    for _ in 0..ABANDON_TRIES {
+        if peer.abandon(id).await.is_ok() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(500)).await;
     }
 }

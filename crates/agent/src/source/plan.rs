@@ -91,8 +91,8 @@ pub(super) fn claim(vm: &Vm) -> Result<Claim<'_>, AgentError> {
     let name = || vm.name().to_owned();
     let refuse = |reason: String| AgentError::NotMigratable { name: name(), reason, hint: None };
     Claim::take(vm, Stage::Planning).map_err(|doing| match doing {
-        Stage::Ended(why) => refuse(format!("it does not run any more ({why})")),
-        Stage::Stranded => refuse("it runs on another host; this is what an unfinished post-copy left".into()),
+        Stage::Unclear => refuse("it may be another host's: `vmferry resolve` says whose it is".into()),
+        Stage::Stranded(_) => refuse("it runs on another host; this is what an unfinished post-copy left".into()),
         Stage::Stopping => refuse("it is being stopped".into()),
         _ => AgentError::MigrationRuns { name: name() },
     })
@@ -120,7 +120,7 @@ pub(super) fn limits(request: &MigrateRequest) -> Result<Limits, AgentError> {
 /// are brought to where it is to go.
 pub(super) async fn plan(host: &Host, vm: &Vm, id: Uuid, request: &MigrateRequest) -> Result<Plan, AgentError> {
     let run_state = movable(vm).await?;
-    let found = trust::find_peer(host, &request.to)?;
+    let found = trust::find_peer(host, &request.to).await?;
     let met = found.hello().await?;
     let (peer, remote) = (found.pinned_to(&met), met.ip());
     // The disks may lie on storage that does not answer, which must not keep others waiting.

@@ -2,37 +2,26 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use uuid::Uuid;
-use vmferry_api::{Code, Step, in_one_line};
+use vmferry_api::{Code, in_one_line};
+use vmferry_policy::Limits;
 use vmferry_qemu::QmpError;
 
-use super::plan::Engine;
-use super::run::{Halt, RETRY, Run};
-use crate::engine::qemu::tcp_uri;
-use crate::engine::{EngineError, NewConnection, RamEngine, Seen};
+use super::custody::{Custody, RETRY};
+use super::teller::Audience;
+use crate::engine::external::{self, ExternalEngine, WayThere};
+use crate::engine::movable::backends_of;
+use crate::engine::qemu::{self, QemuEngine, tcp_uri};
+use crate::engine::{EngineError, NewConnection, RamEngine, Setup, journey};
+use crate::error::AgentError;
+use crate::host::Vm;
+use crate::peers::relay::Relay;
 use crate::peers::{IncomingState, Peer, PeerError};
 
-impl Run {
-    /// The guest runs there; what it misses follows. A lost connection is made anew, for as long as it takes.
-    pub(super) async fn post_copy(&mut self, engine: &mut dyn RamEngine) -> Result<(), Halt> {
-        self.step(Step::PostCopy);
-        let (told, peer) = (Arc::clone(&self.migration), self.plan.peer.clone());
-        let note = |text| told.note(text);
-        let way = match (&self.relay, &self.plan.engine) {
-            (_, Engine::External(_)) => Way::Link,
-            (Some(relay), _) => Way::Relayed(relay.uri().to_owned()),
-            (None, _) => Way::Direct(self.plan.remote),
-        };
-        match follow_post_copy(engine, &peer, told.id, &way, note, |seen| self.tell_progress(seen)).await {
-            Ok(()) => Ok(()),
-            Err(reason) => Err(self.stranded(reason)),
-        }
-    }
-}
-
 /// Where QEMU connects to.
-pub(crate) enum Way {
+pub(super) enum Way {
     /// To the destination's QEMU, which is at this address.
     Direct(IpAddr),
     /// To this agent, at this URI.
@@ -52,50 +41,101 @@ impl Way {
     }
 }
 
-/// Follows post-copy to its end, over new connections when one is lost: `Err` says why it has no end.
-pub(crate) async fn follow_post_copy(
-    engine: &mut dyn RamEngine,
-    peer: &Peer,
-    id: Uuid,
-    way: &Way,
-    note: impl Fn(String),
-    mut progress: impl FnMut(&Seen),
-) -> Result<(), String> {
-    let mut is_broken = false;
-    loop {
-        let seen = match engine.observe().await {
-            Ok(seen) => seen,
-            // QEMU may be busy, or stand still with its connection.
-            Err(EngineError::Qmp(QmpError::Timeout { .. })) => continue,
-            // The last words between the two can get lost when all memory is there.
-            Err(error) => match peer.recover(id).await {
-                Ok(state) if state.complete => return Ok(()),
-                _ => return Err(in_one_line(&error)),
-            },
+/// How post-copy is followed, and goes on when its connection is lost.
+pub(super) struct Serving {
+    way: Way,
+    /// Kept open as long as it is needed.
+    _relay: Option<Relay>,
+}
+
+impl Serving {
+    pub(super) fn new(way: Way, relay: Option<Relay>) -> Self {
+        Self { way, _relay: relay }
+    }
+
+    /// Of a migration that another agent began, or that was interrupted: with an engine, if there is none.
+    pub(super) async fn again(
+        custody: &Custody,
+        engine: &mut Option<Box<dyn RamEngine>>,
+    ) -> Result<Self, AgentError> {
+        let Some(vm) = custody.vm() else {
+            return Err(AgentError::Busy { what: format!("the QEMU of {}, which does not answer", custody.record.vm) });
         };
-        progress(&seen);
-        if seen.complete {
-            return Ok(());
+        let relay = match Relay::was_open(&vm) {
+            true => Some(Relay::open(&vm, custody.peer.clone(), custody.id())?),
+            false => None,
+        };
+        let is_external = journey::is_sending(&vm).is_some();
+        let way = match &relay {
+            _ if is_external => Way::Link,
+            Some(relay) => Way::Relayed(relay.uri().into()),
+            None => Way::Direct(custody.peer.hello().await?.ip()),
+        };
+        if engine.is_none() {
+            *engine = Some(match is_external {
+                true => resumed_external(custody, &vm).await?,
+                false => resumed_qemu(custody, &vm).await?,
+            });
         }
-        match seen.broken {
-            Some(why) => {
-                if !std::mem::replace(&mut is_broken, true) {
-                    note(format!(
-                        "The connection to {} broke ({why}); the guest waits for pages until it is back.",
-                        peer.address()
-                    ));
-                }
-                if reconnect(engine, peer, id, way).await? {
-                    return Ok(());
-                }
-                tokio::time::sleep(RETRY).await;
+        Ok(Self::new(way, relay))
+    }
+
+    /// To its end, over new connections when one is lost: `Err` says why it has no end.
+    pub(super) async fn follow(
+        self,
+        custody: &Custody,
+        engine: &mut dyn RamEngine,
+        audience: &dyn Audience,
+    ) -> Result<(), String> {
+        let (peer, id) = (&custody.peer, custody.id());
+        let mut is_broken = false;
+        loop {
+            let seen = match engine.observe().await {
+                Ok(seen) => seen,
+                // QEMU may be busy, or stand still with its connection.
+                Err(EngineError::Qmp(QmpError::Timeout { .. })) => continue,
+                // The last words between the two can get lost when all memory is there. Whether it is, only the
+                // destination knows.
+                Err(error) => match peer.recover(id).await {
+                    Ok(state) if state.complete => return Ok(()),
+                    Ok(_) => return Err(in_one_line(&error)),
+                    Err(refused) if is_final(&refused) => return Err(in_one_line(&refused)),
+                    Err(unknown) => {
+                        tracing::debug!(error = in_one_line(&unknown), "whether all memory is there is not known");
+                        tokio::time::sleep(RETRY).await;
+                        continue;
+                    }
+                },
+            };
+            audience.progress(&seen);
+            if seen.complete {
+                return Ok(());
             }
-            None if std::mem::replace(&mut is_broken, false) => {
-                note("The connection is back; post-copy goes on.".into());
+            match seen.broken {
+                Some(why) => {
+                    if !std::mem::replace(&mut is_broken, true) {
+                        audience.note(format!(
+                            "The connection to {} broke ({why}); the guest waits for pages until it is back.",
+                            peer.address()
+                        ));
+                    }
+                    if reconnect(engine, peer, id, &self.way).await? {
+                        return Ok(());
+                    }
+                    tokio::time::sleep(RETRY).await;
+                }
+                None if std::mem::replace(&mut is_broken, false) => {
+                    audience.note("The connection is back; post-copy goes on.".into());
+                }
+                None => {}
             }
-            None => {}
         }
     }
+}
+
+/// The destination has spoken, and will not say otherwise.
+fn is_final(error: &PeerError) -> bool {
+    matches!(error, PeerError::Refused { problem } if problem.code == Code::Conflict)
 }
 
 /// Tries once to make the connection anew. True when that is not needed: the destination has all memory.
@@ -110,8 +150,41 @@ async fn reconnect(engine: &mut dyn RamEngine, peer: &Peer, id: Uuid, way: &Way)
                 tracing::debug!(error = in_one_line(&error), "cannot reconnect yet");
             }
         }
-        Err(PeerError::Refused { problem }) if problem.code == Code::Conflict => return Err(problem.message),
+        Err(error) if is_final(&error) => return Err(in_one_line(&error)),
         Err(error) => tracing::debug!(error = in_one_line(&error), "cannot recover yet"),
     }
     Ok(false)
+}
+
+/// Nothing is left to decide in post-copy.
+const NO_LIMITS: Limits = Limits { downtime: Duration::ZERO, max_time: None, post_copy: true };
+
+async fn resumed_qemu(custody: &Custody, vm: &Vm) -> Result<Box<dyn RamEngine>, AgentError> {
+    let (features, _) = custody.host.qemus.features_of(vm).await?;
+    let (uri, setup) = (String::new(), Setup::default());
+    let wishes =
+        qemu::Wishes { uri, limits: NO_LIMITS, bandwidth: None, setup, post_copy_first: false, scripted: false };
+    Ok(Box::new(QemuEngine::new(vm.qmp.clone(), features, custody.record.running, wishes)))
+}
+
+async fn resumed_external(custody: &Custody, vm: &Vm) -> Result<Box<dyn RamEngine>, AgentError> {
+    let plain = journey::is_sending(vm) == Some(true);
+    let wishes = external::Wishes {
+        pid: vm.pid,
+        backends: backends_of(vm).await?,
+        dir: journey::sending_dir(vm),
+        way: WayThere {
+            address: custody.record.address.clone(),
+            identity: Arc::clone(&custody.host.trusts.identity),
+            peer: custody.record.peer_key,
+            protection: (!plain).then_some(None),
+        },
+        limits: NO_LIMITS,
+        besides: Duration::ZERO,
+        bandwidth: None,
+        delta_cache: 0,
+        runs: custody.record.running,
+        stops_first: true,
+    };
+    Ok(Box::new(ExternalEngine::in_post_copy(vm.qmp.clone(), wishes)))
 }

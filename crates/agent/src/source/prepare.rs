@@ -8,23 +8,21 @@ use vmferry_qemu::migration::{self, set_capabilities};
 use vmferry_qemu::{Endpoint, StreamKey, protect_streams, tls_priority};
 
 use super::plan::{Engine, Plan, Protect, only_by_post_copy};
-use super::run::{Halt, Run};
+use super::run::Run;
 use crate::engine::external::{self, ExternalEngine, WayThere};
 use crate::engine::qemu::{QemuEngine, Wishes, tcp_uri};
 use crate::engine::{NewSession, Protection, RamEngine, journey, means};
 use crate::error::AgentError;
 use crate::host::Vm;
-use crate::journal::OutStep;
 use crate::peers::relay::Relay;
 
 impl Run {
     /// The destination's QEMU waits, and ours is set to the same.
-    pub(super) async fn prepare(&mut self) -> Result<Box<dyn RamEngine>, Halt> {
+    pub(super) async fn prepare(&mut self) -> Result<Box<dyn RamEngine>, AgentError> {
         for note in self.plan.view.notes.clone() {
             self.migration.note(note);
         }
-        self.step(Step::Prepare);
-        self.host.store.begin_out(&self.record(OutStep::Prepare))?;
+        self.teller.step(Step::Prepare);
         let plan = &mut self.plan;
         let has = |name: &str| plan.there.capabilities.contains(name);
         let stops_first = migration::loses_writes(&plan.features, &self.vm.accelerator);
@@ -80,7 +78,7 @@ impl Run {
                 besides: self.host.switchover_time(self.vm.name(), false),
                 bandwidth: self.bandwidth,
                 delta_cache: self.host.config.delta_cache.as_u64(),
-                was_running: plan.offer.running,
+                runs: plan.offer.running,
                 stops_first,
             };
             return Ok(Box::new(ExternalEngine::new(self.vm.qmp.clone(), wishes, session.clone())));
@@ -94,7 +92,7 @@ impl Run {
         }
         self.limits.post_copy &= setup.has("postcopy-ram");
         if plan.post_copy_first && !self.limits.post_copy {
-            return Err(Halt::Undo(only_by_post_copy(&self.vm)));
+            return Err(only_by_post_copy(&self.vm));
         }
         let uri = if plan.offer.protection == Protection::Relay {
             let relay = Relay::open(&self.vm, plan.peer.clone(), self.migration.id)?;

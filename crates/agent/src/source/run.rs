@@ -1,122 +1,108 @@
-//! One migration under way: what all of its phases share.
+//! One migration under way: what all of its phases share, and the way through them.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use tokio_util::task::AbortOnDropHandle;
-use vmferry_api::{MigrationEvent, Progress, Script, Step, StepTime};
+use vmferry_api::{MigrationEvent, Script, in_one_line};
+use vmferry_custody::source::{Event, Phase, Qemu};
 use vmferry_policy::Limits;
 
+use super::custody::{Custody, Hands};
 use super::migration::Migration;
-use super::plan::Plan;
-use crate::engine::Seen;
+use super::outgoing::Outgoing;
+use super::plan::{Engine, Plan};
+use super::post_copy::{Serving, Way};
+use super::teller::Teller;
+use crate::engine::{RamEngine, Seen};
 use crate::error::AgentError;
 use crate::host::{Host, Vm};
-use crate::journal::{OutRecord, OutStep};
 use crate::peers::relay::Relay;
-
-/// How long to wait between two tries of something that must not be given up.
-pub(super) const RETRY: Duration = Duration::from_secs(1);
-
-/// When each step began.
-pub(super) struct Steps {
-    pub(super) request: Instant,
-    pub(super) begun: Vec<(Step, Instant)>,
-}
-
-impl Steps {
-    pub(super) fn begin(request: Instant) -> Self {
-        Self { request, begun: vec![(Step::Plan, request)] }
-    }
-
-    pub(super) fn now(&self) -> Step {
-        self.begun.last().map_or(Step::Plan, |(step, _)| *step)
-    }
-
-    pub(super) fn next(&mut self, step: Step) {
-        self.begun.push((step, Instant::now()));
-    }
-
-    pub(super) fn times(&self) -> Vec<StepTime> {
-        let ends = self.begun.iter().skip(1).map(|(_, at)| *at).chain([Instant::now()]);
-        let ms = |from: Instant, to: Instant| to.duration_since(from).as_secs_f64() * 1e3;
-        self.begun.iter().zip(ends).map(|((step, from), to)| StepTime { step: *step, ms: ms(*from, to) }).collect()
-    }
-}
-
-/// How a migration stopped short of its end.
-pub(super) enum Halt {
-    /// Before the commit: all is undone and the guest runs on here.
-    Undo(AgentError),
-    /// After the commit there is no way back.
-    Lost(AgentError),
-}
-
-impl<E: Into<AgentError>> From<E> for Halt {
-    fn from(error: E) -> Self {
-        Self::Undo(error.into())
-    }
-}
 
 /// One migration, past its plan.
 pub(super) struct Run {
     pub(super) host: Arc<Host>,
+    pub(super) outgoing: Arc<Outgoing>,
     pub(super) migration: Arc<Migration>,
+    pub(super) custody: Arc<Custody>,
+    pub(super) teller: Arc<Teller>,
     pub(super) vm: Arc<Vm>,
     pub(super) plan: Plan,
     pub(super) limits: Limits,
     pub(super) bandwidth: Option<u64>,
     pub(super) script: Option<Script>,
     pub(super) to: String,
-    pub(super) steps: Steps,
-    pub(super) downtime: Duration,
-    pub(super) predicted: Option<Duration>,
-    pub(super) throttle: u8,
     pub(super) keep: Option<AbortOnDropHandle<()>>,
     pub(super) relay: Option<Relay>,
 }
 
 impl Run {
-    pub(super) fn step(&mut self, step: Step) {
-        tracing::debug!(vm = self.vm.name(), migration = %self.migration.id, ?step, "next step");
-        self.steps.next(step);
-        self.migration.told.tell(MigrationEvent::Step { step });
-    }
-
-    /// What the journal says of it at this step.
-    pub(super) fn record(&self, step: OutStep) -> OutRecord {
-        OutRecord {
-            id: self.migration.id,
-            vm: self.vm.name().into(),
-            peer: self.plan.view.to.clone(),
-            address: self.plan.peer.address().into(),
-            peer_key: self.plan.peer_key,
-            running: self.plan.offer.running,
-            step,
+    /// To its end, whichever that is.
+    pub(super) async fn run(mut self) {
+        let mut engine = None;
+        let stopped = match self.move_guest(&mut engine).await {
+            Ok(seen) => {
+                self.hand_over(engine.as_ref().is_none_or(|engine| engine.guest_runs()), seen);
+                None
+            }
+            Err(error) => {
+                self.custody.because(in_one_line(&error));
+                self.custody.tell(Event::Failed);
+                Some(error)
+            }
+        };
+        let way = match (&self.relay, &self.plan.engine) {
+            (_, Engine::External(_)) => Way::Link,
+            (Some(relay), _) => Way::Relayed(relay.uri().to_owned()),
+            (None, _) => Way::Direct(self.plan.remote),
+        };
+        let serving = Some(Serving::new(way, self.relay.take()));
+        let mut hands = Hands { engine, serving, audience: self.teller.as_ref() };
+        self.custody.drive(&mut hands).await;
+        let totals = hands.engine.as_ref().map(|engine| engine.totals()).unwrap_or_default();
+        let retired = self.retired().await;
+        let last = self.last_event(stopped, totals);
+        match &last {
+            MigrationEvent::Failed(problem) => {
+                tracing::warn!(vm = self.vm.name(), migration = %self.migration.id, "{}", problem.message);
+            }
+            _ => tracing::info!(vm = self.vm.name(), migration = %self.migration.id, to = self.to, "migrated"),
+        }
+        self.migration.told.tell(last);
+        if !retired {
+            // What is stranded must not run, until its user decides.
+            self.custody.drive(&mut hands).await;
+            self.retired().await;
         }
     }
 
-    pub(super) fn cancelled(&self) -> Halt {
-        Halt::Undo(AgentError::Cancelled { name: self.vm.name().into() })
+    /// Sees to what is left when it is over. False when it is not.
+    async fn retired(&self) -> bool {
+        match self.custody.phase() {
+            Phase::Stranded { .. } => false,
+            _ => {
+                self.outgoing.is_over(&self.custody).await;
+                true
+            }
+        }
     }
 
-    pub(super) fn tell_progress(&mut self, seen: &Seen) {
-        let it = &seen.observation;
-        self.throttle = self.throttle.max(it.throttle.0);
-        let step = match it.phase {
-            vmferry_policy::Phase::SwitchOver => Step::SwitchOver,
-            _ => self.steps.now(),
-        };
-        self.migration.told.tell(MigrationEvent::Progress(Progress {
-            step,
-            elapsed_ms: it.elapsed.as_millis() as u64,
-            round: it.round,
-            total: it.total.0,
-            remaining: it.remaining.0,
-            sent: it.sent.0,
-            dirty_rate: it.dirty_rate.0,
-            link_rate: it.link_rate.0,
-            throttle: it.throttle.0,
-        }));
+    async fn move_guest(&mut self, engine: &mut Option<Box<dyn RamEngine>>) -> Result<Seen, AgentError> {
+        let engine = engine.insert(self.prepare().await?).as_mut();
+        self.keep = Some(super::begin::keep_alive(self.plan.peer.clone(), self.migration.id));
+        self.copy_ram(engine).await
+    }
+
+    /// The destination has what it needs. From here on there is only forward, unless it says no.
+    fn hand_over(&self, running: bool, seen: Seen) {
+        let qemu = if seen.let_go { Qemu::LetGo } else { Qemu::Stands };
+        let complete = seen.complete;
+        self.teller.switched(seen);
+        for event in [Event::Wants { running }, Event::Told(qemu), Event::Ready { complete }] {
+            self.custody.tell(event);
+        }
+    }
+
+    pub(super) fn cancelled(&self) -> AgentError {
+        AgentError::Cancelled { name: self.vm.name().into() }
     }
 }

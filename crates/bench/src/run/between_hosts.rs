@@ -35,7 +35,7 @@ pub(super) async fn run(options: &RunOptions, to: &OtherHost, tell: impl Fn(&str
     argv.extend(options.guest_arguments(&kernel.0, &initrd.0));
     argv.extend(["-serial", "stdio"].map(str::to_owned));
     let name = format!("bench-{:08x}", fastrand::u32(..));
-    let guest = RunRequest { name: name.clone(), argv, cwd: dir.path().into(), measuring: true };
+    let guest = RunRequest { name: name.clone(), argv, cwd: dir.path().into(), measuring: true, autostart: false };
     let (mut witnesses, watch) = Witnesses::new();
     let started: Started = to.agent.post("/v1/vms", &guest).await?;
     witnesses.listen(0, &to.agent, format!("{}/witness", vm_path(&name)));

@@ -202,3 +202,11 @@ fn snapshots_are_seen() {
     assert!(parse("qemu -drive file=a,snapshot=on").snapshot());
     assert!(!parse("qemu -drive file=a,snapshot=off").snapshot());
 }
+
+#[test]
+fn huge_pages_are_seen_with_their_size() {
+    let memfd = "qemu -object memory-backend-memfd,id=ram,size=1G,hugetlb=on";
+    assert_eq!(parse(memfd).huge_page(), Some(2 << 20));
+    assert_eq!(parse(&format!("{memfd},hugetlbsize=1G")).huge_page(), Some(1 << 30));
+    assert_eq!(parse("qemu -object memory-backend-memfd,id=ram,size=1G").huge_page(), None);
+}

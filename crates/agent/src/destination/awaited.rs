@@ -1,0 +1,409 @@
+//! One guest that comes to this host: the destination's half of the protocol (`vmferry_custody`), and its driver.
+//!
+//! What is due is done by whoever comes first, a request or the task that watches it, one at a time. What does not come
+//! off is due again a second later. A guest that an agent finds in its journal is driven by the same.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::time::{Duration, Instant};
+
+use tokio::sync::Notify;
+use uuid::Uuid;
+use vmferry_api::in_one_line;
+use vmferry_custody::destination::{Deed, Event, Qemu};
+use vmferry_custody::{Answer, Destination, InStep};
+use vmferry_qemu::migration::reset_capabilities;
+use vmferry_qemu::qmp::commands;
+use vmferry_qemu::{MigrationStatus, QmpError, RunState};
+
+use super::arrival;
+use super::incoming::{Incoming, STATUS_TIMEOUT};
+use crate::host::{Promise, Stage, Vm};
+use crate::journal::{InRow, Source};
+use crate::peers::{IncomingState, InWord};
+
+/// A source that is not heard of for this long has lost its claim: what was prepared for it goes.
+const LEASE: Duration = Duration::from_secs(15);
+/// How often it is looked whether something is due.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// How long the guest may take to be set running, before it is tried again.
+const RUN_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// See the module's text.
+pub(crate) struct Awaited {
+    pub(super) id: Uuid,
+    pub(super) source: Source,
+    /// What the VM is called.
+    pub(super) name: String,
+    pub(super) vm: OnceLock<Arc<Vm>>,
+    state: Mutex<State>,
+    begun: Instant,
+    /// When the source was last heard of, in ms since `begun`.
+    heard_ms: AtomicU64,
+    /// Held while something is done.
+    turn: tokio::sync::Mutex<()>,
+    changed: Notify,
+}
+
+struct State {
+    machine: Destination,
+    /// Why it is, or is to be, abandoned.
+    why: String,
+    /// Its source's user keeps the guest.
+    fenced: bool,
+    /// That the journal cannot be written was told.
+    told: bool,
+    /// Memory that is kept for it.
+    promise: Option<Promise>,
+}
+
+impl Awaited {
+    /// One that was just offered.
+    pub(super) fn new(id: Uuid, source: Source, name: &str, promise: Promise) -> Arc<Self> {
+        Self::with(id, source, name, Destination::new(), String::new(), Some(promise))
+    }
+
+    /// One that this host's journal knows.
+    pub(super) fn found(id: Uuid, row: InRow) -> Arc<Self> {
+        let machine = Destination::recover(row.step);
+        Self::with(id, row.source, &row.vm, machine, row.why.unwrap_or_default(), None)
+    }
+
+    fn with(
+        id: Uuid,
+        source: Source,
+        name: &str,
+        machine: Destination,
+        why: String,
+        promise: Option<Promise>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            id,
+            source,
+            name: name.into(),
+            vm: OnceLock::new(),
+            state: Mutex::new(State { machine, why, fenced: false, told: false, promise }),
+            begun: Instant::now(),
+            heard_ms: AtomicU64::new(0),
+            turn: tokio::sync::Mutex::default(),
+            changed: Notify::new(),
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("no holder of this lock panics")
+    }
+
+    pub(super) fn machine(&self) -> Destination {
+        self.lock().machine
+    }
+
+    /// Its QEMU is this.
+    pub(super) fn is_served_by(&self, vm: &Arc<Vm>) {
+        if let Some(promise) = &self.lock().promise {
+            promise.is_filled_by(vm.pid);
+        }
+        // A second one there never is.
+        let _ = self.vm.set(Arc::clone(vm));
+    }
+
+    /// The memory that was kept for it is there, or not needed any more.
+    pub(super) fn has_arrived(&self) {
+        self.lock().promise = None;
+    }
+
+    /// Something happened.
+    pub(super) fn apply(&self, event: Event) {
+        let mut state = self.lock();
+        let before = state.machine;
+        state.fenced |= event == Event::Fence;
+        state.machine.apply(event);
+        if state.machine != before {
+            tracing::debug!(migration = %self.id, ?event, row = ?state.machine.row(), "incoming");
+            self.changed.notify_one();
+        }
+    }
+
+    /// It is to be given up, for this reason if it is the first.
+    pub(super) fn give_up(&self, event: Event, why: &str) {
+        let mut state = self.lock();
+        if state.why.is_empty() || event == Event::Fence {
+            state.why = why.into();
+        }
+        drop(state);
+        self.apply(event);
+    }
+
+    pub(super) fn heard(&self) {
+        self.heard_ms.store(self.begun.elapsed().as_millis() as u64, Ordering::Relaxed);
+    }
+
+    fn silent_for(&self) -> Duration {
+        self.begun.elapsed().saturating_sub(Duration::from_millis(self.heard_ms.load(Ordering::Relaxed)))
+    }
+
+    /// This VM came with it.
+    pub(super) fn brought(&self, vm: &Vm) -> bool {
+        self.vm.get().is_some_and(|it| it.pid == vm.pid && it.start_time == vm.start_time)
+    }
+
+    /// For the source.
+    pub(super) fn view(&self) -> IncomingState {
+        let state = self.lock();
+        let (step, runs) = match state.machine.answer() {
+            Answer::Prepared => (InWord::Prepared, false),
+            Answer::Committed { runs } => (InWord::Committed, runs),
+            Answer::Abandoned => (InWord::Abandoned, false),
+        };
+        let detail = (step == InWord::Abandoned).then(|| state.why.clone());
+        IncomingState { step, runs, detail, listens: false, port: None, session: None, complete: false }
+    }
+
+    /// Does what is due, until nothing is, or what is left does not come off now.
+    pub(super) async fn act(&self, here: &Incoming) {
+        let _turn = self.turn.lock().await;
+        loop {
+            let before = self.machine();
+            for deed in before.due() {
+                if self.machine().due().contains(&deed) {
+                    self.do_one(here, deed).await;
+                }
+            }
+            if self.machine() == before {
+                return;
+            }
+        }
+    }
+
+    async fn do_one(&self, here: &Incoming, deed: Deed) {
+        match deed {
+            Deed::Write(row) => self.write(here, row).await,
+            // Whoever prepares it does that, and tells.
+            Deed::Launch => {}
+            Deed::Look => self.look().await,
+            Deed::Pause => {
+                if let Some(vm) = self.vm.get()
+                    && vm.qmp.execute_within(commands::Stop {}, RUN_TIMEOUT).await.is_ok()
+                {
+                    tracing::error!(vm = self.name, "its QEMU set it running although it is its source's: paused");
+                    self.apply(Event::Told(Qemu::Loaded));
+                }
+            }
+            Deed::Run => self.set_running().await,
+            Deed::End => self.end(here).await,
+        }
+    }
+
+    async fn write(&self, here: &Incoming, row: InStep) {
+        let begun = Instant::now();
+        let (why, fenced) = {
+            let state = self.lock();
+            (state.why.clone(), state.fenced)
+        };
+        let why = match self.vm.get().and_then(|vm| vm.last_words().filter(|_| vm.qmp.is_closed())) {
+            Some(words) => format!("{why} ({words})"),
+            None => why,
+        };
+        let journal = &here.host.journal;
+        let written = match journal.write_in(self.id, &self.name, &self.source, row, &why, fenced).await {
+            Ok(true) => Ok(Some(row)),
+            // Something else stands there already, for good.
+            Ok(false) => journal.row_in(self.id).await.map(|found| found.map(|it| it.step)),
+            Err(error) => Err(error),
+        };
+        match written {
+            Ok(Some(now)) => {
+                self.lock().told = false;
+                self.apply(Event::Wrote(now));
+                self.is_written(here, now, &why, begun);
+            }
+            Ok(None) => self.apply(Event::NotWritten(row)),
+            Err(error) => {
+                if !std::mem::replace(&mut self.lock().told, true) {
+                    tracing::error!(vm = self.name, migration = %self.id, ?row, %error, "cannot write the journal: it is tried again");
+                }
+                self.apply(Event::NotWritten(row));
+            }
+        }
+    }
+
+    fn is_written(&self, here: &Incoming, row: InStep, why: &str, begun: Instant) {
+        match row {
+            InStep::Prepared => {}
+            InStep::Committed { must_run } => {
+                let Some(vm) = self.vm.get() else { return };
+                if matches!(vm.stage(), Stage::Incoming(_)) {
+                    vm.set_stage(Stage::Owned);
+                    let took_us = begun.elapsed().as_micros() as u64;
+                    tracing::info!(vm = self.name, migration = %self.id, must_run, took_us, "owns the guest now");
+                }
+            }
+            InStep::Abandoned => {
+                self.lock().why = why.into();
+                if let Some(arrival) = here.arrivals.take(self.id) {
+                    arrival.give_up();
+                }
+                tracing::info!(vm = self.name, migration = %self.id, why, "abandoned");
+            }
+        }
+    }
+
+    /// Asks QEMU whether it has all that it needs to run the guest.
+    async fn look(&self) {
+        let Some(vm) = self.vm.get() else { return };
+        let told = async {
+            let info = vm.qmp.execute(commands::QueryMigrate {}).await?;
+            Ok::<_, QmpError>((info, vm.run_state().await?))
+        };
+        let told = match told.await {
+            Ok((info, run_state)) => match info.status.unwrap_or(MigrationStatus::None) {
+                status
+                    if (status == MigrationStatus::Completed || status.is_post_copy())
+                        && run_state != RunState::InMigrate =>
+                {
+                    Qemu::Loaded
+                }
+                MigrationStatus::Failed => {
+                    let why = info.error_desc.unwrap_or_else(|| "see its log".into());
+                    self.lock().why = format!("its QEMU could not load the guest: {why}");
+                    Qemu::Failed
+                }
+                _ => Qemu::Waits,
+            },
+            Err(_) if vm.qmp.is_closed() => {
+                self.lock().why = "its QEMU ended".into();
+                Qemu::Ended
+            }
+            Err(error) => {
+                tracing::debug!(vm = self.name, error = in_one_line(&error), "its QEMU does not answer");
+                Qemu::Silent
+            }
+        };
+        self.apply(Event::Told(told));
+    }
+
+    /// Sets the guest running that this host owns, once: its user may pause it afterwards. In post-copy its QEMU may
+    /// answer only when the source has made a lost connection anew, and for that the source must hear that it is here.
+    async fn set_running(&self) {
+        let Some(vm) = self.vm.get() else { return };
+        match run(vm).await {
+            Ok(()) => {
+                self.apply(Event::Told(Qemu::Runs));
+                tokio::spawn(announce(Arc::clone(vm)));
+                if arrival::is_expected(&vm.dir) {
+                    tokio::spawn(let_all_ram_be_saved(Arc::clone(vm)));
+                }
+            }
+            Err(_) if !vm.is_alive() => {
+                tracing::error!(vm = self.name, "its QEMU ended before it could be set running");
+                self.apply(Event::Told(Qemu::Ended));
+            }
+            Err(error) => {
+                tracing::error!(vm = self.name, error = in_one_line(&error), "cannot be set running yet");
+                self.apply(Event::Told(Qemu::Silent));
+            }
+        }
+    }
+
+    async fn end(&self, here: &Incoming) {
+        if let Some(vm) = self.vm.get() {
+            vmferry_qemu::kill_process(vm.pid, vm.start_time, Duration::from_secs(1)).await;
+            if let Err(error) = here.host.forget_vm(vm).await {
+                tracing::error!(vm = self.name, error = in_one_line(&error), "cannot forget it");
+            }
+        } else if let Some(idle) = here.host.idle(&self.name)
+            && idle.record.incoming == Some(self.id)
+        {
+            let instance = &idle.record.instance;
+            vmferry_qemu::kill_process(instance.pid, instance.start_time, Duration::from_secs(1)).await;
+            if let Err(error) = here.host.forget_idle(&idle).await {
+                tracing::error!(vm = self.name, error = in_one_line(&error), "cannot forget it");
+            }
+        }
+        self.has_arrived();
+        self.apply(Event::Told(Qemu::Ended));
+    }
+
+    /// Sees to it that what is due is done, until nothing will be due any more. What was prepared is given up when its
+    /// source falls silent.
+    ///
+    /// Not in post-copy: there the source's QEMU has let go of the guest and could not take it back, so only the source
+    /// may say that it is over.
+    pub(super) async fn watch(self: Arc<Self>, here: Arc<Incoming>) {
+        loop {
+            self.act(&here).await;
+            if self.machine().is_at_rest() {
+                return;
+            }
+            let ended = async {
+                match self.vm.get() {
+                    Some(vm) if self.machine().qemu() != Qemu::Ended => vm.qmp.closed().await,
+                    _ => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = tokio::time::sleep(LOOK_EVERY) => {}
+                () = self.changed.notified() => continue,
+                () = ended => {
+                    self.lock().why = "its QEMU ended".into();
+                    self.apply(Event::Told(Qemu::Ended));
+                }
+            }
+            if self.machine().row() == Some(InStep::Prepared) && self.silent_for() >= LEASE {
+                let why = format!("the source's agent ({}) was not heard of for {} s", self.source.name, LEASE.as_secs());
+                // Agents that move the RAM have the guest at the source until the commit.
+                let may_be_left = self.vm.get().filter(|vm| !arrival::is_expected(&vm.dir));
+                if match may_be_left {
+                    Some(vm) => !in_post_copy(vm).await,
+                    None => true,
+                } {
+                    tracing::warn!(vm = self.name, migration = %self.id, why, "abandons an incoming migration");
+                    self.give_up(Event::GiveUp, &why);
+                }
+            }
+        }
+    }
+}
+
+async fn in_post_copy(vm: &Vm) -> bool {
+    match vm.qmp.execute_within(commands::QueryMigrate {}, STATUS_TIMEOUT).await {
+        Ok(info) => info.status.is_some_and(|status| status.is_post_copy()),
+        // It may wait for a page.
+        Err(error) => matches!(error, QmpError::Timeout { .. }),
+    }
+}
+
+async fn run(vm: &Vm) -> Result<(), QmpError> {
+    let deadline = Instant::now() + RUN_TIMEOUT;
+    loop {
+        vm.qmp.execute_within(commands::Cont {}, RUN_TIMEOUT).await?;
+        let state = vm.qmp.execute_within(commands::QueryStatus {}, RUN_TIMEOUT).await?.status;
+        // A guest that shut down or crashed on its own in its first moment is none of ours to restart.
+        if !matches!(state, RunState::Paused | RunState::InMigrate | RunState::Prelaunch) {
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            return Err(QmpError::Timeout { command: "cont".into(), after: RUN_TIMEOUT });
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+/// What somebody saves to a file later is to have all RAM. It can wait until pages have come.
+async fn let_all_ram_be_saved(vm: Arc<Vm>) {
+    while let Err(error) = reset_capabilities(&vm.qmp).await {
+        if vm.qmp.is_closed() {
+            return;
+        }
+        tracing::debug!(error = in_one_line(&error), "QEMU does not answer yet");
+        tokio::time::sleep(RUN_TIMEOUT).await;
+    }
+}
+
+/// Has the guest's network cards tell the switches where they are now, some times, as QEMU does by itself once.
+async fn announce(vm: Arc<Vm>) {
+    let rounds = commands::AnnounceSelf { initial: 50, max: 550, rounds: 5, step: 100 };
+    if let Err(error) = vm.qmp.execute(rounds).await {
+        tracing::warn!(vm = vm.name(), %error, "could not announce the guest's network cards");
+    }
+}

@@ -1,0 +1,535 @@
+//! Drives the source's half of the protocol (`vmferry_custody`) for one migration: does what is due, tells the machine
+//! what came of it, and again, until it is at rest. A migration under way and one that an agent finds in its journal are
+//! driven alike; only what its user is told differs.
+//!
+//! What does not come off is due again a second later, and QEMU is asked then what it does: so no event that was missed,
+//! and no order that failed, leaves a guest other than the machine wants it.
+
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use tokio::sync::Notify;
+use uuid::Uuid;
+use vmferry_api::in_one_line;
+use vmferry_custody::source::{Deed, Event, OutEnd, OutStep, Phase, Qemu, Refused, Row};
+use vmferry_custody::{Answer, Source};
+use vmferry_qemu::qmp::commands::{self, QueryMigrate, QueryStatus};
+use vmferry_qemu::{EventStream, MigrationStatus, QmpError, RunState};
+
+use super::post_copy::Serving;
+use super::teller::Audience;
+use crate::engine::qemu::stop_copying;
+use crate::engine::{EngineError, RamEngine};
+use crate::error::AgentError;
+use crate::host::{GRACE, Host, Stage, Vm};
+use crate::journal::OutRecord;
+use crate::peers::{IncomingState, InWord, Peer};
+
+/// How long to wait between two tries of something that must not be given up.
+pub(super) const RETRY: Duration = Duration::from_secs(1);
+/// How long the guest waits for its destination to let go before it runs again without that.
+const LET_GO: Duration = Duration::from_secs(1);
+/// How long the destination may take to have the guest as it is to be, before its user is told otherwise.
+const RUNS: Duration = Duration::from_secs(5);
+/// How long QEMU may take to say what it does.
+const GLANCE: Duration = Duration::from_secs(3);
+
+/// See the module's text.
+pub(crate) struct Custody {
+    pub(super) host: Arc<Host>,
+    /// As it began, or was found.
+    pub(super) record: OutRecord,
+    pub(super) peer: Peer,
+    state: Mutex<State>,
+    changed: Notify,
+}
+
+struct State {
+    machine: Source,
+    /// Why it is undone, or what became of it, in words.
+    why: String,
+    /// What the destination says of its own side.
+    detail: Option<String>,
+    /// Since when the destination is asked in this phase.
+    asked: Option<Instant>,
+    /// The destination has said that it let go.
+    let_go: bool,
+    /// Its user has kept the guest here.
+    kept: bool,
+    /// What its user was told and need not be told again.
+    told: Vec<&'static str>,
+}
+
+/// Whom its driver works with and for.
+pub(super) struct Hands<'a> {
+    /// What copies the RAM, while there is one.
+    pub(super) engine: Option<Box<dyn RamEngine>>,
+    /// How post-copy goes on.
+    pub(super) serving: Option<Serving>,
+    /// Hears how it goes on.
+    pub(super) audience: &'a dyn Audience,
+}
+
+impl Custody {
+    /// Of a migration that is about to begin.
+    pub(super) fn begin(host: &Arc<Host>, record: OutRecord, peer: Peer) -> Arc<Self> {
+        let mut machine = Source::new(record.running);
+        machine.apply(Event::Begin).expect("nothing is open yet");
+        Self::with(host, record, peer, machine, String::new())
+    }
+
+    /// Of one that the journal holds.
+    pub(super) fn found(host: &Arc<Host>, record: OutRecord, peer: Peer) -> Arc<Self> {
+        let machine = Source::recover(record.step, record.running);
+        Self::with(host, record, peer, machine, "the agent ended while it was under way".into())
+    }
+
+    fn with(host: &Arc<Host>, record: OutRecord, peer: Peer, machine: Source, why: String) -> Arc<Self> {
+        let state =
+            State { machine, why, detail: None, asked: None, let_go: false, kept: false, told: Vec::new() };
+        let it = Self { host: Arc::clone(host), record, peer, state: Mutex::new(state), changed: Notify::new() };
+        it.show();
+        Arc::new(it)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("no holder of this lock panics")
+    }
+
+    pub(super) fn id(&self) -> Uuid {
+        self.record.id
+    }
+
+    pub(crate) fn phase(&self) -> Phase {
+        self.lock().machine.phase()
+    }
+
+    pub(super) fn machine(&self) -> Source {
+        self.lock().machine
+    }
+
+    /// Why it was undone, or what became of it.
+    pub(super) fn why(&self) -> String {
+        self.lock().why.clone()
+    }
+
+    /// What the destination said of its own side.
+    pub(super) fn detail(&self) -> Option<String> {
+        self.lock().detail.clone().filter(|detail| !detail.is_empty())
+    }
+
+    /// Its user has kept the guest here, whatever the destination thinks.
+    pub(super) fn was_kept(&self) -> bool {
+        self.lock().kept
+    }
+
+    /// The VM, if its QEMU answers.
+    pub(super) fn vm(&self) -> Option<Arc<Vm>> {
+        self.host.vm_of(&self.record.vm, &self.record.instance)
+    }
+
+    /// The destination is known to own the guest.
+    pub(super) fn is_there(&self) -> bool {
+        matches!(self.phase(), Phase::Away { .. } | Phase::Over { .. } | Phase::Stranded { theirs: true })
+    }
+
+    /// The destination has said that it let go.
+    pub(super) fn let_go(&self) -> bool {
+        self.lock().let_go
+    }
+
+    /// Something happened; a user's wish may be refused.
+    pub(crate) fn apply(&self, event: Event) -> Result<(), Refused> {
+        {
+            let mut state = self.lock();
+            let before = state.machine;
+            state.machine.apply(event)?;
+            let after = state.machine;
+            if before == after {
+                return Ok(());
+            }
+            if std::mem::discriminant(&before.phase()) != std::mem::discriminant(&after.phase()) {
+                state.asked = None;
+                tracing::debug!(vm = self.record.vm, migration = %self.record.id, ?event, phase = ?after.phase(), "custody");
+            }
+            state.kept |= matches!(after.phase(), Phase::Undoing { kept: true, .. });
+        }
+        self.show();
+        self.changed.notify_one();
+        Ok(())
+    }
+
+    /// What is no user's wish is never refused.
+    pub(super) fn tell(&self, event: Event) {
+        if let Err(refused) = self.apply(event) {
+            unreachable!("{event:?} is no wish, and was refused: {refused:?}");
+        }
+    }
+
+    /// It is undone, or given up, for this reason; the first one counts.
+    pub(super) fn because(&self, why: impl Into<String>) {
+        let mut state = self.lock();
+        if state.why.is_empty() {
+            state.why = why.into();
+        }
+    }
+
+    /// Everybody sees how its VM stands.
+    fn show(&self) {
+        if let Some(vm) = self.vm() {
+            vm.set_stage(self.stage());
+        }
+    }
+
+    /// How its VM stands.
+    pub(crate) fn stage(&self) -> Stage {
+        let id = self.record.id;
+        match self.phase() {
+            Phase::Owned => Stage::Owned,
+            Phase::Moving | Phase::Sealed { .. } | Phase::Undoing { .. } => Stage::Migrating(id),
+            Phase::InDoubt { .. } => Stage::InDoubt(id),
+            Phase::Away { .. } | Phase::Over { .. } => Stage::Left(id),
+            Phase::Stranded { .. } => Stage::Stranded(id),
+        }
+    }
+
+    /// Writes that it begins, or says why that cannot be.
+    pub(super) async fn open(&self, audience: &dyn Audience) -> Result<(), AgentError> {
+        for deed in self.machine().due() {
+            if let Deed::Write(row) = deed {
+                self.write(row, audience).await;
+            }
+        }
+        match self.machine().row() {
+            Some(_) => Ok(()),
+            None => Err(AgentError::Conflict {
+                message: format!("{}, so that nobody could tell who owns the guest", self.why()),
+                hint: Some("is its disk full?".into()),
+            }),
+        }
+    }
+
+    /// Does what is due until nothing is, or, the first time, until the guest is stranded: then its user must know.
+    pub(super) async fn drive(&self, hands: &mut Hands<'_>) {
+        let stranded = matches!(self.phase(), Phase::Stranded { .. });
+        let mut events = self.vm().map(|vm| vm.qmp.events());
+        loop {
+            let before = self.machine();
+            if before.is_at_rest() || !stranded && matches!(before.phase(), Phase::Stranded { .. }) {
+                return;
+            }
+            for deed in before.due() {
+                if self.machine().due().contains(&deed) {
+                    self.act(deed, hands).await;
+                    hands.audience.phase(self.phase());
+                }
+            }
+            if self.machine() == before {
+                self.pause(&mut events).await;
+                self.look().await;
+            }
+        }
+    }
+
+    /// Until something happens, or a second has passed.
+    async fn pause(&self, events: &mut Option<EventStream>) {
+        let event = async {
+            match events {
+                Some(events) => loop {
+                    match events.next().await {
+                        Some(event) if !matches!(event.name.as_str(), "RESUME" | "STOP") => {}
+                        Some(_) => return,
+                        None => std::future::pending().await,
+                    }
+                },
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = tokio::time::sleep(RETRY) => {}
+            () = self.changed.notified() => {}
+            () = event => {}
+        }
+        if events.is_none() {
+            *events = self.vm().map(|vm| vm.qmp.events());
+        }
+    }
+
+    async fn act(&self, deed: Deed, hands: &mut Hands<'_>) {
+        match deed {
+            Deed::Write(row) => self.write(row, hands.audience).await,
+            Deed::AskCommit => self.ask_commit(hands.audience).await,
+            Deed::AskAbandon => self.ask_abandon().await,
+            // Whoever keeps the fences asks; it matters to nobody here how long that takes.
+            Deed::AskFence => {}
+            Deed::StopCopying => self.stop_copying(hands).await,
+            Deed::Run => self.run(hands.audience).await,
+            Deed::Pause => self.stand().await,
+            Deed::Serve => self.serve(hands).await,
+            Deed::End => self.end(hands).await,
+        }
+    }
+
+    /// Once is enough.
+    fn note_once(&self, what: &'static str, audience: &dyn Audience, text: impl FnOnce() -> String) {
+        {
+            let mut state = self.lock();
+            if state.told.contains(&what) {
+                return;
+            }
+            state.told.push(what);
+        }
+        audience.note(text());
+    }
+
+    async fn write(&self, row: Row, audience: &dyn Audience) {
+        let record = OutRecord { running: self.machine().wants_running(), ..self.record.clone() };
+        let outcome = match (row, self.phase()) {
+            (Row::Ended(OutEnd::Done), _) => "the guest is at the destination".into(),
+            (_, Phase::Undoing { kept: true, .. }) => "kept here by its user's word".into(),
+            (_, Phase::Undoing { let_go: false, .. }) => {
+                format!("{}; the destination does not answer, but drops what it had by itself", self.why())
+            }
+            _ => self.why(),
+        };
+        match self.host.journal.write_out(&record, row, &outcome).await {
+            Ok(()) => {
+                if let Row::Ended(end) = row {
+                    tracing::info!(vm = record.vm, migration = %record.id, ?end, outcome, "the migration is over");
+                }
+                self.tell(Event::Wrote(row));
+            }
+            Err(error) => {
+                self.because(format!("the agent's journal cannot be written: {error}"));
+                tracing::error!(vm = record.vm, migration = %record.id, ?row, %error, "cannot write the journal");
+                if row != Row::Open(OutStep::CopyRam) {
+                    self.note_once("journal", audience, || {
+                        format!("The journal cannot be written ({error}); the guest goes on, and it is tried again.")
+                    });
+                }
+                self.tell(Event::NotWritten(row));
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        }
+    }
+
+    /// The destination's answer, whatever it was asked.
+    pub(super) fn hear(&self, state: &IncomingState) {
+        if state.detail.is_some() {
+            self.lock().detail.clone_from(&state.detail);
+        }
+        let answer = match state.step {
+            InWord::Prepared => Answer::Prepared,
+            InWord::Committed => Answer::Committed { runs: state.runs },
+            InWord::Abandoned => Answer::Abandoned,
+        };
+        if let (Answer::Abandoned, Phase::InDoubt { .. }) = (answer, self.phase()) {
+            let why = state.detail.clone().unwrap_or_else(|| "it gives no reason".into());
+            self.lock().why = format!("the destination did not take the guest over: {why}");
+        }
+        self.lock().let_go |= answer == Answer::Abandoned;
+        self.tell(Event::Answered(answer));
+    }
+
+    /// It was asked for so long in this phase that its answer is not waited for any more.
+    fn was_asked_for(&self, long_enough: Duration) -> bool {
+        self.lock().asked.get_or_insert_with(Instant::now).elapsed() >= long_enough
+    }
+
+    async fn ask_commit(&self, audience: &dyn Audience) {
+        let is_away = matches!(self.phase(), Phase::Away { .. });
+        let asked = tokio::select! {
+            asked = self.peer.commit(self.record.id, self.machine().wants_running()) => asked,
+            // Its user has decided.
+            () = self.changed.notified() => return,
+        };
+        match asked {
+            Ok(state) => self.hear(&state),
+            Err(error) if is_away => tracing::debug!(error = in_one_line(&error), "does not say whether it runs"),
+            Err(error) => self.note_once("doubt", audience, || {
+                format!(
+                    "Whether {} took the guest over is not known ({}). It stays paused here until that host answers; \
+                     `vmferry resolve {} --help` tells what can be done if it never does.",
+                    self.peer.address(),
+                    in_one_line(&error),
+                    self.record.vm
+                )
+            }),
+        }
+        if is_away && self.was_asked_for(RUNS) {
+            self.tell(Event::Waited);
+        }
+    }
+
+    async fn ask_abandon(&self) {
+        let waits = self.machine();
+        let asked = tokio::time::timeout(LET_GO, self.peer.abandon(self.record.id)).await;
+        match asked {
+            Ok(Ok(state)) => self.hear(&state),
+            Ok(Err(error)) => tracing::debug!(error = in_one_line(&error), "the destination does not let go yet"),
+            Err(_) => {}
+        }
+        // Nobody minds waiting for it a little but a guest that stands.
+        let patience = if waits.qemu() == Qemu::Stands { Duration::ZERO } else { LET_GO };
+        if self.was_asked_for(patience) {
+            self.tell(Event::Waited);
+        }
+    }
+
+    /// What its QEMU does.
+    pub(super) async fn look(&self) {
+        let told = match self.vm() {
+            Some(vm) => look(&vm).await,
+            None if self.record.instance.is_alive() => Qemu::Silent,
+            None => Qemu::Ended,
+        };
+        // The engine knows better what it does while it copies.
+        if self.phase() != Phase::Moving || told == Qemu::Ended {
+            self.tell(Event::Told(told));
+        }
+    }
+
+    async fn stop_copying(&self, hands: &mut Hands<'_>) {
+        let Some(vm) = self.vm() else { return self.look().await };
+        let stopped = match &mut hands.engine {
+            Some(engine) => engine.stop_copying().await,
+            None => stop_copying(&vm.qmp).await,
+        };
+        match stopped {
+            Ok(()) => self.look().await,
+            Err(EngineError::TooLate) => {
+                self.note_once("late", hands.audience, || {
+                    format!("Too late to undo it ({}): the guest is on its way and goes on by post-copy.", self.why())
+                });
+                self.tell(Event::Told(Qemu::LetGo));
+            }
+            Err(error) => {
+                self.note_once("stuck", hands.audience, || {
+                    format!("Its QEMU does not stop copying ({}); it is tried again.", in_one_line(&error))
+                });
+                let told = if vm.is_alive() { Qemu::Copying } else { Qemu::Ended };
+                self.tell(Event::Told(told));
+            }
+        }
+    }
+
+    async fn run(&self, audience: &dyn Audience) {
+        let Some(vm) = self.vm() else { return self.look().await };
+        if let Err(error) = vm.qmp.execute(commands::Cont {}).await {
+            self.note_once("cont", audience, || {
+                format!("The guest cannot be set running here yet ({error}); it is tried again.")
+            });
+        }
+        self.look().await;
+    }
+
+    async fn stand(&self) {
+        let Some(vm) = self.vm() else { return self.look().await };
+        let theirs = matches!(self.phase(), Phase::Away { .. } | Phase::Stranded { theirs: true });
+        tracing::error!(vm = vm.name(), pid = vm.pid, theirs, "its QEMU set it running although it was handed over: paused");
+        if vm.qmp.execute_within(commands::Stop {}, GLANCE).await.is_err() && theirs {
+            vmferry_qemu::kill_process(vm.pid, vm.start_time, Duration::ZERO).await;
+        }
+        self.look().await;
+    }
+
+    /// Post-copy goes on; beside it, everything else that is due.
+    async fn serve(&self, hands: &mut Hands<'_>) {
+        let serving = match hands.serving.take() {
+            Some(serving) => serving,
+            None => match Serving::again(self, &mut hands.engine).await {
+                Ok(serving) => serving,
+                Err(error) => {
+                    tracing::debug!(vm = self.record.vm, error = in_one_line(&error), "post-copy cannot go on yet");
+                    if self.vm().is_none() && !self.record.instance.is_alive() {
+                        self.because("its QEMU here is gone");
+                        self.tell(Event::Lost);
+                    }
+                    return;
+                }
+            },
+        };
+        let Some(engine) = hands.engine.as_mut() else { return };
+        let mut events = self.vm().map(|vm| vm.qmp.events());
+        let audience = hands.audience;
+        let outcome = {
+            let following = serving.follow(self, engine.as_mut(), audience);
+            tokio::pin!(following);
+            loop {
+                tokio::select! {
+                    outcome = &mut following => break Some(outcome),
+                    () = self.pause(&mut events) => {}
+                }
+                self.look().await;
+                for deed in self.machine().due() {
+                    match deed {
+                        Deed::Pause => self.stand().await,
+                        Deed::Write(row) => self.write(row, audience).await,
+                        _ => {}
+                    }
+                }
+                if !self.machine().due().contains(&Deed::Serve) {
+                    break None;
+                }
+            }
+        };
+        match outcome {
+            Some(Ok(())) => self.tell(Event::Complete),
+            Some(Err(reason)) => {
+                self.lock().why = format!("post-copy could not be finished: {reason}");
+                self.tell(Event::Lost);
+            }
+            // Its user has decided otherwise.
+            None => hands.serving = None,
+        }
+    }
+
+    /// What is left of it here goes.
+    async fn end(&self, hands: &mut Hands<'_>) {
+        if let Some(engine) = &mut hands.engine {
+            engine.close().await;
+        }
+        match self.vm() {
+            Some(vm) => vm.quit().await,
+            None => {
+                let it = &self.record.instance;
+                vmferry_qemu::kill_process(it.pid, it.start_time, GRACE).await;
+            }
+        }
+        self.look().await;
+    }
+}
+
+/// What this VM's QEMU does.
+async fn look(vm: &Vm) -> Qemu {
+    let asked = async {
+        let status = vm.qmp.execute_within(QueryStatus {}, GLANCE).await?.status;
+        let migration = vm.qmp.execute_within(QueryMigrate {}, GLANCE).await?.status;
+        Ok::<_, QmpError>((status, migration.unwrap_or(MigrationStatus::None)))
+    };
+    match asked.await {
+        // It set its guest running by itself.
+        Ok((RunState::Running, migration)) if migration.is_post_copy() => Qemu::Runs,
+        Ok((_, migration)) if migration.is_post_copy() => Qemu::LetGo,
+        Ok((status, migration)) => match migration {
+            MigrationStatus::None
+            | MigrationStatus::Completed
+            | MigrationStatus::Failed
+            | MigrationStatus::Cancelled => match status {
+                RunState::Running => Qemu::Runs,
+                RunState::Paused
+                | RunState::PostMigrate
+                | RunState::FinishMigrate
+                | RunState::Prelaunch
+                | RunState::InMigrate => Qemu::Stands,
+                _ => Qemu::Rests,
+            },
+            _ => Qemu::Copying,
+        },
+        Err(_) if !vm.is_alive() => Qemu::Ended,
+        Err(error) => {
+            tracing::debug!(vm = vm.name(), %error, "its QEMU does not answer");
+            Qemu::Silent
+        }
+    }
+}
