@@ -18,10 +18,9 @@ use std::time::Duration;
 
 use cost::Idle;
 use sshd::Sshd;
-use vmferry_api::Security;
 use vmferry_api::client::{Client, ClientError};
 use vmferry_api::trial::{Data, Load, Trial, TrialResult, send, take};
-use vmferry_api::{PeersView, TrialRequest};
+use vmferry_api::{PeersView, Security, TrialRequest};
 use vmferry_link::{
     Acceptor, Cipher, Identity, IdentityError, Incoming, Link, LinkDown, Protection, SessionId, SessionKey,
     SessionOptions, Sessions, TcpDialer, fastest_cipher, measure_ciphers, usual_streams,

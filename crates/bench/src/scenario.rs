@@ -8,8 +8,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
-use vmferry_api::EngineName;
-use vmferry_api::Rate;
+use vmferry_api::{EngineName, Rate};
 
 /// How different a name may be from the one that is suggested for it, 0 to 1.
 const ALIKE: f64 = 0.6;

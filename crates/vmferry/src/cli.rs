@@ -9,8 +9,7 @@ pub(crate) use bench::{
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
-use vmferry_api::EngineName;
-use vmferry_api::{Listen, Rate};
+use vmferry_api::{EngineName, Listen, Rate};
 
 const EXIT_CODES: &str = "\
 Exit codes:

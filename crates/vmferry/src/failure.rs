@@ -2,9 +2,8 @@
 
 use std::path::PathBuf;
 
-use vmferry_api::Code;
 use vmferry_api::client::ClientError;
-use vmferry_api::in_one_line;
+use vmferry_api::{Code, in_one_line};
 use vmferry_bench::batch::BatchError;
 use vmferry_bench::link::LinkBenchError;
 use vmferry_bench::report::ReadError;

@@ -4,9 +4,8 @@ use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
-use vmferry_api::Begun;
 use vmferry_api::client::{Client, ClientError, vm_path};
-use vmferry_api::{MigrateRequest, MigrationEvent, MigrationView, PlanView, Progress, Report, Step};
+use vmferry_api::{Begun, MigrateRequest, MigrationEvent, MigrationView, PlanView, Progress, Report, Step};
 use vmferry_bench::record::LiveRecord;
 
 use crate::cli::MigrateOptions;

@@ -16,11 +16,10 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use uuid::Uuid;
 use vmferry_api::client::CONSOLE_PROTOCOL;
-use vmferry_api::in_one_line;
 use vmferry_api::trial::TrialResult;
 use vmferry_api::{
     AdoptRequest, Autostart, Begun, EngineName, Hello, MigrateRequest, MigrationEvent, MigrationView, PairRequest, PeerView,
-    PeersView, Problem, Resolve, RunRequest, Started, StopRequest, TokenRequest, TokenView, TrialRequest, VmView,
+    PeersView, Problem, Resolve, RunRequest, Started, StopRequest, TokenRequest, TokenView, TrialRequest, VmView, in_one_line,
 };
 
 use super::{Answer, ApiError, upgraded};

@@ -15,9 +15,8 @@ use hyper_util::rt::TokioIo;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::time::MissedTickBehavior;
 use tokio_util::codec::{Framed, LinesCodec};
-use vmferry_api::StopRequest;
-use vmferry_api::in_one_line;
 use vmferry_api::witness::{Asked, HostFacts, LONGEST_LINE, Told, monotonic_ns};
+use vmferry_api::{StopRequest, in_one_line};
 use vmferry_qemu::processors::{Look, Watched};
 
 use crate::error::AgentError;

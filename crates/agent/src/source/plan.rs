@@ -7,13 +7,11 @@ use uuid::Uuid;
 use vmferry_api::{EngineName, MigrateRequest, PlanView, Security};
 use vmferry_link::{Cipher, Fingerprint, fastest_cipher};
 use vmferry_policy::Limits;
-use vmferry_qemu::migration;
 use vmferry_qemu::qmp::commands;
-use vmferry_qemu::{Features, MigrationStatus, RunState, tls_carries};
+use vmferry_qemu::{Features, MigrationStatus, RunState, migration, tls_carries};
 use vmferry_ram::Backend;
 
-use crate::engine::means::means as choose_means;
-use crate::engine::{Protection, Setup, movable as ram};
+use crate::engine::{Protection, Setup, means, movable};
 use crate::error::AgentError;
 use crate::host::{Claim, Host, Markers, Stage, Vm, resident_memory};
 use crate::measuring::boot_files;
@@ -182,7 +180,7 @@ pub(super) async fn plan(host: &Host, vm: &Vm, id: Uuid, request: &MigrateReques
     let means = match (&scripted, is_external) {
         (_, true) => vec![migration::IGNORE_SHARED],
         (Some(setup), _) => setup.capabilities.iter().map(String::as_str).collect(),
-        (None, _) => choose_means(&features, has, request.post_copy),
+        (None, _) => means::means(&features, has, request.post_copy),
     };
     if post_copy_first {
         if !means.contains(&"postcopy-ram") {
@@ -237,10 +235,10 @@ async fn choose_engine(
     if request.engine.unwrap_or(host.config.engine) == EngineName::Qemu {
         return Ok((Engine::Qemu, None));
     }
-    let why = match (ram::movable(host, vm).await?, &there.external_obstacle) {
+    let why = match (movable::movable(host, vm).await?, &there.external_obstacle) {
         (Err(why), _) => why,
         (Ok(_), Some(why)) => format!("at {}: {why}", there.host),
-        (Ok(backends), None) => match ram::ends(vm, request.post_copy).await {
+        (Ok(backends), None) => match movable::ends(vm, request.post_copy).await {
             Ok(()) => return Ok((Engine::External(backends), None)),
             Err(why) => why,
         },

@@ -2,8 +2,7 @@
 
 use std::sync::Arc;
 
-use vmferry_api::in_one_line;
-use vmferry_api::{EngineName, Step};
+use vmferry_api::{EngineName, Step, in_one_line};
 use vmferry_qemu::migration::{self, set_capabilities};
 use vmferry_qemu::{Endpoint, StreamKey, protect_streams, tls_priority};
 

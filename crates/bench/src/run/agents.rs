@@ -3,10 +3,10 @@
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
-use vmferry_api::Begun;
 use vmferry_api::client::{Client, ClientError, vm_path};
 use vmferry_api::{
-    Code, EngineName, Means as ScriptMeans, MigrateRequest, MigrationEvent, Problem, Report, Script, Step, VmView,
+    Begun, Code, EngineName, Means as ScriptMeans, MigrateRequest, MigrationEvent, Problem, Report, Script, Step,
+    VmView,
 };
 
 use super::processors::Sampler;

@@ -3,11 +3,9 @@
 //! The agents bring what the guest boots from, hear it on both machines, and end it when this ends, however it does: see
 //! the agent's `witness` and `boot_files`.
 
-use vmferry_api::Begun;
-use vmferry_api::Security;
 use vmferry_api::client::vm_path;
 use vmferry_api::trial::{Data, Trial, TrialResult};
-use vmferry_api::{MigrateRequest, RunRequest, Started, TrialRequest};
+use vmferry_api::{Begun, MigrateRequest, RunRequest, Security, Started, TrialRequest};
 use vmferry_link::Fingerprint;
 
 use super::agents::{Journey, drive, refused, request};

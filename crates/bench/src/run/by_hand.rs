@@ -12,8 +12,9 @@ use vmferry_qemu::qmp::commands::{
     CapabilityState, Cont, Migrate, MigrateCancel, MigrateIncoming, MigrateSetCapabilities, MigrateStartPostcopy,
     MigrationInfo, QueryKvm, QueryMigrate, QueryVersion, Stop,
 };
-use vmferry_qemu::tls_priority;
-use vmferry_qemu::{Endpoint, Features, MigrationStatus, Qmp, QmpError, StreamKey, end_with_us, protect_streams};
+use vmferry_qemu::{
+    Endpoint, Features, MigrationStatus, Qmp, QmpError, StreamKey, end_with_us, protect_streams, tls_priority,
+};
 
 use super::processors::Sampler;
 use super::{Driven, RunError, RunOptions, Transport, conclude, measure_link, new_report};

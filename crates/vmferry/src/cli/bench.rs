@@ -4,8 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
-use vmferry_api::EngineName;
-use vmferry_api::Rate;
+use vmferry_api::{EngineName, Rate};
 use vmferry_bench::run::Transport;
 use vmferry_bench::scenario::parse_bits;
 use vmferry_bench::{Fill, Mode};
