@@ -111,9 +111,9 @@ mod tests {
 
     #[test]
     fn one_endless_line_is_cut_as_well() {
-        let (_dir, path) = log_with(&[b'x'; 300_000]);
+        let (_dir, path) = log_with(&b"x".repeat(300_000));
         assert_eq!(cut(&path, 100_000).unwrap(), 250_000);
-        assert_eq!(std::fs::read(&path).unwrap(), [b'x'; 50_000]);
+        assert_eq!(std::fs::read(&path).unwrap(), b"x".repeat(50_000));
     }
 
     #[test]
