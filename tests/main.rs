@@ -11,6 +11,7 @@ mod demo;
 mod docs;
 mod external;
 mod external_faults;
+mod many_vms;
 mod migrate;
 mod proxy;
 mod refusals;

@@ -106,6 +106,7 @@ pub async fn launch(
         _ => {}
     }
     let in_log = |source| LaunchError::File { path: log.clone(), source };
+    // QEMU's descriptor must append, or the log could not be cut while it runs; see `log::cut`.
     let output = OpenOptions::new().create(true).append(true).open(&log).map_err(in_log)?;
     let log_start = output.metadata().map_err(in_log)?.len();
     let errors = output.try_clone().map_err(in_log)?;

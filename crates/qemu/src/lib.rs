@@ -1,10 +1,12 @@
 //! QEMU, as the rest of vmferry sees it: its monitor ([`qmp`]), its command line ([`command_line`]), starting it
-//! ([`launch`](mod@launch)), what we use of its migration ([`migration`]), the process that it is ([`process`]) and what that uses ([`processors`]), what its guest's RAM
-//! is made of ([`ram`]) and what a binary can do on this host ([`host`]).
+//! ([`launch`](mod@launch)), what it writes ([`log`]), what we use of its migration ([`migration`]), the process that it is
+//! ([`process`]) and what that uses ([`processors`]), what its guest's RAM is made of ([`ram`]) and what a binary can do on
+//! this host ([`host`]).
 
 pub mod command_line;
 pub mod host;
 pub mod launch;
+pub mod log;
 pub mod migration;
 pub mod proc_stat;
 pub mod process;

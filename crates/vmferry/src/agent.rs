@@ -4,6 +4,7 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::Command;
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
@@ -12,12 +13,18 @@ use vmferry_agent::config::{Config, LogFormat};
 use crate::cli::AgentOptions;
 use crate::failure::Failure;
 
+/// What systemd gives to every service as the hard limit. Where that is a thousand million, as in some containers, a
+/// QEMU that closes every descriptor there may be, as older ones do before they run a network script, does nothing else
+/// for minutes.
+const MOST_DESCRIPTORS: u64 = 524_288;
+
 pub(crate) async fn run(options: AgentOptions) -> Result<(), Failure> {
     let mut config = Config::load(options.config.as_deref()).map_err(|error| Failure::Serve(error.into()))?;
     if let Some(listen) = options.listen {
         config.listen = listen;
     }
     log_to_stderr(config.log_format);
+    raise_descriptor_limit();
     vmferry_ram::trace_by(|| {
         let mut tracer = Command::new("/proc/self/exe");
         tracer.arg("trace-qemu");
@@ -40,6 +47,19 @@ pub(crate) async fn run(options: AgentOptions) -> Result<(), Failure> {
 /// Where the agent of this host is reached, as its configuration says.
 pub(crate) fn usual_socket() -> Result<PathBuf, Failure> {
     Ok(Config::load(None).map_err(|error| Failure::Serve(error.into()))?.socket())
+}
+
+/// Every VM takes some descriptors, and the soft limit is usually 1024, for the sake of programs that use `select`. Neither
+/// the agent does nor QEMU, which inherits the limit and has a descriptor or more for each disk, network queue and client.
+fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    let wanted = limit.maximum.map_or(MOST_DESCRIPTORS, |maximum| maximum.min(MOST_DESCRIPTORS));
+    if limit.current.is_none_or(|current| current >= wanted) {
+        return;
+    }
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), ..limit }) {
+        tracing::warn!(%error, wanted, "cannot raise the limit on open files");
+    }
 }
 
 fn log_to_stderr(format: LogFormat) {

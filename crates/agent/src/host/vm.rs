@@ -17,7 +17,7 @@ use crate::journal::{Instance, VmRecord};
 /// How long a QEMU that was told to quit, or to end, may take before it is killed.
 pub(crate) const GRACE: Duration = Duration::from_secs(5);
 /// How much of QEMU's log tells why it ended, in bytes.
-const LAST_WORDS: usize = 600;
+const LAST_WORDS: u64 = 600;
 /// How long QMP may take to answer when a VM is only looked at.
 pub(crate) const GLANCE: Duration = Duration::from_secs(1);
 
@@ -183,10 +183,7 @@ impl Vm {
 
     /// The end of what QEMU wrote to its log, in one line.
     pub(crate) fn last_words(&self) -> Option<String> {
-        let log = std::fs::read(self.dir.join("qemu.log")).ok()?;
-        let tail = String::from_utf8_lossy(&log[log.len().saturating_sub(LAST_WORDS)..]).into_owned();
-        let lines: Vec<&str> = tail.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-        (!lines.is_empty()).then(|| lines[lines.len().saturating_sub(3)..].join("; "))
+        vmferry_qemu::log::tail(&self.dir.join("qemu.log"), LAST_WORDS)
     }
 
     /// Tells QEMU to quit, and ends it when it does not.
