@@ -67,9 +67,9 @@ async fn demo() -> Result<(), Error> {
     println!("Booting a guest of {RAM_MIB} MiB on alpha; it rewrites {WRITTEN_MIB} MiB as fast as it can.");
     let guest = GuestOptions { mem: WRITTEN_MIB << 20, threads: 1, mode: Mode::Write, rate: None, fill: Fill::Random };
     let argv = bed.guest_command_line(&guest, RAM_MIB, 1)?;
-    let watch = bed.start_guest("demo", argv).await?;
-    if bed.alpha().show("demo").await?.and_then(|vm| vm.accelerator).as_deref() == Some("tcg") {
-        println!("KVM does not work here, so QEMU emulates the guest's processor (TCG).");
+    let (watch, notes) = bed.start_guest_and_hear("demo", argv).await?;
+    for note in notes {
+        println!("{note}");
     }
     let booted = Instant::now();
     tokio::time::sleep(Duration::from_secs(2)).await;
