@@ -45,6 +45,13 @@ fn assert_lever(report: &RunReport, name: &str) {
     assert!(lever.acted, "{}: {lever:?}, {:?}", report.settings.scenario, report.summary);
 }
 
+/// In one line, and only where TCG had to take KVM's place.
+fn assert_tells_why_it_has_no_kvm(report: &RunReport) {
+    let told = report.notes.iter().filter(|note| note.starts_with("KVM does not work here (")).count();
+    let lines = usize::from(report.versions.accelerator.as_deref() == Some("tcg"));
+    assert_eq!(told, lines, "{:?}, {:?}", report.versions, report.notes);
+}
+
 fn namespaces_of_ours() -> Vec<PathBuf> {
     let Ok(all) = std::fs::read_dir("/run/netns") else { return Vec::new() };
     let names = all.flatten().map(|entry| entry.path());
@@ -103,6 +110,7 @@ async fn every_means_of_a_batch_really_acts_and_a_batch_goes_on_where_it_was_in_
 
     let reports = read_all(&[folder.clone().into()]).expect("reports");
     for report in &reports {
+        assert_tells_why_it_has_no_kvm(report);
         assert!(matches!(report.page_check, PageCheck::Intact { pages: 8192 }), "{:?}", report.page_check);
         assert!(report.samples.records.len() > 2 && report.samples.progress.len() > 2 && !report.rounds.is_empty());
         assert!(report.samples.cpu.iter().any(|it| it.source_qemu.is_some_and(|it| it.vcpu > 5.0)), "{report:?}");
@@ -165,6 +173,7 @@ async fn a_run_needs_no_rights_within_one_host_and_one_that_does_not_complete_sa
     assert_eq!(report.outcome, Outcome::NotCompleted { reason: "not done after 2 s".into() });
     assert!(matches!(report.page_check, PageCheck::Intact { .. }), "the guest runs on: {:?}", report.page_check);
     assert_eq!(report.summary.total_ms, None);
+    assert_tells_why_it_has_no_kvm(&report);
     assert!(text(&output).contains("did not complete: not done after 2 s"));
 }
 
@@ -207,6 +216,7 @@ async fn a_guest_is_measured_between_two_agents_and_ends_with_the_measurement() 
         if let Some(lever) = lever {
             assert_lever(&report, lever);
         }
+        assert_tells_why_it_has_no_kvm(&report);
         let felt = report.summary.downtime_ms.expect("its beats were heard on both hosts");
         assert!((0.1..5000.0).contains(&felt), "{felt}");
         assert!(report.samples.records.iter().any(|it| it.host == Some(1)), "it was heard there");

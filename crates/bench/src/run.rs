@@ -20,6 +20,7 @@ use processors::Sampler;
 use vmferry_api::EngineName;
 use vmferry_api::client::Client;
 use vmferry_api::witness::HostFacts;
+use vmferry_qemu::Accel;
 
 use crate::report::{
     GuestRecord, Hardware, Lever, MarkKind, Origin, Outcome, PageCheck, Recorder, RunReport, Settings, Stall, ms_since,
@@ -175,19 +176,18 @@ impl RunOptions {
     }
 
     /// The words after QEMU's own name that make the guest, but for its console; with what it boots from in this folder.
-    fn qemu_arguments(&self, dir: &Path) -> Result<Vec<String>, TestbedError> {
+    /// Agents are asked for KVM: they try it themselves, and tell when it must be TCG.
+    fn qemu_arguments(&self, dir: &Path, accel: &Accel) -> Result<Vec<String>, TestbedError> {
         let (kernel, initrd) = (self.kernel()?, dir.join("initrd.gz"));
         std::fs::write(&initrd, INITRD)?;
-        Ok(self.guest_arguments(&kernel.display().to_string(), &initrd.display().to_string()))
+        Ok(self.guest_arguments(&kernel.display().to_string(), &initrd.display().to_string(), accel))
     }
 
-    fn guest_arguments(&self, kernel: &str, initrd: &str) -> Vec<String> {
-        let has_kvm = std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok();
+    fn guest_arguments(&self, kernel: &str, initrd: &str, accel: &Accel) -> Vec<String> {
         let dirty_limit = |means: &Means| means.capabilities.iter().any(|it| it == "dirty-limit");
-        let accelerator = match has_kvm {
-            true if self.scenario.qemu.iter().any(dirty_limit) => "kvm,dirty-ring-size=4096",
-            true => "kvm",
-            false => "tcg",
+        let accelerator = match accel {
+            Accel::Kvm if self.scenario.qemu.iter().any(dirty_limit) => "kvm,dirty-ring-size=4096",
+            accel => accel.name(),
         };
         let words = format!(
             "-machine q35 -accel {accelerator} -cpu max -smp {} -m {} -nodefaults -vga none -display none \

@@ -195,12 +195,17 @@ impl Testbed {
 
     /// Starts a measuring guest on the first host and waits until it writes.
     pub async fn start_guest(&self, name: &str, argv: Vec<String>) -> Result<GuestWatch> {
+        Ok(self.start_guest_and_hear(name, argv).await?.0)
+    }
+
+    /// The same, and what the agent has to say about it, such as that there is no KVM.
+    pub async fn start_guest_and_hear(&self, name: &str, argv: Vec<String>) -> Result<(GuestWatch, Vec<String>)> {
         let cwd = self.dir.path().to_owned();
         let request = RunRequest { name: name.into(), argv, cwd, measuring: false, autostart: false };
-        let _: Started = self.alpha().client()?.post("/v1/vms", &request).await?;
+        let started: Started = self.alpha().client()?.post("/v1/vms", &request).await?;
         let watch = self.watch(name)?;
         watch.wait_for_start().await?;
-        Ok(watch)
+        Ok((watch, started.notes))
     }
 
     /// Follows a guest's console on whichever host it is.

@@ -43,6 +43,16 @@ impl Accel {
             Self::Tcg { .. } => "tcg",
         }
     }
+
+    /// What whoever wanted KVM should know, in a sentence; nothing when they get it.
+    pub fn in_place_of_kvm(&self) -> Option<String> {
+        match self {
+            Self::Kvm => None,
+            Self::Tcg { why } => {
+                Some(format!("KVM does not work here ({why}): running under TCG, software emulation, much slower."))
+            }
+        }
+    }
 }
 
 impl std::fmt::Display for Accel {

@@ -252,6 +252,46 @@ fn pages_that_are_written_all_the_time_are_not_sent_all_the_time() {
 }
 
 #[test]
+fn a_guest_that_leaves_by_post_copy_within_the_first_round_was_seen_to_write() {
+    // Its memory would take 3 s. It is looked how fast the guest writes before it leaves, however soon that is.
+    for after in [Duration::from_millis(600), Duration::ZERO] {
+        let sizes = [64 * MIB];
+        let (here, there) = links(Some(20_000_000));
+        let (log, ram) = (Arc::new(Log::default()), GuestRam::of_our_own(&sizes));
+        let write = |ram: &GuestRam, page: u64| log.write(ram, 0, page, page ^ 0x55aa_55aa_55aa_55aa);
+        (0..sizes[0] / PAGE).for_each(|page| write(&ram, page));
+        let (_landing, taking) = arriving(there, &sizes);
+        let writer = GuestRam::same(&ram);
+        let source = Source::begin_with(ram, Some(Box::new(Arc::clone(&log))), here, DOWNTIME, 0).unwrap();
+        let (pause, begun) = (AtomicBool::new(false), Instant::now());
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !pause.load(Ordering::Relaxed) {
+                    (0..sizes[0] / PAGE)
+                        .take_while(|_| !pause.load(Ordering::Relaxed))
+                        .for_each(|page| write(&writer, page));
+                }
+            });
+            let mut progress = source.wait(Duration::ZERO).unwrap();
+            while begun.elapsed() < after {
+                progress = source.wait(Duration::from_millis(20)).unwrap();
+                assert_eq!(progress.round, 1);
+            }
+            assert!(after.is_zero() || progress.dirty_rate > 1_000_000, "{progress:?}");
+            source.prepare_post_copy().unwrap();
+            pause.store(true, Ordering::Relaxed);
+        });
+        let Progress { dirty_rate, round, .. } = source.wait(Duration::ZERO).unwrap();
+        // No more is seen to be written than was sent.
+        let seen = dirty_rate as f64 * begun.elapsed().as_secs_f64();
+        assert!(round == 1 && dirty_rate > 0 && seen < 64e6, "{dirty_rate} bytes a second in round {round}");
+        source.abandon();
+        drop(source);
+        taking.join().unwrap().unwrap_err();
+    }
+}
+
+#[test]
 fn other_ram_is_refused_in_words_on_both_sides() {
     let (here, there) = links(None);
     let (_landing, taking) = arriving(there, &[4 * MIB]);

@@ -9,12 +9,13 @@ use std::time::{Duration, Instant};
 use tokio::signal::unix::{SignalKind, signal};
 use vmferry_api::{MigrationEvent, Report};
 use vmferry_bench::testbed::{GuestWatch, Testbed, TestbedOptions};
-use vmferry_bench::{Fill, GuestOptions, Mode};
+use vmferry_bench::{Fill, GuestOptions, Mode, in_words};
 
 /// What the link between the namespaces carries.
 const LINK_BITS: u64 = 1_000_000_000;
 const RAM_MIB: u64 = 1024;
 const WRITTEN_MIB: u64 = 512;
+const MIB: f64 = 1_048_576.0;
 
 type Error = Box<dyn std::error::Error>;
 
@@ -67,9 +68,9 @@ async fn demo() -> Result<(), Error> {
     println!("Booting a guest of {RAM_MIB} MiB on alpha; it rewrites {WRITTEN_MIB} MiB as fast as it can.");
     let guest = GuestOptions { mem: WRITTEN_MIB << 20, threads: 1, mode: Mode::Write, rate: None, fill: Fill::Random };
     let argv = bed.guest_command_line(&guest, RAM_MIB, 1)?;
-    let watch = bed.start_guest("demo", argv).await?;
-    if bed.alpha().show("demo").await?.and_then(|vm| vm.accelerator).as_deref() == Some("tcg") {
-        println!("KVM does not work here, so QEMU emulates the guest's processor (TCG).");
+    let (watch, notes) = bed.start_guest_and_hear("demo", argv).await?;
+    for note in notes {
+        println!("{note}");
     }
     let booted = Instant::now();
     tokio::time::sleep(Duration::from_secs(2)).await;
@@ -121,20 +122,19 @@ async fn migrate(bed: &Testbed) -> Result<Report, Error> {
 
 fn print_table(report: &Report, watch: &GuestWatch, booted: Instant, begun: Instant, over: Instant) {
     let log = watch.log();
-    let ms = |it: Option<Duration>| it.map_or("?".into(), |it| format!("{:.0} ms", it.as_secs_f64() * 1e3));
-    let mib = |bytes: u64| format!("{:.0} MiB", bytes as f64 / f64::from(1 << 20));
+    let ms = |it: Option<Duration>| in_words(it.map(|it| it.as_secs_f64() * 1e3), |ms| format!("{ms:.0} ms"));
     let after = over + Duration::from_secs(60);
-    let dirty_rate = match report.dirty_rate {
-        0 => "not measured".into(),
-        rate => format!("{}/s", mib(rate)),
-    };
+    // Of a round that was not ended it is known only how much of what was sent the guest wrote again.
+    let least = if report.rounds > 1 { "" } else { "at least " };
+    let dirty_rate = (report.dirty_rate > 0).then_some(report.dirty_rate as f64 / MIB);
+    let dirty_rate = in_words(dirty_rate, |rate| format!("{least}{rate:.0} MiB/s"));
     let rows = [
         ("total time", format!("{:.1} s", report.total_ms / 1e3)),
         ("downtime, as the guest felt it", ms(log.downtime_felt())),
         ("worst stall of the running guest", ms(log.worst_stall(begun, after))),
         ("64 MiB rewritten, before", ms(log.median_64_mib(booted, begun))),
         ("64 MiB rewritten, worst", ms(log.worst_64_mib(begun, after))),
-        ("bytes sent", mib(report.sent)),
+        ("bytes sent", format!("{:.0} MiB", report.sent as f64 / MIB)),
         ("dirty rate", dirty_rate),
         ("how", report.method().into()),
     ];

@@ -8,6 +8,7 @@ use vmferry_api::{
     Begun, Code, EngineName, Means as ScriptMeans, MigrateRequest, MigrationEvent, Problem, Report, Script, Step,
     VmView,
 };
+use vmferry_qemu::Accel;
 
 use super::processors::Sampler;
 use super::{Driven, RunError, RunOptions, Transport, VM, conclude, measure_link, new_report};
@@ -37,13 +38,14 @@ pub(super) async fn run(options: &RunOptions, tell: impl Fn(&str)) -> Result<Run
     tell("starting two agents and the guest");
     let bed = Testbed::start(bed_options).await?;
     let mut argv = vec!["qemu-system-x86_64".to_owned()];
-    argv.extend(options.qemu_arguments(bed.dir())?);
+    argv.extend(options.qemu_arguments(bed.dir(), &Accel::Kvm)?);
     argv.extend(["-serial", "stdio"].map(str::to_owned));
-    let watch = bed.start_guest(VM, argv).await?;
+    let (watch, notes) = bed.start_guest_and_hear(VM, argv).await?;
     let client = bed.alpha().client()?;
     let view: VmView = client.get(&vm_path(VM)).await?;
     let mut report = new_report(Origin::Bench, options.settings());
     report.versions = Versions::of_source(&view);
+    report.notes.extend(notes);
     report.settings.link_measured = measure_link(bed.network())?;
     let sampler = Sampler::start();
     sampler.watch(|watched| {

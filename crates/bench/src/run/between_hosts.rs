@@ -7,6 +7,7 @@ use vmferry_api::client::vm_path;
 use vmferry_api::trial::{Data, Trial, TrialResult};
 use vmferry_api::{Begun, MigrateRequest, RunRequest, Security, Started, TrialRequest};
 use vmferry_link::Fingerprint;
+use vmferry_qemu::Accel;
 
 use super::agents::{Journey, drive, refused, request};
 use super::processors::Sampler;
@@ -30,7 +31,7 @@ pub(super) async fn run(options: &RunOptions, to: &OtherHost, tell: impl Fn(&str
         std::fs::write(dir.path().join(name), content)?;
     }
     let mut argv = vec![options.qemu().display().to_string()];
-    argv.extend(options.guest_arguments(&kernel.0, &initrd.0));
+    argv.extend(options.guest_arguments(&kernel.0, &initrd.0, &Accel::Kvm));
     argv.extend(["-serial", "stdio"].map(str::to_owned));
     let name = format!("bench-{:08x}", fastrand::u32(..));
     let guest = RunRequest { name: name.clone(), argv, cwd: dir.path().into(), measuring: true, autostart: false };
@@ -48,6 +49,7 @@ pub(super) async fn run(options: &RunOptions, to: &OtherHost, tell: impl Fn(&str
     }
     let mut report = new_report(Origin::Bench, options.settings());
     report.versions = Versions::of_source(&started.vm);
+    report.notes.extend(started.notes);
     report.settings.link_measured = Some(carried);
     tell("watching the guest before");
     tokio::time::sleep(options.before).await;

@@ -13,7 +13,7 @@ use vmferry_qemu::qmp::commands::{
     MigrationInfo, QueryKvm, QueryMigrate, QueryVersion, Stop,
 };
 use vmferry_qemu::{
-    Endpoint, Features, MigrationStatus, Qmp, QmpError, StreamKey, end_with_us, protect_streams, tls_priority,
+    Accel, Endpoint, Features, MigrationStatus, Qmp, QmpError, StreamKey, end_with_us, protect_streams, tls_priority, try_kvm,
 };
 
 use super::processors::Sampler;
@@ -50,8 +50,10 @@ struct Qemu {
 
 pub(super) async fn run(options: &RunOptions, tell: impl Fn(&str)) -> Result<RunReport, RunError> {
     tell("starting the guest");
-    let pair = Pair::start(options).await?;
+    let accel = try_kvm(&options.qemu()).await;
+    let pair = Pair::start(options, &accel).await?;
     let mut report = new_report(Origin::Bench, options.settings());
+    report.notes.extend(accel.in_place_of_kvm());
     report.versions.source_qemu = Some(pair.source.qmp.execute(QueryVersion {}).await?.to_string());
     report.versions.destination_qemu = Some(pair.destination.qmp.execute(QueryVersion {}).await?.to_string());
     let kvm = pair.source.qmp.execute(QueryKvm {}).await?.enabled;
@@ -78,7 +80,13 @@ pub(super) async fn run(options: &RunOptions, tell: impl Fn(&str)) -> Result<Run
 }
 
 impl Qemu {
-    async fn start(options: &RunOptions, network: &Network, dir: &Path, index: usize) -> Result<Self, RunError> {
+    async fn start(
+        options: &RunOptions,
+        accel: &Accel,
+        network: &Network,
+        dir: &Path,
+        index: usize,
+    ) -> Result<Self, RunError> {
         let name = ["source", "destination"][index];
         let binary = options.qemu();
         let socket = |what: &str| {
@@ -90,7 +98,7 @@ impl Qemu {
         let mut command = Command::new(all.next().unwrap_or(binary.as_os_str()));
         command
             .args(all)
-            .args(options.qemu_arguments(dir)?)
+            .args(options.qemu_arguments(dir, accel)?)
             .args(["-chardev", &socket("console"), "-serial", "chardev:console"])
             .args(["-chardev", &socket("qmp"), "-mon", "chardev=qmp,mode=control"])
             .stdin(Stdio::null())
@@ -129,13 +137,13 @@ impl Qemu {
 }
 
 impl Pair {
-    async fn start(options: &RunOptions) -> Result<Self, RunError> {
+    async fn start(options: &RunOptions, accel: &Accel) -> Result<Self, RunError> {
         let dir = tempfile::Builder::new().prefix("vmferry-bench-").tempdir()?;
         let network = Network::set_up(options.transport == Transport::Link, options.link_bits)?;
-        let source = Qemu::start(options, &network, dir.path(), 0).await?;
+        let source = Qemu::start(options, accel, &network, dir.path(), 0).await?;
         let mut watch = GuestWatch::new();
         watch.follow_socket(0, &dir.path().join("source.console")).await?;
-        let destination = Qemu::start(options, &network, dir.path(), 1).await?;
+        let destination = Qemu::start(options, accel, &network, dir.path(), 1).await?;
         watch.follow_socket(1, &dir.path().join("destination.console")).await?;
         watch.wait_for_start().await?;
         Ok(Self { source, destination, watch, network, dir })

@@ -292,9 +292,8 @@ impl Planner<'_> {
         if let Some(option) = self.accelerator.option.clone() {
             self.add("-accel", &option);
         }
-        if let (true, Accel::Tcg { why }) = (self.accelerator.without_kvm, &self.settings.accel) {
-            self.notes
-                .push(format!("KVM does not work here ({why}): running under TCG, software emulation, much slower."));
+        if self.accelerator.without_kvm {
+            self.notes.extend(self.settings.accel.in_place_of_kvm());
         }
         if !command.has("name") {
             self.add("-name", &format!("guest={}", escape_commas(self.settings.name)));
