@@ -14,5 +14,6 @@ mod external_faults;
 mod migrate;
 mod proxy;
 mod refusals;
+mod torture;
 mod trust;
 mod vms;
