@@ -107,9 +107,9 @@ mod the_guest_ends_up_once {
         with_seed_39: 39;
         with_seed_123: 123;
         with_seed_166: 166;
-        with_seed_237: 237;
         with_seed_265: 265;
         with_seed_266: 266;
+        with_seed_310: 310;
         with_seed_334: 334;
         with_seed_627: 627;
         with_seed_701: 701;

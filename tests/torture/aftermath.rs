@@ -8,7 +8,7 @@ use vmferry_bench::testbed::Host;
 
 use super::plan::{Plan, ms};
 use super::run::{Ended, Run};
-use super::verdict::{Found, Outcome, Sight, Told, heart_disease, judge, settled};
+use super::verdict::{Found, Outcome, Told, heart_disease, judge, settled};
 use crate::bed::VM;
 
 /// How long it may take from the end of the last fault on.
@@ -19,6 +19,8 @@ const STEADY: Duration = Duration::from_millis(600);
 const POWER_OFF: Duration = Duration::from_secs(8);
 /// How long a guest's heart may stand still that may have lost its memory.
 const GIVE_UP: Duration = Duration::from_secs(10);
+/// How long `vmferry stop --force` may take with a QEMU that waits for a page and answers nothing.
+const FORGET: Duration = Duration::from_secs(40);
 /// Descriptors that an agent may have more than before: connections that it keeps for their next use.
 const MORE_DESCRIPTORS: usize = 12;
 
@@ -155,7 +157,8 @@ async fn forget(run: &Run) -> Result<(), String> {
     for (host, sight) in run.look().await.iter().enumerate() {
         if let Told::Vm { state, .. } = &sight.told {
             let stop = run.host(host).vmferry(&["stop", VM, "--force"]);
-            let output = tokio::time::timeout(Duration::from_secs(20), stop).await.map_err(say)?.map_err(say)?;
+            let late = |_| format!("`vmferry stop --force` of what is {state} takes more than {} s", FORGET.as_secs());
+            let output = tokio::time::timeout(FORGET, stop).await.map_err(late)?.map_err(say)?;
             if !output.status.success() {
                 return Err(format!("what is {state} cannot be forgotten: {}", crate::bed::text(&output)));
             }
@@ -185,10 +188,18 @@ async fn nothing_is_left(
         return Err(format!("a file is left beside the disk: {}", left.display()));
     }
     for host in (0..2).filter(|host| Some(*host) != owner) {
-        let name = run.host(host).name;
-        let sight: &Sight = &run.look().await[host];
-        if sight.told != Told::NoVm || sight.qemus > 0 || sight.folder {
-            return Err(format!("{name} has not forgotten it: {sight:?}"));
+        let from = Instant::now();
+        loop {
+            let sight = &run.look().await[host];
+            if sight.told == Told::NoVm && sight.qemus == 0 && !sight.folder {
+                break;
+            }
+            if from.elapsed() > Duration::from_secs(5) {
+                let folder = if sight.folder { "the VM's folder is there" } else { "no folder" };
+                let (name, told, qemus) = (run.host(host).name, &sight.told, sight.qemus);
+                return Err(format!("{name} has not forgotten it: {told:?}, {qemus} QEMUs, {folder}"));
+            }
+            tokio::time::sleep(ms(200)).await;
         }
     }
     // The agent of a host is compared with the one that had, or had not, the guest before.

@@ -163,7 +163,6 @@ pub(super) fn settled(sights: &[Sight; 2], may_wait_for_ever: bool) -> Result<Fo
         match &sight.told {
             Told::NoAnswer => unsettled.push(format!("the agent of {host} does not answer")),
             Told::NoVm if sight.qemus > 0 => unsettled.push(format!("{host} has no VM, but a QEMU")),
-            Told::NoVm if sight.folder => unsettled.push(format!("{host} has no VM, but its folder")),
             Told::Vm { state, detail } if !is_final(state) => {
                 unsettled.push(format!("it is {state} on {host} ({detail})"));
             }
@@ -292,7 +291,6 @@ mod tests {
             (vm("running"), vm("incoming")),
             (vm("in-doubt"), none()),
             (vm("running"), Sight { qemus: 1, ..none() }),
-            (vm("running"), Sight { folder: true, ..none() }),
             (vm("running"), Sight { told: Told::NoAnswer, ..none() }),
         ] {
             assert!(settled(&[alpha.clone(), beta.clone()], false).is_err(), "{alpha:?} {beta:?}");
