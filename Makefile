@@ -31,6 +31,7 @@ bench:
 torture: export SEEDS := $(SEEDS)
 torture: export MINUTES := $(MINUTES)
 torture: export SEED := $(SEED)
+torture: export RUST_BACKTRACE := 0
 torture:
 	scripts/setup.sh --for-tests
 	cargo test --package vmferry --test system -- --ignored --exact torture::whatever_strikes_the_guest_ends_up_once --nocapture
