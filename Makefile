@@ -1,11 +1,12 @@
 # make demo   a guest moves between two hosts on this machine, with everything that needs
 # make test   all tests, on real QEMU
-# make model   explores the migration protocol further than make test does (MODEL=faults,acts,states,seconds)
+# make model  explores the migration protocol further than make test does (MODEL=faults,acts,states,seconds)
 # make lint   formatting, clippy, licences
 # make bench  the figures of docs/FIGURES.md
+# make torture  hundreds of migrations with faults in them; SEEDS=, MINUTES=, or SEED= for one
 # make study  the 2016 study's tables again, small: docs/study/
 
-.PHONY: demo test model lint bench study build install
+.PHONY: demo test model lint bench torture study build install
 
 demo:
 	@scripts/setup.sh
@@ -29,6 +30,16 @@ bench:
 	scripts/setup.sh --for-tests
 	cargo build --release --package vmferry --bin vmferry --example figures
 	target/release/examples/figures
+
+# SEEDS runs (300 when not said), or as many as begin within MINUTES; SEED=1042 repeats one. Cut links and full disks
+# need root.
+torture: export SEEDS := $(SEEDS)
+torture: export MINUTES := $(MINUTES)
+torture: export SEED := $(SEED)
+torture: export RUST_BACKTRACE := 0
+torture:
+	scripts/setup.sh --for-tests
+	cargo test --package vmferry --test system -- --ignored --exact torture::whatever_strikes_the_guest_ends_up_once --nocapture
 
 # Goes on where it was interrupted; MINUTES=10 make study runs as much as fits.
 study:

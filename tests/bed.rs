@@ -77,13 +77,23 @@ pub(crate) async fn start_sized(options: TestbedOptions, guest: GuestOptions, ra
 /// With two virtual CPUs, a virtio disk in this file, and a guest that writes and reads it all the time beside what else
 /// it does.
 pub(crate) async fn start_with_disk(options: TestbedOptions, guest: GuestOptions, disk: &Path) -> Bed {
+    start_with_disk_and(options, guest, disk, &[]).await
+}
+
+/// With more words at the end of QEMU's command line.
+pub(crate) async fn start_with_disk_and(
+    options: TestbedOptions,
+    guest: GuestOptions,
+    disk: &Path,
+    more: &[&str],
+) -> Bed {
     const BYTES: u64 = 16 << 20;
     std::fs::File::create(disk).and_then(|file| file.set_len(BYTES)).expect("written");
     let drive = format!("file={},format=raw,if=virtio", disk.display());
     start_changed(options, guest, RAM_MIB, |argv| {
         let kernels = argv.iter_mut().find(|word| word.starts_with("console=")).expect("the kernel has a command line");
         *kernels = format!("{kernels} vmferry.disk={BYTES}");
-        argv.extend(["-smp", "2", "-drive", &drive].map(String::from));
+        argv.extend(["-smp", "2", "-drive", &drive].iter().chain(more).map(ToString::to_string));
     })
     .await
 }

@@ -15,5 +15,6 @@ mod many_vms;
 mod migrate;
 mod proxy;
 mod refusals;
+mod torture;
 mod trust;
 mod vms;

@@ -40,7 +40,8 @@ pub(crate) async fn recover(agent: &Arc<Agent>) -> Result<(), AgentError> {
 
 /// After the journal was lost: VMs are found by their processes, and their users asked whose they are.
 pub(crate) async fn find_by_process(agent: &Arc<Agent>) {
-    let dirs = std::fs::read_dir(agent.host.config.vm_dir("x").parent().unwrap_or(Path::new("/"))).into_iter().flatten();
+    let dirs =
+        std::fs::read_dir(agent.host.config.vm_dir("x").parent().unwrap_or(Path::new("/"))).into_iter().flatten();
     for dir in dirs.flatten() {
         let name = dir.file_name().to_string_lossy().into_owned();
         let Some(pid) = pid_from_file(&dir.path()) else { continue };
@@ -121,7 +122,9 @@ pub(crate) async fn see_to_the_ended(agent: Arc<Agent>) {
                     tracing::error!(vm = name, error = in_one_line(&error), "cannot forget it");
                 }
             }
-            Err(error) => tracing::error!(vm = name, error = in_one_line(&error), "cannot tell whether it is this host's"),
+            Err(error) => {
+                tracing::error!(vm = name, error = in_one_line(&error), "cannot tell whether it is this host's")
+            }
         }
     }
 }

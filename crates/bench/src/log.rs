@@ -14,8 +14,6 @@ pub const PERIOD: Duration = Duration::from_millis(5);
 
 /// Longer than any line of the guest's: what comes without an end up to here is no line of it.
 const LONGEST_LINE: usize = 4096;
-/// A beat of the host that the guest left can be read this many beats late; a kernel that rebooted is further back.
-const LATE: u64 = 100;
 
 /// Everything a guest said so far.
 #[derive(Debug, Default)]
@@ -25,6 +23,7 @@ pub struct GuestLog {
     ready: Option<Ready>,
     error: Option<String>,
     beats: Vec<Beat>,
+    late: Vec<Beat>,
     written: Vec<Written>,
     read: Vec<Written>,
     verified: Vec<Verified>,
@@ -160,14 +159,18 @@ impl GuestLog {
         let read = line.match_indices("{\"").find_map(|(start, _)| serde_json::from_str(&line[start..]).ok());
         match read {
             Some(Line::Beat(n)) => {
+                let beat = Beat { at, host, n };
                 if let Some(last) = self.beats.last().filter(|last| n < last.n) {
-                    if last.host != host && last.n - n < LATE {
-                        self.unread += 1;
+                    // What goes on where this host's own beats ended was only read late, be it by seconds: its agent may
+                    // have stood still. A kernel that rebooted does not.
+                    let goes_on = |own: &Beat| own.host == host && own.n < n;
+                    if last.host != host && self.beats.iter().any(goes_on) {
+                        self.late.push(beat);
                         return;
                     }
                     self.restarted = true;
                 }
-                self.beats.push(Beat { at, host, n });
+                self.beats.push(beat);
             }
             Some(Line::Written { thread, n, ms, pass }) => {
                 self.written.push(Written { at, host, thread, n, ms, pass });
@@ -215,6 +218,12 @@ impl GuestLog {
     /// Every heartbeat, in the order of arrival.
     pub fn beats(&self) -> &[Beat] {
         &self.beats
+    }
+
+    /// Beats of the host that the guest had left, by what was heard from the other one, when they were read. A guest that
+    /// runs on both hosts is seen here as well.
+    pub fn late(&self) -> &[Beat] {
+        &self.late
     }
 
     /// Every record of 64 MiB rewritten, in the order of arrival.
@@ -341,6 +350,9 @@ mod tests {
         let start = Instant::now();
         let late = log(start, &[(0, 0, "{\"beat\":7}\n"), (5, 1, "{\"beat\":9}\n"), (6, 0, "{\"beat\":8}\n")]);
         assert!(!late.restarted());
+        assert_eq!(late.late().iter().map(|beat| (beat.host, beat.n)).collect::<Vec<_>>(), [(0, 8)]);
+        let by_seconds = log(start, &[(0, 0, "{\"beat\":7}\n"), (5, 1, "{\"beat\":900}\n"), (6, 0, "{\"beat\":8}\n")]);
+        assert!(!by_seconds.restarted());
         assert_eq!(late.switchovers().count(), 1);
         let same_host = log(start, &[(0, 0, "{\"beat\":7}\n"), (5, 0, "{\"beat\":1}\n")]);
         let other_host = log(start, &[(0, 0, "{\"beat\":500}\n"), (5, 1, "{\"beat\":1}\n")]);

@@ -2,9 +2,10 @@
 //!
 //! As root, each host is a network namespace and a veth pair joins them, shaped by `tc tbf` when a rate is given;
 //! otherwise both live on the loopback address with a port each. Everything that a testbed starts or makes ends with
-//! it: agents, QEMUs, namespaces, files.
+//! it: agents, QEMUs, namespaces, mounts, files.
 
 pub(crate) mod network;
+mod small_folder;
 
 use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
@@ -18,6 +19,7 @@ use vmferry_api::client::{Client, ClientError, vm_path};
 use vmferry_api::{EngineName, PairRequest, PeerView, RunRequest, Started, TokenRequest, TokenView, VmView};
 
 use crate::{GuestLog, GuestOptions, INITRD};
+use small_folder::SmallFolder;
 
 /// How long an agent may take to be ready.
 const AGENT_START: Duration = Duration::from_secs(20);
@@ -53,6 +55,14 @@ pub enum TestbedError {
         /// What is known about it.
         detail: String,
     },
+    /// A guest ended instead of starting.
+    #[error("{vm} ended while it was starting: {detail}")]
+    Ended {
+        /// The VM.
+        vm: String,
+        /// Its QEMU's last words.
+        detail: String,
+    },
     /// An agent refused.
     #[error(transparent)]
     Client(#[from] ClientError),
@@ -80,6 +90,8 @@ pub struct TestbedOptions {
     pub config: [String; 2],
     /// The hosts trust each other from the start.
     pub paired: bool,
+    /// Each agent's state folder is a file system of its own with little space, which can be filled; needs root.
+    pub small_state: bool,
 }
 
 impl TestbedOptions {
@@ -93,6 +105,7 @@ impl TestbedOptions {
             engine: None,
             config: [String::new(), String::new()],
             paired: true,
+            small_state: false,
         }
     }
 }
@@ -102,6 +115,8 @@ pub struct Testbed {
     // In the order in which they must end: agents, then QEMUs, then what they stand on.
     hosts: [Host; 2],
     network: Network,
+    /// Held for their `Drop`.
+    _small_folders: Vec<SmallFolder>,
     dir: tempfile::TempDir,
 }
 
@@ -133,7 +148,9 @@ impl Testbed {
         let network = Network::set_up(options.namespaces, options.link_bits)?;
         let host = |index: usize, name: &'static str| Host::new(index, name, dir.path(), &options, &network);
         let hosts = [host(0, "alpha")?, host(1, "beta")?];
-        let mut testbed = Self { hosts, network, dir };
+        let small = hosts.iter().filter(|_| options.small_state);
+        let small_folders = small.map(|host| SmallFolder::mount(&host.state_dir)).collect::<Result<_>>()?;
+        let mut testbed = Self { hosts, network, _small_folders: small_folders, dir };
         for host in &mut testbed.hosts {
             host.start_agent().await?;
         }
@@ -204,8 +221,26 @@ impl Testbed {
         let request = RunRequest { name: name.into(), argv, cwd, measuring: false, autostart: false };
         let started: Started = self.alpha().client()?.post("/v1/vms", &request).await?;
         let watch = self.watch(name)?;
-        watch.wait_for_start().await?;
+        tokio::select! {
+            started = watch.wait_for_start() => started?,
+            error = self.end_of(name) => return Err(error),
+        }
         Ok((watch, started.notes))
+    }
+
+    /// Waits until the QEMU of a VM on the first host has ended, or the VM is gone.
+    async fn end_of(&self, name: &str) -> TestbedError {
+        loop {
+            let detail = match self.alpha().show(name).await {
+                Ok(Some(view)) if view.state != "ended" => None,
+                Ok(view) => Some(view.and_then(|view| view.detail).unwrap_or_else(|| "it is gone".into())),
+                Err(error) => return error,
+            };
+            if let Some(detail) = detail {
+                return TestbedError::Ended { vm: name.into(), detail };
+            }
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
     }
 
     /// Follows a guest's console on whichever host it is.
@@ -263,21 +298,32 @@ impl Host {
 
     /// Starts the host's agent and waits until it serves.
     pub async fn start_agent(&mut self) -> Result<()> {
-        let log = std::fs::OpenOptions::new().create(true).append(true).open(&self.log)?;
-        let address = self.address.to_string();
-        let mut command = self.process(&self.vmferry);
-        command.arg("agent").arg("--config").arg(&self.config).args(["--listen", &address]);
-        self.agent = Some(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn()?);
+        self.spawn_agent()?;
         let client = self.client()?;
         let deadline = Instant::now() + AGENT_START;
         while client.get::<serde_json::Value>("/v1/host").await.is_err() {
-            if Instant::now() > deadline || self.agent.as_mut().is_none_or(|it| !matches!(it.try_wait(), Ok(None))) {
+            if Instant::now() > deadline || !self.agent_lives() {
                 let what = format!("the agent of {}", self.name);
                 return Err(TestbedError::Late { what, after: AGENT_START, detail: self.agent_log() });
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         Ok(())
+    }
+
+    /// Starts the host's agent and does not wait for it.
+    pub fn spawn_agent(&mut self) -> Result<()> {
+        let log = std::fs::OpenOptions::new().create(true).append(true).open(&self.log)?;
+        let address = self.address.to_string();
+        let mut command = self.process(&self.vmferry);
+        command.arg("agent").arg("--config").arg(&self.config).args(["--listen", &address]);
+        self.agent = Some(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn()?);
+        Ok(())
+    }
+
+    /// The agent's process has been started and has not ended.
+    pub fn agent_lives(&mut self) -> bool {
+        self.agent.as_mut().is_some_and(|agent| matches!(agent.try_wait(), Ok(None)))
     }
 
     /// Ends the agent as a crash would.

@@ -256,9 +256,10 @@ impl CommandLine {
     /// The size of the huge pages that the guest's RAM is made of, in bytes, where QEMU makes them itself
     /// (`memory-backend-memfd` with `hugetlb`); of RAM in a file the file system tells.
     pub fn huge_page(&self) -> Option<u64> {
-        let huge = self.all("object").map(CommandOption::properties).find(|object| {
-            object.get_some("qom-type") == Some("memory-backend-memfd") && object.is_on("hugetlb")
-        })?;
+        let huge = self
+            .all("object")
+            .map(CommandOption::properties)
+            .find(|object| object.get_some("qom-type") == Some("memory-backend-memfd") && object.is_on("hugetlb"))?;
         // Without a size, the kernel's default; almost everywhere that is this.
         Some(huge.get_some("hugetlbsize").and_then(parse_size).unwrap_or(2 << 20))
     }

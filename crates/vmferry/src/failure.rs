@@ -109,7 +109,11 @@ impl Failure {
                 | BatchError::OtherMatrix(_)
                 | BatchError::Scenario(_),
             ) => 2,
-            Self::NotConfirmed | Self::Ssh(_) | Self::NoTokenOverSsh { .. } | Self::ReadReport(_) | Self::Batch(BatchError::Read(_)) => 3,
+            Self::NotConfirmed
+            | Self::Ssh(_)
+            | Self::NoTokenOverSsh { .. }
+            | Self::ReadReport(_)
+            | Self::Batch(BatchError::Read(_)) => 3,
             Self::Agent(ClientError::Lost(_))
             | Self::Bench(_)
             | Self::BenchRam(_)

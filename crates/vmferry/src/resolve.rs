@@ -25,12 +25,15 @@ pub(crate) async fn run(client: &Client, name: &str, how: Resolve, yes: bool) ->
         }
     }
     client.tell(&format!("{}/resolve", vm_path(name)), &how).await?;
-    println!("{}", match how {
-        Resolve::KeepHere => {
-            format!("{name} goes on here; the other host lets go of it as soon as it can be told")
+    println!(
+        "{}",
+        match how {
+            Resolve::KeepHere => {
+                format!("{name} goes on here; the other host lets go of it as soon as it can be told")
+            }
+            Resolve::ItRunsThere => format!("what is left of {name} here goes"),
         }
-        Resolve::ItRunsThere => format!("what is left of {name} here goes"),
-    });
+    );
     Ok(())
 }
 

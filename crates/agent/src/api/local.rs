@@ -18,8 +18,9 @@ use uuid::Uuid;
 use vmferry_api::client::CONSOLE_PROTOCOL;
 use vmferry_api::trial::TrialResult;
 use vmferry_api::{
-    AdoptRequest, Autostart, Begun, EngineName, Hello, MigrateRequest, MigrationEvent, MigrationView, PairRequest, PeerView,
-    PeersView, Problem, Resolve, RunRequest, Started, StopRequest, TokenRequest, TokenView, TrialRequest, VmView, in_one_line,
+    AdoptRequest, Autostart, Begun, EngineName, Hello, MigrateRequest, MigrationEvent, MigrationView, PairRequest,
+    PeerView, PeersView, Problem, Resolve, RunRequest, Started, StopRequest, TokenRequest, TokenView, TrialRequest,
+    VmView, in_one_line,
 };
 
 use super::{Answer, ApiError, upgraded};

@@ -23,8 +23,8 @@ use crate::error::AgentError;
 use crate::measuring::{boot_files, witness};
 use crate::peers::trust::{self, Caller};
 use crate::peers::{
-    API, BootFile, CheckReply, Commit, Fence, IncomingState, Join, OutgoingState, Offer, Prepared, RELAY_PROTOCOL, TrialAccepted, TrialOffer,
-    link_trial, relay,
+    API, BootFile, CheckReply, Commit, Fence, IncomingState, Join, Offer, OutgoingState, Prepared, RELAY_PROTOCOL,
+    TrialAccepted, TrialOffer, link_trial, relay,
 };
 
 type Shared = State<Arc<Agent>>;
@@ -179,11 +179,7 @@ async fn abandon(State(agent): Shared, Began { id, caller }: Began) -> Answer<In
 /// The guest goes on at its source, by its user's word: whatever this host has of it ends.
 #[utoipa::path(post, path = "/v1/incoming/{id}/fence", params(("id" = Uuid, Path)), request_body = Fence,
     responses((status = 200, body = IncomingState), (status = "default", body = Problem)))]
-async fn fence(
-    State(agent): Shared,
-    Began { id, caller }: Began,
-    Json(fence): Json<Fence>,
-) -> Answer<IncomingState> {
+async fn fence(State(agent): Shared, Began { id, caller }: Began, Json(fence): Json<Fence>) -> Answer<IncomingState> {
     let fenced = async move { destination::fence(&agent.incoming, id, &fence.vm, &caller).await };
     Ok(Json(tokio::spawn(fenced).await.expect("fencing does not panic")?))
 }
@@ -198,11 +194,7 @@ async fn settled(State(agent): Shared, Began { id, .. }: Began) -> Answer<Incomi
 /// How a migration from this host to the one that asks stands here.
 #[utoipa::path(get, path = "/v1/outgoing/{id}", params(("id" = Uuid, Path)),
     responses((status = 200, body = OutgoingState), (status = "default", body = Problem)))]
-async fn outgoing(
-    State(agent): Shared,
-    Paired(caller): Paired,
-    Path(id): Path<Uuid>,
-) -> Answer<OutgoingState> {
+async fn outgoing(State(agent): Shared, Paired(caller): Paired, Path(id): Path<Uuid>) -> Answer<OutgoingState> {
     Ok(Json(OutgoingState { step: agent.host.journal.word_of_out(id, caller.key).await? }))
 }
 

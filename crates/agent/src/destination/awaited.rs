@@ -20,7 +20,7 @@ use super::arrival;
 use super::incoming::{Incoming, STATUS_TIMEOUT};
 use crate::host::{Promise, Stage, Vm};
 use crate::journal::{InRow, Source};
-use crate::peers::{IncomingState, InWord};
+use crate::peers::{InWord, IncomingState};
 
 /// A source that is not heard of for this long has lost its claim: what was prepared for it goes.
 const LEASE: Duration = Duration::from_secs(15);
@@ -350,7 +350,8 @@ impl Awaited {
                 }
             }
             if self.machine().row() == Some(InStep::Prepared) && self.silent_for() >= LEASE {
-                let why = format!("the source's agent ({}) was not heard of for {} s", self.source.name, LEASE.as_secs());
+                let why =
+                    format!("the source's agent ({}) was not heard of for {} s", self.source.name, LEASE.as_secs());
                 // Agents that move the RAM have the guest at the source until the commit.
                 let may_be_left = self.vm.get().filter(|vm| !arrival::is_expected(&vm.dir));
                 if match may_be_left {

@@ -28,7 +28,6 @@ pub(crate) struct Incoming {
     awaited: Mutex<HashMap<Uuid, Arc<Awaited>>>,
 }
 
-
 impl Incoming {
     /// To this host: none yet.
     pub(crate) fn new(host: Arc<Host>) -> Arc<Self> {
@@ -122,7 +121,9 @@ pub(crate) async fn is_undisputed(here: &Arc<Incoming>, id: Uuid) -> Result<bool
     }
     let peers = here.host.journal.peers().await?;
     let Some(known) = peers.iter().find(|peer| peer.fingerprint == row.source.key && !peer.address.is_empty()) else {
-        return Err(AgentError::Busy { what: format!("the agent of {}, which has the last word on it", row.source.name) });
+        return Err(AgentError::Busy {
+            what: format!("the agent of {}, which has the last word on it", row.source.name),
+        });
     };
     let peer = trust::pinned(&here.host, &known.address, known.fingerprint);
     match peer.outgoing(id).await?.step.as_deref() {
@@ -152,10 +153,9 @@ pub(crate) async fn keep(here: &Arc<Incoming>, id: Uuid) -> Result<IncomingState
 pub(crate) async fn state(here: &Arc<Incoming>, id: Uuid) -> Result<IncomingState, AgentError> {
     match here.find(id).await? {
         Some(awaited) => Ok(awaited.view()),
-        None => Err(AgentError::Conflict {
-            message: format!("this host knows no incoming migration {id}"),
-            hint: None,
-        }),
+        None => {
+            Err(AgentError::Conflict { message: format!("this host knows no incoming migration {id}"), hint: None })
+        }
     }
 }
 

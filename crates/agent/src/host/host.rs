@@ -209,5 +209,4 @@ impl Host {
         let tried = self.external.get_or_init(|| vmferry_ram::support().map_err(|why| in_one_line(&why)));
         tried.clone().err()
     }
-
 }

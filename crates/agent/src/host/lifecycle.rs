@@ -169,9 +169,7 @@ fn ours(host: &Host, name: &str) -> Result<Arc<Vm>, AgentError> {
         Stage::Owned | Stage::Planning | Stage::Stopping | Stage::Migrating(_) => Ok(vm),
         Stage::Incoming(_) => Err(not_ours(name, "has not arrived yet", "its source's agent has the say over it")),
         Stage::Unclear => Err(not_ours(name, "may be another host's", "`vmferry resolve` says whose it is")),
-        Stage::InDoubt(_) => {
-            Err(not_ours(name, "may run at its destination", "wait, or see `vmferry resolve --help`"))
-        }
+        Stage::InDoubt(_) => Err(not_ours(name, "may run at its destination", "wait, or see `vmferry resolve --help`")),
         Stage::Left(_) | Stage::Stranded(_) => {
             Err(not_ours(name, "was handed over", "its destination's agent has the say over it"))
         }

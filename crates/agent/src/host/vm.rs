@@ -102,12 +102,7 @@ pub(crate) struct Vm {
 
 impl Vm {
     /// Takes hold of a QEMU that runs: asks it for its facts and connects to its console.
-    pub(crate) async fn attach(
-        record: &VmRecord,
-        qmp: Qmp,
-        dir: PathBuf,
-        stage: Stage,
-    ) -> Result<Self, QmpError> {
+    pub(crate) async fn attach(record: &VmRecord, qmp: Qmp, dir: PathBuf, stage: Stage) -> Result<Self, QmpError> {
         let facts = Facts::ask(&qmp).await?;
         let socket = dir.join("console.sock");
         let console = match socket.exists() {

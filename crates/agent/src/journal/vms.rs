@@ -98,9 +98,5 @@ fn record(row: &Row<'_>) -> Result<VmRecord> {
 }
 
 pub(super) fn instance(row: &Row<'_>) -> Result<Instance> {
-    Ok(Instance {
-        boot: row.get("boot")?,
-        pid: row.get("pid")?,
-        start_time: row.get::<_, i64>("start_time")? as u64,
-    })
+    Ok(Instance { boot: row.get("boot")?, pid: row.get("pid")?, start_time: row.get::<_, i64>("start_time")? as u64 })
 }

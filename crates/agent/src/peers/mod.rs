@@ -9,6 +9,9 @@ mod wire;
 
 pub(crate) use client::RELAY_PROTOCOL;
 pub use client::{Answer, Met, Peer};
-pub use wire::{BootFile, CheckReply, Commit, Fence, IncomingState, InWord, OutgoingState, Join, Offer, Prepared, TrialAccepted, TrialOffer};
+pub use wire::{
+    BootFile, CheckReply, Commit, Fence, InWord, IncomingState, Join, Offer, OutgoingState, Prepared, TrialAccepted,
+    TrialOffer,
+};
 
 pub use crate::error::{API, PeerError};

@@ -23,7 +23,7 @@ use crate::engine::{EngineError, RamEngine};
 use crate::error::AgentError;
 use crate::host::{GRACE, Host, Stage, Vm};
 use crate::journal::OutRecord;
-use crate::peers::{IncomingState, InWord, Peer};
+use crate::peers::{InWord, IncomingState, Peer};
 
 /// How long to wait between two tries of something that must not be given up.
 pub(super) const RETRY: Duration = Duration::from_secs(1);
@@ -85,8 +85,7 @@ impl Custody {
     }
 
     fn with(host: &Arc<Host>, record: OutRecord, peer: Peer, machine: Source, why: String) -> Arc<Self> {
-        let state =
-            State { machine, why, detail: None, asked: None, let_go: false, kept: false, told: Vec::new() };
+        let state = State { machine, why, detail: None, asked: None, let_go: false, kept: false, told: Vec::new() };
         let it = Self { host: Arc::clone(host), record, peer, state: Mutex::new(state), changed: Notify::new() };
         it.show();
         Arc::new(it)
@@ -426,7 +425,12 @@ impl Custody {
     async fn stand(&self) {
         let Some(vm) = self.vm() else { return self.look().await };
         let theirs = matches!(self.phase(), Phase::Away { .. } | Phase::Stranded { theirs: true });
-        tracing::error!(vm = vm.name(), pid = vm.pid, theirs, "its QEMU set it running although it was handed over: paused");
+        tracing::error!(
+            vm = vm.name(),
+            pid = vm.pid,
+            theirs,
+            "its QEMU set it running although it was handed over: paused"
+        );
         if vm.qmp.execute_within(commands::Stop {}, GLANCE).await.is_err() && theirs {
             vmferry_qemu::kill_process(vm.pid, vm.start_time, Duration::ZERO).await;
         }

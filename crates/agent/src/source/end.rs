@@ -80,5 +80,9 @@ fn failed(error: &AgentError) -> MigrationEvent {
     };
     let name = String::new();
     let Problem { code, .. } = Problem::from(&AgentError::MigrationFailed { name, message: String::new() });
-    MigrationEvent::Failed(Problem { code, message: format!("{message}; the guest runs on at the source, unharmed"), hint: problem.hint })
+    MigrationEvent::Failed(Problem {
+        code,
+        message: format!("{message}; the guest runs on at the source, unharmed"),
+        hint: problem.hint,
+    })
 }

@@ -29,8 +29,8 @@ mod teller;
 mod told;
 
 pub(crate) use begin::begin;
+pub(crate) use fences::keep as keep_fences;
 pub(crate) use migration::Migration;
 pub(crate) use outgoing::Outgoing;
-pub(crate) use fences::keep as keep_fences;
 pub(crate) use resolve::{discard, resolve};
 pub(crate) use settle::take_up;

@@ -54,10 +54,7 @@ impl Serving {
     }
 
     /// Of a migration that another agent began, or that was interrupted: with an engine, if there is none.
-    pub(super) async fn again(
-        custody: &Custody,
-        engine: &mut Option<Box<dyn RamEngine>>,
-    ) -> Result<Self, AgentError> {
+    pub(super) async fn again(custody: &Custody, engine: &mut Option<Box<dyn RamEngine>>) -> Result<Self, AgentError> {
         let Some(vm) = custody.vm() else {
             return Err(AgentError::Busy { what: format!("the QEMU of {}, which does not answer", custody.record.vm) });
         };

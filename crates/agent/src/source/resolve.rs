@@ -34,7 +34,9 @@ async fn decide(custody: &Custody, name: &str, how: Resolve) -> Result<(), Agent
     custody.apply(event).map_err(|refused| match refused {
         Refused::CannotRun => AgentError::Conflict {
             message: format!("the QEMU of {name} here has let go of its guest for post-copy, and cannot run it"),
-            hint: Some(format!("only its destination can; `vmferry resolve {name} --it-runs-there` ends the QEMU here")),
+            hint: Some(format!(
+                "only its destination can; `vmferry resolve {name} --it-runs-there` ends the QEMU here"
+            )),
         },
         Refused::Silent => AgentError::Busy { what: format!("the QEMU of {name}, which does not answer") },
         _ => no_doubt(name),

@@ -13,7 +13,8 @@ use vmferry_qemu::qmp::commands::{
     MigrationInfo, QueryKvm, QueryMigrate, QueryVersion, Stop,
 };
 use vmferry_qemu::{
-    Accel, Endpoint, Features, MigrationStatus, Qmp, QmpError, StreamKey, end_with_us, protect_streams, tls_priority, try_kvm,
+    Accel, Endpoint, Features, MigrationStatus, Qmp, QmpError, StreamKey, end_with_us, protect_streams, tls_priority,
+    try_kvm,
 };
 
 use super::processors::Sampler;

@@ -115,7 +115,7 @@ fn ip(arguments: &str) -> Result<()> {
     run("ip", arguments)
 }
 
-fn run(program: &str, arguments: &str) -> Result<()> {
+pub(super) fn run(program: &str, arguments: &str) -> Result<()> {
     let output = Command::new(program).args(arguments.split(' ')).output()?;
     if output.status.success() {
         return Ok(());
