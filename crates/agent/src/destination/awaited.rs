@@ -3,7 +3,7 @@
 //! What is due is done by whoever comes first, a request or the task that watches it, one at a time. What does not come
 //! off is due again a second later. A guest that an agent finds in its journal is driven by the same.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -40,6 +40,8 @@ pub(crate) struct Awaited {
     begun: Instant,
     /// When the source was last heard of, in ms since `begun`.
     heard_ms: AtomicU64,
+    /// Its QEMU is being started and set up: whatever becomes of it, that is seen to its end first.
+    preparing: AtomicBool,
     /// Held while something is done.
     turn: tokio::sync::Mutex<()>,
     changed: Notify,
@@ -85,6 +87,7 @@ impl Awaited {
             state: Mutex::new(State { machine, why, fenced: false, told: false, promise }),
             begun: Instant::now(),
             heard_ms: AtomicU64::new(0),
+            preparing: AtomicBool::new(false),
             turn: tokio::sync::Mutex::default(),
             changed: Notify::new(),
         })
@@ -105,6 +108,17 @@ impl Awaited {
         }
         // A second one there never is.
         let _ = self.vm.set(Arc::clone(vm));
+    }
+
+    /// Its QEMU is being started and set up, or is not any more.
+    pub(super) fn set_preparing(&self, preparing: bool) {
+        self.preparing.store(preparing, Ordering::Release);
+    }
+
+    /// Nothing is left of it, nor about to be.
+    pub(super) fn is_gone(&self) -> bool {
+        let machine = self.machine();
+        machine.row() == Some(InStep::Abandoned) && machine.is_at_rest() && !self.preparing.load(Ordering::Acquire)
     }
 
     /// The memory that was kept for it is there, or not needed any more.
@@ -170,8 +184,12 @@ impl Awaited {
                 }
             }
             if self.machine() == before {
-                return;
+                break;
             }
+        }
+        // Its QEMU may have ended by itself.
+        if self.machine().row() == Some(InStep::Abandoned) && self.machine().qemu() == Qemu::Ended {
+            self.forget(here).await;
         }
     }
 
@@ -306,22 +324,30 @@ impl Awaited {
     }
 
     async fn end(&self, here: &Incoming) {
-        if let Some(vm) = self.vm.get() {
-            vmferry_qemu::kill_process(vm.pid, vm.start_time, Duration::from_secs(1)).await;
-            if let Err(error) = here.host.forget_vm(vm).await {
-                tracing::error!(vm = self.name, error = in_one_line(&error), "cannot forget it");
-            }
-        } else if let Some(idle) = here.host.idle(&self.name)
-            && idle.record.incoming == Some(self.id)
-        {
-            let instance = &idle.record.instance;
-            vmferry_qemu::kill_process(instance.pid, instance.start_time, Duration::from_secs(1)).await;
-            if let Err(error) = here.host.forget_idle(&idle).await {
-                tracing::error!(vm = self.name, error = in_one_line(&error), "cannot forget it");
-            }
+        let idle = || here.host.idle(&self.name).filter(|idle| idle.record.incoming == Some(self.id));
+        let process = match self.vm.get() {
+            Some(vm) => Some((vm.pid, vm.start_time)),
+            None => idle().map(|idle| (idle.record.instance.pid, idle.record.instance.start_time)),
+        };
+        if let Some((pid, start_time)) = process {
+            vmferry_qemu::kill_process(pid, start_time, Duration::from_secs(1)).await;
         }
-        self.has_arrived();
         self.apply(Event::Told(Qemu::Ended));
+    }
+
+    /// Of what is abandoned, and has no QEMU any more, nothing is left.
+    async fn forget(&self, here: &Incoming) {
+        self.has_arrived();
+        let forgotten = match self.vm.get() {
+            Some(vm) => here.host.forget_vm(vm).await,
+            None => match here.host.idle(&self.name).filter(|idle| idle.record.incoming == Some(self.id)) {
+                Some(idle) => here.host.forget_idle(&idle).await,
+                None => Ok(()),
+            },
+        };
+        if let Err(error) = forgotten {
+            tracing::error!(vm = self.name, error = in_one_line(&error), "cannot forget it");
+        }
     }
 
     /// Sees to it that what is due is done, until nothing will be due any more. What was prepared is given up when its

@@ -107,9 +107,8 @@ async fn let_go(here: &Arc<Incoming>, awaited: &Awaited, event: Event, why: &str
         awaited.act(here).await;
         let machine = awaited.machine();
         // What was committed is not abandoned; and what cannot be written is said to be as it was.
-        let is_over = machine.row() == Some(InStep::Abandoned) && machine.is_at_rest();
         let stays = matches!(machine.row(), Some(InStep::Committed { .. })) && event != Event::Fence;
-        if is_over || stays || Instant::now() > deadline {
+        if awaited.is_gone() || stays || Instant::now() > deadline {
             return awaited.view();
         }
         // While its QEMU starts, whoever starts it ends it.

@@ -52,6 +52,7 @@ pub(crate) async fn prepare(here: &Arc<Incoming>, mut offer: Offer, caller: Call
     if here.host.journal.row_in(offer.id).await?.is_some() || here.add(Arc::clone(&awaited)).is_err() {
         return Err(known_already());
     }
+    awaited.set_preparing(true);
     awaited.apply(Event::Prepare);
     awaited.act(here).await;
     if awaited.machine().row() != Some(InStep::Prepared) {
@@ -66,6 +67,8 @@ pub(crate) async fn prepare(here: &Arc<Incoming>, mut offer: Offer, caller: Call
         Err(error) => {
             awaited.give_up(Event::GiveUp, &in_one_line(&error));
             awaited.apply(Event::Told(Qemu::Ended));
+            awaited.act(here).await;
+            awaited.set_preparing(false);
             tokio::spawn(awaited.watch(Arc::clone(here)));
             return Err(error);
         }
@@ -93,6 +96,7 @@ pub(crate) async fn prepare(here: &Arc<Incoming>, mut offer: Offer, caller: Call
         awaited.give_up(Event::GiveUp, &format!("its QEMU could not be prepared: {}", in_one_line(error)));
     }
     awaited.act(here).await;
+    awaited.set_preparing(false);
     let state = awaited.view();
     if state.step == InWord::Abandoned && received.is_ok() {
         // While its QEMU started.

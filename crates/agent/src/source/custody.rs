@@ -29,6 +29,8 @@ use crate::peers::{InWord, IncomingState, Peer};
 pub(super) const RETRY: Duration = Duration::from_secs(1);
 /// How long the guest waits for its destination to let go before it runs again without that.
 const LET_GO: Duration = Duration::from_secs(1);
+/// How long it is waited until nothing is left there, while the guest runs.
+const CLEAN: Duration = Duration::from_secs(12);
 /// How long the destination may take to have the guest as it is to be, before its user is told otherwise.
 const RUNS: Duration = Duration::from_secs(5);
 /// How long QEMU may take to say what it does.
@@ -361,17 +363,15 @@ impl Custody {
     }
 
     async fn ask_abandon(&self) {
-        let waits = self.machine();
-        let asked = tokio::time::timeout(LET_GO, self.peer.abandon(self.record.id)).await;
-        match asked {
+        // A guest that runs does not mind how long it takes until nothing is left there; one that stands does.
+        let patience = if self.machine().qemu() == Qemu::Stands { LET_GO } else { CLEAN };
+        match tokio::time::timeout(patience, self.peer.abandon(self.record.id)).await {
             Ok(Ok(state)) => self.hear(&state),
-            Ok(Err(error)) => tracing::debug!(error = in_one_line(&error), "the destination does not let go yet"),
-            Err(_) => {}
-        }
-        // Nobody minds waiting for it a little but a guest that stands.
-        let patience = if waits.qemu() == Qemu::Stands { Duration::ZERO } else { LET_GO };
-        if self.was_asked_for(patience) {
-            self.tell(Event::Waited);
+            Ok(Err(error)) => {
+                tracing::debug!(error = in_one_line(&error), "the destination does not let go yet");
+                self.tell(Event::Waited);
+            }
+            Err(_) => self.tell(Event::Waited),
         }
     }
 
