@@ -19,7 +19,7 @@ test:
 
 MODEL ?= 3,2,400000000,1800
 model:
-	VMFERRY_MODEL=$(MODEL) cargo test --package vmferry-custody --test check -- --nocapture exactly_one
+	VMFERRY_MODEL=$(MODEL) cargo test --workspace --test check -- --nocapture exactly_one
 
 lint:
 	cargo fmt --all --check
@@ -39,7 +39,7 @@ torture: export SEED := $(SEED)
 torture: export RUST_BACKTRACE := 0
 torture:
 	scripts/setup.sh --for-tests
-	cargo test --package vmferry --test system -- --ignored --exact torture::whatever_strikes_the_guest_ends_up_once --nocapture
+	cargo test --workspace --test system -- --ignored --exact torture::whatever_strikes_the_guest_ends_up_once --nocapture
 
 # Goes on where it was interrupted; MINUTES=10 make study runs as much as fits.
 study:

@@ -180,9 +180,54 @@ async fn what_was_abandoned_can_never_be_prepared_or_committed_afterwards() {
         state["step"].as_str().map(str::to_owned)
     };
     assert_eq!(step(ask(&beta, Method::DELETE, &path, "").await).as_deref(), Some("abandoned"));
-    assert_eq!(step(ask(&beta, Method::POST, &format!("{path}/commit"), r#"{"run":true}"#).await).as_deref(), Some("abandoned"));
+    assert_eq!(
+        step(ask(&beta, Method::POST, &format!("{path}/commit"), r#"{"run":true}"#).await).as_deref(),
+        Some("abandoned")
+    );
     let offer = Offer { id, disks: Vec::new(), ..offer_with_disk(&bed, "/nowhere".as_ref()).await };
     let offer = serde_json::to_string(&offer).expect("plain data");
     assert!(!ask(&beta, Method::POST, "/v1/incoming", &offer).await.status.is_success());
     assert!(bed.beta().show("web2").await.expect("answers").is_none());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_twenty_guests_at_once_for_memory_that_is_there_once_one_is_admitted() {
+    let bed = bed::start(options(), guest(Mode::Idle)).await;
+    let meminfo = std::fs::read_to_string("/proc/meminfo").expect("readable");
+    let available = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:")).expect("it is told");
+    let available: u64 = available.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") << 10;
+    let template = Offer {
+        disks: Vec::new(),
+        disks_are_shared: true,
+        protection: Protection::Relay,
+        ..offer_with_disk(&bed, "/nowhere".as_ref()).await
+    };
+    let asking = (0..20).map(|number| {
+        let mut offer = Offer { id: Uuid::new_v4(), ..template.clone() };
+        offer.spec.name = format!("twentieth{number}");
+        offer.ram_bytes = available / 10 * 6;
+        let peer = beta(&bed);
+        async move {
+            let body = serde_json::to_string(&offer).expect("plain data");
+            (offer.id, ask(&peer, Method::POST, "/v1/incoming", &body).await)
+        }
+    });
+    let answers = futures_util::future::join_all(asking).await;
+    let (taken, refused): (Vec<_>, Vec<_>) = answers.into_iter().partition(|(_, answer)| answer.status.is_success());
+    assert_eq!((taken.len(), refused.len()), (1, 19), "{}", bed.logs());
+    for (_, answer) in &refused {
+        let problem: Problem = serde_json::from_slice(&answer.body).expect("a problem");
+        assert_eq!(problem.code, Code::NoMemory, "{}", problem.message);
+        assert!(problem.message.contains("MiB may be used there"), "{}", problem.message);
+    }
+    // What was given up can be promised again.
+    let path = format!("/v1/incoming/{}", taken[0].0);
+    assert!(ask(&beta(&bed), Method::DELETE, &path, "").await.status.is_success());
+    let mut offer = Offer { id: Uuid::new_v4(), ..template };
+    (offer.spec.name, offer.ram_bytes) = ("again".into(), available / 10 * 6);
+    let body = serde_json::to_string(&offer).expect("plain data");
+    let answer = ask(&beta(&bed), Method::POST, "/v1/incoming", &body).await;
+    assert!(answer.status.is_success(), "{}", String::from_utf8_lossy(&answer.body));
+    let path = format!("/v1/incoming/{}", offer.id);
+    assert!(ask(&beta(&bed), Method::DELETE, &path, "").await.status.is_success());
 }

@@ -7,6 +7,7 @@ mod api;
 mod bed;
 mod bench;
 mod crashes;
+mod decisions;
 mod demo;
 mod docs;
 mod external;

@@ -12,8 +12,8 @@ use futures_util::{StreamExt, stream};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use tokio::net::UnixDatagram;
-use vmferry_api::{AdoptRequest, Started, VmView};
 use vmferry_api::client::Client;
+use vmferry_api::{AdoptRequest, Started, VmView};
 
 const VMS: usize = 500;
 /// How many of them hang in the second test: more than an agent could wait for in turn.

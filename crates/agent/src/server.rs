@@ -16,7 +16,7 @@ use vmferry_link::{Acceptor, Authority, AuthorityError, Identity, IdentityError,
 use crate::agent::Agent;
 use crate::config::Config;
 use crate::error::AgentError;
-use crate::host::{Trusts, bind_anew};
+use crate::host::{self, Trusts, bind_anew};
 use crate::journal::{Journal, Opened};
 use crate::peers::callers::Callers;
 use crate::peers::trust::Caller;
@@ -119,6 +119,7 @@ pub async fn serve(config: Config, end: CancellationToken) -> Result<(), ServeEr
     }
     tokio::spawn(recovery::see_to_the_ended(Arc::clone(&agent)));
     tokio::spawn(source::keep_fences(Arc::clone(&agent.host)));
+    tokio::spawn(host::bound_logs(Arc::clone(&agent.host)));
     let learning = Arc::clone(&agent.host);
     tokio::spawn(async move { learning.qemus.learn_qemu().await });
     end.cancelled().await;

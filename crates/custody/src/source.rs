@@ -80,6 +80,8 @@ pub enum Phase {
     InDoubt {
         /// All of its RAM is there, as far as is known.
         complete: bool,
+        /// By our user's word it is there. The destination is given its time to say otherwise, or to take it.
+        theirs: bool,
     },
     /// The guest is ours again: what was begun is undone.
     Undoing {
@@ -265,7 +267,7 @@ impl Source {
                 }
             }
             Event::Complete => match &mut self.phase {
-                Phase::Away { complete, .. } | Phase::InDoubt { complete } | Phase::Sealed { complete } => {
+                Phase::Away { complete, .. } | Phase::InDoubt { complete, .. } | Phase::Sealed { complete } => {
                     *complete = true;
                 }
                 _ => {}
@@ -279,7 +281,12 @@ impl Source {
             Event::Told(qemu) => self.tell(qemu),
             Event::Wrote(row) => self.wrote(row),
             Event::NotWritten(row) => self.not_written(row),
-            Event::Waited => self.waited = true,
+            Event::Waited => {
+                self.waited = true;
+                if let Phase::InDoubt { theirs: true, .. } = self.phase {
+                    self.phase = Phase::Away { complete: true, runs: true };
+                }
+            }
         }
         if std::mem::discriminant(&before) != std::mem::discriminant(&self.phase) {
             self.waited = false;
@@ -320,7 +327,8 @@ impl Source {
                     Qemu::Runs | Qemu::Stands | Qemu::Rests => Phase::Undoing { let_go: false, kept: true },
                 }
             }
-            (Event::RunsThere, Phase::InDoubt { .. } | Phase::Away { .. } | Phase::Stranded { .. })
+            (Event::RunsThere, Phase::InDoubt { complete, .. }) => Phase::InDoubt { complete, theirs: true },
+            (Event::RunsThere, Phase::Away { .. } | Phase::Stranded { .. })
             | (Event::Discard, Phase::Stranded { .. }) => Phase::Away { complete: true, runs: true },
             (Event::Discard, Phase::Owned) => Phase::Owned,
             (Event::Begin | Event::Discard, _) => return Err(Refused::Busy),
@@ -331,7 +339,7 @@ impl Source {
 
     fn hear(&mut self, answer: Answer) {
         self.phase = match (answer, self.phase) {
-            (Answer::Committed { runs }, Phase::Sealed { complete } | Phase::InDoubt { complete }) => {
+            (Answer::Committed { runs }, Phase::Sealed { complete } | Phase::InDoubt { complete, .. }) => {
                 Phase::Away { complete, runs }
             }
             // Somebody over there has decided so; never will the guest go on here then.
@@ -375,7 +383,7 @@ impl Source {
             Row::Open(step) => {
                 self.row = Some(step);
                 if let (OutStep::Commit, Phase::Sealed { complete }) = (step, self.phase) {
-                    self.phase = Phase::InDoubt { complete };
+                    self.phase = Phase::InDoubt { complete, theirs: false };
                 }
             }
             Row::Ended(end) => {
@@ -465,7 +473,7 @@ impl Source {
 fn phase_of(row: OutStep) -> Phase {
     match row {
         OutStep::CopyRam => Phase::Undoing { let_go: false, kept: false },
-        OutStep::Commit => Phase::InDoubt { complete: false },
+        OutStep::Commit => Phase::InDoubt { complete: false, theirs: false },
         OutStep::KeptHere => Phase::Undoing { let_go: false, kept: true },
         OutStep::PostCopy => Phase::Away { complete: false, runs: false },
         OutStep::Retire => Phase::Away { complete: true, runs: false },

@@ -125,7 +125,7 @@ async fn stop(
     Json(request): Json<StopRequest>,
 ) -> Result<StatusCode, ApiError> {
     // What is left of a guest that is stranded has nothing to shut down.
-    if !(request.force && source::discard(&agent.outgoing, &name)) {
+    if !(request.force && source::discard(&agent.outgoing, &name).await) {
         host::stop(&agent.host, &name, &request).await?;
     }
     Ok(StatusCode::NO_CONTENT)

@@ -30,6 +30,10 @@ pub(crate) async fn recover(here: &Arc<Incoming>, id: Uuid, caller: &Caller) -> 
         if let Some(arrival) = here.arrivals.take(id) {
             arrival.give_up();
         }
+        // One that was shut down, or stopped by its user, misses nothing any more.
+        if here.host.idle(&name).is_none_or(|idle| idle.record.incoming != Some(id)) {
+            return Ok(IncomingState { complete: true, runs: true, ..awaited.view() });
+        }
         return Err(gone());
     };
     let mut state = awaited.view();

@@ -289,18 +289,29 @@ impl ExternalEngine {
     /// Waits until QEMU has paused the guest.
     async fn until_paused(&mut self, source: &Source, mut events: EventStream) -> Result<(), EngineError> {
         let begun = Instant::now();
-        while !self.reaches(&MigrationStatus::PreSwitchover, begun + STATE_TIMEOUT).await? {
+        let mut stopped_at = None;
+        loop {
+            let is_paused = self.reaches(&MigrationStatus::PreSwitchover, begun + STATE_TIMEOUT).await?;
+            while let Ok(Some(event)) = tokio::time::timeout(Duration::ZERO, events.next()).await {
+                match event.name.as_str() {
+                    "STOP" => stopped_at = Some(event.at),
+                    "RESUME" => stopped_at = None,
+                    _ => {}
+                }
+            }
+            if is_paused {
+                break;
+            }
+            if stopped_at.is_some() {
+                // It may have been its user, a moment before QEMU does.
+                self.look_whether_it_runs().await?;
+            }
             if begun.elapsed() > PACED_PAUSE {
                 source.lift_pacing();
             }
         }
         source.lift_pacing();
-        while let Ok(Some(event)) = tokio::time::timeout(Duration::ZERO, events.next()).await {
-            if event.name == "STOP" {
-                self.paused_at.get_or_insert(event.at);
-            }
-        }
-        self.paused_at.get_or_insert_with(Instant::now);
+        self.paused_at.get_or_insert_with(|| stopped_at.unwrap_or_else(Instant::now));
         Ok(())
     }
 
@@ -445,6 +456,7 @@ impl RamEngine for ExternalEngine {
     }
 
     async fn stop_copying(&mut self) -> Result<(), EngineError> {
+        self.look_whether_it_runs().await?;
         if let Some(source) = self.source.take() {
             let ended = tokio::task::spawn_blocking(move || source.abandon()).await;
             ended.expect("abandoning does not panic");

@@ -288,6 +288,7 @@ impl RamEngine for QemuEngine {
     }
 
     async fn stop_copying(&mut self) -> Result<(), EngineError> {
+        self.look_whether_it_runs().await?;
         stop_copying(&self.qmp).await
     }
 

@@ -17,7 +17,7 @@ use vmferry_api::witness::monotonic_ns;
 /// How much of the past a new viewer is shown, in bytes.
 const SCROLLBACK: usize = 64 << 10;
 /// How many pieces of output a viewer may be behind.
-const VIEWER_LAG: usize = 1024;
+const VIEWER_LAG: usize = 256;
 
 /// See the module's text. Cheap to clone.
 #[derive(Clone)]

@@ -10,7 +10,9 @@ mod host;
 mod idle;
 mod launch;
 mod lifecycle;
+mod logs;
 mod qemus;
+mod rest;
 mod vm;
 
 pub(crate) use admission::{Need, Promise, Short, resident_memory};
@@ -21,4 +23,5 @@ pub(crate) use folders::{bind_anew, make_private_dir};
 pub(crate) use host::{Follower, Host, MOST_TRIALS, Trusts};
 pub(crate) use idle::{Idle, IdleVm};
 pub(crate) use lifecycle::{adopt, check_name, pause, resume, run, set_autostart, start, stop};
+pub(crate) use logs::bound_logs;
 pub(crate) use vm::{Claim, GLANCE, GRACE, Stage, Vm, pid_from_file};

@@ -149,6 +149,10 @@ impl Custody {
             if before == after {
                 return Ok(());
             }
+            if event == Event::RunsThere {
+                // It is asked once more, and given its time.
+                state.asked = None;
+            }
             if std::mem::discriminant(&before.phase()) != std::mem::discriminant(&after.phase()) {
                 state.asked = None;
                 tracing::debug!(vm = self.record.vm, migration = %self.record.id, ?event, phase = ?after.phase(), "custody");
@@ -357,7 +361,8 @@ impl Custody {
                 )
             }),
         }
-        if is_away && self.was_asked_for(RUNS) {
+        let waits = is_away || matches!(self.phase(), Phase::InDoubt { theirs: true, .. });
+        if waits && self.was_asked_for(RUNS) {
             self.tell(Event::Waited);
         }
     }
@@ -394,6 +399,11 @@ impl Custody {
             Some(engine) => engine.stop_copying().await,
             None => stop_copying(&vm.qmp).await,
         };
+        if let Some(engine) = &hands.engine {
+            // Its user may have paused it a moment ago.
+            let running = engine.guest_runs();
+            self.tell(Event::Wants { running });
+        }
         match stopped {
             Ok(()) => self.look().await,
             Err(EngineError::TooLate) => {

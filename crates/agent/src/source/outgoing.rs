@@ -64,7 +64,16 @@ impl Outgoing {
 
     /// This one is over: whatever is left of it goes.
     pub(super) async fn is_over(&self, custody: &Arc<Custody>) {
+        self.see_to_the_rest(custody).await;
         self.open().retain(|it| !Arc::ptr_eq(it, custody));
+    }
+
+    /// It is driven, or what is left of it has not gone yet.
+    pub(super) fn is_driven(&self, custody: &Arc<Custody>) -> bool {
+        self.open().iter().any(|it| Arc::ptr_eq(it, custody))
+    }
+
+    async fn see_to_the_rest(&self, custody: &Arc<Custody>) {
         let (id, peer) = (custody.record.id, custody.peer.apart());
         let Phase::Over { .. } = custody.phase() else {
             // It may not have heard that it is to let go. Its lease runs out; but nobody should wait for that.

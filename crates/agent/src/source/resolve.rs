@@ -13,6 +13,8 @@ use crate::host::{Host, Stage, Vm};
 
 /// How long it may take until what was decided is written.
 const WRITTEN: Duration = Duration::from_secs(5);
+/// How long it may take until nothing is left of it.
+const GONE: Duration = Duration::from_secs(15);
 
 /// Does as the user has decided about this VM.
 pub(crate) async fn resolve(outgoing: &Arc<Outgoing>, name: &str, how: Resolve) -> Result<(), AgentError> {
@@ -78,10 +80,16 @@ async fn found(host: &Host, vm: &Vm, how: Resolve) -> Result<(), AgentError> {
 }
 
 /// What is left of a guest that is stranded goes. False when this VM is not.
-pub(crate) fn discard(outgoing: &Outgoing, name: &str) -> bool {
-    outgoing.custody_of(name).is_some_and(|custody| {
-        matches!(custody.phase(), Phase::Stranded { .. }) && custody.apply(Event::Discard).is_ok()
-    })
+pub(crate) async fn discard(outgoing: &Outgoing, name: &str) -> bool {
+    let Some(custody) = outgoing.custody_of(name) else { return false };
+    if !matches!(custody.phase(), Phase::Stranded { .. }) || custody.apply(Event::Discard).is_err() {
+        return false;
+    }
+    let deadline = Instant::now() + GONE;
+    while outgoing.is_driven(&custody) && Instant::now() < deadline {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    true
 }
 
 fn no_doubt(name: &str) -> AgentError {

@@ -154,7 +154,7 @@ fn engine(world: &World, acts: &mut Vec<Act>) {
         acts.push(Act::EngineFails);
     }
     let Some(Phase::Away { complete: false, .. }) = phase else {
-        if let Some(Phase::Away { .. } | Phase::Undoing { .. }) = phase {
+        if let Some(Phase::Away { .. } | Phase::Undoing { .. } | Phase::InDoubt { theirs: true, .. }) = phase {
             acts.push(Act::SourceWaited);
         }
         return;

@@ -105,7 +105,10 @@ fn one_round(mut world: World, flaw: Option<Flaw>, round: usize) -> World {
             }
         }
         if round > 6
-            && matches!(world.source.map(source::Source::phase), Some(Phase::Undoing { .. } | Phase::Away { .. }))
+            && matches!(
+                world.source.map(source::Source::phase),
+                Some(Phase::Undoing { .. } | Phase::Away { .. } | Phase::InDoubt { theirs: true, .. })
+            )
         {
             attempt(&mut world, Act::SourceWaited);
         }

@@ -23,7 +23,7 @@ const MAX_UNWRITTEN: usize = 64;
 /// to be done at once would wait behind them.
 const MAX_IN_ORDER: usize = 7;
 /// Events that a reader may be behind before it loses some.
-const MAX_UNREAD_EVENTS: usize = 1024;
+const MAX_UNREAD_EVENTS: usize = 128;
 
 type Reply = Result<Map<String, Value>, Refusal>;
 
