@@ -6,8 +6,8 @@
 
 use std::fmt::Write;
 
-use crate::median;
 use crate::report::{PageCheck, RunReport};
+use crate::{in_words, median};
 
 /// How often both sides are drawn anew.
 const DRAWS: usize = 4000;
@@ -105,7 +105,7 @@ impl Group {
     pub fn spread(&self, figure: &Figure) -> Option<Spread> {
         let values = self.values(figure);
         let (least, most) = (*values.first()?, *values.last()?);
-        Some(Spread { median: median_of(&values), least, most, runs: values.len() })
+        Some(Spread { median: median(values.iter().copied())?, least, most, runs: values.len() })
     }
 
     /// How many completed.
@@ -117,18 +117,17 @@ impl Group {
 /// One group against another; none when one of them has no such figure, or nothing but zeroes.
 pub fn ratio(of: &Group, to: &Group, figure: &Figure) -> Option<Ratio> {
     let (of, to) = (of.values(figure), to.values(figure));
-    if of.is_empty() || to.is_empty() || median_of(&to) == 0.0 {
-        return None;
-    }
+    let middle = |values: &[f64]| median(values.iter().copied());
+    let (middle_of, middle_to) = (middle(&of)?, middle(&to).filter(|it| *it != 0.0)?);
     let enough = of.len() >= FEWEST && to.len() >= FEWEST;
-    Some(Ratio { ratio: median_of(&of) / median_of(&to), interval: enough.then(|| interval(&of, &to)) })
+    Some(Ratio { ratio: middle_of / middle_to, interval: enough.then(|| interval(&of, &to)) })
 }
 
 fn interval(of: &[f64], to: &[f64]) -> (f64, f64) {
     let mut chance = fastrand::Rng::with_seed(SEED);
     let mut draw = |from: &[f64]| {
         let drawn = (0..from.len()).map(|_| from[chance.usize(..from.len())]);
-        median(drawn).unwrap_or(f64::NAN)
+        median(drawn).expect("as many are drawn as there are")
     };
     let mut ratios: Vec<f64> = (0..DRAWS)
         .map(|_| {
@@ -139,11 +138,6 @@ fn interval(of: &[f64], to: &[f64]) -> (f64, f64) {
     ratios.sort_by(f64::total_cmp);
     let at = |share: f64| ratios[((DRAWS - 1) as f64 * share) as usize];
     (at(TAIL), at(1.0 - TAIL))
-}
-
-/// Not a number of none.
-fn median_of(values: &[f64]) -> f64 {
-    median(values.iter().copied()).unwrap_or(f64::NAN)
 }
 
 /// Puts runs of the same set-up together, in the order in which set-ups first come.
@@ -208,10 +202,10 @@ pub fn to_table(groups: &[Group]) -> String {
     let mut text = format!("| set-up | completed | {} | slowed, % | memory |\n", names.join(" | "));
     writeln!(text, "| --- | --- |{} --- |", " ---: |".repeat(FIGURES.len() + 1)).expect("a String takes everything");
     for group in groups {
-        let figure = |it: &Figure| group.spread(it).map_or_else(|| "-".into(), |spread| number(spread.median));
+        let figure = |it: &Figure| in_words(group.spread(it).map(|spread| spread.median), number);
         let figures: Vec<String> = FIGURES.iter().map(figure).collect();
         let slowed = group.runs.iter().filter_map(|run| run.summary.throttle).max().filter(|slowed| *slowed > 0);
-        let slowed = slowed.map_or_else(|| "-".into(), |slowed| slowed.to_string());
+        let slowed = in_words(slowed.map(f64::from), |slowed| format!("{slowed:.0}"));
         let is_damaged = |run: &RunReport| matches!(run.page_check, PageCheck::Damaged { .. });
         let memory = if group.runs.iter().any(is_damaged) { "damaged" } else { "intact" };
         let busy = if group.runs.iter().any(|run| run.summary.host_was_busy) { " (host busy)" } else { "" };
@@ -223,11 +217,13 @@ pub fn to_table(groups: &[Group]) -> String {
 }
 
 fn verdict(ratio: &Ratio) -> String {
+    // Drawn from figures of which some are zero, it may have no end.
+    let end = |it: f64| in_words(Some(it), |it| format!("{it:.2}"));
     match ratio.interval {
         None => format!("× {:.2}, too few runs to tell", ratio.ratio),
         Some((low, high)) => {
             let noise = if ratio.is_noise() == Some(true) { ": noise" } else { "" };
-            format!("× {:.2} (95 %: {low:.2} to {high:.2}){noise}", ratio.ratio)
+            format!("× {:.2} (95 %: {} to {}){noise}", ratio.ratio, end(low), end(high))
         }
     }
 }
@@ -273,6 +269,12 @@ mod tests {
     fn of_two_runs_nothing_is_claimed() {
         let told = to_text(&[group("a", &[1.0, 1.0]), group("b", &[2.0, 2.0])]);
         assert!(told.contains("× 2.00, too few runs to tell"), "{told}");
+    }
+
+    #[test]
+    fn a_ratio_to_what_is_often_nothing_has_no_end_and_says_so() {
+        let told = to_text(&[group("a", &[0.0, 0.0, 1.0, 1.0, 1.0]), group("b", &[1.0, 1.0, 1.0])]);
+        assert!(told.contains("to -)") && !told.contains("inf") && !told.contains("NaN"), "{told}");
     }
 
     #[test]

@@ -24,26 +24,26 @@ pub struct Measured {
     /// What the guest felt.
     pub felt: Felt,
     /// The median of that before it began, and until it ran elsewhere, in ms.
-    pub median_64_mib_ms: (f64, f64),
+    pub median_64_mib_ms: (Option<f64>, Option<f64>),
     /// What threads that only read did before it began, and until the guest ran elsewhere, in bytes a second.
     pub read_per_second: (f64, f64),
     /// Resident memory of the source's agent and the destination's, in MiB: before.
-    pub idle_rss_mib: [f64; 2],
+    pub idle_rss_mib: [Option<f64>; 2],
     /// The most of it while it lasted.
-    pub most_rss_mib: [f64; 2],
+    pub most_rss_mib: [Option<f64>; 2],
     /// Processor time of both agents, in seconds.
-    pub cpu_s: [f64; 2],
+    pub cpu_s: [Option<f64>; 2],
 }
 
-/// What a guest felt of a migration, from its heartbeat and its writes.
+/// What a guest felt of a migration, from its heartbeat and its writes; absent where it said too little.
 #[derive(Clone, Copy, Debug)]
 pub struct Felt {
     /// How long nobody ran it, in ms.
-    pub downtime_ms: f64,
+    pub downtime_ms: Option<f64>,
     /// The longest that its heart stood still besides, in ms.
-    pub worst_stall_ms: f64,
+    pub worst_stall_ms: Option<f64>,
     /// The longest that it took for 64 MiB, in ms.
-    pub worst_64_mib_ms: f64,
+    pub worst_64_mib_ms: Option<f64>,
 }
 
 /// Lets a guest that was moved go on for a moment, has it verify its memory, and tells what it felt since it began.
@@ -66,8 +66,8 @@ fn failed(text: String) -> TestbedError {
     TestbedError::Io(std::io::Error::other(text))
 }
 
-fn ms(time: Option<Duration>) -> f64 {
-    time.map_or(f64::NAN, |time| time.as_secs_f64() * 1e3)
+fn ms(time: Option<Duration>) -> Option<f64> {
+    time.map(|time| time.as_secs_f64() * 1e3)
 }
 
 /// Migrates a guest from the first host of a testbed to the second with these arguments, and has it verify its memory
@@ -92,14 +92,14 @@ pub async fn measure(bed: &Testbed, watch: &GuestWatch, vm: &str, more: &[&str])
             read = &mut reading => { read?; break }
             () = tokio::time::sleep(LOOK) => {
                 for (most, pid) in most_rss_mib.iter_mut().zip(agents) {
-                    *most = most.max(rss_mib(pid));
+                    *most = [*most, rss_mib(pid)].into_iter().flatten().reduce(f64::max);
                 }
             }
         }
     }
     command.wait().await?;
     let total = begun.elapsed();
-    let cpu_s = [cpu_s(agents[0]) - cpu[0], cpu_s(agents[1]) - cpu[1]];
+    let cpu_s = [0, 1].map(|side| Some(cpu_s(agents[side])? - cpu[side]?));
     let last = text.lines().last().ok_or_else(|| failed("the migration said nothing".into()))?;
     let report = match serde_json::from_str(last) {
         Ok(MigrationEvent::Finished(report)) => *report,
@@ -120,14 +120,14 @@ pub async fn measure(bed: &Testbed, watch: &GuestWatch, vm: &str, more: &[&str])
     })
 }
 
-/// Resident memory of a process, in MiB.
-fn rss_mib(pid: u32) -> f64 {
+/// Resident memory of a process that is there, in MiB.
+fn rss_mib(pid: u32) -> Option<f64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let kib = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    kib.and_then(|kib| kib.trim().trim_end_matches(" kB").parse::<f64>().ok()).unwrap_or(f64::NAN) / 1024.0
+    Some(kib?.trim().trim_end_matches(" kB").parse::<f64>().ok()? / 1024.0)
 }
 
-/// Processor time of a process, in seconds.
-fn cpu_s(pid: u32) -> f64 {
-    Stat::read(&format!("/proc/{pid}/stat")).map_or(f64::NAN, |stat| stat.own_s)
+/// Processor time of a process that is there, in seconds.
+fn cpu_s(pid: u32) -> Option<f64> {
+    Stat::read(&format!("/proc/{pid}/stat")).map(|stat| stat.own_s)
 }

@@ -13,7 +13,7 @@ use vmferry_agent::api::types::{EngineName, Step};
 use crate::migration::{Measured, measure};
 use crate::testbed::{Testbed, TestbedError, TestbedOptions, two_qemus};
 use crate::tracking::{Tracked, track};
-use crate::{Fill, GuestOptions, Mode, median};
+use crate::{Fill, GuestOptions, Mode, in_words, median};
 
 const RAM_MIB: u64 = 1024;
 const WRITTEN: u64 = 512 << 20;
@@ -87,33 +87,33 @@ fn set_ups() -> Vec<SetUp> {
     all
 }
 
-/// What a set-up did: medians.
+/// What a set-up did: medians of what was measured.
 #[derive(Clone, Debug, Serialize)]
 struct Row {
     set_up: String,
     runs: usize,
-    total_ms: f64,
-    downtime_felt_ms: f64,
-    downtime_reported_ms: f64,
-    worst_stall_ms: f64,
-    worst_64_mib_ms: f64,
+    total_ms: Option<f64>,
+    downtime_felt_ms: Option<f64>,
+    downtime_reported_ms: Option<f64>,
+    worst_stall_ms: Option<f64>,
+    worst_64_mib_ms: Option<f64>,
     /// How fast the guest rewrote memory until it left, against before.
-    speed_while_copied: f64,
+    speed_while_copied: Option<f64>,
     /// The same for threads that only read.
-    reading_while_copied: f64,
+    reading_while_copied: Option<f64>,
     /// The most that the guest was slowed down, in percent.
-    slowed: f64,
-    sent_mib: f64,
-    rounds: f64,
-    post_copy: f64,
-    source_rss_mib: f64,
-    destination_rss_mib: f64,
-    source_cpu_s: f64,
-    destination_cpu_s: f64,
+    slowed: Option<f64>,
+    sent_mib: Option<f64>,
+    rounds: Option<f64>,
+    post_copy: Option<f64>,
+    source_rss_mib: Option<f64>,
+    destination_rss_mib: Option<f64>,
+    source_cpu_s: Option<f64>,
+    destination_cpu_s: Option<f64>,
     /// How fast the RAM was copied, switchover and post-copy included, and processor time for it on each side.
-    gib_per_s: f64,
-    source_cpu_s_per_gib: f64,
-    destination_cpu_s_per_gib: f64,
+    gib_per_s: Option<f64>,
+    source_cpu_s_per_gib: Option<f64>,
+    destination_cpu_s_per_gib: Option<f64>,
 }
 
 /// What all of them did.
@@ -188,28 +188,28 @@ async fn run(options: &RamBenchOptions, set_up: &SetUp, qemu: Option<PathBuf>) -
 }
 
 fn row(set_up: &SetUp, runs: &[Measured]) -> Row {
-    let median = |figure: &dyn Fn(&Measured) -> f64| median(runs.iter().map(figure)).unwrap_or(f64::NAN);
+    let median = |figure: &dyn Fn(&Measured) -> Option<f64>| median(runs.iter().filter_map(figure));
     Row {
         set_up: set_up.name(),
         runs: runs.len(),
-        total_ms: median(&|it| it.total_ms),
+        total_ms: median(&|it| Some(it.total_ms)),
         downtime_felt_ms: median(&|it| it.felt.downtime_ms),
-        downtime_reported_ms: median(&|it| it.report.downtime_ms),
+        downtime_reported_ms: median(&|it| Some(it.report.downtime_ms)),
         worst_stall_ms: median(&|it| it.felt.worst_stall_ms),
         worst_64_mib_ms: median(&|it| it.felt.worst_64_mib_ms),
-        speed_while_copied: median(&|it| it.median_64_mib_ms.0 / it.median_64_mib_ms.1),
-        reading_while_copied: median(&|it| it.read_per_second.1 / it.read_per_second.0),
-        slowed: median(&|it| f64::from(it.report.throttle)),
-        sent_mib: median(&|it| it.report.sent as f64 / f64::from(1 << 20)),
-        rounds: median(&|it| f64::from(it.report.rounds)),
-        post_copy: runs.iter().filter(|it| it.report.post_copy).count() as f64 / runs.len() as f64,
+        speed_while_copied: median(&|it| Some(it.median_64_mib_ms.0? / it.median_64_mib_ms.1?)),
+        reading_while_copied: median(&|it| Some(it.read_per_second.1 / it.read_per_second.0)),
+        slowed: median(&|it| Some(f64::from(it.report.throttle))),
+        sent_mib: median(&|it| Some(it.report.sent as f64 / f64::from(1 << 20))),
+        rounds: median(&|it| Some(f64::from(it.report.rounds))),
+        post_copy: Some(runs.iter().filter(|it| it.report.post_copy).count() as f64 / runs.len() as f64),
         source_rss_mib: median(&|it| it.most_rss_mib[0]),
         destination_rss_mib: median(&|it| it.most_rss_mib[1]),
         source_cpu_s: median(&|it| it.cpu_s[0]),
         destination_cpu_s: median(&|it| it.cpu_s[1]),
-        gib_per_s: median(&|it| gib(it) / copied_s(it)),
-        source_cpu_s_per_gib: median(&|it| it.cpu_s[0] / gib(it)),
-        destination_cpu_s_per_gib: median(&|it| it.cpu_s[1] / gib(it)),
+        gib_per_s: median(&|it| Some(gib(it) / copied_s(it))),
+        source_cpu_s_per_gib: median(&|it| Some(it.cpu_s[0]? / gib(it))),
+        destination_cpu_s_per_gib: median(&|it| Some(it.cpu_s[1]? / gib(it))),
     }
 }
 
@@ -253,22 +253,25 @@ impl RamReport {
             let _ = write!(text, "{word:>14}");
         }
         text.push('\n');
+        let number = |figure, digits: usize| in_words(figure, |it| format!("{it:.digits$}"));
+        let with_unit = |figure, unit: &str| in_words(figure, |it| format!("{it:.0} {unit}"));
+        let both = |here, there, digits| format!("{} / {}", number(here, digits), number(there, digits));
         for row in &self.rows {
             let cells = [
-                format!("{:.2}", row.total_ms / 1e3),
-                format!("{:.0} ms", row.downtime_felt_ms),
-                format!("{:.0} ms", row.worst_stall_ms),
-                format!("{:.0} ms", row.worst_64_mib_ms),
-                format!("{:.2}", row.speed_while_copied),
-                format!("{:.2}", row.reading_while_copied),
-                format!("{:.0} %", row.slowed),
-                format!("{:.0}", row.sent_mib),
-                format!("{:.0}", row.rounds),
-                format!("{:.0} %", row.post_copy * 100.0),
-                format!("{:.0} / {:.0}", row.source_rss_mib, row.destination_rss_mib),
-                format!("{:.1} / {:.1}", row.source_cpu_s, row.destination_cpu_s),
-                format!("{:.2}", row.gib_per_s),
-                format!("{:.2} / {:.2}", row.source_cpu_s_per_gib, row.destination_cpu_s_per_gib),
+                number(row.total_ms.map(|ms| ms / 1e3), 2),
+                with_unit(row.downtime_felt_ms, "ms"),
+                with_unit(row.worst_stall_ms, "ms"),
+                with_unit(row.worst_64_mib_ms, "ms"),
+                number(row.speed_while_copied, 2),
+                number(row.reading_while_copied, 2),
+                with_unit(row.slowed, "%"),
+                number(row.sent_mib, 0),
+                number(row.rounds, 0),
+                with_unit(row.post_copy.map(|share| share * 100.0), "%"),
+                both(row.source_rss_mib, row.destination_rss_mib, 0),
+                both(row.source_cpu_s, row.destination_cpu_s, 1),
+                number(row.gib_per_s, 2),
+                both(row.source_cpu_s_per_gib, row.destination_cpu_s_per_gib, 2),
             ];
             let _ = write!(text, "{:40}", row.set_up);
             for cell in cells {
@@ -277,11 +280,12 @@ impl RamReport {
             text.push('\n');
         }
         if let Some(Tracked { before, looks, after }) = &self.tracking {
+            let told = |speed: f64| format!("{speed:.0} MiB/s, {}", number(Some(speed / before), 2));
             let _ = writeln!(text, "\n{TRACKING}: {before:.0} MiB/s before");
             for (every, speed) in looks {
-                let _ = writeln!(text, "  a look each {every} ms: {speed:.0} MiB/s, {:.2}", speed / before);
+                let _ = writeln!(text, "  a look each {every} ms: {}", told(*speed));
             }
-            let _ = writeln!(text, "  afterwards: {after:.0} MiB/s, {:.2}", after / before);
+            let _ = writeln!(text, "  afterwards: {}", told(*after));
         }
         text
     }
@@ -289,5 +293,26 @@ impl RamReport {
     /// The same for programs.
     pub fn to_json(&self) -> String {
         serde_json::to_string_pretty(self).expect("plain data")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_of_nothing_measured_has_dashes_and_no_numbers_that_are_none() {
+        let report = RamReport {
+            qemu: "nowhere".into(),
+            processors: 2,
+            rows: vec![row(&set_ups()[0], &[])],
+            tracking: Some(Tracked { before: 0.0, looks: vec![(250, 0.0)], after: 0.0 }),
+        };
+        let text = report.to_text();
+        assert!(!text.contains("NaN") && !text.contains("inf"), "{text}");
+        let line = text.lines().find(|line| line.starts_with("idle")).unwrap();
+        let dashes = line.split_whitespace().filter(|word| *word == "-").count();
+        assert_eq!(dashes, 14 + 3, "each of 14 columns, three of which have two sides: {line}");
+        assert!(text.contains("a look each 250 ms: 0 MiB/s, -"), "{text}");
     }
 }

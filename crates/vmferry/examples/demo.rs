@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use tokio::signal::unix::{SignalKind, signal};
 use vmferry_agent::api::types::{MigrationEvent, Report};
 use vmferry_bench::testbed::{GuestWatch, Testbed, TestbedOptions};
-use vmferry_bench::{Fill, GuestOptions, Mode};
+use vmferry_bench::{Fill, GuestOptions, Mode, in_words};
 
 /// What the link between the namespaces carries.
 const LINK_BITS: u64 = 1_000_000_000;
@@ -121,7 +121,7 @@ async fn migrate(bed: &Testbed) -> Result<Report, Error> {
 
 fn print_table(report: &Report, watch: &GuestWatch, booted: Instant, begun: Instant, over: Instant) {
     let log = watch.log();
-    let ms = |it: Option<Duration>| it.map_or("?".into(), |it| format!("{:.0} ms", it.as_secs_f64() * 1e3));
+    let ms = |it: Option<Duration>| in_words(it.map(|it| it.as_secs_f64() * 1e3), |ms| format!("{ms:.0} ms"));
     let mib = |bytes: u64| format!("{:.0} MiB", bytes as f64 / f64::from(1 << 20));
     let after = over + Duration::from_secs(60);
     let dirty_rate = match report.dirty_rate {

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use vmferry_agent::api::types::{Step, StepTime};
 use vmferry_bench::migration::{Felt, felt, measure};
 use vmferry_bench::testbed::{Testbed, TestbedOptions, two_qemus};
-use vmferry_bench::{Fill, GuestOptions, Mode};
+use vmferry_bench::{Fill, GuestOptions, Mode, in_words};
 use vmferry_qemu::qmp::commands::{
     CapabilityState, Migrate, MigrateIncoming, MigrateSetCapabilities, MigrationParameters, QueryMigrate, Quit,
 };
@@ -66,11 +66,11 @@ struct Run {
     /// Of that, copying the RAM and switching over.
     copy: f64,
     felt: Felt,
-    sent_mib: f64,
+    sent_mib: Option<f64>,
     how: &'static str,
     steps: Vec<StepTime>,
     /// Of the source's agent, in MiB: before, and the most while it migrated.
-    rss: (f64, f64),
+    rss: (Option<f64>, Option<f64>),
 }
 
 /// What the link carries and costs: between two hosts at 1 Gbit/s, and where the processor is the limit, beside others.
@@ -116,15 +116,15 @@ async fn idle(qemu: Option<PathBuf>) -> Result<(), Error> {
     ] {
         println!(
             "| {name} | {} | {} | {} |",
-            ms(runs, |it| it.total),
-            ms(runs, |it| it.copy),
+            ms(runs, |it| Some(it.total)),
+            ms(runs, |it| Some(it.copy)),
             ms(runs, |it| it.felt.downtime_ms)
         );
     }
     println!(
-        "\nvmferry / by hand, both plain: total {:.2}, downtime felt {:.2}",
-        median(&plain, |it| it.total) / median(&by_hand, |it| it.total),
-        median(&plain, |it| it.felt.downtime_ms) / median(&by_hand, |it| it.felt.downtime_ms)
+        "\nvmferry / by hand, both plain: total {}, downtime felt {}",
+        ratio(&plain, &by_hand, |it| Some(it.total)),
+        ratio(&plain, &by_hand, |it| it.felt.downtime_ms)
     );
     steps(&plain);
     memory(&encrypted);
@@ -144,12 +144,12 @@ async fn writing(which: &str, qemu: Option<PathBuf>) -> Result<(), Error> {
     println!("| total | downtime felt | worst stall | 64 MiB rewritten, worst | sent (MiB) | how |");
     println!("| --- | --- | --- | --- | --- | --- |");
     println!(
-        "| {} | {} | {} | {} | {:.0} | {} |",
-        ms(&runs, |it| it.total),
+        "| {} | {} | {} | {} | {} | {} |",
+        ms(&runs, |it| Some(it.total)),
         ms(&runs, |it| it.felt.downtime_ms),
         ms(&runs, |it| it.felt.worst_stall_ms),
         ms(&runs, |it| it.felt.worst_64_mib_ms),
-        median(&runs, |it| it.sent_mib),
+        number(median(&runs, |it| it.sent_mib), 0),
         runs[0].how
     );
     memory(&runs);
@@ -158,32 +158,47 @@ async fn writing(which: &str, qemu: Option<PathBuf>) -> Result<(), Error> {
 
 fn steps(runs: &[Run]) {
     let words: Vec<String> = (0..runs[0].steps.len())
-        .map(|index| format!("{:?} {:.0}", runs[0].steps[index].step, median(runs, |it| it.steps[index].ms)))
+        .map(|index| {
+            let ms = median(runs, |it| Some(it.steps.get(index)?.ms));
+            format!("{:?} {}", runs[0].steps[index].step, number(ms, 0))
+        })
         .collect();
     println!("\nSteps of vmferry, in ms: {}", words.join(", "));
 }
 
 fn memory(runs: &[Run]) {
     println!(
-        "\nMemory of the source's agent (RSS): {:.1} MiB idle, {:.1} MiB migrating",
-        median(runs, |it| it.rss.0),
-        median(runs, |it| it.rss.1)
+        "\nMemory of the source's agent (RSS): {} MiB idle, {} MiB migrating",
+        number(median(runs, |it| it.rss.0), 1),
+        number(median(runs, |it| it.rss.1), 1)
     );
 }
 
-fn sorted(runs: &[Run], figure: impl Fn(&Run) -> f64) -> Vec<f64> {
-    let mut figures: Vec<f64> = runs.iter().map(figure).collect();
+/// Of the runs that have it.
+fn sorted(runs: &[Run], figure: impl Fn(&Run) -> Option<f64>) -> Vec<f64> {
+    let mut figures: Vec<f64> = runs.iter().filter_map(figure).collect();
     figures.sort_by(f64::total_cmp);
     figures
 }
 
-fn median(runs: &[Run], figure: impl Fn(&Run) -> f64) -> f64 {
-    sorted(runs, figure)[runs.len() / 2]
+fn median(runs: &[Run], figure: impl Fn(&Run) -> Option<f64>) -> Option<f64> {
+    let figures = sorted(runs, figure);
+    figures.get(figures.len() / 2).copied()
 }
 
-fn ms(runs: &[Run], figure: impl Fn(&Run) -> f64) -> String {
-    let figures = sorted(runs, figure);
-    format!("{:.0} ms ({:.0} to {:.0})", figures[figures.len() / 2], figures[0], figures[figures.len() - 1])
+fn number(figure: Option<f64>, digits: usize) -> String {
+    in_words(figure, |it| format!("{it:.digits$}"))
+}
+
+fn ratio(of: &[Run], to: &[Run], figure: impl Fn(&Run) -> Option<f64>) -> String {
+    number(median(of, &figure).zip(median(to, &figure)).map(|(of, to)| of / to), 2)
+}
+
+fn ms(runs: &[Run], figure: impl Fn(&Run) -> Option<f64>) -> String {
+    let figures = sorted(runs, &figure);
+    in_words(median(runs, &figure), |median| {
+        format!("{median:.0} ms ({:.0} to {:.0})", figures[0], figures[figures.len() - 1])
+    })
 }
 
 /// Whether guests travel encrypted.
@@ -230,7 +245,7 @@ async fn migrate(
         total: measured.total_ms,
         copy,
         felt: measured.felt,
-        sent_mib: report.sent as f64 / f64::from(1 << 20),
+        sent_mib: Some(report.sent as f64 / f64::from(1 << 20)),
         how: report.method(),
         steps: report.steps,
         rss: (measured.idle_rss_mib[0], measured.most_rss_mib[0]),
@@ -300,8 +315,7 @@ async fn drive_by_hand(qemu: Option<PathBuf>, guest: &GuestOptions) -> Result<Ru
     let felt = felt(&watch, begun).await?;
     there.kill().await?;
     let total = total.as_secs_f64() * 1e3;
-    let (sent_mib, rss) = (f64::NAN, (f64::NAN, f64::NAN));
-    Ok(Run { total, copy, felt, sent_mib, how: "by hand", steps: Vec::new(), rss })
+    Ok(Run { total, copy, felt, sent_mib: None, how: "by hand", steps: Vec::new(), rss: (None, None) })
 }
 
 /// The source's RAM is a descriptor that it has inherited.

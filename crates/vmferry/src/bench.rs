@@ -8,6 +8,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use vmferry_agent::client::Client;
 use vmferry_bench::batch::{Audience, Done, Job, Matrix, Place, batch as run_batch, read_all};
 use vmferry_bench::compare::{Group, group_by_set_up, to_table, to_text};
+use vmferry_bench::in_words;
 use vmferry_bench::link::{LinkBenchOptions, bench_host, bench_loopback};
 use vmferry_bench::ram::{RamBenchOptions, bench_ram};
 
@@ -125,7 +126,10 @@ impl Audience for Bar {
                 let memory =
                     if matches!(report.page_check, PageCheck::Damaged { .. }) { ", memory DAMAGED" } else { "" };
                 match &report.outcome {
-                    Outcome::Completed => format!("{:.1} s{memory}", report.summary.total_ms.unwrap_or(0.0) / 1e3),
+                    Outcome::Completed => {
+                        let total = in_words(report.summary.total_ms, |ms| format!("{:.1} s", ms / 1e3));
+                        format!("{total}{memory}")
+                    }
                     Outcome::NotCompleted { reason } => format!("did not complete: {reason}{memory}"),
                 }
             }

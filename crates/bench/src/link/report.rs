@@ -4,6 +4,8 @@ use std::fmt::Write;
 
 use serde::Serialize;
 
+use crate::in_words;
+
 /// Who moved the bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -80,17 +82,17 @@ const HEAD: [&str; 10] =
 
 impl Row {
     fn cells(&self) -> [String; 10] {
-        let cost = |cpu: Option<f64>| cpu.map_or_else(|| "-".into(), |cpu| format!("{cpu:.2}"));
+        let cost = |cpu: Option<f64>| in_words(cpu, |cpu| format!("{cpu:.2}"));
         [
             self.name.clone(),
             self.security.clone(),
             self.streams.to_string(),
             self.compression.clone(),
             self.data.clone(),
-            format!("{:.0}", self.mib_per_s),
+            in_words(Some(self.mib_per_s), |speed| format!("{speed:.0}")),
             cost(self.source_cpu),
             cost(self.destination_cpu),
-            format!("{:.0} %", self.idle * 100.0),
+            in_words(Some(self.idle), |idle| format!("{:.0} %", idle * 100.0)),
             self.urgent.map_or_else(|| "-".into(), |it| format!("{:.2} / {:.2}", it.p50_ms, it.p99_ms)),
         ]
     }
@@ -121,7 +123,7 @@ impl LinkReport {
         let named = |name: &str| self.rows.iter().find(|row| row.name.starts_with(name));
         let mut ratios = Vec::new();
         let mut add = |what: &str, ratio: Option<f64>| {
-            if let Some(ratio) = ratio {
+            if let Some(ratio) = ratio.filter(|it| it.is_finite()) {
                 ratios.push((what.to_owned(), ratio));
             }
         };

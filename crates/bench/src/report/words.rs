@@ -3,6 +3,7 @@
 use std::fmt::Write;
 
 use super::{Clocks, Origin, Outcome, PageCheck, RunReport, Settings};
+use crate::in_words;
 
 const MIB: f64 = 1_048_576.0;
 
@@ -85,7 +86,7 @@ impl RunReport {
         line(felt, ms(self.downtime_ms()));
         line("worst stall", ms(s.worst_stall_ms));
         line("worst 64 MiB", ms(s.worst_64_mib_ms));
-        let speed = |value: Option<f64>| value.map_or_else(|| "-".into(), |value| format!("{:.0}", value / MIB));
+        let speed = |value: Option<f64>| in_words(value, |value| format!("{:.0}", value / MIB));
         line(
             "guest speed",
             s.speed_before.map(|_| {
