@@ -343,7 +343,7 @@ pub struct ProgressSample {
     pub remaining: u64,
     /// Sent so far, in bytes.
     pub sent: u64,
-    /// How fast the guest makes pages stale, in bytes a second; 0 before the first round's end.
+    /// How fast the guest makes pages stale, in bytes a second; 0 while that is not known.
     pub dirty_rate: u64,
     /// What the link carries, in bytes a second.
     pub link_rate: u64,

@@ -71,7 +71,7 @@ pub struct Observation {
     pub stale: Percent,
     /// What went over the link so far.
     pub sent: Bytes,
-    /// How fast the guest makes pages stale, as of the last completed round; 0 before that.
+    /// How fast the guest makes pages stale, as of the last completed round; before that as far as it is seen, or 0.
     pub dirty_rate: BytesPerSec,
     /// How fast the link carries RAM; 0 when not known yet.
     pub link_rate: BytesPerSec,

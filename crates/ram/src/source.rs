@@ -19,7 +19,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, RwLock};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vmferry_link::{Link, LinkDown, LinkStats};
 
@@ -92,7 +92,8 @@ pub struct Progress {
     /// How much of what the first round has sent the guest has written again, as of lately, in percent; 0 while too
     /// little was sent to tell.
     pub stale: u8,
-    /// How fast the guest made pages stale during the last round, in bytes a second.
+    /// How fast the guest made pages stale during the last round, in bytes a second; in the first one, those that it
+    /// has sent, as of lately. A page counts once a round, so a guest that rewrites the same pages writes faster.
     pub dirty_rate: u64,
     /// How fast the link carries pages, in bytes a second of what remains, part of which may go as differences; 0 when
     /// that is not known yet.
@@ -152,6 +153,7 @@ enum Phase {
 #[derive(Default)]
 struct State {
     round: u32,
+    first_round_began: Option<Instant>,
     /// The last one that somebody who waits was told of.
     seen_round: u32,
     dirty_rate: u64,
@@ -270,6 +272,10 @@ impl Source {
         let inner = &self.inner;
         inner.end_rounds()?;
         inner.shipping.settle()?;
+        if inner.lock().round == 1 {
+            // The last time that it can be seen how fast this guest writes.
+            inner.glance()?;
+        }
         inner.look_on()?;
         inner.tell_missing()?;
         inner.lock().phase = Phase::Punching;

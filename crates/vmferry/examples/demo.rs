@@ -15,6 +15,7 @@ use vmferry_bench::{Fill, GuestOptions, Mode, in_words};
 const LINK_BITS: u64 = 1_000_000_000;
 const RAM_MIB: u64 = 1024;
 const WRITTEN_MIB: u64 = 512;
+const MIB: f64 = 1_048_576.0;
 
 type Error = Box<dyn std::error::Error>;
 
@@ -122,19 +123,18 @@ async fn migrate(bed: &Testbed) -> Result<Report, Error> {
 fn print_table(report: &Report, watch: &GuestWatch, booted: Instant, begun: Instant, over: Instant) {
     let log = watch.log();
     let ms = |it: Option<Duration>| in_words(it.map(|it| it.as_secs_f64() * 1e3), |ms| format!("{ms:.0} ms"));
-    let mib = |bytes: u64| format!("{:.0} MiB", bytes as f64 / f64::from(1 << 20));
     let after = over + Duration::from_secs(60);
-    let dirty_rate = match report.dirty_rate {
-        0 => "not measured".into(),
-        rate => format!("{}/s", mib(rate)),
-    };
+    // Of a round that was not ended it is known only how much of what was sent the guest wrote again.
+    let least = if report.rounds > 1 { "" } else { "at least " };
+    let dirty_rate = (report.dirty_rate > 0).then_some(report.dirty_rate as f64 / MIB);
+    let dirty_rate = in_words(dirty_rate, |rate| format!("{least}{rate:.0} MiB/s"));
     let rows = [
         ("total time", format!("{:.1} s", report.total_ms / 1e3)),
         ("downtime, as the guest felt it", ms(log.downtime_felt())),
         ("worst stall of the running guest", ms(log.worst_stall(begun, after))),
         ("64 MiB rewritten, before", ms(log.median_64_mib(booted, begun))),
         ("64 MiB rewritten, worst", ms(log.worst_64_mib(begun, after))),
-        ("bytes sent", mib(report.sent)),
+        ("bytes sent", format!("{:.0} MiB", report.sent as f64 / MIB)),
         ("dirty rate", dirty_rate),
         ("how", report.method().into()),
     ];

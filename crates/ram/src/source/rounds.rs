@@ -26,7 +26,7 @@ const LOOK: (Duration, Duration) = (Duration::from_millis(250), Duration::from_s
 /// Each page that was written since the last look has cost the guest a fault, of about a microsecond. It is to lose no
 /// more than a tenth of its time by them.
 const FAULT: Duration = Duration::from_micros(10);
-/// How often it is looked in the first round how much is stale already.
+/// How often it is looked in the first round how much is stale already, and how fast it became so.
 const GLANCE: Duration = Duration::from_millis(150);
 /// So many pages must have been sent for that: 32 MiB.
 const TELLING: u64 = 8192;
@@ -76,6 +76,11 @@ struct Chunk {
     index: u64,
 }
 
+/// So many pages in this time, in bytes a second.
+fn rate_of(pages: u64, time: Duration) -> u64 {
+    (pages as f64 * PAGE as f64 / time.as_secs_f64().max(1e-3)) as u64
+}
+
 impl Inner {
     /// Fails when tracking has ended.
     fn tracked<T>(&self, ask: impl FnOnce(&dyn WriteLog) -> io::Result<T>) -> Result<T, RamError> {
@@ -122,8 +127,11 @@ impl Inner {
     fn all_rounds(&self) -> Result<(), RamError> {
         let heat = Heat(self.pending.iter().map(|set| (0..set.pages()).map(|_| AtomicU8::new(0)).collect()).collect());
         let chunks = self.all_chunks();
-        self.lock().round = 1;
         let mut looked = Instant::now();
+        {
+            let mut state = self.lock();
+            (state.round, state.first_round_began) = (1, Some(looked));
+        }
         // What is not sent of it when it is stopped is still to be sent.
         for set in self.pending.iter().chain(&self.untouched) {
             set.insert(0..set.pages());
@@ -155,7 +163,7 @@ impl Inner {
             let below = if paced { u8::MAX } else { HOT };
             let look = looked.elapsed();
             let left = self.recount();
-            let dirty_rate = (written as f64 * PAGE as f64 / since.as_secs_f64().max(1e-3)) as u64;
+            let dirty_rate = rate_of(written, since);
             let rate = self.shipping.rate();
             let spared = self.last_sent.judge(&self.ram, &self.pending, left, rate).map_err(RamError::io)?;
             let time = self.time_for(left).map(|time| time.mul_f64(1.0 - spared));
@@ -252,19 +260,23 @@ impl Inner {
         parts.filter(|part| !part.is_empty())
     }
 
-    /// Finds out how much of what was sent is stale already.
-    fn glance(&self) -> Result<(), RamError> {
-        let (mut runs, mut stale) = (Vec::new(), 0);
+    /// Finds out how much of what the first round has sent is stale already, and how fast it became so.
+    pub(super) fn glance(&self) -> Result<(), RamError> {
+        let (mut runs, mut rewritten) = (Vec::new(), 0);
         for (block, set) in self.pending.iter().enumerate() {
             for bytes in self.sent_once(block, 0..set.pages()) {
                 runs.clear();
                 self.tracked(|log| log.written(block, bytes, &mut runs))?;
-                stale += runs.iter().map(|run| (run.end - run.start) / PAGE).sum::<u64>();
+                rewritten += runs.iter().map(|run| (run.end - run.start) / PAGE).sum::<u64>();
             }
         }
         let sent = self.shipping.pages();
+        let mut state = self.lock();
+        if let Some(began) = state.first_round_began {
+            state.dirty_rate = rate_of(rewritten, began.elapsed());
+        }
         if sent >= TELLING {
-            self.lock().stale = (stale * 100 / sent).min(100) as u8;
+            state.stale = (rewritten * 100 / sent).min(100) as u8;
         }
         Ok(())
     }
