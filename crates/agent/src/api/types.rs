@@ -407,7 +407,7 @@ pub struct Report {
     pub saved_by_deltas: u64,
     /// Pre-copy rounds.
     pub rounds: u32,
-    /// The highest dirty rate of a round, in bytes a second; 0 when no round was completed while the guest ran.
+    /// The highest dirty rate of a round, in bytes a second; 0 when it is not known.
     pub dirty_rate: u64,
     /// The most the guest was slowed down, in percent.
     pub throttle: u8,

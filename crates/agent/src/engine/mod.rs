@@ -92,7 +92,7 @@ pub struct Totals {
     pub saved_by_deltas: u64,
     /// Pre-copy rounds.
     pub rounds: u32,
-    /// The highest dirty rate of a round, in bytes a second; 0 when no round was completed while the guest ran.
+    /// The highest dirty rate of a round, in bytes a second; 0 when it is not known.
     pub dirty_rate: u64,
     /// The downtime as the engine reckons it, in ms.
     pub downtime_ms: Option<u64>,
