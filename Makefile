@@ -10,7 +10,7 @@
 
 demo:
 	@scripts/setup.sh
-	@cargo build --quiet --release --package vmferry --bin vmferry --example demo
+	@scripts/build-demo.sh
 	@target/release/examples/demo
 
 test:

@@ -123,7 +123,7 @@ pub(crate) async fn see_to_the_ended(agent: Arc<Agent>) {
                 }
             }
             Err(error) => {
-                tracing::error!(vm = name, error = in_one_line(&error), "cannot tell whether it is this host's")
+                tracing::error!(vm = name, error = in_one_line(&error), "cannot tell whether it is this host's");
             }
         }
     }
@@ -189,7 +189,7 @@ async fn find_once(agent: &Arc<Agent>, record: &VmRecord) -> Result<(), AgentErr
     let qmp = Qmp::connect(Path::new(&record.qmp), CONNECT_TIMEOUT).await?;
     let vm = host.take(record, qmp, stage).await?;
     agent.incoming.is_found(&vm);
-    let state = vm.view(host.config.engine).await.state;
-    tracing::info!(vm = name, pid = vm.pid, state, "found again");
+    let seen = vm.view(host.config.engine).await;
+    tracing::info!(vm = name, pid = vm.pid, state = seen.state, "found again");
     Ok(())
 }

@@ -54,7 +54,7 @@ mod tests {
     fn what_is_no_figure_is_a_dash() {
         let ms = |figure| in_words(figure, |ms| format!("{ms:.0} ms"));
         assert_eq!([ms(Some(12.3)), ms(Some(0.0))], ["12 ms", "0 ms"]);
-        assert_eq!([None, Some(f64::NAN), Some(f64::INFINITY), Some(0.0 / 0.0)].map(ms), ["-"; 4]);
+        assert_eq!([None, Some(f64::NAN), Some(f64::INFINITY)].map(ms), ["-"; 3]);
     }
 
     #[test]

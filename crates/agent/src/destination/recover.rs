@@ -89,13 +89,11 @@ pub(crate) async fn recover(here: &Arc<Incoming>, id: Uuid, caller: &Caller) -> 
 
 /// The process of its QEMU, if that lives, whether or not it answers.
 fn living(here: &Incoming, awaited: &Awaited) -> Option<u32> {
-    match awaited.vm.get() {
-        Some(vm) => vm.is_alive().then_some(vm.pid),
-        None => {
-            let idle = here.host.idle(&awaited.name).filter(|it| it.record.incoming == Some(awaited.id))?;
-            idle.record.instance.is_alive().then_some(idle.record.instance.pid)
-        }
+    if let Some(vm) = awaited.vm.get() {
+        return vm.is_alive().then_some(vm.pid);
     }
+    let idle = here.host.idle(&awaited.name).filter(|it| it.record.incoming == Some(awaited.id))?;
+    idle.record.instance.is_alive().then_some(idle.record.instance.pid)
 }
 
 /// Has a QEMU whose post-copy is paused listen once more. It can do this even while its main loop, which would tell

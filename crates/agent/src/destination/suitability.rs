@@ -62,10 +62,10 @@ pub(super) fn no_memory(host: &str, name: &str, short: Short) -> AgentError {
 
 /// The size of the huge pages that the VM's RAM is made of, in bytes; none when it is ordinary memory.
 pub(super) fn huge_page(command: &CommandLine, cwd: &Path) -> Option<u64> {
-    const HUGETLBFS: i64 = 0x9584_58f6;
+    const HUGETLBFS: u64 = 0x9584_58f6;
     let from_file = command.files().into_iter().filter(|file| matches!(file.kind, FileKind::Ram)).find_map(|file| {
         let found = rustix::fs::statfs(cwd.join(file.path)).ok()?;
-        (i64::from(found.f_type) == HUGETLBFS).then_some(found.f_bsize as u64)
+        (found.f_type as u64 == HUGETLBFS).then_some(found.f_bsize as u64)
     });
     from_file.or_else(|| command.huge_page())
 }

@@ -86,9 +86,9 @@ impl Host {
         let events = qmp.events();
         let vm = Arc::new(Vm::attach(record, qmp, self.config.vm_dir(&record.spec.name), stage).await?);
         {
-            let mut state = self.state();
-            state.idle.remove(vm.name());
-            state.vms.insert(vm.name().into(), Arc::clone(&vm));
+            let mut all = self.state();
+            all.idle.remove(vm.name());
+            all.vms.insert(vm.name().into(), Arc::clone(&vm));
         }
         tokio::spawn(Arc::clone(self).watch(Arc::clone(&vm), events));
         if let Some(follower) = self.follower() {

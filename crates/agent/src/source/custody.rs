@@ -13,9 +13,10 @@ use uuid::Uuid;
 use vmferry_api::in_one_line;
 use vmferry_custody::source::{Deed, Event, OutEnd, OutStep, Phase, Qemu, Refused, Row};
 use vmferry_custody::{Answer, Source};
-use vmferry_qemu::qmp::commands::{self, QueryMigrate, QueryStatus};
-use vmferry_qemu::{EventStream, MigrationStatus, QmpError, RunState};
+use vmferry_qemu::EventStream;
+use vmferry_qemu::qmp::commands;
 
+use super::look::{GLANCE, look};
 use super::post_copy::Serving;
 use super::teller::Audience;
 use crate::engine::qemu::stop_copying;
@@ -33,8 +34,6 @@ const LET_GO: Duration = Duration::from_secs(1);
 const CLEAN: Duration = Duration::from_secs(12);
 /// How long the destination may take to have the guest as it is to be, before its user is told otherwise.
 const RUNS: Duration = Duration::from_secs(5);
-/// How long QEMU may take to say what it does.
-const GLANCE: Duration = Duration::from_secs(3);
 
 /// See the module's text.
 pub(crate) struct Custody {
@@ -503,47 +502,12 @@ impl Custody {
         if let Some(engine) = &mut hands.engine {
             engine.close().await;
         }
-        match self.vm() {
-            Some(vm) => vm.quit().await,
-            None => {
-                let it = &self.record.instance;
-                vmferry_qemu::kill_process(it.pid, it.start_time, GRACE).await;
-            }
+        if let Some(vm) = self.vm() {
+            vm.quit().await;
+        } else {
+            let it = &self.record.instance;
+            vmferry_qemu::kill_process(it.pid, it.start_time, GRACE).await;
         }
         self.look().await;
-    }
-}
-
-/// What this VM's QEMU does.
-async fn look(vm: &Vm) -> Qemu {
-    let asked = async {
-        let status = vm.qmp.execute_within(QueryStatus {}, GLANCE).await?.status;
-        let migration = vm.qmp.execute_within(QueryMigrate {}, GLANCE).await?.status;
-        Ok::<_, QmpError>((status, migration.unwrap_or(MigrationStatus::None)))
-    };
-    match asked.await {
-        // It set its guest running by itself.
-        Ok((RunState::Running, migration)) if migration.is_post_copy() => Qemu::Runs,
-        Ok((_, migration)) if migration.is_post_copy() => Qemu::LetGo,
-        Ok((status, migration)) => match migration {
-            MigrationStatus::None
-            | MigrationStatus::Completed
-            | MigrationStatus::Failed
-            | MigrationStatus::Cancelled => match status {
-                RunState::Running => Qemu::Runs,
-                RunState::Paused
-                | RunState::PostMigrate
-                | RunState::FinishMigrate
-                | RunState::Prelaunch
-                | RunState::InMigrate => Qemu::Stands,
-                _ => Qemu::Rests,
-            },
-            _ => Qemu::Copying,
-        },
-        Err(_) if !vm.is_alive() => Qemu::Ended,
-        Err(error) => {
-            tracing::debug!(vm = vm.name(), %error, "its QEMU does not answer");
-            Qemu::Silent
-        }
     }
 }

@@ -17,6 +17,7 @@ mod copy_ram;
 mod custody;
 mod end;
 mod fences;
+mod look;
 mod migration;
 mod outgoing;
 mod plan;

@@ -61,11 +61,10 @@ impl Run {
         let totals = hands.engine.as_ref().map(|engine| engine.totals()).unwrap_or_default();
         let retired = self.retired().await;
         let last = self.last_event(stopped, totals);
-        match &last {
-            MigrationEvent::Failed(problem) => {
-                tracing::warn!(vm = self.vm.name(), migration = %self.migration.id, "{}", problem.message);
-            }
-            _ => tracing::info!(vm = self.vm.name(), migration = %self.migration.id, to = self.to, "migrated"),
+        if let MigrationEvent::Failed(problem) = &last {
+            tracing::warn!(vm = self.vm.name(), migration = %self.migration.id, "{}", problem.message);
+        } else {
+            tracing::info!(vm = self.vm.name(), migration = %self.migration.id, to = self.to, "migrated");
         }
         self.migration.told.tell(last);
         if !retired {
@@ -77,13 +76,11 @@ impl Run {
 
     /// Sees to what is left when it is over. False when it is not.
     async fn retired(&self) -> bool {
-        match self.custody.phase() {
-            Phase::Stranded { .. } => false,
-            _ => {
-                self.outgoing.is_over(&self.custody).await;
-                true
-            }
+        if let Phase::Stranded { .. } = self.custody.phase() {
+            return false;
         }
+        self.outgoing.is_over(&self.custody).await;
+        true
     }
 
     async fn move_guest(&mut self, engine: &mut Option<Box<dyn RamEngine>>) -> Result<Seen, AgentError> {

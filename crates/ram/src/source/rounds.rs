@@ -262,21 +262,21 @@ impl Inner {
 
     /// Finds out how much of what the first round has sent is stale already, and how fast it became so.
     pub(super) fn glance(&self) -> Result<(), RamError> {
-        let (mut runs, mut stale) = (Vec::new(), 0);
+        let (mut runs, mut rewritten) = (Vec::new(), 0);
         for (block, set) in self.pending.iter().enumerate() {
             for bytes in self.sent_once(block, 0..set.pages()) {
                 runs.clear();
                 self.tracked(|log| log.written(block, bytes, &mut runs))?;
-                stale += runs.iter().map(|run| (run.end - run.start) / PAGE).sum::<u64>();
+                rewritten += runs.iter().map(|run| (run.end - run.start) / PAGE).sum::<u64>();
             }
         }
         let sent = self.shipping.pages();
         let mut state = self.lock();
         if let Some(began) = state.first_round_began {
-            state.dirty_rate = rate_of(stale, began.elapsed());
+            state.dirty_rate = rate_of(rewritten, began.elapsed());
         }
         if sent >= TELLING {
-            state.stale = (stale * 100 / sent).min(100) as u8;
+            state.stale = (rewritten * 100 / sent).min(100) as u8;
         }
         Ok(())
     }
