@@ -16,9 +16,8 @@ use vmferry_qemu::migration::reset_capabilities;
 use vmferry_qemu::qmp::commands;
 use vmferry_qemu::{MigrationStatus, QmpError, RunState};
 
-use super::arrival;
-use super::incoming::{Incoming, STATUS_TIMEOUT};
-use crate::host::{Promise, Stage, Vm};
+use super::arrival::{self, Arrivals};
+use crate::host::{Host, Promise, Stage, Vm};
 use crate::journal::{InRow, Source};
 use crate::peers::{InWord, IncomingState};
 
@@ -26,11 +25,15 @@ use crate::peers::{InWord, IncomingState};
 const LEASE: Duration = Duration::from_secs(15);
 /// How often it is looked whether something is due.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// How long QEMU may take to tell how post-copy stands, which it cannot while its main loop waits for a page.
+pub(super) const STATUS_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long the guest may take to be set running, before it is tried again.
 const RUN_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// See the module's text.
 pub(crate) struct Awaited {
+    host: Arc<Host>,
+    arrivals: Arc<Arrivals>,
     pub(super) id: Uuid,
     pub(super) source: Source,
     /// What the VM is called.
@@ -60,29 +63,38 @@ struct State {
 }
 
 impl Awaited {
-    /// One that was just offered.
-    pub(super) fn new(id: Uuid, source: Source, name: &str, promise: Promise) -> Arc<Self> {
-        Self::with(id, source, name, Destination::new(), String::new(), Some(promise))
-    }
-
-    /// One that this host's journal knows.
-    pub(super) fn found(id: Uuid, row: InRow) -> Arc<Self> {
-        let machine = Destination::recover(row.step);
-        Self::with(id, row.source, &row.vm, machine, row.why.unwrap_or_default(), None)
-    }
-
-    fn with(
+    /// One that was just offered to this host, whose RAM comes there.
+    pub(super) fn new(
+        (host, arrivals): (&Arc<Host>, &Arc<Arrivals>),
         id: Uuid,
         source: Source,
         name: &str,
+        promise: Promise,
+    ) -> Arc<Self> {
+        let row = InRow { step: InStep::Prepared, why: None, source, vm: name.into(), settled: false };
+        Self::with((host, arrivals), id, row, Destination::new(), Some(promise))
+    }
+
+    /// One that this host's journal knows.
+    pub(super) fn found((host, arrivals): (&Arc<Host>, &Arc<Arrivals>), id: Uuid, row: InRow) -> Arc<Self> {
+        let machine = Destination::recover(row.step);
+        Self::with((host, arrivals), id, row, machine, None)
+    }
+
+    fn with(
+        (host, arrivals): (&Arc<Host>, &Arc<Arrivals>),
+        id: Uuid,
+        row: InRow,
         machine: Destination,
-        why: String,
         promise: Option<Promise>,
     ) -> Arc<Self> {
+        let why = row.why.unwrap_or_default();
         Arc::new(Self {
+            host: Arc::clone(host),
+            arrivals: Arc::clone(arrivals),
             id,
-            source,
-            name: name.into(),
+            source: row.source,
+            name: row.vm,
             vm: OnceLock::new(),
             state: Mutex::new(State { machine, why, fenced: false, told: false, promise }),
             begun: Instant::now(),
@@ -174,13 +186,13 @@ impl Awaited {
     }
 
     /// Does what is due, until nothing is, or what is left does not come off now.
-    pub(super) async fn act(&self, here: &Incoming) {
+    pub(super) async fn act(&self) {
         let _turn = self.turn.lock().await;
         loop {
             let before = self.machine();
             for deed in before.due() {
                 if self.machine().due().contains(&deed) {
-                    self.do_one(here, deed).await;
+                    self.do_one(deed).await;
                 }
             }
             if self.machine() == before {
@@ -189,13 +201,13 @@ impl Awaited {
         }
         // Its QEMU may have ended by itself.
         if self.machine().row() == Some(InStep::Abandoned) && self.machine().qemu() == Qemu::Ended {
-            self.forget(here).await;
+            self.forget().await;
         }
     }
 
-    async fn do_one(&self, here: &Incoming, deed: Deed) {
+    async fn do_one(&self, deed: Deed) {
         match deed {
-            Deed::Write(row) => self.write(here, row).await,
+            Deed::Write(row) => self.write(row).await,
             // Whoever prepares it does that, and tells.
             Deed::Launch => {}
             Deed::Look => self.look().await,
@@ -208,11 +220,11 @@ impl Awaited {
                 }
             }
             Deed::Run => self.set_running().await,
-            Deed::End => self.end(here).await,
+            Deed::End => self.end().await,
         }
     }
 
-    async fn write(&self, here: &Incoming, row: InStep) {
+    async fn write(&self, row: InStep) {
         let begun = Instant::now();
         let (why, fenced) = {
             let state = self.lock();
@@ -222,7 +234,7 @@ impl Awaited {
             Some(words) => format!("{why} ({words})"),
             None => why,
         };
-        let journal = &here.host.journal;
+        let journal = &self.host.journal;
         let written = match journal.write_in(self.id, &self.name, &self.source, row, &why, fenced).await {
             Ok(true) => Ok(Some(row)),
             // Something else stands there already, for good.
@@ -233,7 +245,7 @@ impl Awaited {
             Ok(Some(now)) => {
                 self.lock().told = false;
                 self.apply(Event::Wrote(now));
-                self.is_written(here, now, &why, begun);
+                self.is_written(now, &why, begun);
             }
             Ok(None) => self.apply(Event::NotWritten(row)),
             Err(error) => {
@@ -245,7 +257,7 @@ impl Awaited {
         }
     }
 
-    fn is_written(&self, here: &Incoming, row: InStep, why: &str, begun: Instant) {
+    fn is_written(&self, row: InStep, why: &str, begun: Instant) {
         match row {
             InStep::Prepared => {}
             InStep::Committed { must_run } => {
@@ -258,7 +270,7 @@ impl Awaited {
             }
             InStep::Abandoned => {
                 self.lock().why = why.into();
-                if let Some(arrival) = here.arrivals.take(self.id) {
+                if let Some(arrival) = self.arrivals.take(self.id) {
                     arrival.give_up();
                 }
                 tracing::info!(vm = self.name, migration = %self.id, why, "abandoned");
@@ -323,8 +335,8 @@ impl Awaited {
         }
     }
 
-    async fn end(&self, here: &Incoming) {
-        let idle = || here.host.idle(&self.name).filter(|idle| idle.record.incoming == Some(self.id));
+    async fn end(&self) {
+        let idle = || self.host.idle(&self.name).filter(|idle| idle.record.incoming == Some(self.id));
         let process = match self.vm.get() {
             Some(vm) => Some((vm.pid, vm.start_time)),
             None => idle().map(|idle| (idle.record.instance.pid, idle.record.instance.start_time)),
@@ -336,12 +348,12 @@ impl Awaited {
     }
 
     /// Of what is abandoned, and has no QEMU any more, nothing is left.
-    async fn forget(&self, here: &Incoming) {
+    async fn forget(&self) {
         self.has_arrived();
         let forgotten = match self.vm.get() {
-            Some(vm) => here.host.forget_vm(vm).await,
-            None => match here.host.idle(&self.name).filter(|idle| idle.record.incoming == Some(self.id)) {
-                Some(idle) => here.host.forget_idle(&idle).await,
+            Some(vm) => self.host.forget_vm(vm).await,
+            None => match self.host.idle(&self.name).filter(|idle| idle.record.incoming == Some(self.id)) {
+                Some(idle) => self.host.forget_idle(&idle).await,
                 None => Ok(()),
             },
         };
@@ -355,9 +367,9 @@ impl Awaited {
     ///
     /// Not in post-copy: there the source's QEMU has let go of the guest and could not take it back, so only the source
     /// may say that it is over.
-    pub(super) async fn watch(self: Arc<Self>, here: Arc<Incoming>) {
+    pub(super) async fn watch(self: Arc<Self>) {
         loop {
-            self.act(&here).await;
+            self.act().await;
             if self.machine().is_at_rest() {
                 return;
             }

@@ -40,7 +40,7 @@ pub(crate) async fn commit(
     let load = Instant::now() + LOAD_TIMEOUT;
     let mut decided = None;
     loop {
-        awaited.act(here).await;
+        awaited.act().await;
         let machine = awaited.machine();
         match machine.row() {
             Some(InStep::Committed { .. }) => {
@@ -72,7 +72,7 @@ fn wants_to_commit(machine: Destination) -> bool {
 /// of. When it answers nothing of it is left, so that the VM can be offered again at once.
 pub(crate) async fn abandon(here: &Arc<Incoming>, id: Uuid, caller: &Caller) -> Result<IncomingState, AgentError> {
     match here.find(id).await? {
-        Some(awaited) => Ok(let_go(here, &awaited, Event::Abandon, ASKED_TO).await),
+        Some(awaited) => Ok(let_go(&awaited, Event::Abandon, ASKED_TO).await),
         None => unheard(here, id, caller, ASKED_TO).await,
     }
 }
@@ -87,7 +87,7 @@ pub(crate) async fn fence(
     const WHY: &str = "the source's user has kept the guest there";
     if let Some(awaited) = here.find(id).await? {
         tracing::warn!(vm = awaited.name, migration = %id, "its source's user has kept it: what is here ends");
-        return Ok(let_go(here, &awaited, Event::Fence, WHY).await);
+        return Ok(let_go(&awaited, Event::Fence, WHY).await);
     }
     // A journal that was lost knows nothing of it; but somebody may still run it.
     if let Ok(found) = here.host.vm(vm)
@@ -100,11 +100,11 @@ pub(crate) async fn fence(
     unheard(here, id, caller, WHY).await
 }
 
-async fn let_go(here: &Arc<Incoming>, awaited: &Awaited, event: Event, why: &str) -> IncomingState {
+async fn let_go(awaited: &Awaited, event: Event, why: &str) -> IncomingState {
     awaited.give_up(event, why);
     let deadline = Instant::now() + END_TIMEOUT;
     loop {
-        awaited.act(here).await;
+        awaited.act().await;
         let machine = awaited.machine();
         // What was committed is not abandoned; and what cannot be written is said to be as it was.
         let stays = matches!(machine.row(), Some(InStep::Committed { .. })) && event != Event::Fence;

@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
 
 use uuid::Uuid;
 use vmferry_custody::destination::{Event, Qemu};
@@ -15,9 +14,6 @@ use crate::journal::InRow;
 use crate::measuring::witness;
 use crate::peers::trust;
 use crate::peers::{IncomingState, relay};
-
-/// How long QEMU may take to tell how post-copy stands, which it cannot while its main loop waits for a page.
-pub(super) const STATUS_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// See the module's text.
 pub(crate) struct Incoming {
@@ -73,7 +69,7 @@ impl Incoming {
 
     /// One that the journal knows goes on.
     pub(crate) fn take_up(self: &Arc<Self>, id: Uuid, row: InRow) -> Arc<Awaited> {
-        let awaited = Awaited::found(id, row);
+        let awaited = Awaited::found((&self.host, &self.arrivals), id, row);
         let vm = self.host.vm(&awaited.name).ok().filter(|vm| vm.incoming == Some(id));
         let is_idle = self.host.idle(&awaited.name).is_some_and(|it| it.record.incoming == Some(id));
         match vm {
@@ -89,7 +85,7 @@ impl Incoming {
         if let Err(known) = self.add(Arc::clone(&awaited)) {
             return known;
         }
-        tokio::spawn(Arc::clone(&awaited).watch(Arc::clone(self)));
+        tokio::spawn(Arc::clone(&awaited).watch());
         awaited
     }
 }
@@ -130,7 +126,7 @@ pub(crate) async fn is_undisputed(here: &Arc<Incoming>, id: Uuid) -> Result<bool
         Some("kept-here" | "abandoned") => {
             let awaited = here.take_up(id, row);
             awaited.give_up(Event::Fence, "the source's user has kept the guest there");
-            awaited.act(here).await;
+            awaited.act().await;
             Ok(false)
         }
         Some("done" | "retire") | None => {

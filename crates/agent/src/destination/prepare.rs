@@ -47,14 +47,14 @@ pub(crate) async fn prepare(here: &Arc<Incoming>, mut offer: Offer, caller: Call
     // That it can be committed or abandoned must not depend on what happens to the disk meanwhile.
     here.host.journal.reserve().await?;
     let source = Source { name: offer.from.clone(), key: caller.key };
-    let awaited = Awaited::new(offer.id, source, &name, promise);
+    let awaited = Awaited::new((&here.host, &here.arrivals), offer.id, source, &name, promise);
     let known_already = || AgentError::Conflict { message: "this migration is known here already".into(), hint: None };
     if here.host.journal.row_in(offer.id).await?.is_some() || here.add(Arc::clone(&awaited)).is_err() {
         return Err(known_already());
     }
     awaited.set_preparing(true);
     awaited.apply(Event::Prepare);
-    awaited.act(here).await;
+    awaited.act().await;
     if awaited.machine().row() != Some(InStep::Prepared) {
         here.remove(offer.id);
         let message = "its journal cannot be written, so that nobody could tell who owns the guest".into();
@@ -67,16 +67,16 @@ pub(crate) async fn prepare(here: &Arc<Incoming>, mut offer: Offer, caller: Call
         Err(error) => {
             awaited.give_up(Event::GiveUp, &in_one_line(&error));
             awaited.apply(Event::Told(Qemu::Ended));
-            awaited.act(here).await;
+            awaited.act().await;
             awaited.set_preparing(false);
-            tokio::spawn(awaited.watch(Arc::clone(here)));
+            tokio::spawn(awaited.watch());
             return Err(error);
         }
     };
     awaited.is_served_by(&vm);
     awaited.heard();
     awaited.apply(Event::Told(Qemu::Waits));
-    tokio::spawn(Arc::clone(&awaited).watch(Arc::clone(here)));
+    tokio::spawn(Arc::clone(&awaited).watch());
     let known = info.features.capabilities();
     let received = match offer.external {
         Some(session) => {
@@ -95,7 +95,7 @@ pub(crate) async fn prepare(here: &Arc<Incoming>, mut offer: Offer, caller: Call
     if let Err(error) = &received {
         awaited.give_up(Event::GiveUp, &format!("its QEMU could not be prepared: {}", in_one_line(error)));
     }
-    awaited.act(here).await;
+    awaited.act().await;
     awaited.set_preparing(false);
     let state = awaited.view();
     if state.step == InWord::Abandoned && received.is_ok() {

@@ -9,8 +9,8 @@ use vmferry_qemu::qmp::commands;
 use vmferry_qemu::{MigrationStatus, QmpError};
 
 use super::arrival;
-use super::awaited::Awaited;
-use super::incoming::{Incoming, STATUS_TIMEOUT};
+use super::awaited::{Awaited, STATUS_TIMEOUT};
+use super::incoming::Incoming;
 use crate::engine::qemu::tcp_uri;
 use crate::error::AgentError;
 use crate::host::Vm;

@@ -1,11 +1,10 @@
 //! A migration from its plan to its end: its phases, one after the other.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
-use vmferry_api::{MigrateRequest, PlanView, in_one_line};
+use vmferry_api::{MigrateRequest, PlanView};
 use vmferry_custody::OutStep;
 
 use super::custody::Custody;
@@ -17,10 +16,6 @@ use super::teller::Teller;
 use crate::error::AgentError;
 use crate::host::Stage;
 use crate::journal::OutRecord;
-use crate::peers::Peer;
-
-/// How often the destination is told that the source is still there.
-const KEEP: Duration = Duration::from_secs(3);
 
 /// Plans the migration and, unless it is a dry run, starts it.
 pub(crate) async fn begin(
@@ -76,16 +71,4 @@ pub(crate) async fn begin(
     };
     tokio::spawn(run.run());
     Ok((view, Some(migration)))
-}
-
-/// Tells the destination every now and then that the source is still there, until dropped.
-pub(super) fn keep_alive(peer: Peer, id: Uuid) -> AbortOnDropHandle<()> {
-    AbortOnDropHandle::new(tokio::spawn(async move {
-        loop {
-            tokio::time::sleep(KEEP).await;
-            if let Err(error) = peer.keep(id).await {
-                tracing::debug!(migration = %id, error = in_one_line(&error), "the destination did not hear of us");
-            }
-        }
-    }))
 }

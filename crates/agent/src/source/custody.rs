@@ -9,7 +9,6 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
-use uuid::Uuid;
 use vmferry_api::in_one_line;
 use vmferry_custody::source::{Deed, Event, OutEnd, OutStep, Phase, Qemu, Refused, Row};
 use vmferry_custody::{Answer, Source};
@@ -17,7 +16,7 @@ use vmferry_qemu::EventStream;
 use vmferry_qemu::qmp::commands;
 
 use super::look::{GLANCE, look};
-use super::post_copy::Serving;
+use super::post_copy::{RETRY, Serving};
 use super::teller::Audience;
 use crate::engine::qemu::stop_copying;
 use crate::engine::{EngineError, RamEngine};
@@ -26,8 +25,6 @@ use crate::host::{GRACE, Host, Stage, Vm};
 use crate::journal::OutRecord;
 use crate::peers::{InWord, IncomingState, Peer};
 
-/// How long to wait between two tries of something that must not be given up.
-pub(super) const RETRY: Duration = Duration::from_secs(1);
 /// How long the guest waits for its destination to let go before it runs again without that.
 const LET_GO: Duration = Duration::from_secs(1);
 /// How long it is waited until nothing is left there, while the guest runs.
@@ -94,10 +91,6 @@ impl Custody {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().expect("no holder of this lock panics")
-    }
-
-    pub(super) fn id(&self) -> Uuid {
-        self.record.id
     }
 
     pub(crate) fn phase(&self) -> Phase {
@@ -446,11 +439,18 @@ impl Custody {
         self.look().await;
     }
 
+    /// With an engine, if there is none.
+    async fn serve_again(&self, hands: &mut Hands<'_>) -> Result<Serving, AgentError> {
+        let silent = || AgentError::Busy { what: format!("the QEMU of {}, which does not answer", self.record.vm) };
+        let vm = self.vm().ok_or_else(silent)?;
+        Serving::again(&self.host, &vm, (&self.peer, &self.record), &mut hands.engine).await
+    }
+
     /// Post-copy goes on; beside it, everything else that is due.
     async fn serve(&self, hands: &mut Hands<'_>) {
         let serving = match hands.serving.take() {
             Some(serving) => serving,
-            None => match Serving::again(self, &mut hands.engine).await {
+            None => match self.serve_again(hands).await {
                 Ok(serving) => serving,
                 Err(error) => {
                     tracing::debug!(vm = self.record.vm, error = in_one_line(&error), "post-copy cannot go on yet");
@@ -466,7 +466,7 @@ impl Custody {
         let mut events = self.vm().map(|vm| vm.qmp.events());
         let audience = hands.audience;
         let outcome = {
-            let following = serving.follow(self, engine.as_mut(), audience);
+            let following = serving.follow((&self.peer, self.record.id), engine.as_mut(), audience);
             tokio::pin!(following);
             loop {
                 tokio::select! {

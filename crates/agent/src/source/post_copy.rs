@@ -9,16 +9,19 @@ use vmferry_api::{Code, in_one_line};
 use vmferry_policy::Limits;
 use vmferry_qemu::QmpError;
 
-use super::custody::{Custody, RETRY};
 use super::teller::Audience;
 use crate::engine::external::{self, ExternalEngine, WayThere};
 use crate::engine::movable::backends_of;
 use crate::engine::qemu::{self, QemuEngine, tcp_uri};
 use crate::engine::{EngineError, NewConnection, RamEngine, Setup, journey};
 use crate::error::AgentError;
-use crate::host::Vm;
+use crate::host::{Host, Vm};
+use crate::journal::OutRecord;
 use crate::peers::relay::Relay;
 use crate::peers::{IncomingState, Peer, PeerError};
+
+/// How long to wait between two tries of something that must not be given up.
+pub(super) const RETRY: Duration = Duration::from_secs(1);
 
 /// Where QEMU connects to.
 pub(super) enum Way {
@@ -54,24 +57,26 @@ impl Serving {
     }
 
     /// Of a migration that another agent began, or that was interrupted: with an engine, if there is none.
-    pub(super) async fn again(custody: &Custody, engine: &mut Option<Box<dyn RamEngine>>) -> Result<Self, AgentError> {
-        let Some(vm) = custody.vm() else {
-            return Err(AgentError::Busy { what: format!("the QEMU of {}, which does not answer", custody.record.vm) });
-        };
-        let relay = match Relay::was_open(&vm) {
-            true => Some(Relay::open(&vm, custody.peer.clone(), custody.id())?),
+    pub(super) async fn again(
+        host: &Host,
+        vm: &Vm,
+        (peer, record): (&Peer, &OutRecord),
+        engine: &mut Option<Box<dyn RamEngine>>,
+    ) -> Result<Self, AgentError> {
+        let relay = match Relay::was_open(vm) {
+            true => Some(Relay::open(vm, peer.clone(), record.id)?),
             false => None,
         };
-        let is_external = journey::is_sending(&vm).is_some();
+        let is_external = journey::is_sending(vm).is_some();
         let way = match &relay {
             _ if is_external => Way::Link,
             Some(relay) => Way::Relayed(relay.uri().into()),
-            None => Way::Direct(custody.peer.hello().await?.ip()),
+            None => Way::Direct(peer.hello().await?.ip()),
         };
         if engine.is_none() {
             *engine = Some(match is_external {
-                true => resumed_external(custody, &vm).await?,
-                false => resumed_qemu(custody, &vm).await?,
+                true => resumed_external(host, vm, record).await?,
+                false => resumed_qemu(host, vm, record).await?,
             });
         }
         Ok(Self::new(way, relay))
@@ -80,11 +85,10 @@ impl Serving {
     /// To its end, over new connections when one is lost: `Err` says why it has no end.
     pub(super) async fn follow(
         self,
-        custody: &Custody,
+        (peer, id): (&Peer, Uuid),
         engine: &mut dyn RamEngine,
         audience: &dyn Audience,
     ) -> Result<(), String> {
-        let (peer, id) = (&custody.peer, custody.id());
         let mut is_broken = false;
         loop {
             let seen = match engine.observe().await {
@@ -156,31 +160,31 @@ async fn reconnect(engine: &mut dyn RamEngine, peer: &Peer, id: Uuid, way: &Way)
 /// Nothing is left to decide in post-copy.
 const NO_LIMITS: Limits = Limits { downtime: Duration::ZERO, max_time: None, post_copy: true };
 
-async fn resumed_qemu(custody: &Custody, vm: &Vm) -> Result<Box<dyn RamEngine>, AgentError> {
-    let (features, _) = custody.host.qemus.features_of(vm).await?;
+async fn resumed_qemu(host: &Host, vm: &Vm, record: &OutRecord) -> Result<Box<dyn RamEngine>, AgentError> {
+    let (features, _) = host.qemus.features_of(vm).await?;
     let (uri, setup) = (String::new(), Setup::default());
     let wishes =
         qemu::Wishes { uri, limits: NO_LIMITS, bandwidth: None, setup, post_copy_first: false, scripted: false };
-    Ok(Box::new(QemuEngine::new(vm.qmp.clone(), features, custody.record.running, wishes)))
+    Ok(Box::new(QemuEngine::new(vm.qmp.clone(), features, record.running, wishes)))
 }
 
-async fn resumed_external(custody: &Custody, vm: &Vm) -> Result<Box<dyn RamEngine>, AgentError> {
+async fn resumed_external(host: &Host, vm: &Vm, record: &OutRecord) -> Result<Box<dyn RamEngine>, AgentError> {
     let plain = journey::is_sending(vm) == Some(true);
     let wishes = external::Wishes {
         pid: vm.pid,
         backends: backends_of(vm).await?,
         dir: journey::sending_dir(vm),
         way: WayThere {
-            address: custody.record.address.clone(),
-            identity: Arc::clone(&custody.host.trusts.identity),
-            peer: custody.record.peer_key,
+            address: record.address.clone(),
+            identity: Arc::clone(&host.trusts.identity),
+            peer: record.peer_key,
             protection: (!plain).then_some(None),
         },
         limits: NO_LIMITS,
         besides: Duration::ZERO,
         bandwidth: None,
         delta_cache: 0,
-        runs: custody.record.running,
+        runs: record.running,
         stops_first: true,
     };
     Ok(Box::new(ExternalEngine::in_post_copy(vm.qmp.clone(), wishes)))

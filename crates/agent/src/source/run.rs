@@ -1,8 +1,10 @@
 //! One migration under way: what all of its phases share, and the way through them.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio_util::task::AbortOnDropHandle;
+use uuid::Uuid;
 use vmferry_api::{MigrationEvent, Script, in_one_line};
 use vmferry_custody::source::{Event, Phase, Qemu};
 use vmferry_policy::Limits;
@@ -16,7 +18,11 @@ use super::teller::Teller;
 use crate::engine::{RamEngine, Seen};
 use crate::error::AgentError;
 use crate::host::{Host, Vm};
+use crate::peers::Peer;
 use crate::peers::relay::Relay;
+
+/// How often the destination is told that the source is still there.
+const KEEP: Duration = Duration::from_secs(3);
 
 /// One migration, past its plan.
 pub(super) struct Run {
@@ -85,7 +91,7 @@ impl Run {
 
     async fn move_guest(&mut self, engine: &mut Option<Box<dyn RamEngine>>) -> Result<Seen, AgentError> {
         let engine = engine.insert(self.prepare().await?).as_mut();
-        self.keep = Some(super::begin::keep_alive(self.plan.peer.clone(), self.migration.id));
+        self.keep = Some(keep_alive(self.plan.peer.clone(), self.migration.id));
         self.copy_ram(engine).await
     }
 
@@ -102,4 +108,16 @@ impl Run {
     pub(super) fn cancelled(&self) -> AgentError {
         AgentError::Cancelled { name: self.vm.name().into() }
     }
+}
+
+/// Tells the destination every now and then that the source is still there, until dropped.
+fn keep_alive(peer: Peer, id: Uuid) -> AbortOnDropHandle<()> {
+    AbortOnDropHandle::new(tokio::spawn(async move {
+        loop {
+            tokio::time::sleep(KEEP).await;
+            if let Err(error) = peer.keep(id).await {
+                tracing::debug!(migration = %id, error = in_one_line(&error), "the destination did not hear of us");
+            }
+        }
+    }))
 }
