@@ -63,11 +63,10 @@ async fn a_guest_in_doubt_that_is_kept_goes_on_here_and_the_other_host_lets_go_w
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_that_was_kept_while_it_ran_there_ends_there_when_that_host_hears_of_it() {
     let mut bed = bed::start(options(), guest(Mode::Idle)).await;
-    let (_migrate, beta) = in_doubt(&bed).await;
+    let (_migrate, _) = in_doubt(&bed).await;
     let (code, said) = vmferry(&bed, 0, &["resolve", VM, "--keep-here", "--yes"]).await;
     assert_eq!(code, Some(0), "{said}");
     // Not even an agent that is started anew, and has only its journal, keeps it.
-    signal(beta, Signal::CONT);
     bed.testbed.host_mut(1).kill_agent().await.expect("killed");
     bed.testbed.host_mut(1).start_agent().await.expect("starts");
     bed.eventually("beta lets go", async || bed.beta().show(VM).await.expect("answers").is_none()).await;
@@ -211,4 +210,24 @@ async fn after_its_journal_was_lost_an_agent_finds_its_vms_and_asks_whose_they_a
     bed.testbed.host_mut(0).kill_agent().await.expect("killed");
     bed.testbed.host_mut(0).start_agent().await.expect("starts");
     assert_eq!(bed.view(0).await.state, "running");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_that_was_set_up_anew_lets_go_of_a_guest_that_was_kept_elsewhere() {
+    let mut bed = bed::start(options(), guest(Mode::Idle)).await;
+    let (_migrate, _) = in_doubt(&bed).await;
+    let (code, said) = vmferry(&bed, 0, &["resolve", VM, "--keep-here", "--yes"]).await;
+    assert_eq!(code, Some(0), "{said}");
+    // Its agent forgets all, who it was too; but its QEMU is still there.
+    bed.testbed.host_mut(1).kill_agent().await.expect("killed");
+    std::fs::remove_dir_all(&bed.beta().state_dir).expect("removed");
+    bed.testbed.host_mut(1).start_agent().await.expect("starts");
+    bed.eventually("it is found there", async || bed.beta().show(VM).await.expect("answers").is_some()).await;
+    assert_eq!(bed.view(1).await.state, "unclear", "{}", bed.logs());
+    let (code, said) = vmferry(&bed, 0, &["unpair", "beta"]).await;
+    assert_eq!(code, Some(0), "{said}");
+    bed.testbed.pair().await.expect("paired again");
+    bed.eventually("beta lets go", async || bed.beta().show(VM).await.expect("answers").is_none()).await;
+    bed.assert_runs_only_on(0).await;
+    bed.assert_intact(0).await;
 }

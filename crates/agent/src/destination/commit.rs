@@ -21,6 +21,8 @@ const LOAD_TIMEOUT: Duration = Duration::from_secs(8);
 const RUN_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long it may take until all is gone of what is abandoned.
 const END_TIMEOUT: Duration = Duration::from_secs(12);
+/// No peer fills the journal: a source that is in order leaves no more than a few of these.
+const MOST_UNHEARD: u32 = 10_000;
 /// Why a migration was abandoned by its source.
 const ASKED_TO: &str = "the source asked for it";
 
@@ -121,6 +123,10 @@ async fn let_go(awaited: &Awaited, event: Event, why: &str) -> IncomingState {
 async fn unheard(here: &Arc<Incoming>, id: Uuid, caller: &Caller, why: &str) -> Result<IncomingState, AgentError> {
     let name = trust::require_peer(&here.host, caller).await?;
     let source = Source { name, key: caller.key };
+    if here.host.journal.unheard_of(source.key).await? >= MOST_UNHEARD {
+        let message = format!("{} has abandoned {MOST_UNHEARD} migrations that it never began", source.name);
+        return Err(AgentError::Conflict { message, hint: None });
+    }
     here.host.journal.write_in(id, "", &source, InStep::Abandoned, why, false).await?;
     super::incoming::state(here, id).await
 }

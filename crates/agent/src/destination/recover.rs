@@ -13,7 +13,7 @@ use super::awaited::{Awaited, STATUS_TIMEOUT};
 use super::incoming::Incoming;
 use crate::engine::qemu::tcp_uri;
 use crate::error::AgentError;
-use crate::host::Vm;
+use crate::host::{Stage, Vm};
 use crate::peers::trust::Caller;
 use crate::peers::{IncomingState, relay};
 
@@ -37,6 +37,12 @@ pub(crate) async fn recover(here: &Arc<Incoming>, id: Uuid, caller: &Caller) -> 
         return Err(gone());
     };
     let mut state = awaited.view();
+    // It may be on its way to another host by now: what brought it here has nothing more to say.
+    let moves_on = awaited.vm.get().is_some_and(|vm| vm.stage() != Stage::Owned && vm.stage() != Stage::Stopping);
+    if moves_on || here.host.journal.row_in(id).await?.is_some_and(|row| row.settled) {
+        state.complete = true;
+        return Ok(state);
+    }
     if arrival::is_expected(&here.host.config.vm_dir(&name)) {
         // QEMU is not asked: it may wait for that.
         let dir = here.host.config.vm_dir(&name);

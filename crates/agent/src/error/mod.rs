@@ -312,8 +312,34 @@ impl From<BadTrial> for AgentError {
 impl From<&AgentError> for Problem {
     fn from(error: &AgentError) -> Self {
         if let AgentError::Peer(PeerError::Refused { problem, .. }) = error {
-            return problem.clone();
+            return of_another(problem);
         }
         Problem { code: error.code(), message: in_one_line(error), hint: error.hint() }
+    }
+}
+
+/// What another agent refused, as far as it may say that here: how a migration ended is this agent's to tell, and nobody
+/// moves our user's cursor.
+fn of_another(problem: &Problem) -> Problem {
+    let plain = |text: &str| text.chars().filter(|c| !c.is_control()).collect::<String>();
+    let code = match problem.code {
+        Code::MigrationFailed | Code::GaveUp | Code::Cancelled | Code::GuestAtRisk | Code::TooLate => Code::Other,
+        code => code,
+    };
+    Problem { code, message: plain(&problem.message), hint: problem.hint.as_deref().map(plain) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn another_agent_says_neither_how_a_migration_ended_nor_moves_the_cursor() {
+        let said =
+            Problem { code: Code::Cancelled, message: "\u{1b}[2Jall is well\r\n".into(), hint: Some("\u{7}".into()) };
+        let told = Problem::from(&AgentError::Peer(PeerError::Refused { problem: said }));
+        assert_eq!((told.code, told.message.as_str(), told.hint.as_deref()), (Code::Other, "[2Jall is well", Some("")));
+        let said = Problem { code: Code::NoMemory, message: "too little".into(), hint: None };
+        assert_eq!(Problem::from(&AgentError::Peer(PeerError::Refused { problem: said.clone() })), said);
     }
 }

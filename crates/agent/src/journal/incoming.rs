@@ -104,6 +104,18 @@ impl Journal {
         .await
     }
 
+    /// How many migrations of this host were only ever heard of as abandoned.
+    pub async fn unheard_of(&self, key: Fingerprint) -> Result<u32> {
+        self.call(move |db| {
+            db.query_row(
+                "SELECT count(*) FROM migrations WHERE direction = 'in' AND peer_key = ?1 AND vm = ''",
+                [key.to_string()],
+                |row| row.get(0),
+            )
+        })
+        .await
+    }
+
     /// The source of this migration has nothing more to say of it.
     pub async fn settle_in(&self, id: Uuid) -> Result<()> {
         self.call(move |db| {

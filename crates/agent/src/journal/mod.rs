@@ -51,7 +51,9 @@ type Work = Box<dyn FnOnce(&mut Connection) + Send>;
 pub struct Opened {
     /// It.
     pub journal: Journal,
-    /// Where one is now that could not be read, and why: this one is new then.
+    /// There was none, or none that could be read.
+    pub is_new: bool,
+    /// Where one is now that could not be read, and why.
     pub set_aside: Option<(PathBuf, String)>,
 }
 
@@ -59,6 +61,7 @@ impl Journal {
     /// Opens the journal in this folder, or makes it. One that cannot be read is kept aside; one that a newer version has
     /// made is an error.
     pub fn open(dir: &Path) -> Result<Opened> {
+        let is_new = !dir.join("agent.db").exists();
         let (connection, set_aside) = match schema::open(dir) {
             Ok(connection) => (connection, None),
             Err(error) if is_unreadable(&error) => {
@@ -78,7 +81,7 @@ impl Journal {
                 }
             })
             .map_err(|error| unreadable(&format!("a thread: {error}")))?;
-        Ok(Opened { journal: Self { work, dir: dir.into() }, set_aside })
+        Ok(Opened { journal: Self { work, dir: dir.into() }, is_new: is_new || set_aside.is_some(), set_aside })
     }
 
     /// Has the journal's thread do this, and waits for it.
@@ -101,6 +104,7 @@ impl Journal {
     pub async fn reserve(&self) -> Result<()> {
         let log = self.dir.join("agent.db-wal");
         self.call(move |db| {
+            schema::forget_what_is_old(db);
             let in_log = || std::fs::metadata(&log).map_or(0, |it| it.len());
             let free: u32 = db.query_row("PRAGMA freelist_count", [], |row| row.get(0))?;
             if u64::from(free) * PAGE < RESERVE || in_log() < RESERVE {

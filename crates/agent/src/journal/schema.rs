@@ -72,6 +72,11 @@ UPDATE migrations SET outcome = 'left open by an earlier version', step = 'aband
     (SELECT max(rowid) FROM migrations WHERE direction = 'out' AND outcome IS NULL GROUP BY vm));
 UPDATE migrations SET must_run = 1 WHERE direction = 'in' AND step = 'committed'
     AND id IN (SELECT incoming FROM vms WHERE must_run = 1);
+-- What it called stranded is one that is open, at a step of that name.
+UPDATE migrations SET outcome = NULL, step = 'stranded',
+    pid = (SELECT pid FROM vms WHERE name = vm), start_time = (SELECT start_time FROM vms WHERE name = vm)
+    WHERE rowid IN (SELECT max(rowid) FROM migrations WHERE direction = 'out' AND peer_key != ''
+    AND vm IN (SELECT name FROM vms WHERE stranded = 1) GROUP BY vm);
 CREATE UNIQUE INDEX one_open_migration ON migrations (boot, pid, start_time)
     WHERE direction = 'out' AND outcome IS NULL;
 CREATE INDEX migrations_by_start ON migrations (direction, started);
@@ -108,7 +113,7 @@ pub(super) fn open(dir: &Path) -> Result<Connection> {
     Ok(connection)
 }
 
-fn forget_what_is_old(connection: &Connection) {
+pub(super) fn forget_what_is_old(connection: &Connection) {
     let old = "DELETE FROM migrations WHERE outcome IS NOT NULL AND must_run = 0 AND started < ?1
                AND id NOT IN (SELECT incoming FROM vms WHERE incoming IS NOT NULL) AND id NOT IN (SELECT id FROM fences)";
     if let Err(error) = connection.execute(old, params![now() - KEPT]) {
@@ -128,6 +133,9 @@ pub(super) fn make_version_2(dir: &Path) {
          NULL, '192.0.2.2:7420', '{key}');
          INSERT INTO migrations VALUES ('9d7a4c1e-0000-4000-8000-000000000002', 'out', 'web1', 'beta', 1, {now}, 'commit',
          NULL, '192.0.2.2:7420', '{key}');
+         INSERT INTO vms VALUES ('lost', '{{}}', 42, 6, '/q', 'tcg', NULL, 0, 1);
+         INSERT INTO migrations VALUES ('9d7a4c1e-0000-4000-8000-000000000003', 'out', 'lost', 'beta', 1, {now}, 'done',
+         'post-copy could not be finished', '192.0.2.2:7420', '{key}');
          PRAGMA user_version = 2;"
     ))
     .unwrap();

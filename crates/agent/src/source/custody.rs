@@ -40,6 +40,8 @@ pub(crate) struct Custody {
     pub(super) peer: Peer,
     state: Mutex<State>,
     changed: Notify,
+    /// Its user has decided something.
+    decided: Notify,
 }
 
 struct State {
@@ -84,7 +86,14 @@ impl Custody {
 
     fn with(host: &Arc<Host>, record: OutRecord, peer: Peer, machine: Source, why: String) -> Arc<Self> {
         let state = State { machine, why, detail: None, asked: None, let_go: false, kept: false, told: Vec::new() };
-        let it = Self { host: Arc::clone(host), record, peer, state: Mutex::new(state), changed: Notify::new() };
+        let it = Self {
+            host: Arc::clone(host),
+            record,
+            peer,
+            state: Mutex::new(state),
+            changed: Notify::new(),
+            decided: Notify::new(),
+        };
         it.show();
         Arc::new(it)
     }
@@ -153,6 +162,9 @@ impl Custody {
         }
         self.show();
         self.changed.notify_one();
+        if matches!(event, Event::KeepHere | Event::RunsThere | Event::Discard) {
+            self.decided.notify_waiters();
+        }
         Ok(())
     }
 
@@ -282,7 +294,8 @@ impl Custody {
     async fn write(&self, row: Row, audience: &dyn Audience) {
         let record = OutRecord { running: self.machine().wants_running(), ..self.record.clone() };
         let outcome = match (row, self.phase()) {
-            (Row::Ended(OutEnd::Done), _) => "the guest is at the destination".into(),
+            (Row::Ended(OutEnd::Done), Phase::Away { runs: true, .. }) => "the guest runs on the destination".into(),
+            (Row::Ended(OutEnd::Done), _) => "the guest is the destination's, which has not said that it runs".into(),
             (_, Phase::Undoing { kept: true, .. }) => "kept here by its user's word".into(),
             (_, Phase::Undoing { let_go: false, .. }) => {
                 format!("{}; the destination does not answer, but drops what it had by itself", self.why())
@@ -337,8 +350,8 @@ impl Custody {
         let is_away = matches!(self.phase(), Phase::Away { .. });
         let asked = tokio::select! {
             asked = self.peer.commit(self.record.id, self.machine().wants_running()) => asked,
-            // Its user has decided.
-            () = self.changed.notified() => return,
+            // What it answers may not matter any more.
+            () = self.decided.notified() => return,
         };
         match asked {
             Ok(state) => self.hear(&state),
