@@ -13,7 +13,7 @@ use vmferry_qemu::{CommandLine, Qmp, without_ours};
 
 use crate::agent::Agent;
 use crate::error::AgentError;
-use crate::host::{self, Host, Idle, Stage, pid_from_file};
+use crate::host::{self, Host, Idle, IdleVm, Stage, pid_from_file};
 use crate::journal::{Instance, VmRecord};
 use crate::{destination, source};
 
@@ -21,6 +21,8 @@ use crate::{destination, source};
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Between two tries to find one.
 const FIND_AGAIN: Duration = Duration::from_secs(1);
+/// Between two tries to tell whether a VM that has ended is this host's.
+const ASK_AGAIN: Duration = Duration::from_secs(30);
 
 /// Goes on with what had begun, and has the VMs found.
 pub(crate) async fn recover(agent: &Arc<Agent>) -> Result<(), AgentError> {
@@ -35,15 +37,19 @@ pub(crate) async fn recover(agent: &Arc<Agent>) -> Result<(), AgentError> {
             tokio::spawn(find(agent, record));
         }
     }
+    find_by_process(agent);
     Ok(())
 }
 
-/// After the journal was lost: VMs are found by their processes, and their users asked whose they are.
-pub(crate) async fn find_by_process(agent: &Arc<Agent>) {
-    let dirs =
-        std::fs::read_dir(agent.host.config.vm_dir("x").parent().unwrap_or(Path::new("/"))).into_iter().flatten();
+/// QEMUs of ours that are not on record, as after the journal was lost, are found by their processes, and their users
+/// asked whose their guests are.
+fn find_by_process(agent: &Arc<Agent>) {
+    let dirs = std::fs::read_dir(agent.host.config.run_dir.join("vms")).into_iter().flatten();
     for dir in dirs.flatten() {
         let name = dir.file_name().to_string_lossy().into_owned();
+        if agent.host.has_vm(&name) {
+            continue;
+        }
         let Some(pid) = pid_from_file(&dir.path()) else { continue };
         let Some(start_time) = vmferry_qemu::process_start_time(pid) else { continue };
         let words = vmferry_qemu::process_command_line(pid);
@@ -59,22 +65,32 @@ pub(crate) async fn find_by_process(agent: &Arc<Agent>) {
         let record = VmRecord {
             spec,
             instance: Instance::now(pid, start_time),
-            qmp: socket.clone(),
+            qmp: socket,
             accelerator: "tcg".into(),
             incoming: None,
             autostart: false,
             ended: None,
         };
         tracing::warn!(vm = name, pid, "found by its process: `vmferry resolve` says whether its guest is this host's");
+        agent.host.rest(record.clone(), Idle::Unclear);
+        tokio::spawn(take_unclear(Arc::clone(agent), record));
+    }
+}
+
+async fn take_unclear(agent: Arc<Agent>, record: VmRecord) {
+    let is_there = || agent.host.idle(&record.spec.name).is_some_and(|idle| idle.record.instance == record.instance);
+    while is_there() && record.instance.is_alive() {
         let found = async {
-            let qmp = Qmp::connect(Path::new(&socket), CONNECT_TIMEOUT).await?;
+            let qmp = Qmp::connect(Path::new(&record.qmp), CONNECT_TIMEOUT).await?;
             let kvm = qmp.execute(vmferry_qemu::qmp::commands::QueryKvm {}).await?.enabled;
             let accelerator = if kvm { "kvm" } else { "tcg" }.into();
             agent.host.take(&VmRecord { accelerator, ..record.clone() }, qmp, Stage::Unclear).await
         };
-        if let Err(error) = found.await {
-            tracing::error!(vm = name, error = in_one_line(&error), "its QEMU does not answer");
+        match found.await {
+            Ok(_) => return,
+            Err(error) => tracing::debug!(vm = record.spec.name, error = in_one_line(&error), "does not answer yet"),
         }
+        tokio::time::sleep(FIND_AGAIN).await;
     }
 }
 
@@ -103,29 +119,44 @@ async fn alive(host: &Arc<Host>, mut record: VmRecord) -> Option<VmRecord> {
     None
 }
 
-/// What ended with its QEMU is settled; then it is started if it is to be whenever its host is.
+/// What ended with its QEMU is settled; then it is started if it is to be whenever its host is. One of which only its
+/// source knows whether it is this host's is asked about until that answers.
 pub(crate) async fn see_to_the_ended(agent: Arc<Agent>) {
-    for idle in agent.host.idle_vms() {
-        let Idle::Ended(_) = &idle.why else { continue };
-        let name = &idle.record.spec.name;
-        let restarted = idle.record.instance.boot != Instance::now(0, 0).boot;
-        match came_whole(&agent, &idle.record).await {
-            Ok(true) if idle.record.autostart && restarted => {
-                if let Err(error) = host::start(&agent.host, name).await {
-                    tracing::error!(vm = name, error = in_one_line(&error), "cannot be started");
+    let mut told = false;
+    loop {
+        let mut undecided = false;
+        for idle in agent.host.idle_vms() {
+            let Idle::Ended(_) = &idle.why else { continue };
+            if let Err(error) = see_to(&agent, &idle).await {
+                undecided = true;
+                if !told {
+                    let vm = &idle.record.spec.name;
+                    tracing::error!(
+                        vm,
+                        error = in_one_line(&error),
+                        "cannot tell whether it is this host's, or not start it"
+                    );
                 }
-            }
-            Ok(true) => {}
-            // It never was this host's, or is not any more.
-            Ok(false) => {
-                if let Err(error) = agent.host.forget_idle(&idle).await {
-                    tracing::error!(vm = name, error = in_one_line(&error), "cannot forget it");
-                }
-            }
-            Err(error) => {
-                tracing::error!(vm = name, error = in_one_line(&error), "cannot tell whether it is this host's");
             }
         }
+        if !undecided {
+            return;
+        }
+        told = true;
+        tokio::time::sleep(ASK_AGAIN).await;
+    }
+}
+
+async fn see_to(agent: &Arc<Agent>, idle: &IdleVm) -> Result<(), AgentError> {
+    let restarted = idle.record.instance.boot != Instance::now(0, 0).boot;
+    match came_whole(agent, &idle.record).await? {
+        // It never was this host's, or is not any more.
+        false => agent.host.forget_idle(idle).await,
+        true if idle.record.autostart && restarted => {
+            host::start(&agent.host, &idle.record.spec.name).await?;
+            Ok(())
+        }
+        true => Ok(()),
     }
 }
 

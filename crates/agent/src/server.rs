@@ -77,7 +77,7 @@ pub async fn serve(config: Config, end: CancellationToken) -> Result<(), ServeEr
     make_dir(&config.run_dir)?;
     make_dir(&config.state_dir)?;
     let _lock = lock(&config.state_dir)?;
-    let Opened { journal, is_new, set_aside } = Journal::open(&config.state_dir)
+    let Opened { journal, set_aside } = Journal::open(&config.state_dir)
         .map_err(|source| ServeError::Journal { path: config.state_dir.clone(), source })?;
     let socket = config.socket();
     let local = listen_local(&socket)?;
@@ -115,9 +115,6 @@ pub async fn serve(config: Config, end: CancellationToken) -> Result<(), ServeEr
             "THE JOURNAL COULD NOT BE READ: a new one is begun, peers must be paired again, and VMs that run are found by \
              their processes; `vmferry resolve` says whose they are"
         );
-    }
-    if is_new {
-        recovery::find_by_process(&agent).await;
     }
     tokio::spawn(recovery::see_to_the_ended(Arc::clone(&agent)));
     tokio::spawn(source::keep_fences(Arc::clone(&agent.host)));

@@ -20,4 +20,4 @@ pub use peers::{Hello, PairRequest, PeerView, PeersView, TokenRequest, TokenView
 pub use problem::{Code, Problem, in_one_line};
 pub use settings::{DEFAULT_PORT, Listen, Rate, Security};
 pub use trial::TrialRequest;
-pub use vm::{AdoptRequest, Autostart, Resolve, RunRequest, Started, StopRequest, VmSpec, VmView};
+pub use vm::{AdoptRequest, Autostart, Resolve, RunRequest, StartRequest, Started, StopRequest, VmSpec, VmView};

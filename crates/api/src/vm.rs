@@ -64,6 +64,13 @@ pub struct StopRequest {
     pub timeout_ms: u64,
 }
 
+/// Start a VM again.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct StartRequest {
+    /// The host that it came from need not be asked whether it has kept the guest: its user knows that it has not.
+    pub undisputed: bool,
+}
+
 /// What a started VM is told with.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub struct Started {

@@ -93,6 +93,9 @@ shared memory for RAM when only -m is given. The VM outlives the agent.")]
     Start {
         /// Its name
         name: String,
+        /// It came from a host that cannot be asked whether the guest was kept there, and I know that it was not
+        #[arg(long)]
+        undisputed: bool,
     },
     /// Pause a guest; one that is being migrated arrives paused
     Pause {

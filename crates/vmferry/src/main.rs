@@ -56,7 +56,7 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Command::List { json } => vms::list(&client()?, json).await,
         Command::Show { name, json } => vms::show(&client()?, &name, json).await,
         Command::Stop { name, force, timeout } => vms::stop(&client()?, &name, force, timeout.into()).await,
-        Command::Start { name } => vms::start(&client()?, &name).await,
+        Command::Start { name, undisputed } => vms::start(&client()?, &name, undisputed).await,
         Command::Pause { name } => vms::pause(&client()?, &name).await,
         Command::Resume { name } => vms::resume(&client()?, &name).await,
         Command::Autostart { name, on } => vms::autostart(&client()?, &name, on == "on").await,

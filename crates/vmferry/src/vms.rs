@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bytesize::ByteSize;
 use vmferry_api::client::{Client, vm_path};
-use vmferry_api::{AdoptRequest, Autostart, RunRequest, Started, StopRequest, VmView};
+use vmferry_api::{AdoptRequest, Autostart, RunRequest, StartRequest, Started, StopRequest, VmView};
 
 use crate::failure::Failure;
 
@@ -92,8 +92,9 @@ pub(crate) async fn stop(client: &Client, name: &str, force: bool, timeout: Dura
     Ok(())
 }
 
-pub(crate) async fn start(client: &Client, name: &str) -> Result<(), Failure> {
-    let started: Started = client.post(&format!("{}/start", vm_path(name)), &()).await?;
+pub(crate) async fn start(client: &Client, name: &str, undisputed: bool) -> Result<(), Failure> {
+    let request = StartRequest { undisputed };
+    let started: Started = client.post(&format!("{}/start", vm_path(name)), &request).await?;
     tell_started(&started);
     Ok(())
 }

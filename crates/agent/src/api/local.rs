@@ -19,8 +19,8 @@ use vmferry_api::client::CONSOLE_PROTOCOL;
 use vmferry_api::trial::TrialResult;
 use vmferry_api::{
     AdoptRequest, Autostart, Begun, EngineName, Hello, MigrateRequest, MigrationEvent, MigrationView, PairRequest,
-    PeerView, PeersView, Problem, Resolve, RunRequest, Started, StopRequest, TokenRequest, TokenView, TrialRequest,
-    VmView, in_one_line,
+    PeerView, PeersView, Problem, Resolve, RunRequest, StartRequest, Started, StopRequest, TokenRequest, TokenView,
+    TrialRequest, VmView, in_one_line,
 };
 
 use super::{Answer, ApiError, upgraded};
@@ -125,9 +125,13 @@ async fn stop(
     Json(request): Json<StopRequest>,
 ) -> Result<StatusCode, ApiError> {
     // What is left of a guest that is stranded has nothing to shut down.
-    if !(request.force && source::discard(&agent.outgoing, &name).await) {
-        host::stop(&agent.host, &name, &request).await?;
-    }
+    let stopping = tokio::spawn(async move {
+        match request.force && source::discard(&agent.outgoing, &name).await {
+            true => Ok(()),
+            false => host::stop(&agent.host, &name, &request).await,
+        }
+    });
+    stopping.await.expect("stopping does not panic")?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -194,8 +198,12 @@ async fn witness_there(State(agent): Shared, Path(id): Path<Uuid>, request: Requ
 #[utoipa::path(post, path = "/v1/vms/{name}/migration", params(("name" = String, Path)), request_body = MigrateRequest,
     responses((status = 200, body = Begun), (status = "default", body = Problem)))]
 async fn migrate(State(agent): Shared, Path(name): Path<String>, Json(request): Json<MigrateRequest>) -> Answer<Begun> {
-    agent.host.found(&name).await?;
-    let (plan, migration) = source::begin(&agent.outgoing, &name, request).await?;
+    // In a task of its own: a user who goes away meanwhile must not leave a migration that nobody drives.
+    let begun = tokio::spawn(async move {
+        agent.host.found(&name).await?;
+        source::begin(&agent.outgoing, &name, request).await
+    });
+    let (plan, migration) = begun.await.expect("beginning does not panic")?;
     Ok(Json(Begun { plan, id: migration.map(|it| it.id) }))
 }
 
@@ -221,11 +229,12 @@ async fn resolve(
 }
 
 /// Starts a VM again whose QEMU has ended, or whose host was restarted.
-#[utoipa::path(post, path = "/v1/vms/{name}/start", params(("name" = String, Path)),
+#[utoipa::path(post, path = "/v1/vms/{name}/start", params(("name" = String, Path)), request_body = StartRequest,
     responses((status = 200, body = Started), (status = "default", body = Problem)))]
-async fn start(State(agent): Shared, Path(name): Path<String>) -> Answer<Started> {
+async fn start(State(agent): Shared, Path(name): Path<String>, Json(request): Json<StartRequest>) -> Answer<Started> {
     let started = async move {
         if let Some(idle) = agent.host.idle(&name)
+            && !request.undisputed
             && !came_whole(&agent, &idle.record).await?
         {
             agent.host.forget_idle(&idle).await?;
@@ -242,6 +251,9 @@ async fn start(State(agent): Shared, Path(name): Path<String>) -> Answer<Started
 async fn pause(State(agent): Shared, Path(name): Path<String>) -> Result<StatusCode, ApiError> {
     agent.host.found(&name).await?;
     host::pause(&agent.host, &name).await?;
+    if let Some(custody) = agent.outgoing.custody_of(&name) {
+        custody.wants(false).await;
+    }
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -250,6 +262,10 @@ async fn pause(State(agent): Shared, Path(name): Path<String>) -> Result<StatusC
     responses((status = 204), (status = "default", body = Problem)))]
 async fn resume(State(agent): Shared, Path(name): Path<String>) -> Result<StatusCode, ApiError> {
     agent.host.found(&name).await?;
+    // Before it runs, or a migration that is being undone at this moment may leave it paused.
+    if let Some(custody) = agent.outgoing.custody_of(&name) {
+        custody.wants(true).await;
+    }
     host::resume(&agent.host, &name).await?;
     Ok(StatusCode::NO_CONTENT)
 }

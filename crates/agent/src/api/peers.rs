@@ -163,7 +163,7 @@ async fn commit(
     Began { id, caller }: Began,
     Json(commit): Json<Commit>,
 ) -> Answer<IncomingState> {
-    let committed = async move { destination::commit(&agent.incoming, id, commit.run, &caller).await };
+    let committed = async move { destination::commit(&agent.incoming, id, commit, &caller).await };
     let committed = tokio::spawn(committed);
     Ok(Json(committed.await.expect("committing does not panic")?))
 }

@@ -278,12 +278,30 @@ impl Awaited {
         }
     }
 
+    /// Its process is gone, whether or not an agent ever had hold of it.
+    fn has_ended(&self) -> bool {
+        if self.preparing.load(Ordering::Acquire) {
+            return false;
+        }
+        if let Some(vm) = self.vm.get() {
+            return !vm.is_alive();
+        }
+        let idle = self.host.idle(&self.name).filter(|idle| idle.record.incoming == Some(self.id));
+        let vm = self.host.vm(&self.name).ok().filter(|vm| vm.incoming == Some(self.id));
+        vm.is_none() && idle.is_none_or(|idle| !idle.record.instance.is_alive())
+    }
+
     /// Asks QEMU whether it has all that it needs to run the guest.
     async fn look(&self) {
+        if self.has_ended() {
+            self.end_of_its_qemu();
+            return;
+        }
         let Some(vm) = self.vm.get() else { return };
         let told = async {
-            let info = vm.qmp.execute(commands::QueryMigrate {}).await?;
-            Ok::<_, QmpError>((info, vm.run_state().await?))
+            let info = vm.qmp.execute_within(commands::QueryMigrate {}, STATUS_TIMEOUT).await?;
+            let status = vm.qmp.execute_within(commands::QueryStatus {}, STATUS_TIMEOUT).await?;
+            Ok::<_, QmpError>((info, status.status))
         };
         let told = match told.await {
             Ok((info, run_state)) => match info.status.unwrap_or(MigrationStatus::None) {
@@ -300,16 +318,19 @@ impl Awaited {
                 }
                 _ => Qemu::Waits,
             },
-            Err(_) if vm.qmp.is_closed() => {
-                self.lock().why = "its QEMU ended".into();
-                Qemu::Ended
-            }
             Err(error) => {
                 tracing::debug!(vm = self.name, error = in_one_line(&error), "its QEMU does not answer");
                 Qemu::Silent
             }
         };
         self.apply(Event::Told(told));
+    }
+
+    fn end_of_its_qemu(&self) {
+        if self.machine().qemu() != Qemu::Ended {
+            self.lock().why = "its QEMU ended".into();
+            self.apply(Event::Told(Qemu::Ended));
+        }
     }
 
     /// Sets the guest running that this host owns, once: its user may pause it afterwards. In post-copy its QEMU may
@@ -375,27 +396,30 @@ impl Awaited {
             }
             let ended = async {
                 match self.vm.get() {
-                    Some(vm) if self.machine().qemu() != Qemu::Ended => vm.qmp.closed().await,
+                    Some(vm) if !vm.qmp.is_closed() => vm.qmp.closed().await,
                     _ => std::future::pending().await,
                 }
             };
             tokio::select! {
                 () = tokio::time::sleep(LOOK_EVERY) => {}
                 () = self.changed.notified() => continue,
-                () = ended => {
-                    self.lock().why = "its QEMU ended".into();
-                    self.apply(Event::Told(Qemu::Ended));
-                }
+                // The monitor closes a little before the process is gone.
+                () = ended => tokio::time::sleep(Duration::from_millis(20)).await,
+            }
+            if self.has_ended() {
+                self.end_of_its_qemu();
+                continue;
             }
             if self.machine().row() == Some(InStep::Prepared) && self.silent_for() >= LEASE {
                 let why =
                     format!("the source's agent ({}) was not heard of for {} s", self.source.name, LEASE.as_secs());
                 // Agents that move the RAM have the guest at the source until the commit.
-                let may_be_left = self.vm.get().filter(|vm| !arrival::is_expected(&vm.dir));
-                if match may_be_left {
-                    Some(vm) => !in_post_copy(vm).await,
-                    None => true,
-                } {
+                let may_be_left = !arrival::is_expected(&self.host.config.vm_dir(&self.name));
+                let is_left = match self.vm.get() {
+                    Some(vm) => may_be_left && in_post_copy(vm).await,
+                    None => may_be_left,
+                };
+                if !is_left {
                     tracing::warn!(vm = self.name, migration = %self.id, why, "abandons an incoming migration");
                     self.give_up(Event::GiveUp, &why);
                 }
@@ -415,15 +439,15 @@ async fn in_post_copy(vm: &Vm) -> bool {
 async fn run(vm: &Vm) -> Result<(), QmpError> {
     let deadline = Instant::now() + RUN_TIMEOUT;
     loop {
-        vm.qmp.execute_within(commands::Cont {}, RUN_TIMEOUT).await?;
         let state = vm.qmp.execute_within(commands::QueryStatus {}, RUN_TIMEOUT).await?.status;
-        // A guest that shut down or crashed on its own in its first moment is none of ours to restart.
+        // A guest that has shut down or crashed, at its source or in its first moment here, is none of ours to restart.
         if !matches!(state, RunState::Paused | RunState::InMigrate | RunState::Prelaunch) {
             return Ok(());
         }
         if Instant::now() > deadline {
             return Err(QmpError::Timeout { command: "cont".into(), after: RUN_TIMEOUT });
         }
+        vm.qmp.execute_within(commands::Cont {}, RUN_TIMEOUT).await?;
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
 }

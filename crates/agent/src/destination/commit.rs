@@ -11,9 +11,10 @@ use vmferry_custody::{Destination, InStep};
 use super::awaited::Awaited;
 use super::incoming::Incoming;
 use crate::error::AgentError;
+use crate::host::{Idle, Stage};
 use crate::journal::Source;
-use crate::peers::IncomingState;
 use crate::peers::trust::{self, Caller};
+use crate::peers::{Commit, IncomingState};
 
 /// How long QEMU may take to load what the source says it has sent.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(8);
@@ -31,14 +32,14 @@ const ASKED_TO: &str = "the source asked for it";
 pub(crate) async fn commit(
     here: &Arc<Incoming>,
     id: Uuid,
-    run: bool,
+    asked: Commit,
     caller: &Caller,
 ) -> Result<IncomingState, AgentError> {
     let Some(awaited) = here.find(id).await? else {
         return unheard(here, id, caller, "this host knows nothing of it").await;
     };
     awaited.heard();
-    awaited.apply(Event::Commit { run });
+    awaited.apply(Event::Commit { run: asked.run });
     let load = Instant::now() + LOAD_TIMEOUT;
     let mut decided = None;
     loop {
@@ -56,8 +57,12 @@ pub(crate) async fn commit(
             // say that nothing will come of it.
             _ if machine.qemu() == Qemu::Silent && Instant::now() > load => return Ok(awaited.view()),
             _ if !wants_to_commit(machine) => return Ok(awaited.view()),
+            // Only its source may say that a guest is lost that its QEMU has let go of.
+            _ if Instant::now() > load && asked.let_go => return Ok(awaited.view()),
             _ if Instant::now() > load => {
                 awaited.give_up(Event::GiveUp, "its QEMU did not receive the whole guest");
+                awaited.act().await;
+                return Ok(awaited.view());
             }
             _ => {}
         }
@@ -93,13 +98,19 @@ pub(crate) async fn fence(
     }
     // A journal that was lost knows nothing of it; but somebody may still run it.
     if let Ok(found) = here.host.vm(vm)
-        && found.stage() == crate::host::Stage::Unclear
+        && found.stage() == Stage::Unclear
     {
         tracing::warn!(vm, migration = %id, "its source's user has kept it: what was found here ends");
         vmferry_qemu::kill_process(found.pid, found.start_time, Duration::ZERO).await;
         here.host.forget_vm(&found).await?;
+    } else if let Some(found) = here.host.idle(vm).filter(|idle| idle.why == Idle::Unclear) {
+        tracing::warn!(vm, migration = %id, "its source's user has kept it: what was found here ends");
+        let it = &found.record.instance;
+        vmferry_qemu::kill_process(it.pid, it.start_time, Duration::ZERO).await;
+        here.host.forget_idle(&found).await?;
     }
-    unheard(here, id, caller, WHY).await
+    let name = trust::require_peer(&here.host, caller).await?;
+    write_unheard(here, id, Source { name, key: caller.key }, WHY).await
 }
 
 async fn let_go(awaited: &Awaited, event: Event, why: &str) -> IncomingState {
@@ -122,7 +133,16 @@ async fn let_go(awaited: &Awaited, event: Event, why: &str) -> IncomingState {
 /// with a migration that is not known.
 async fn unheard(here: &Arc<Incoming>, id: Uuid, caller: &Caller, why: &str) -> Result<IncomingState, AgentError> {
     let name = trust::require_peer(&here.host, caller).await?;
-    let source = Source { name, key: caller.key };
+    // It may be one of those that nobody knows any more.
+    if here.host.has_unclear() {
+        return Err(AgentError::Busy {
+            what: "this host's user, who is to say whose the VMs are that were found here".into(),
+        });
+    }
+    write_unheard(here, id, Source { name, key: caller.key }, why).await
+}
+
+async fn write_unheard(here: &Arc<Incoming>, id: Uuid, source: Source, why: &str) -> Result<IncomingState, AgentError> {
     if here.host.journal.unheard_of(source.key).await? >= MOST_UNHEARD {
         let message = format!("{} has abandoned {MOST_UNHEARD} migrations that it never began", source.name);
         return Err(AgentError::Conflict { message, hint: None });

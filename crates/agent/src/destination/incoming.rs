@@ -37,6 +37,7 @@ impl Incoming {
     /// The one that is known already, if there is one; otherwise this.
     pub(super) fn add(&self, awaited: Arc<Awaited>) -> Result<(), Arc<Awaited>> {
         let mut all = self.lock();
+        all.retain(|_, it| !it.is_gone());
         if let Some(known) = all.get(&awaited.id) {
             return Err(Arc::clone(known));
         }
@@ -71,7 +72,10 @@ impl Incoming {
     pub(crate) fn take_up(self: &Arc<Self>, id: Uuid, row: InRow) -> Arc<Awaited> {
         let awaited = Awaited::found((&self.host, &self.arrivals), id, row);
         let vm = self.host.vm(&awaited.name).ok().filter(|vm| vm.incoming == Some(id));
-        let is_idle = self.host.idle(&awaited.name).is_some_and(|it| it.record.incoming == Some(id));
+        let is_idle = self
+            .host
+            .idle(&awaited.name)
+            .is_some_and(|it| it.record.incoming == Some(id) && it.record.instance.is_alive());
         match vm {
             Some(vm) => awaited.is_served_by(&vm),
             None if is_idle => {}
@@ -133,7 +137,9 @@ pub(crate) async fn is_undisputed(here: &Arc<Incoming>, id: Uuid) -> Result<bool
             here.host.journal.settle_in(id).await?;
             Ok(true)
         }
-        Some(_) => Ok(true),
+        Some(_) => {
+            Err(AgentError::Busy { what: format!("{}, which does not know yet where the guest is", row.source.name) })
+        }
     }
 }
 

@@ -57,6 +57,7 @@ pub(crate) async fn prepare(here: &Arc<Incoming>, mut offer: Offer, caller: Call
     awaited.act().await;
     if awaited.machine().row() != Some(InStep::Prepared) {
         here.remove(offer.id);
+        awaited.set_preparing(false);
         let message = "its journal cannot be written, so that nobody could tell who owns the guest".into();
         return Err(AgentError::Conflict { message, hint: Some("is its disk full?".into()) });
     }

@@ -31,14 +31,15 @@ pub(crate) async fn recover(here: &Arc<Incoming>, id: Uuid, caller: &Caller) -> 
             arrival.give_up();
         }
         // One that was shut down, or stopped by its user, misses nothing any more.
-        if here.host.idle(&name).is_none_or(|idle| idle.record.incoming != Some(id)) {
+        if here.host.idle(&name).is_none_or(|idle| idle.record.incoming != Some(id)) && here.host.vm(&name).is_err() {
             return Ok(IncomingState { complete: true, runs: true, ..awaited.view() });
         }
         return Err(gone());
     };
     let mut state = awaited.view();
     // It may be on its way to another host by now: what brought it here has nothing more to say.
-    let moves_on = awaited.vm.get().is_some_and(|vm| vm.stage() != Stage::Owned && vm.stage() != Stage::Stopping);
+    let is_elsewhere = |vm: &Arc<Vm>| matches!(vm.stage(), Stage::InDoubt(_) | Stage::Left(_) | Stage::Stranded(_));
+    let moves_on = awaited.vm.get().is_some_and(is_elsewhere);
     if moves_on || here.host.journal.row_in(id).await?.is_some_and(|row| row.settled) {
         state.complete = true;
         return Ok(state);
@@ -96,6 +97,12 @@ pub(crate) async fn recover(here: &Arc<Incoming>, id: Uuid, caller: &Caller) -> 
 /// The process of its QEMU, if that lives, whether or not it answers.
 fn living(here: &Incoming, awaited: &Awaited) -> Option<u32> {
     if let Some(vm) = awaited.vm.get() {
+        return vm.is_alive().then_some(vm.pid);
+    }
+    // An agent may be about to take hold of it.
+    if let Ok(vm) = here.host.vm(&awaited.name)
+        && vm.incoming == Some(awaited.id)
+    {
         return vm.is_alive().then_some(vm.pid);
     }
     let idle = here.host.idle(&awaited.name).filter(|it| it.record.incoming == Some(awaited.id))?;

@@ -57,6 +57,8 @@ pub struct ExternalEngine {
     source: Option<Arc<Source>>,
     started: Instant,
     paused_at: Option<Instant>,
+    /// We have paused it, or are about to.
+    paused_by_us: bool,
     /// How long what was left then takes on the link.
     last_pages: Option<Duration>,
     /// The destination was told what it misses.
@@ -145,6 +147,7 @@ impl ExternalEngine {
             source: None,
             started: Instant::now(),
             paused_at: None,
+            paused_by_us: false,
             last_pages: None,
             post_copy: false,
             paced: false,
@@ -228,6 +231,8 @@ impl ExternalEngine {
         while !all {
             let source = Arc::clone(&source);
             self.look_whether_it_runs().await?;
+            // Also should this be interrupted: then nobody takes it for its user's wish.
+            self.paused_by_us = true;
             if self.wishes.runs {
                 self.qmp.execute(commands::Stop {}).await?;
             }
@@ -235,6 +240,7 @@ impl ExternalEngine {
             if self.wishes.runs {
                 self.qmp.execute(commands::Cont {}).await?;
             }
+            self.paused_by_us = false;
             all = taken?;
             if !all {
                 tokio::time::sleep(BETWEEN).await;
@@ -245,7 +251,7 @@ impl ExternalEngine {
 
     /// Its user may pause it, and have it go on, while it is copied.
     async fn look_whether_it_runs(&mut self) -> Result<(), EngineError> {
-        if self.paused_at.is_none() && !self.switched {
+        if !self.paused_by_us && !self.switched {
             match self.qmp.execute(commands::QueryStatus {}).await?.status {
                 RunState::Running => self.wishes.runs = true,
                 RunState::Paused => self.wishes.runs = false,
@@ -257,6 +263,7 @@ impl ExternalEngine {
 
     async fn pause(&mut self, source: &Source) -> Result<(), EngineError> {
         self.look_whether_it_runs().await?;
+        self.paused_by_us = true;
         // A processor that waits to write cannot be stopped.
         source.lift_pacing();
         self.qmp.execute(commands::Stop {}).await?;
@@ -464,7 +471,7 @@ impl RamEngine for ExternalEngine {
         stop_copying(&self.qmp).await?;
         // What somebody saves to a file later is to have all RAM.
         reset_capabilities(&self.qmp).await?;
-        self.switched = false;
+        (self.switched, self.paused_by_us) = (false, false);
         Ok(())
     }
 

@@ -12,7 +12,7 @@ use vmferry_link::{Authority, CipherSpeed, Identity, Sessions, measure_ciphers};
 use super::admission::Admission;
 use super::idle::{Idle, IdleVm};
 use super::qemus::Qemus;
-use super::vm::Vm;
+use super::vm::{Stage, Vm};
 use crate::config::Config;
 use crate::error::AgentError;
 use crate::journal::{Instance, Journal};
@@ -83,7 +83,8 @@ pub(super) struct State {
 
 impl State {
     fn has(&self, name: &str) -> bool {
-        self.vms.contains_key(name) || self.idle.get(name).is_some_and(|it| it.why == Idle::Silent)
+        self.vms.contains_key(name)
+            || self.idle.get(name).is_some_and(|it| matches!(it.why, Idle::Silent | Idle::Unclear))
     }
 }
 
@@ -164,16 +165,23 @@ impl Host {
         loop {
             match (self.vm(name), self.idle(name).map(|idle| idle.why)) {
                 (Ok(vm), _) => return Ok(vm),
-                (Err(_), Some(Idle::Silent)) if Instant::now() < deadline => {
+                (Err(_), Some(Idle::Silent | Idle::Unclear)) if Instant::now() < deadline => {
                     tokio::time::sleep(Duration::from_millis(10)).await;
                 }
-                (Err(_), Some(Idle::Silent)) => {
+                (Err(_), Some(Idle::Silent | Idle::Unclear)) => {
                     return Err(AgentError::Busy { what: format!("the QEMU of {name}, which does not answer") });
                 }
                 (Err(_), Some(Idle::Ended(why))) => return Err(AgentError::Ended { name: name.into(), why }),
                 (Err(unknown), None) => return Err(unknown),
             }
         }
+    }
+
+    /// There are VMs of which nobody knows whose their guests are.
+    pub(crate) fn has_unclear(&self) -> bool {
+        let state = self.state();
+        state.vms.values().any(|vm| vm.stage() == Stage::Unclear)
+            || state.idle.values().any(|idle| idle.why == Idle::Unclear)
     }
 
     pub(crate) fn has_vm(&self, name: &str) -> bool {

@@ -11,6 +11,8 @@ pub(crate) enum Idle {
     Ended(String),
     /// Its QEMU lives, and does not answer; or was not asked yet.
     Silent,
+    /// The same, of one that is not on record: nobody knows whose its guest is.
+    Unclear,
 }
 
 /// See the module's text.
@@ -28,6 +30,9 @@ impl IdleVm {
         let (state, detail) = match &self.why {
             Idle::Ended(why) => ("ended", why.clone()),
             Idle::Silent => ("silent", "its QEMU runs, and does not answer".to_owned()),
+            Idle::Unclear => {
+                ("unclear", "not on record, and its QEMU does not answer: is its guest this host's?".to_owned())
+            }
         };
         VmView {
             name: self.record.spec.name.clone(),

@@ -142,6 +142,7 @@ pub(crate) async fn set_autostart(host: &Host, name: &str, autostart: bool) -> R
 /// Pauses a guest. One that is being migrated arrives paused.
 pub(crate) async fn pause(host: &Host, name: &str) -> Result<(), AgentError> {
     let vm = ours(host, name)?;
+    is_not_on_its_way(&vm).await?;
     vm.qmp.execute(commands::Stop {}).await?;
     tracing::info!(vm = name, "paused");
     Ok(())
@@ -150,16 +151,21 @@ pub(crate) async fn pause(host: &Host, name: &str) -> Result<(), AgentError> {
 /// Has a paused guest go on.
 pub(crate) async fn resume(host: &Host, name: &str) -> Result<(), AgentError> {
     let vm = ours(host, name)?;
-    let state = vm.run_state().await?;
-    if matches!(state, RunState::FinishMigrate | RunState::PostMigrate | RunState::InMigrate) {
-        return Err(AgentError::Conflict {
-            message: format!("{name} is on its way to its destination at this moment"),
-            hint: Some("try again in a second".into()),
-        });
-    }
+    is_not_on_its_way(&vm).await?;
     vm.qmp.execute(commands::Cont {}).await?;
     tracing::info!(vm = name, "resumed");
     Ok(())
+}
+
+/// Neither of these does anything to a guest that stands for its switch-over.
+async fn is_not_on_its_way(vm: &Vm) -> Result<(), AgentError> {
+    match vm.run_state().await? {
+        RunState::FinishMigrate | RunState::PostMigrate | RunState::InMigrate => Err(AgentError::Conflict {
+            message: format!("{} is on its way to its destination at this moment", vm.name()),
+            hint: Some("try again in a second".into()),
+        }),
+        _ => Ok(()),
+    }
 }
 
 /// The VM, if its guest is this host's to pause and to resume.
@@ -184,7 +190,7 @@ fn not_ours(name: &str, what: &str, hint: &str) -> AgentError {
 pub(crate) async fn stop(host: &Arc<Host>, name: &str, request: &StopRequest) -> Result<(), AgentError> {
     let conflict = |message: String, hint: String| AgentError::Conflict { message, hint: Some(hint) };
     if let Some(idle) = host.idle(name) {
-        if idle.why == Idle::Silent {
+        if matches!(idle.why, Idle::Silent | Idle::Unclear) {
             if !request.force {
                 let hint = format!("`vmferry stop {name} --force` ends its QEMU like a power cut");
                 return Err(conflict(format!("the QEMU of {name} does not answer"), hint));

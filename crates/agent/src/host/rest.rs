@@ -51,12 +51,20 @@ impl Host {
     /// Forgets a VM that is idle, and its folder with it.
     pub(crate) async fn forget_idle(&self, idle: &IdleVm) -> Result<(), AgentError> {
         let name = &idle.record.spec.name;
-        self.journal.remove_vm(name, &idle.record.instance).await?;
-        let is_it = self.state().idle.get(name).is_some_and(|it| it.record.instance == idle.record.instance);
-        if is_it {
-            self.state().idle.remove(name);
-            super::folders::remove_dir(self.config.vm_dir(name)).await;
+        {
+            let mut state = self.state();
+            if !state.idle.get(name).is_some_and(|it| it.record.instance == idle.record.instance) {
+                return Ok(());
+            }
+            // Whoever starts another of that name has its folder.
+            if !state.reserved.insert(name.clone()) {
+                return Err(AgentError::Busy { what: format!("{name}, which is being started") });
+            }
+            state.idle.remove(name);
         }
-        Ok(())
+        let removed = self.journal.remove_vm(name, &idle.record.instance).await;
+        super::folders::remove_dir(self.config.vm_dir(name)).await;
+        self.state().reserved.remove(name);
+        Ok(removed?)
     }
 }

@@ -51,8 +51,6 @@ type Work = Box<dyn FnOnce(&mut Connection) + Send>;
 pub struct Opened {
     /// It.
     pub journal: Journal,
-    /// There was none, or none that could be read.
-    pub is_new: bool,
     /// Where one is now that could not be read, and why.
     pub set_aside: Option<(PathBuf, String)>,
 }
@@ -61,7 +59,6 @@ impl Journal {
     /// Opens the journal in this folder, or makes it. One that cannot be read is kept aside; one that a newer version has
     /// made is an error.
     pub fn open(dir: &Path) -> Result<Opened> {
-        let is_new = !dir.join("agent.db").exists();
         let (connection, set_aside) = match schema::open(dir) {
             Ok(connection) => (connection, None),
             Err(error) if is_unreadable(&error) => {
@@ -81,7 +78,7 @@ impl Journal {
                 }
             })
             .map_err(|error| unreadable(&format!("a thread: {error}")))?;
-        Ok(Opened { journal: Self { work, dir: dir.into() }, is_new: is_new || set_aside.is_some(), set_aside })
+        Ok(Opened { journal: Self { work, dir: dir.into() }, set_aside })
     }
 
     /// Has the journal's thread do this, and waits for it.

@@ -118,19 +118,15 @@ impl Journal {
                 "SELECT id, vm, boot, pid, start_time, peer, running, step, address, peer_key FROM migrations
                  WHERE direction = 'out' AND outcome IS NULL",
             )?;
-            let rows = select.query_map([], |row| {
-                Ok(OutRecord {
-                    id: parse_id(&row.get::<_, String>("id")?)?,
-                    vm: row.get("vm")?,
-                    instance: instance(row)?,
-                    peer: row.get("peer")?,
-                    running: row.get("running")?,
-                    step: open_step(&row.get::<_, String>("step")?)?,
-                    address: row.get("address")?,
-                    peer_key: parse_key(&row.get::<_, String>("peer_key")?)?,
-                })
-            })?;
-            rows.collect()
+            let rows = select.query_map([], |row| Ok((row.get::<_, String>("vm")?, open(row))))?;
+            let mut found = Vec::new();
+            for row in rows {
+                match row? {
+                    (_, Ok(record)) => found.push(record),
+                    (vm, Err(error)) => tracing::error!(vm, %error, "its open migration cannot be read: left alone"),
+                }
+            }
+            Ok(found)
         })
         .await
     }
@@ -183,6 +179,19 @@ impl Journal {
     pub async fn drop_fence(&self, id: Uuid) -> Result<()> {
         self.call(move |db| db.execute("DELETE FROM fences WHERE id = ?1", [id.to_string()]).map(drop)).await
     }
+}
+
+fn open(row: &SqlRow<'_>) -> Result<OutRecord> {
+    Ok(OutRecord {
+        id: parse_id(&row.get::<_, String>("id")?)?,
+        vm: row.get("vm")?,
+        instance: instance(row)?,
+        peer: row.get("peer")?,
+        running: row.get("running")?,
+        step: open_step(&row.get::<_, String>("step")?)?,
+        address: row.get("address")?,
+        peer_key: parse_key(&row.get::<_, String>("peer_key")?)?,
+    })
 }
 
 fn view(row: &SqlRow<'_>) -> Result<MigrationView> {

@@ -156,9 +156,8 @@ impl Peer {
     }
 
     /// Makes it the owner of the guest, which is to run there, or to stay paused.
-    pub async fn commit(&self, id: Uuid, run: bool) -> Result<IncomingState, PeerError> {
-        let commit = Commit { run };
-        self.ask(Method::POST, &format!("/v1/incoming/{id}/commit"), Some(&commit), COMMIT_TIMEOUT).await
+    pub async fn commit(&self, id: Uuid, commit: &Commit) -> Result<IncomingState, PeerError> {
+        self.ask(Method::POST, &format!("/v1/incoming/{id}/commit"), Some(commit), COMMIT_TIMEOUT).await
     }
 
     /// Has it let go of a guest, even if it owns it, that its source's user has kept.

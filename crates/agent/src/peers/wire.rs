@@ -108,6 +108,9 @@ pub enum InWord {
 pub struct Commit {
     /// It is to run; otherwise it stays paused.
     pub run: bool,
+    /// The source's QEMU would not let it run any more: only this host can have it.
+    #[serde(default)]
+    pub let_go: bool,
 }
 
 /// A guest that its source's user has kept.

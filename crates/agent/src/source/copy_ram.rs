@@ -5,8 +5,6 @@ use std::sync::atomic::Ordering;
 use vmferry_api::{MigrationEvent, Step};
 use vmferry_policy::{Action, Observation};
 
-use vmferry_custody::source::Event;
-
 use super::run::Run;
 use super::teller::Audience;
 use crate::engine::{RamEngine, Seen};
@@ -25,7 +23,7 @@ impl Run {
                 () = self.migration.cancel.cancelled() => return Err(self.cancelled()),
             };
             self.teller.progress(&seen);
-            self.custody.tell(Event::Wants { running: engine.guest_runs() });
+            self.custody.wants(engine.guest_runs()).await;
             if seen.ready_to_commit {
                 return Ok(seen);
             }

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
+use uuid::Uuid;
 use vmferry_api::in_one_line;
 use vmferry_custody::source::{Deed, Event, OutEnd, OutStep, Phase, Qemu, Refused, Row};
 use vmferry_custody::{Answer, Source};
@@ -23,7 +24,7 @@ use crate::engine::{EngineError, RamEngine};
 use crate::error::AgentError;
 use crate::host::{GRACE, Host, Stage, Vm};
 use crate::journal::OutRecord;
-use crate::peers::{InWord, IncomingState, Peer};
+use crate::peers::{Commit, InWord, IncomingState, Peer};
 
 /// How long the guest waits for its destination to let go before it runs again without that.
 const LET_GO: Duration = Duration::from_secs(1);
@@ -159,8 +160,11 @@ impl Custody {
                 tracing::debug!(vm = self.record.vm, migration = %self.record.id, ?event, phase = ?after.phase(), "custody");
             }
             state.kept |= matches!(after.phase(), Phase::Undoing { kept: true, .. });
+            // Under the lock, so that the last stage that is shown is the last one that there was.
+            if let Some(vm) = self.vm() {
+                vm.set_stage(stage_of(after.phase(), self.record.id));
+            }
         }
-        self.show();
         self.changed.notify_one();
         if matches!(event, Event::KeepHere | Event::RunsThere | Event::Discard) {
             self.decided.notify_waiters();
@@ -192,13 +196,20 @@ impl Custody {
 
     /// How its VM stands.
     pub(crate) fn stage(&self) -> Stage {
-        let id = self.record.id;
-        match self.phase() {
-            Phase::Owned => Stage::Owned,
-            Phase::Moving | Phase::Sealed { .. } | Phase::Undoing { .. } => Stage::Migrating(id),
-            Phase::InDoubt { .. } => Stage::InDoubt(id),
-            Phase::Away { .. } | Phase::Over { .. } => Stage::Left(id),
-            Phase::Stranded { .. } => Stage::Stranded(id),
+        stage_of(self.phase(), self.record.id)
+    }
+
+    /// Its user has paused it, or had it go on: so it is to be undone, also by another agent.
+    pub(crate) async fn wants(&self, running: bool) {
+        if self.machine().wants_running() == running {
+            return;
+        }
+        self.tell(Event::Wants { running });
+        if let Some(step) = self.machine().row() {
+            let record = OutRecord { running, ..self.record.clone() };
+            if let Err(error) = self.host.journal.write_out(&record, Row::Open(step), "").await {
+                tracing::error!(vm = record.vm, %error, "cannot write that its user wants it otherwise");
+            }
         }
     }
 
@@ -348,8 +359,11 @@ impl Custody {
 
     async fn ask_commit(&self, audience: &dyn Audience) {
         let is_away = matches!(self.phase(), Phase::Away { .. });
+        let machine = self.machine();
+        let commit = Commit { run: machine.wants_running(), let_go: machine.qemu() == Qemu::LetGo };
+        self.was_asked_for(RUNS);
         let asked = tokio::select! {
-            asked = self.peer.commit(self.record.id, self.machine().wants_running()) => asked,
+            asked = self.peer.commit(self.record.id, &commit) => asked,
             // What it answers may not matter any more.
             () = self.decided.notified() => return,
         };
@@ -522,5 +536,16 @@ impl Custody {
             vmferry_qemu::kill_process(it.pid, it.start_time, GRACE).await;
         }
         self.look().await;
+    }
+}
+
+/// How a VM stands whose migration is so far.
+fn stage_of(phase: Phase, id: Uuid) -> Stage {
+    match phase {
+        Phase::Owned => Stage::Owned,
+        Phase::Moving | Phase::Sealed { .. } | Phase::Undoing { .. } => Stage::Migrating(id),
+        Phase::InDoubt { .. } => Stage::InDoubt(id),
+        Phase::Away { .. } | Phase::Over { .. } => Stage::Left(id),
+        Phase::Stranded { .. } => Stage::Stranded(id),
     }
 }

@@ -9,7 +9,7 @@ use vmferry_custody::source::{Event, OutStep, Phase, Refused};
 use super::custody::Custody;
 use super::outgoing::Outgoing;
 use crate::error::AgentError;
-use crate::host::{Host, Stage, Vm};
+use crate::host::{GRACE, Host, Idle, IdleVm, Stage, Vm};
 
 /// How long it may take until what was decided is written.
 const WRITTEN: Duration = Duration::from_secs(5);
@@ -20,6 +20,9 @@ const GONE: Duration = Duration::from_secs(15);
 pub(crate) async fn resolve(outgoing: &Arc<Outgoing>, name: &str, how: Resolve) -> Result<(), AgentError> {
     if let Some(custody) = outgoing.custody_of(name) {
         return decide(&custody, name, how).await;
+    }
+    if let Some(idle) = outgoing.host.idle(name).filter(|idle| idle.why == Idle::Unclear) {
+        return silent(&outgoing.host, idle, how).await;
     }
     let vm = outgoing.host.vm(name)?;
     match vm.stage() {
@@ -75,6 +78,20 @@ async fn found(host: &Host, vm: &Vm, how: Resolve) -> Result<(), AgentError> {
         Resolve::ItRunsThere => {
             vm.quit().await;
             host.forget_vm(vm).await
+        }
+    }
+}
+
+/// The same, of one that does not answer.
+async fn silent(host: &Host, idle: IdleVm, how: Resolve) -> Result<(), AgentError> {
+    match how {
+        Resolve::KeepHere => {
+            Err(AgentError::Busy { what: format!("the QEMU of {}, which does not answer", idle.record.spec.name) })
+        }
+        Resolve::ItRunsThere => {
+            let it = &idle.record.instance;
+            vmferry_qemu::kill_process(it.pid, it.start_time, GRACE).await;
+            host.forget_idle(&idle).await
         }
     }
 }
