@@ -120,7 +120,7 @@ async fn what_a_disk_brings_into_ram_arrives_whatever_qemu_it_has() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_vm_that_its_agent_forgot_is_adopted_and_moves_with_its_ram() {
+async fn a_vm_that_its_agent_forgot_is_found_by_its_process_and_moves_with_its_ram() {
     let mut bed = bed::start(external(1, 1), guest(Mode::Random)).await;
     bed.testbed.host_mut(0).kill_agent().await.expect("killed");
     for file in std::fs::read_dir(&bed.alpha().state_dir).expect("readable").flatten() {
@@ -131,9 +131,9 @@ async fn a_vm_that_its_agent_forgot_is_adopted_and_moves_with_its_ram() {
     }
     bed.testbed.host_mut(0).start_agent().await.expect("starts");
     bed.pair().await.expect("paired again");
-    assert!(bed.alpha().show(VM).await.expect("answers").is_none());
-    let qmp = bed.alpha().run_dir.join("vms").join(VM).join("qmp.sock").display().to_string();
-    assert_success(&bed.alpha().vmferry(&["adopt", VM, "--qmp", &qmp]).await.expect("vmferry runs"), &bed);
+    bed.eventually("it is found", async || bed.view(0).await.state == "unclear").await;
+    let resolve = ["resolve", VM, "--keep-here", "--yes"];
+    assert_success(&bed.alpha().vmferry(&resolve).await.expect("vmferry runs"), &bed);
     assert_eq!(report(&bed, &[]).await.engine, "external");
     bed.assert_runs_only_on(1).await;
     bed.assert_intact(1).await;
