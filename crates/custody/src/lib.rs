@@ -31,6 +31,9 @@
 //! | `Stranded` | commit, post-copy, stranded | committed, or abandoned after QEMU here let go | there, or nobody | stands | as it can |
 //! | `Over` | none | committed | there | ended | as its user wants |
 //!
+//! A source in doubt whose user says that the guest runs there gives the destination its time to say otherwise, or to take
+//! it, before what is left here goes.
+//!
 //! A QEMU that moves the RAM itself *lets go* of the guest when post-copy begins ([`source::Qemu::LetGo`]): from then on
 //! it cannot be undone, so that whatever was to undo it goes forward. A QEMU whose migration fails at its very end may
 //! set its guest running by itself: wherever the table says that it stands, that it runs makes stopping it due.

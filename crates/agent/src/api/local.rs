@@ -104,7 +104,7 @@ async fn show(State(agent): Shared, Path(name): Path<String>) -> Answer<VmView> 
         Err(error) => return agent.host.idle(&name).map(|idle| Json(idle.view())).ok_or_else(|| error.into()),
     };
     let mut view = vm.view(agent.host.config.engine).await;
-    if view.migration.is_none() && vm.is_alive() {
+    if view.migration.is_none() && view.state != "unknown" && vm.is_alive() {
         // A QEMU that does not answer keeps nobody from being shown. It is asked a dozen things.
         let movable = tokio::time::timeout(GLANCE, movable(&agent.host, &vm)).await;
         let movable = movable.map(|told| told.unwrap_or_else(|error| Err(in_one_line(&error))));

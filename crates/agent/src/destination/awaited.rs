@@ -56,7 +56,7 @@ struct State {
     why: String,
     /// Its source's user keeps the guest.
     fenced: bool,
-    /// That the journal cannot be written was told.
+    /// What does not come off was told.
     told: bool,
     /// Memory that is kept for it.
     promise: Option<Promise>,
@@ -350,7 +350,14 @@ impl Awaited {
                 self.apply(Event::Told(Qemu::Ended));
             }
             Err(error) => {
-                tracing::error!(vm = self.name, error = in_one_line(&error), "cannot be set running yet");
+                // It is tried for as long as it takes, which is for ever when the pages that QEMU waits for are lost.
+                if !std::mem::replace(&mut self.lock().told, true) {
+                    tracing::error!(
+                        vm = self.name,
+                        error = in_one_line(&error),
+                        "cannot be set running yet: it is tried again"
+                    );
+                }
                 self.apply(Event::Told(Qemu::Silent));
             }
         }

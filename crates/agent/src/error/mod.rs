@@ -164,6 +164,14 @@ pub enum AgentError {
         /// The VM.
         name: String,
     },
+    /// QEMU had let go of the guest for post-copy, and the destination never took it.
+    #[error("{name} cannot go on: its QEMU here had let go of it for post-copy, and {reason}")]
+    Nowhere {
+        /// The VM.
+        name: String,
+        /// Why the destination has not got it.
+        reason: String,
+    },
     /// The destination owns the guest and has all of it, but has not said that it runs.
     #[error("{name} was handed over to {to} with all of its memory, but {to} has not said that it runs")]
     DoesNotRun {
@@ -260,7 +268,9 @@ impl AgentError {
             Self::MigrationFailed { .. } | Self::Kept { .. } | Self::Engine(_) | Self::Ram(_) => Code::MigrationFailed,
             Self::GaveUp { .. } => Code::GaveUp,
             Self::Cancelled { .. } => Code::Cancelled,
-            Self::GuestAtRisk { .. } | Self::DoesNotRun { .. } | Self::SourceEnded { .. } => Code::GuestAtRisk,
+            Self::GuestAtRisk { .. } | Self::Nowhere { .. } | Self::DoesNotRun { .. } | Self::SourceEnded { .. } => {
+                Code::GuestAtRisk
+            }
             Self::TooLate { .. } => Code::TooLate,
             Self::NoQemu { .. } => Code::NoQemu,
             Self::Launch(_) | Self::Probe(_) | Self::Qmp(_) | Self::StreamTls(_) => Code::QemuFailed,
