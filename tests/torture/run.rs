@@ -60,6 +60,8 @@ pub(super) struct Run {
 #[derive(Default)]
 pub(super) struct Heard {
     moments: Vec<(Moment, Instant)>,
+    /// It was said that it goes on by post-copy: QEMU lets go of the guest then, some milliseconds before the commit.
+    lets_go: bool,
     pub ended: Option<(Instant, Option<i32>)>,
     complaint: String,
 }
@@ -153,6 +155,10 @@ impl Run {
             let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
             while let Ok(Some(line)) = lines.next_line().await {
                 let event: Value = serde_json::from_str(&line).unwrap_or_default();
+                let says = |words: &str| event["text"].as_str().is_some_and(|text| text.contains(words));
+                if event["event"] == "note" && (says("post-copy.") || says("Post-copy, as asked for")) {
+                    heard.lock().expect("no holder panics").lets_go = true;
+                }
                 if let Some(moment) = moment_of(&event) {
                     heard.lock().expect("no holder panics").moments.push((moment, Instant::now()));
                 }
@@ -244,7 +250,9 @@ impl Run {
         } else {
             When::Before
         };
-        let began = self.heard().moments.iter().any(|(it, _)| *it == Moment::PostCopy);
+        let heard = self.heard();
+        let began = heard.lets_go || heard.moments.iter().any(|(it, _)| *it == Moment::PostCopy);
+        drop(heard);
         Kill { host, when, in_post_copy: began && !before(Moment::Retire) }
     }
 
