@@ -104,11 +104,15 @@ async fn show(State(agent): Shared, Path(name): Path<String>) -> Answer<VmView> 
         Err(error) => return agent.host.idle(&name).map(|idle| Json(idle.view())).ok_or_else(|| error.into()),
     };
     let mut view = vm.view(agent.host.config.engine).await;
-    if view.migration.is_none() && view.state != "unknown" && vm.is_alive() {
-        // A QEMU that does not answer keeps nobody from being shown. It is asked a dozen things.
-        let movable = tokio::time::timeout(GLANCE, movable(&agent.host, &vm)).await;
-        let movable = movable.map(|told| told.unwrap_or_else(|error| Err(in_one_line(&error))));
-        view.external_obstacle = movable.unwrap_or_else(|_| Err("its QEMU does not answer".into())).err();
+    if view.migration.is_none() && vm.is_alive() {
+        // A QEMU that does not answer keeps nobody from being shown. It is asked a dozen things; one that did not answer
+        // the first is asked no more.
+        let told = match view.state.as_str() {
+            "unknown" => None,
+            _ => tokio::time::timeout(GLANCE, movable(&agent.host, &vm)).await.ok(),
+        };
+        let told = told.map(|told| told.unwrap_or_else(|error| Err(in_one_line(&error))));
+        view.external_obstacle = told.unwrap_or_else(|| Err("its QEMU does not answer".into())).err();
         if view.external_obstacle.is_some() {
             view.engine = EngineName::Qemu.to_string();
         }
