@@ -111,6 +111,18 @@ impl Journal {
         .await
     }
 
+    /// The guest of an open migration is to run, or to stay paused, wherever it ends up here. Its step stays as it is.
+    pub async fn set_running(&self, id: Uuid, running: bool) -> Result<()> {
+        self.call(move |db| {
+            db.execute(
+                "UPDATE migrations SET running = ?2 WHERE id = ?1 AND direction = 'out' AND outcome IS NULL",
+                params![id.to_string(), running],
+            )
+            .map(drop)
+        })
+        .await
+    }
+
     /// Outgoing migrations that have not ended.
     pub async fn open_out(&self) -> Result<Vec<OutRecord>> {
         self.call(|db| {

@@ -205,11 +205,8 @@ impl Custody {
             return;
         }
         self.tell(Event::Wants { running });
-        if let Some(step) = self.machine().row() {
-            let record = OutRecord { running, ..self.record.clone() };
-            if let Err(error) = self.host.journal.write_out(&record, Row::Open(step), "").await {
-                tracing::error!(vm = record.vm, %error, "cannot write that its user wants it otherwise");
-            }
+        if let Err(error) = self.host.journal.set_running(self.record.id, running).await {
+            tracing::error!(vm = self.record.vm, %error, "cannot write that its user wants it otherwise");
         }
     }
 
