@@ -32,6 +32,35 @@ async fn when_the_destinations_qemu_is_killed_mid_copy_the_guest_runs_on() {
     bed.assert_runs_only_on(1).await;
 }
 
+/// The destination's QEMU ends when the commit is being written there, so before anything was executed in it.
+async fn is_given_back(bed: Bed, arguments: &[&str]) {
+    let mut migrate = bed.begin_slow_migration_with(arguments).await;
+    let journal = rusqlite::Connection::open(bed.beta().state_dir.join("agent.db")).expect("opens");
+    journal.execute_batch("BEGIN IMMEDIATE").expect("it can be kept from writing");
+    bed.eventually("it is asked to commit", async || bed.view(0).await.state == "in-doubt").await;
+    // For QEMU to load what it has been sent.
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    kill(bed.view(1).await.pid);
+    journal.execute_batch("ROLLBACK").expect("it may write");
+    assert_eq!(migrate.wait().await.expect("it ends").code(), Some(4), "{}", bed.logs());
+    bed.assert_runs_only_on(0).await;
+    bed.assert_intact(0).await;
+    let there = bed.beta().agent_log();
+    assert!(there.contains("owns the guest now") && there.contains("abandoned"), "{there}");
+    crate::bed::assert_success(&bed.migrate(&[]).await, &bed);
+    bed.assert_runs_only_on(1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_qemu_moved_and_that_never_ran_there_is_given_back() {
+    is_given_back(bed::start(options(), guest(Mode::Random)).await, &["--no-post-copy"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_agents_moved_by_post_copy_and_that_never_ran_there_is_given_back() {
+    is_given_back(bed::start(bed::external(1, 1), guest(Mode::Random)).await, &["--max-time", "1s"]).await;
+}
+
 /// The source's agent, started again, is done with what its predecessor left behind.
 async fn settled(bed: &Bed) {
     bed.eventually("the migration is settled", async || bed.view(0).await.state != "migrating").await;

@@ -130,6 +130,8 @@ async fn a_guest_that_is_paused_and_whose_migration_is_cancelled_stays_paused() 
             assert_eq!(bed.view(0).await.state, state);
         }
     }
+    let (code, said) = vmferry(&bed, 0, &["stop", VM]).await;
+    assert!(code == Some(3) && said.contains("cannot shut down") && said.contains("vmferry resume"), "{said}");
     let (code, said) = vmferry(&bed, 0, &["resume", VM]).await;
     assert_eq!(code, Some(0), "{said}");
     bed.assert_runs_only_on(0).await;

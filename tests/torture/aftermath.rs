@@ -55,12 +55,20 @@ async fn after(
     let story = run.story().await;
     let waits = matches!(found, Found::Runs(host) if run.may_wait_for_ever() && !beats(run, host, GIVE_UP).await);
     let found = if waits { Found::Gone } else { found };
-    let outcome = judge(&story, found)?;
+    let mut outcome = judge(&story, found)?;
     if let Some(failed) = run.failed_unharmed() {
         return Err(failed);
     }
+    let mut found = found;
     if let Found::Paused(host) = found {
         run.monitors.order(host, "cont").await?;
+        // Its button may have been pressed before it was paused.
+        if story.may_have_ended {
+            found = power_off(run, Found::Runs(host)).await?;
+        }
+    }
+    if found == Found::Gone && story.may_have_ended {
+        outcome = Outcome::EndedByItsUser;
     }
     match found {
         Found::Runs(host) | Found::Paused(host) => is_whole(run, host).await?,

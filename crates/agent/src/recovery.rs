@@ -30,7 +30,12 @@ pub(crate) async fn recover(agent: &Arc<Agent>) -> Result<(), AgentError> {
     for record in journal.open_out().await? {
         source::take_up(&agent.outgoing, record);
     }
-    for record in journal.vms().await? {
+    let vms = journal.vms().await?;
+    let (specs, signature): (Vec<_>, _) =
+        (vms.iter().map(|it| it.spec.clone()).collect(), agent.host.signature.clone());
+    // The disks may lie on storage that does not answer.
+    tokio::task::spawn_blocking(move || host::sweep(specs.iter(), &signature));
+    for record in vms {
         let agent = Arc::clone(agent);
         if let Some(record) = alive(&agent.host, record).await {
             agent.host.rest(record.clone(), Idle::Silent);

@@ -1,6 +1,6 @@
 //! The half of the host that a guest comes to.
 
-use crate::Answer;
+use crate::{Answer, Start};
 
 /// Where an incoming migration stands in the destination's journal. This is what decides who owns the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -12,7 +12,7 @@ pub enum InStep {
         /// It has not been set running yet, and is to be.
         must_run: bool,
     },
-    /// This host never will own it, or does not any more: whatever it had goes.
+    /// This host never will own it, or does not any more, as it never ran here: whatever it had goes.
     Abandoned,
 }
 
@@ -53,6 +53,8 @@ pub enum Event {
     GiveUp,
     /// QEMU tells this.
     Told(Qemu),
+    /// QEMU is about to be told to set the guest running.
+    Tries,
     /// This is in the journal.
     Wrote(InStep),
     /// This could not be written.
@@ -70,7 +72,7 @@ pub enum Deed {
     Look,
     /// Pause the guest, which must not run here.
     Pause,
-    /// Set the guest running. Then tell what QEMU does.
+    /// Tell [`Event::Tries`] and set the guest running. Then tell what QEMU does.
     Run,
     /// End QEMU.
     End,
@@ -92,17 +94,21 @@ pub struct Destination {
     row: Option<InStep>,
     qemu: Qemu,
     wish: Wish,
+    /// It was tried to set the guest running, as far as is known.
+    tried: bool,
 }
 
 impl Destination {
     /// Of a migration that this host has not heard of.
     pub fn new() -> Self {
-        Self { row: None, qemu: Qemu::None, wish: Wish::None }
+        Self { row: None, qemu: Qemu::None, wish: Wish::None, tried: false }
     }
 
     /// What a journal's row means, when nothing else is known.
     pub fn recover(row: InStep) -> Self {
-        Self { row: Some(row), qemu: Qemu::Silent, wish: Wish::None }
+        // Whoever wrote it may have tried since.
+        let tried = matches!(row, InStep::Committed { .. });
+        Self { row: Some(row), qemu: Qemu::Silent, wish: Wish::None, tried }
     }
 
     /// What the journal holds.
@@ -118,7 +124,16 @@ impl Destination {
     /// What is answered to the source, whatever it asked.
     pub fn answer(self) -> Answer {
         match self.row {
-            Some(InStep::Committed { must_run }) => Answer::Committed { runs: !must_run || self.qemu == Qemu::Runs },
+            Some(InStep::Committed { must_run }) => Answer::Committed(match must_run {
+                true if self.qemu != Qemu::Runs => {
+                    if self.tried {
+                        Start::Tried
+                    } else {
+                        Start::Due
+                    }
+                }
+                _ => Start::Done,
+            }),
             Some(InStep::Abandoned) => Answer::Abandoned,
             Some(InStep::Prepared) | None => Answer::Prepared,
         }
@@ -128,7 +143,9 @@ impl Destination {
     pub fn is_at_rest(self) -> bool {
         match self.row {
             None | Some(InStep::Prepared) => false,
-            Some(InStep::Committed { must_run }) => (!must_run || self.qemu == Qemu::Ended) && self.wish != Wish::Fence,
+            Some(InStep::Committed { must_run }) => {
+                (!must_run || self.qemu == Qemu::Ended && self.tried) && self.wish != Wish::Fence
+            }
             Some(InStep::Abandoned) => matches!(self.qemu, Qemu::Ended | Qemu::None),
         }
     }
@@ -155,6 +172,7 @@ impl Destination {
             }
             Event::Fence => self.wish = Wish::Fence,
             Event::Told(qemu) => self.qemu = qemu,
+            Event::Tries => self.tried = true,
             Event::Wrote(row) => {
                 self.row = Some(row);
                 match (row, self.wish) {
@@ -180,8 +198,10 @@ impl Destination {
             Some(InStep::Prepared) => self.prepared(),
             Some(InStep::Committed { must_run: true }) => match self.qemu {
                 Qemu::Runs => vec![Deed::Write(InStep::Committed { must_run: false })],
-                // It never ran here, and never will: nobody is told that it did.
-                Qemu::Ended => vec![],
+                // It may have run here, but never will again: nobody is told that it does.
+                Qemu::Ended if self.tried => vec![],
+                // It never ran here: its source has it still.
+                Qemu::Ended => vec![Deed::Write(InStep::Abandoned)],
                 _ => vec![Deed::Run],
             },
             None | Some(InStep::Committed { must_run: false }) => vec![],

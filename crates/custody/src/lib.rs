@@ -9,9 +9,13 @@
 //!
 //! # The agreement
 //!
-//! The destination's journal decides. Until it says [`InStep::Committed`] the source owns the guest; what it says then,
-//! or that it is [`InStep::Abandoned`], is final, and whoever asks again hears the same. So a source that asked for the
-//! commit, and does not know what came of it, owns nothing and gives up nothing: it asks until it knows.
+//! The destination's journal decides. Until it says [`InStep::Committed`] the source owns the guest; that it is
+//! [`InStep::Abandoned`] is final, and whoever asks again hears the same. So a source that asked for the commit, and does
+//! not know what came of it, owns nothing and gives up nothing: it asks until it knows.
+//!
+//! A guest that is committed may still be given back, while it is known that it has executed nothing there: its QEMU ended
+//! and nobody had tried to set it running ([`Start::Due`]). The destination abandons it then. So the source ends what it
+//! has only when it has heard that running was tried.
 //!
 //! A row is written before what it allows is done, and a row that could not be written allows nothing. What the journal
 //! of the source says is never ahead of what is so, and where it lags behind, recovery from it comes to the same end.
@@ -25,8 +29,9 @@
 //! | `Sealed` | copy-ram | prepared, abandoned | here | stands | has what it needs |
 //! | `InDoubt` | commit | prepared, committed, abandoned | whoever the destination's row says | stands | waits, or runs if committed |
 //! | `Undoing` | copy-ram | none, prepared, abandoned | here | as its user wants | waits, or ended |
-//! | `Undoing` | commit | abandoned | here | as its user wants | ended |
+//! | `Undoing` | commit, post-copy, stranded | abandoned | here | as its user wants | ended |
 //! | `Undoing`, kept | kept-here | any | here, by its user's word | as its user wants | ended as soon as it hears of it |
+//! | `Away`, start due | commit, post-copy | committed, abandoned | whoever the destination's row says | stands | is set running, or ended |
 //! | `Away` | commit, post-copy, retire | committed | there | stands, then ended | as its user wants |
 //! | `Stranded` | commit, post-copy, stranded | committed, or abandoned after QEMU here let go | there, or nobody | stands | as it can |
 //! | `Over` | none | committed | there | ended | as its user wants |
@@ -38,7 +43,7 @@
 //! it cannot be undone, so that whatever was to undo it goes forward. A QEMU whose migration fails at its very end may
 //! set its guest running by itself: wherever the table says that it stands, that it runs makes stopping it due.
 //!
-//! The six `Flaw`s in the check (`tests/check/`) are sequences that an earlier version of this protocol allowed.
+//! The first six `Flaw`s in the check (`tests/check/`) are sequences that an earlier version of this protocol allowed.
 
 pub mod destination;
 pub mod source;
@@ -51,11 +56,19 @@ pub use source::{OutEnd, OutStep, Source};
 pub enum Answer {
     /// Nothing is decided yet: the source owns the guest.
     Prepared,
-    /// The destination owns the guest, for good.
-    Committed {
-        /// It is as it is to be there: set running, or paused because it was paused.
-        runs: bool,
-    },
+    /// The destination owns the guest.
+    Committed(Start),
     /// The destination never will own it, or does not any more.
     Abandoned,
+}
+
+/// How far a guest that the destination owns is with running there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Start {
+    /// It has executed nothing there, and is given back if it never can.
+    Due,
+    /// It was tried to set it running: it may have executed something. From now on it is never given back.
+    Tried,
+    /// It is as it is to be there: set running, or paused because it was paused.
+    Done,
 }

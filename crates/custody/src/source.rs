@@ -1,6 +1,6 @@
 //! The half of the host that a guest leaves.
 
-use crate::Answer;
+use crate::{Answer, Start};
 
 /// A step in the source's journal while a migration is open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -94,13 +94,13 @@ pub enum Phase {
     Away {
         /// All of its RAM is there.
         complete: bool,
-        /// It was said to be as it is to be there.
-        runs: bool,
+        /// What was said of its running there.
+        start: Start,
     },
-    /// The guest cannot go on as it is: QEMU here let go of it, and its RAM cannot follow.
+    /// The guest cannot go on as it is: QEMU here let go of it, or its RAM cannot follow.
     Stranded {
-        /// The destination owns it; otherwise it never will, and nobody does.
-        theirs: bool,
+        /// The destination owns it, and this was said of its running there; otherwise it never will, and nobody does.
+        theirs: Option<Start>,
     },
     /// The destination owns the guest and nothing is left here.
     Over {
@@ -235,6 +235,16 @@ impl Source {
         self.qemu
     }
 
+    /// Only its user can say how it goes on.
+    pub fn needs_its_user(self) -> bool {
+        match self.phase {
+            // It may be given back.
+            Phase::Stranded { theirs: Some(Start::Due) } => self.waited,
+            Phase::Stranded { .. } => true,
+            _ => false,
+        }
+    }
+
     /// Nothing will be due again before something happens.
     pub fn is_at_rest(self) -> bool {
         matches!(self.phase, Phase::Owned | Phase::Over { .. })
@@ -273,8 +283,8 @@ impl Source {
                 _ => {}
             },
             Event::Lost => {
-                if let Phase::Away { complete: false, .. } = self.phase {
-                    self.phase = Phase::Stranded { theirs: true };
+                if let Phase::Away { complete: false, start } = self.phase {
+                    self.phase = Phase::Stranded { theirs: Some(start) };
                 }
             }
             Event::Answered(answer) => self.hear(answer),
@@ -284,7 +294,7 @@ impl Source {
             Event::Waited => {
                 self.waited = true;
                 if let Phase::InDoubt { theirs: true, .. } = self.phase {
-                    self.phase = Phase::Away { complete: true, runs: true };
+                    self.phase = Phase::Away { complete: true, start: Start::Done };
                 }
             }
         }
@@ -320,16 +330,20 @@ impl Source {
             (Event::Cancel, undoing @ Phase::Undoing { .. }) => undoing,
             (Event::Cancel, Phase::Owned) => return Err(Refused::NotMoving),
             (Event::Cancel, _) => return Err(Refused::TooLate),
-            (Event::KeepHere, Phase::InDoubt { .. } | Phase::Away { complete: false, .. } | Phase::Stranded { .. }) => {
-                match self.qemu {
-                    Qemu::LetGo | Qemu::Ended => return Err(Refused::CannotRun),
-                    Qemu::Silent | Qemu::Copying => return Err(Refused::Silent),
-                    Qemu::Runs | Qemu::Stands | Qemu::Rests => Phase::Undoing { let_go: false, kept: true },
-                }
-            }
+            (
+                Event::KeepHere,
+                Phase::InDoubt { .. }
+                | Phase::Away { complete: false, .. }
+                | Phase::Away { start: Start::Due, .. }
+                | Phase::Stranded { .. },
+            ) => match self.qemu {
+                Qemu::LetGo | Qemu::Ended => return Err(Refused::CannotRun),
+                Qemu::Silent | Qemu::Copying => return Err(Refused::Silent),
+                Qemu::Runs | Qemu::Stands | Qemu::Rests => Phase::Undoing { let_go: false, kept: true },
+            },
             (Event::RunsThere, Phase::InDoubt { complete, .. }) => Phase::InDoubt { complete, theirs: true },
             (Event::RunsThere, Phase::Away { .. } | Phase::Stranded { .. })
-            | (Event::Discard, Phase::Stranded { .. }) => Phase::Away { complete: true, runs: true },
+            | (Event::Discard, Phase::Stranded { .. }) => Phase::Away { complete: true, start: Start::Done },
             (Event::Discard, Phase::Owned) => Phase::Owned,
             (Event::Begin | Event::Discard, _) => return Err(Refused::Busy),
             _ => return Err(Refused::NoDoubt),
@@ -339,25 +353,31 @@ impl Source {
 
     fn hear(&mut self, answer: Answer) {
         self.phase = match (answer, self.phase) {
-            (Answer::Committed { runs }, Phase::Sealed { complete } | Phase::InDoubt { complete, .. }) => {
-                Phase::Away { complete, runs }
+            (Answer::Committed(start), Phase::Sealed { complete } | Phase::InDoubt { complete, .. }) => {
+                Phase::Away { complete, start }
             }
-            // Somebody over there has decided so; never will the guest go on here then.
-            (Answer::Committed { runs }, Phase::Moving | Phase::Undoing { kept: false, .. }) => {
-                Phase::Away { complete: false, runs }
+            // Somebody over there has decided so.
+            (Answer::Committed(start), Phase::Moving | Phase::Undoing { let_go: false, kept: false }) => {
+                Phase::Away { complete: false, start }
             }
-            (Answer::Committed { runs: now }, Phase::Away { complete, runs }) => {
-                Phase::Away { complete, runs: runs || now }
+            (Answer::Committed(now), Phase::Away { complete, start }) => {
+                Phase::Away { complete, start: start.max(now) }
             }
-            // Its QEMU here cannot run the guest any more, and that over there never will.
-            (Answer::Abandoned, Phase::Moving | Phase::Sealed { .. } | Phase::InDoubt { .. })
-                if self.qemu == Qemu::LetGo =>
-            {
-                Phase::Stranded { theirs: false }
+            (Answer::Committed(now), Phase::Stranded { theirs: Some(start) }) => {
+                Phase::Stranded { theirs: Some(start.max(now)) }
             }
-            (Answer::Abandoned, Phase::Moving | Phase::Sealed { .. } | Phase::InDoubt { .. }) => {
-                Phase::Undoing { let_go: true, kept: false }
-            }
+            (
+                Answer::Abandoned,
+                Phase::Moving
+                | Phase::Sealed { .. }
+                | Phase::InDoubt { .. }
+                | Phase::Away { .. }
+                | Phase::Stranded { theirs: Some(_) },
+            ) => match self.qemu {
+                // Its QEMU here cannot run the guest any more, and that over there never will.
+                Qemu::LetGo => Phase::Stranded { theirs: None },
+                _ => Phase::Undoing { let_go: true, kept: false },
+            },
             (Answer::Abandoned, Phase::Undoing { kept, .. }) => Phase::Undoing { let_go: true, kept },
             (_, phase) => phase,
         };
@@ -368,9 +388,9 @@ impl Source {
         self.phase = match (qemu, self.phase) {
             // There is only forward.
             (Qemu::LetGo, Phase::Undoing { let_go: false, kept: false }) => Phase::Sealed { complete: false },
-            (Qemu::LetGo, Phase::Undoing { let_go: true, .. }) => Phase::Stranded { theirs: false },
-            // Its post-copy failed, and it can run the guest again.
-            (Qemu::Runs | Qemu::Stands | Qemu::Rests, Phase::Stranded { theirs: false }) => {
+            (Qemu::LetGo, Phase::Undoing { let_go: true, .. }) => Phase::Stranded { theirs: None },
+            // Its post-copy failed, or was none, and it can run the guest.
+            (Qemu::Runs | Qemu::Stands | Qemu::Rests, Phase::Stranded { theirs: None }) => {
                 Phase::Undoing { let_go: true, kept: false }
             }
             (Qemu::Ended, Phase::Moving | Phase::Sealed { complete: false }) => self.undone(),
@@ -389,7 +409,7 @@ impl Source {
             Row::Ended(end) => {
                 self.row = None;
                 self.phase = match (end, self.phase) {
-                    (OutEnd::Done, Phase::Away { runs, .. }) => Phase::Over { runs },
+                    (OutEnd::Done, Phase::Away { start, .. }) => Phase::Over { runs: start == Start::Done },
                     (OutEnd::Done, _) => Phase::Over { runs: false },
                     (OutEnd::Abandoned, _) => Phase::Owned,
                 };
@@ -434,18 +454,24 @@ impl Source {
                 write(OutStep::PostCopy);
                 due.push(Deed::Serve);
             }
-            Phase::Away { complete: true, runs } => {
-                if self.qemu != Qemu::Ended {
+            Phase::Away { complete: true, start } => {
+                // While its start is due, it may be given back.
+                if self.qemu != Qemu::Ended && start != Start::Due {
                     write(OutStep::Retire);
                     due.push(Deed::End);
-                } else if runs || self.waited {
+                } else if self.qemu == Qemu::Ended && (start == Start::Done || self.waited) {
                     due.push(Deed::Write(Row::Ended(OutEnd::Done)));
                 } else {
                     due.push(Deed::AskCommit);
                 }
             }
             Phase::Stranded { .. } if self.qemu == Qemu::Ended => due.push(Deed::Write(Row::Ended(OutEnd::Done))),
-            Phase::Stranded { .. } => write(OutStep::Stranded),
+            Phase::Stranded { theirs } => {
+                write(OutStep::Stranded);
+                if theirs == Some(Start::Due) {
+                    due.push(Deed::AskCommit);
+                }
+            }
         }
         due
     }
@@ -475,8 +501,9 @@ fn phase_of(row: OutStep) -> Phase {
         OutStep::CopyRam => Phase::Undoing { let_go: false, kept: false },
         OutStep::Commit => Phase::InDoubt { complete: false, theirs: false },
         OutStep::KeptHere => Phase::Undoing { let_go: false, kept: true },
-        OutStep::PostCopy => Phase::Away { complete: false, runs: false },
-        OutStep::Retire => Phase::Away { complete: true, runs: false },
-        OutStep::Stranded => Phase::Stranded { theirs: true },
+        OutStep::PostCopy => Phase::Away { complete: false, start: Start::Due },
+        // It is written when that is known.
+        OutStep::Retire => Phase::Away { complete: true, start: Start::Tried },
+        OutStep::Stranded => Phase::Stranded { theirs: Some(Start::Due) },
     }
 }

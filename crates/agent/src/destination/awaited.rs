@@ -11,7 +11,7 @@ use tokio::sync::Notify;
 use uuid::Uuid;
 use vmferry_api::in_one_line;
 use vmferry_custody::destination::{Deed, Event, Qemu};
-use vmferry_custody::{Answer, Destination, InStep};
+use vmferry_custody::{Answer, Destination, InStep, Start};
 use vmferry_qemu::migration::reset_capabilities;
 use vmferry_qemu::qmp::commands;
 use vmferry_qemu::{MigrationStatus, QmpError, RunState};
@@ -54,8 +54,6 @@ struct State {
     machine: Destination,
     /// Why it is, or is to be, abandoned.
     why: String,
-    /// Its source's user keeps the guest.
-    fenced: bool,
     /// What does not come off was told.
     told: bool,
     /// Memory that is kept for it.
@@ -96,7 +94,7 @@ impl Awaited {
             source: row.source,
             name: row.vm,
             vm: OnceLock::new(),
-            state: Mutex::new(State { machine, why, fenced: false, told: false, promise }),
+            state: Mutex::new(State { machine, why, told: false, promise }),
             begun: Instant::now(),
             heard_ms: AtomicU64::new(0),
             preparing: AtomicBool::new(false),
@@ -142,7 +140,6 @@ impl Awaited {
     pub(super) fn apply(&self, event: Event) {
         let mut state = self.lock();
         let before = state.machine;
-        state.fenced |= event == Event::Fence;
         state.machine.apply(event);
         if state.machine != before {
             tracing::debug!(migration = %self.id, ?event, row = ?state.machine.row(), "incoming");
@@ -176,13 +173,15 @@ impl Awaited {
     /// For the source.
     pub(super) fn view(&self) -> IncomingState {
         let state = self.lock();
-        let (step, runs) = match state.machine.answer() {
-            Answer::Prepared => (InWord::Prepared, false),
-            Answer::Committed { runs } => (InWord::Committed, runs),
-            Answer::Abandoned => (InWord::Abandoned, false),
+        let (step, start) = match state.machine.answer() {
+            Answer::Prepared => (InWord::Prepared, Start::Due),
+            Answer::Committed(start) => (InWord::Committed, start),
+            Answer::Abandoned => (InWord::Abandoned, Start::Due),
         };
         let detail = (step == InWord::Abandoned).then(|| state.why.clone());
-        IncomingState { step, runs, detail, listens: false, port: None, session: None, complete: false }
+        let (tried, runs) = (start >= Start::Tried, start == Start::Done);
+        let ended = state.machine.qemu() == Qemu::Ended;
+        IncomingState { step, tried, runs, ended, detail, listens: false, port: None, session: None, complete: false }
     }
 
     /// Does what is due, until nothing is, or what is left does not come off now.
@@ -226,16 +225,16 @@ impl Awaited {
 
     async fn write(&self, row: InStep) {
         let begun = Instant::now();
-        let (why, fenced) = {
+        let (why, was_committed) = {
             let state = self.lock();
-            (state.why.clone(), state.fenced)
+            (state.why.clone(), matches!(state.machine.row(), Some(InStep::Committed { .. })))
         };
         let why = match self.vm.get().and_then(|vm| vm.last_words().filter(|_| vm.qmp.is_closed())) {
             Some(words) => format!("{why} ({words})"),
             None => why,
         };
         let journal = &self.host.journal;
-        let written = match journal.write_in(self.id, &self.name, &self.source, row, &why, fenced).await {
+        let written = match journal.write_in(self.id, &self.name, &self.source, row, &why, was_committed).await {
             Ok(true) => Ok(Some(row)),
             // Something else stands there already, for good.
             Ok(false) => journal.row_in(self.id).await.map(|found| found.map(|it| it.step)),
@@ -337,7 +336,7 @@ impl Awaited {
     /// answer only when the source has made a lost connection anew, and for that the source must hear that it is here.
     async fn set_running(&self) {
         let Some(vm) = self.vm.get() else { return };
-        match run(vm).await {
+        match run(vm, || self.apply(Event::Tries)).await {
             Ok(()) => {
                 self.apply(Event::Told(Qemu::Runs));
                 tokio::spawn(announce(Arc::clone(vm)));
@@ -347,7 +346,7 @@ impl Awaited {
             }
             Err(_) if !vm.is_alive() => {
                 tracing::error!(vm = self.name, "its QEMU ended before it could be set running");
-                self.apply(Event::Told(Qemu::Ended));
+                self.end_of_its_qemu();
             }
             Err(error) => {
                 // It is tried for as long as it takes, which is for ever when the pages that QEMU waits for are lost.
@@ -378,14 +377,16 @@ impl Awaited {
     /// Of what is abandoned, and has no QEMU any more, nothing is left.
     async fn forget(&self) {
         self.has_arrived();
-        let forgotten = match self.vm.get() {
+        let taken = match self.vm.get() {
             Some(vm) => self.host.forget_vm(vm).await,
-            None => match self.host.idle(&self.name).filter(|idle| idle.record.incoming == Some(self.id)) {
-                Some(idle) => self.host.forget_idle(&idle).await,
-                None => Ok(()),
-            },
+            None => Ok(()),
         };
-        if let Err(error) = forgotten {
+        // One that was committed may have been shown as ended already.
+        let idle = match self.host.idle(&self.name).filter(|idle| idle.record.incoming == Some(self.id)) {
+            Some(idle) => self.host.forget_idle(&idle).await,
+            None => Ok(()),
+        };
+        if let Err(error) = taken.and(idle) {
             tracing::error!(vm = self.name, error = in_one_line(&error), "cannot forget it");
         }
     }
@@ -443,7 +444,8 @@ async fn in_post_copy(vm: &Vm) -> bool {
     }
 }
 
-async fn run(vm: &Vm) -> Result<(), QmpError> {
+/// Sets it running, and says so before it is tried.
+async fn run(vm: &Vm, tries: impl Fn()) -> Result<(), QmpError> {
     let deadline = Instant::now() + RUN_TIMEOUT;
     loop {
         let state = vm.qmp.execute_within(commands::QueryStatus {}, RUN_TIMEOUT).await?.status;
@@ -454,6 +456,7 @@ async fn run(vm: &Vm) -> Result<(), QmpError> {
         if Instant::now() > deadline {
             return Err(QmpError::Timeout { command: "cont".into(), after: RUN_TIMEOUT });
         }
+        tries();
         vm.qmp.execute_within(commands::Cont {}, RUN_TIMEOUT).await?;
         tokio::time::sleep(Duration::from_millis(1)).await;
     }

@@ -32,7 +32,7 @@ pub(crate) async fn recover(here: &Arc<Incoming>, id: Uuid, caller: &Caller) -> 
         }
         // One that was shut down, or stopped by its user, misses nothing any more.
         if here.host.idle(&name).is_none_or(|idle| idle.record.incoming != Some(id)) && here.host.vm(&name).is_err() {
-            return Ok(IncomingState { complete: true, runs: true, ..awaited.view() });
+            return Ok(IncomingState { complete: true, tried: true, runs: true, ..awaited.view() });
         }
         return Err(gone());
     };

@@ -3,6 +3,7 @@
 //! A guest whose disk is not the same file on both hosts would be destroyed by a migration that moves only its RAM. So
 //! the source puts a small file beside each writable disk, and only a host that finds it there sees the same storage.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -12,6 +13,24 @@ use vmferry_qemu::{CommandLine, FileKind, FileUse};
 
 use crate::error::AgentError;
 
+/// What the names of markers begin with.
+const MARKER: &str = ".vmferry-";
+
+/// What an agent writes into its markers, so that the next one on its host knows those that it left.
+#[derive(Clone)]
+pub(crate) struct Signature {
+    /// Whose they are.
+    agent: String,
+    /// The one that puts them now.
+    run: String,
+}
+
+impl Signature {
+    pub(crate) fn of(fingerprint: impl std::fmt::Display) -> Self {
+        Self { agent: format!("for agent {fingerprint}"), run: format!("run {}", Uuid::new_v4()) }
+    }
+}
+
 /// The writable disks of a VM, each with a marker beside it; the markers go when this is dropped.
 pub(crate) struct Markers {
     disks: Vec<PathBuf>,
@@ -20,15 +39,14 @@ pub(crate) struct Markers {
 
 impl Markers {
     /// Puts a marker beside each writable disk of this VM. Where that is not possible there will be none to find.
-    pub(crate) fn put(spec: &VmSpec, id: Uuid) -> Result<Self, AgentError> {
-        let command = CommandLine::parse(&spec.argv)?;
-        let is_disk = |file: &FileUse| matches!(file.kind, FileKind::Disk { .. });
-        let disks: Vec<PathBuf> =
-            command.files().into_iter().filter(is_disk).map(|file| spec.cwd.join(file.path)).collect();
+    pub(crate) fn put(spec: &VmSpec, id: Uuid, signature: &Signature) -> Result<Self, AgentError> {
+        let disks = disks_of(spec)?;
+        let Signature { agent, run } = signature;
+        let text = format!("vmferry checks that both hosts see this folder\n{agent}\n{run}\n");
         let made = disks
             .iter()
             .filter_map(|disk| marker_beside(disk, id))
-            .filter(|marker| fs::write(marker, "vmferry checks that both hosts see this folder\n").is_ok())
+            .filter(|marker| fs::write(marker, &text).is_ok())
             .collect();
         Ok(Self { disks, made })
     }
@@ -38,10 +56,34 @@ impl Markers {
     }
 }
 
+fn disks_of(spec: &VmSpec) -> Result<Vec<PathBuf>, AgentError> {
+    let command = CommandLine::parse(&spec.argv)?;
+    let is_disk = |file: &FileUse| matches!(file.kind, FileKind::Disk { .. });
+    Ok(command.files().into_iter().filter(is_disk).map(|file| spec.cwd.join(file.path)).collect())
+}
+
+/// Removes the markers that an earlier agent of this host has left beside the disks of these VMs.
+pub(crate) fn sweep<'a>(specs: impl Iterator<Item = &'a VmSpec>, signature: &Signature) {
+    let disks = specs.flat_map(|spec| disks_of(spec).unwrap_or_default());
+    let folders: BTreeSet<PathBuf> =
+        disks.filter_map(|disk| Some(fs::canonicalize(disk).ok()?.parent()?.to_owned())).collect();
+    for file in folders.into_iter().filter_map(|folder| fs::read_dir(folder).ok()).flatten().flatten() {
+        let path = file.path();
+        let is_marker = file.file_name().to_string_lossy().starts_with(MARKER);
+        let is_left = |text: &str| text.lines().any(|it| it == signature.agent) && !text.contains(&signature.run);
+        if is_marker && fs::read_to_string(&path).is_ok_and(|text| is_left(&text)) {
+            match fs::remove_file(&path) {
+                Ok(()) => tracing::info!(path = %path.display(), "removed a marker that an earlier agent left"),
+                Err(error) => tracing::warn!(path = %path.display(), %error, "cannot remove a marker"),
+            }
+        }
+    }
+}
+
 /// Where the marker of this migration is looked for: beside the real file, since a link may lead to shared storage
 /// from a folder that is not.
 pub(crate) fn marker_beside(disk: &Path, id: Uuid) -> Option<PathBuf> {
-    Some(fs::canonicalize(disk).ok()?.parent()?.join(format!(".vmferry-{id}")))
+    Some(fs::canonicalize(disk).ok()?.parent()?.join(format!("{MARKER}{id}")))
 }
 
 impl Drop for Markers {
@@ -53,5 +95,34 @@ impl Drop for Markers {
                 tracing::warn!(path = %marker.display(), %error, "cannot remove a marker");
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_markers_that_an_earlier_agent_of_this_host_left_are_swept() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = dir.path().join("disk.raw");
+        fs::write(&disk, "").unwrap();
+        let words = ["qemu-system-x86_64", "-drive", &format!("file={},format=raw", disk.display())];
+        let spec = VmSpec {
+            name: "web1".into(),
+            argv: words.map(str::to_owned).into(),
+            cwd: "/".into(),
+            shared_ram: false,
+            adopted: false,
+            measuring: false,
+        };
+        let (before, now, elsewhere) = (Signature::of("aa"), Signature::of("aa"), Signature::of("bb"));
+        let [left, used, other] =
+            [&before, &now, &elsewhere].map(|it| Markers::put(&spec, Uuid::new_v4(), it).unwrap());
+        fs::write(dir.path().join(".vmferry-of-the-user"), "a note").unwrap();
+        sweep([&spec].into_iter(), &now);
+        assert!(!left.made[0].exists());
+        assert!(used.made[0].exists() && other.made[0].exists());
+        assert!(dir.path().join(".vmferry-of-the-user").exists());
     }
 }

@@ -10,6 +10,7 @@ use vmferry_api::in_one_line;
 use vmferry_link::{Authority, CipherSpeed, Identity, Sessions, measure_ciphers};
 
 use super::admission::Admission;
+use super::disks::Signature;
 use super::idle::{Idle, IdleVm};
 use super::qemus::Qemus;
 use super::vm::{Stage, Vm};
@@ -61,6 +62,8 @@ pub(crate) struct Host {
     pub(crate) admission: Arc<Admission>,
     /// Places for trials of the link.
     pub(crate) trials: Arc<Semaphore>,
+    /// Of its markers.
+    pub(crate) signature: Signature,
     /// How fast each cipher is on this host.
     ciphers: Vec<CipherSpeed>,
     /// Whether its agent can move RAM itself, once that was tried.
@@ -113,6 +116,7 @@ impl Host {
             qemus: Qemus::new(&config.name, &config.qemu_dirs),
             config,
             journal,
+            signature: Signature::of(trusts.identity.fingerprint()),
             trusts,
             listens,
             sessions,

@@ -217,6 +217,10 @@ pub(crate) async fn stop(host: &Arc<Host>, name: &str, request: &StopRequest) ->
         }
         Err(_) => return Err(AgentError::MigrationRuns { name: name.into() }),
     };
+    if !request.force && vm.run_state().await.is_ok_and(|it| matches!(it, RunState::Paused | RunState::Prelaunch)) {
+        let hint = format!("`vmferry resume {name}` first, or `vmferry stop {name} --force` ends it like a power cut");
+        return Err(conflict(format!("{name} is paused, and cannot shut down"), hint));
+    }
     if !request.force && !shut_down(&vm, Duration::from_millis(request.timeout_ms)).await? {
         return Err(AgentError::Conflict {
             message: format!("{name} did not shut down within {} s", request.timeout_ms / 1000),

@@ -18,7 +18,7 @@ mod vm;
 pub(crate) use admission::{Need, Promise, Short, resident_memory};
 pub(crate) use attendance::Present;
 pub(crate) use console::{Console, Viewer};
-pub(crate) use disks::{Markers, marker_beside};
+pub(crate) use disks::{Markers, marker_beside, sweep};
 pub(crate) use folders::{bind_anew, make_private_dir};
 pub(crate) use host::{Follower, Host, MOST_TRIALS, Trusts};
 pub(crate) use idle::{Idle, IdleVm};

@@ -43,7 +43,7 @@ impl Host {
             follower.forgotten(vm);
         }
         // Without it the next agent finds out by itself.
-        if let Err(error) = self.journal.put_vm(&record).await {
+        if let Err(error) = self.journal.vm_ended(vm.name(), &record.instance, why).await {
             tracing::error!(vm = vm.name(), %error, "cannot record that it ended");
         }
     }

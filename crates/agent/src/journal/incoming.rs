@@ -36,8 +36,8 @@ pub struct InRow {
 
 impl Journal {
     /// Writes where an incoming migration stands; the first time begins it. False when what is there already does not
-    /// permit it: what was abandoned is never committed, and what was committed is abandoned only when `fenced`, by the
-    /// word of the source's user. The first reason for abandoning is kept.
+    /// permit it: what was abandoned is never committed, and what was committed is abandoned only by one who says that it
+    /// was. The first reason for abandoning is kept.
     pub async fn write_in(
         &self,
         id: Uuid,
@@ -45,7 +45,7 @@ impl Journal {
         source: &Source,
         step: InStep,
         why: &str,
-        fenced: bool,
+        was_committed: bool,
     ) -> Result<bool> {
         let (vm, source, why) = (vm.to_owned(), source.clone(), why.to_owned());
         self.call(move |db| {
@@ -53,7 +53,9 @@ impl Journal {
             let (word, must_run, outcome, from) = match step {
                 InStep::Prepared => ("prepared", false, None, "''"),
                 InStep::Committed { must_run } => ("committed", must_run, None, ""),
-                InStep::Abandoned if fenced => ("abandoned", false, Some(why.as_str()), "'prepared', 'committed'"),
+                InStep::Abandoned if was_committed => {
+                    ("abandoned", false, Some(why.as_str()), "'prepared', 'committed'")
+                }
                 InStep::Abandoned => ("abandoned", false, Some(why.as_str()), "'prepared'"),
             };
             if matches!(step, InStep::Committed { .. }) {

@@ -113,7 +113,7 @@ async fn what_was_abandoned_is_never_committed_and_the_first_reason_is_kept() {
 }
 
 #[tokio::test]
-async fn what_was_committed_is_abandoned_only_by_a_fence() {
+async fn what_was_committed_is_abandoned_only_by_one_who_knows_it() {
     let (_dir, journal) = journal();
     let id = Uuid::new_v4();
     assert!(prepare(&journal, id).await && commit(&journal, id).await);

@@ -54,6 +54,19 @@ impl Journal {
         .await
     }
 
+    /// Records why a VM's QEMU is gone, if its QEMU is still this one.
+    pub async fn vm_ended(&self, name: &str, instance: &Instance, why: &str) -> Result<()> {
+        let (name, it, why) = (name.to_owned(), instance.clone(), why.to_owned());
+        self.call(move |db| {
+            db.execute(
+                "UPDATE vms SET ended = ?5 WHERE name = ?1 AND pid = ?2 AND start_time = ?3 AND boot IN (?4, '')",
+                params![name, it.pid, it.start_time as i64, it.boot, why],
+            )?;
+            Ok(())
+        })
+        .await
+    }
+
     /// Forgets a VM, if its QEMU is still this one.
     pub async fn remove_vm(&self, name: &str, instance: &Instance) -> Result<()> {
         let (name, it) = (name.to_owned(), instance.clone());

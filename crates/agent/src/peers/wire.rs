@@ -127,13 +127,24 @@ pub struct OutgoingState {
     pub step: Option<String>,
 }
 
+fn tried() -> bool {
+    true
+}
+
 /// How an incoming migration stands.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub struct IncomingState {
     /// Who owns the guest.
     pub step: InWord,
+    /// It owns the guest, and it may have run there: it is not given back any more. What does not say so does not know
+    /// of giving back.
+    #[serde(default = "tried")]
+    pub tried: bool,
     /// It owns the guest, and has it as it is to be: running, or paused because it was.
     pub runs: bool,
+    /// The QEMU that it was to run in, or ran in, is gone.
+    #[serde(default)]
+    pub ended: bool,
     /// Why, when it was abandoned.
     pub detail: Option<String>,
     /// Post-copy waits for a new connection.

@@ -12,7 +12,7 @@ use tokio::sync::Notify;
 use uuid::Uuid;
 use vmferry_api::in_one_line;
 use vmferry_custody::source::{Deed, Event, OutEnd, OutStep, Phase, Qemu, Refused, Row};
-use vmferry_custody::{Answer, Source};
+use vmferry_custody::{Answer, Source, Start};
 use vmferry_qemu::EventStream;
 use vmferry_qemu::qmp::commands;
 
@@ -133,7 +133,7 @@ impl Custody {
 
     /// The destination is known to own the guest.
     pub(super) fn is_there(&self) -> bool {
-        matches!(self.phase(), Phase::Away { .. } | Phase::Over { .. } | Phase::Stranded { theirs: true })
+        matches!(self.phase(), Phase::Away { .. } | Phase::Over { .. } | Phase::Stranded { theirs: Some(_) })
     }
 
     /// The destination has said that it let go.
@@ -226,13 +226,13 @@ impl Custody {
         }
     }
 
-    /// Does what is due until nothing is, or, the first time, until the guest is stranded: then its user must know.
+    /// Does what is due until nothing is, or, the first time, until only its user can say how it goes on, who is to know.
     pub(super) async fn drive(&self, hands: &mut Hands<'_>) {
-        let stranded = matches!(self.phase(), Phase::Stranded { .. });
+        let was_told = self.machine().needs_its_user();
         let mut events = self.vm().map(|vm| vm.qmp.events());
         loop {
             let before = self.machine();
-            if before.is_at_rest() || !stranded && matches!(before.phase(), Phase::Stranded { .. }) {
+            if before.is_at_rest() || !was_told && before.needs_its_user() {
                 return;
             }
             for deed in before.due() {
@@ -302,7 +302,9 @@ impl Custody {
     async fn write(&self, row: Row, audience: &dyn Audience) {
         let record = OutRecord { running: self.machine().wants_running(), ..self.record.clone() };
         let outcome = match (row, self.phase()) {
-            (Row::Ended(OutEnd::Done), Phase::Away { runs: true, .. }) => "the guest runs on the destination".into(),
+            (Row::Ended(OutEnd::Done), Phase::Away { start: Start::Done, .. }) => {
+                "the guest runs on the destination".into()
+            }
             (Row::Ended(OutEnd::Done), _) => "the guest is the destination's, which has not said that it runs".into(),
             (_, Phase::Undoing { kept: true, .. }) => "kept here by its user's word".into(),
             (_, Phase::Undoing { let_go: false, .. }) => {
@@ -338,12 +340,19 @@ impl Custody {
         }
         let answer = match state.step {
             InWord::Prepared => Answer::Prepared,
-            InWord::Committed => Answer::Committed { runs: state.runs },
+            InWord::Committed if state.runs => Answer::Committed(Start::Done),
+            InWord::Committed if state.tried => Answer::Committed(Start::Tried),
+            InWord::Committed => Answer::Committed(Start::Due),
             InWord::Abandoned => Answer::Abandoned,
         };
-        if let (Answer::Abandoned, Phase::InDoubt { .. }) = (answer, self.phase()) {
+        let it = match self.phase() {
+            Phase::InDoubt { .. } => Some("did not take the guest over"),
+            Phase::Away { .. } | Phase::Stranded { .. } => Some("has given the guest back, which never ran there"),
+            _ => None,
+        };
+        if let (Answer::Abandoned, Some(it)) = (answer, it) {
             let why = state.detail.clone().unwrap_or_else(|| "it gives no reason".into());
-            self.lock().why = format!("the destination did not take the guest over: {why}");
+            self.lock().why = format!("the destination {it}: {why}");
         }
         self.lock().let_go |= answer == Answer::Abandoned;
         self.tell(Event::Answered(answer));
@@ -355,7 +364,7 @@ impl Custody {
     }
 
     async fn ask_commit(&self, audience: &dyn Audience) {
-        let is_away = matches!(self.phase(), Phase::Away { .. });
+        let is_away = matches!(self.phase(), Phase::Away { .. } | Phase::Stranded { .. });
         let machine = self.machine();
         let commit = Commit { run: machine.wants_running(), let_go: machine.qemu() == Qemu::LetGo };
         self.was_asked_for(RUNS);
@@ -450,7 +459,7 @@ impl Custody {
 
     async fn stand(&self) {
         let Some(vm) = self.vm() else { return self.look().await };
-        let theirs = matches!(self.phase(), Phase::Away { .. } | Phase::Stranded { theirs: true });
+        let theirs = matches!(self.phase(), Phase::Away { .. } | Phase::Stranded { theirs: Some(_) });
         tracing::error!(
             vm = vm.name(),
             pid = vm.pid,

@@ -13,7 +13,7 @@ impl Run {
         let (name, to) = (self.vm.name().to_owned(), self.plan.view.to.clone());
         match self.custody.phase() {
             Phase::Over { runs: true } => MigrationEvent::Finished(Box::new(self.report(totals))),
-            Phase::Stranded { theirs: false } => failed(&AgentError::Nowhere { name, reason: self.custody.why() }),
+            Phase::Stranded { theirs: None } => failed(&AgentError::Nowhere { name, reason: self.custody.why() }),
             Phase::Stranded { .. } => failed(&AgentError::GuestAtRisk { name, to, reason: self.custody.why() }),
             Phase::Owned => failed(&self.undone(stopped)),
             // It is theirs, and was not said to run.

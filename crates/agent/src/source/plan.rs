@@ -122,8 +122,8 @@ pub(super) async fn plan(host: &Host, vm: &Vm, id: Uuid, request: &MigrateReques
     let met = found.hello().await?;
     let (peer, remote) = (found.pinned_to(&met), met.ip());
     // The disks may lie on storage that does not answer, which must not keep others waiting.
-    let spec = vm.spec.clone();
-    let put = tokio::task::spawn_blocking(move || Markers::put(&spec, id));
+    let (spec, signature) = (vm.spec.clone(), host.signature.clone());
+    let put = tokio::task::spawn_blocking(move || Markers::put(&spec, id, &signature));
     let markers = put.await.expect("putting markers does not panic")?;
     let offer = Offer {
         id,

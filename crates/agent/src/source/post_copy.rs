@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 use vmferry_api::{Code, in_one_line};
@@ -22,6 +22,9 @@ use crate::peers::{IncomingState, Peer, PeerError};
 
 /// How long to wait between two tries of something that must not be given up.
 pub(super) const RETRY: Duration = Duration::from_secs(1);
+
+/// When nothing was sent for so long, the destination is asked whether it is still there to be sent to.
+const QUIET: Duration = Duration::from_secs(3);
 
 /// Where QEMU connects to.
 pub(super) enum Way {
@@ -90,16 +93,34 @@ impl Serving {
         audience: &dyn Audience,
     ) -> Result<(), String> {
         let mut is_broken = false;
+        let (mut sent, mut moved) = (None, Instant::now());
         loop {
-            let seen = match engine.observe().await {
-                Ok(seen) => seen,
+            let mut seen = match engine.observe().await {
                 // QEMU may be busy, or stand still with its connection.
-                Err(EngineError::Qmp(QmpError::Timeout { .. })) => continue,
+                Err(EngineError::Qmp(QmpError::Timeout { .. })) => Ok(None),
+                Ok(seen) => Ok(Some(seen)),
+                Err(error) => Err(in_one_line(&error)),
+            };
+            if let Ok(Some(seen)) = &seen
+                && sent.replace(seen.observation.sent) != Some(seen.observation.sent)
+            {
+                moved = Instant::now();
+            }
+            // A QEMU does not always notice that the one it sends to is gone.
+            if moved.elapsed() >= QUIET {
+                moved = Instant::now();
+                if peer.keep(id).await.is_ok_and(|state| state.ended) {
+                    seen = Err("the QEMU there is gone".into());
+                }
+            }
+            let seen = match seen {
+                Ok(Some(seen)) => seen,
+                Ok(None) => continue,
                 // The last words between the two can get lost when all memory is there. Whether it is, only the
                 // destination knows.
-                Err(error) => match peer.recover(id).await {
+                Err(reason) => match peer.recover(id).await {
                     Ok(state) if state.complete => return Ok(()),
-                    Ok(_) => return Err(in_one_line(&error)),
+                    Ok(_) => return Err(reason),
                     Err(refused) if is_final(&refused) => return Err(in_one_line(&refused)),
                     Err(unknown) => {
                         tracing::debug!(error = in_one_line(&unknown), "whether all memory is there is not known");

@@ -1,8 +1,8 @@
 //! What can happen next in a [`World`], and what comes of it.
 
-use vmferry_custody::Answer;
 use vmferry_custody::destination::{self, InStep};
 use vmferry_custody::source::{self, OutStep, Phase, Row};
+use vmferry_custody::{Answer, Start};
 
 use crate::flaws::Flaw;
 use crate::world::{ANSWERS, ASKS, Ask, Engine, Here, MIGRATIONS, There, World};
@@ -115,7 +115,10 @@ fn users(world: &World, flaw: Option<Flaw>, acts: &mut Vec<Act>) {
     }
     match source.phase() {
         Phase::Moving | Phase::Sealed { .. } => acts.extend([Act::Cancel, Act::PauseGuest]),
-        Phase::InDoubt { .. } | Phase::Away { complete: false, .. } | Phase::Stranded { .. } => {
+        Phase::InDoubt { .. }
+        | Phase::Away { complete: false, .. }
+        | Phase::Away { start: Start::Due, .. }
+        | Phase::Stranded { .. } => {
             acts.push(Act::Cancel);
             if flaw != Some(Flaw::NoWayOut) {
                 acts.extend([Act::KeepHere, Act::RunsThere]);
@@ -154,7 +157,13 @@ fn engine(world: &World, acts: &mut Vec<Act>) {
         acts.push(Act::EngineFails);
     }
     let Some(Phase::Away { complete: false, .. }) = phase else {
-        if let Some(Phase::Away { .. } | Phase::Undoing { .. } | Phase::InDoubt { theirs: true, .. }) = phase {
+        if let Some(
+            Phase::Away { .. }
+            | Phase::Undoing { .. }
+            | Phase::InDoubt { theirs: true, .. }
+            | Phase::Stranded { theirs: Some(Start::Due) },
+        ) = phase
+        {
             acts.push(Act::SourceWaited);
         }
         return;
@@ -296,8 +305,13 @@ pub(crate) fn happen(before: &World, flaw: Option<Flaw>, act: Act) -> Option<Wor
         Act::Answer(id) => world.answer(id),
         Act::Hear(answer) => {
             world.source_hears(source::Event::Answered(answer));
-            if let (Some(Flaw::SaysSoUnasked), Answer::Committed { runs: false }) = (flaw, answer) {
-                world.source_hears(source::Event::Answered(Answer::Committed { runs: true }));
+            let taken_for = match flaw {
+                Some(Flaw::SaysSoUnasked) => Start::Done,
+                Some(Flaw::TakesTheCommitForRunning) => Start::Tried,
+                _ => Start::Due,
+            };
+            if let Answer::Committed(Start::Due | Start::Tried) = answer {
+                world.source_hears(source::Event::Answered(Answer::Committed(taken_for)));
             }
         }
         Act::AskFence(id) => world.ask(id, Ask::Fence),
@@ -325,7 +339,7 @@ fn fails(world: &mut World, fault: Act) {
         Act::KillSource => world.source = None,
         Act::KillDestination => world.destination = None,
         Act::KillQemuHere => (world.here, world.copies, world.killed) = (Here::Ended, false, true),
-        Act::KillQemuThere(id) => (world.there[id], world.killed) = (There::Ended, true),
+        Act::KillQemuThere(id) => (world.there[id], world.killed_there[id]) = (There::Ended, true),
         Act::ResumesByItself => {
             // As it was before it was migrated.
             world.here = if world.wanted { Here::Runs } else { Here::Stands };
@@ -420,6 +434,12 @@ fn destination_does(world: &mut World, flaw: Option<Flaw>, id: usize, deed: dest
     if flaw == Some(Flaw::TriesToRunOnce) && deed == Deed::Run {
         world.tried_to_run = true;
     }
+    if deed == Deed::Run {
+        world.tried[id] = true;
+        if flaw != Some(Flaw::ForgetsThatItTried) {
+            world.destination_hears(id, Event::Tries);
+        }
+    }
     if !comes_off {
         world.faults -= 1;
         world.destination_hears(
@@ -434,8 +454,13 @@ fn destination_does(world: &mut World, flaw: Option<Flaw>, id: usize, deed: dest
     match deed {
         Deed::Write(row) => {
             let fenced = world.was_asked(id, Ask::Fence);
-            if row == InStep::Abandoned && matches!(world.incoming[id], Some(InStep::Committed { .. })) && !fenced {
-                world.broken = Some("a guest that was committed was abandoned");
+            let was_committed = matches!(world.incoming[id], Some(InStep::Committed { .. }));
+            if row == InStep::Abandoned
+                && was_committed
+                && !fenced
+                && (world.there[id] != There::Ended || world.ran[id])
+            {
+                world.broken = Some("a guest that was committed, and may have run, was abandoned");
             }
             world.incoming[id] = Some(row);
             world.destination_hears(id, Event::Wrote(row));

@@ -1,4 +1,5 @@
-//! What an earlier version of the protocol did wrong: each put back where it was, to show that the check finds it.
+//! What an earlier version of the protocol did wrong, each put back where it was, and what whoever drives this one could
+//! do wrong: to show that the check finds it.
 
 /// See each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,13 +18,19 @@ pub(crate) enum Flaw {
     TriesToRunOnce,
     /// The user was told that the guest runs there when it had only been committed.
     SaysSoUnasked,
+    /// The source ended what it had as soon as it heard of the commit, so that nothing could be given back to it.
+    TakesTheCommitForRunning,
+    /// The destination's driver does not tell that it is about to set the guest running: what had run was given back.
+    ForgetsThatItTried,
 }
 
-pub(crate) const FLAWS: [Flaw; 6] = [
+pub(crate) const FLAWS: [Flaw; 8] = [
     Flaw::FreeBeforeItIsWritten,
     Flaw::GivesUpAfterTheCommit,
     Flaw::NoWayOut,
     Flaw::ActsOnTheEventOnly,
     Flaw::TriesToRunOnce,
     Flaw::SaysSoUnasked,
+    Flaw::TakesTheCommitForRunning,
+    Flaw::ForgetsThatItTried,
 ];

@@ -13,7 +13,7 @@ mod world;
 
 use std::time::{Duration, Instant};
 
-use stateright::{Checker, Model, Property};
+use stateright::{Checker, HasDiscoveries, Model, Property};
 
 use acts::{Act, happen, possible};
 use flaws::{FLAWS, Flaw};
@@ -62,7 +62,8 @@ fn explore(protocol: Protocol, states: usize, time: Duration) -> (usize, usize, 
     let begun = Instant::now();
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let flaw = protocol.flaw;
-    let checker = protocol.checker().threads(threads).target_state_count(states).timeout(time).spawn_bfs().join();
+    let checker = protocol.checker().threads(threads).target_state_count(states).timeout(time);
+    let checker = checker.finish_when(HasDiscoveries::AnyFailures).spawn_bfs().join();
     let found = checker.discoveries().into_iter().map(|(name, path)| {
         let last = path.last_state().clone();
         let why = settle::settles(&last, flaw).err().unwrap_or_else(|| format!("{last:?}"));
@@ -98,7 +99,7 @@ fn exactly_one_guest_goes_on_whatever_fails_wherever() {
 fn each_flaw_of_the_earlier_protocol_is_found() {
     for flaw in FLAWS {
         let protocol = Protocol { faults: 2, acts: 1, flaw: Some(flaw) };
-        let (count, depth, took, found) = explore(protocol, 1_000_000, Duration::from_secs(60));
+        let (count, depth, took, found) = explore(protocol, 12_000_000, Duration::from_secs(60));
         println!("{flaw:?}: {count} states, {depth} deep, {took:.1?}");
         for (name, path) in &found {
             println!("  NOT SO: {name}\n  {path}");

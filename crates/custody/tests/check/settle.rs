@@ -2,7 +2,7 @@
 //! one guest runs, or whoever must decide is told how.
 
 use vmferry_custody::source::{self, Phase};
-use vmferry_custody::{Answer, InStep};
+use vmferry_custody::{Answer, InStep, Start};
 
 use crate::acts::{Act, destination_due, happen, source_due};
 use crate::flaws::Flaw;
@@ -40,15 +40,16 @@ fn judge(settled: &World, flaw: Option<Flaw>) -> Result<(), String> {
         return Ok(());
     }
     // Where the user has decided against what is so, the guest may be gone; but nothing may hang.
-    if (settled.killed || settled.risked) && at_rest {
+    if (settled.may_be_lost() || settled.risked) && at_rest {
         return Ok(());
     }
     let Some(source) = settled.source else { return wrong("no guest goes on") };
     // It is for the user to decide, who can.
     match source.phase() {
-        Phase::InDoubt { .. } | Phase::Away { complete: false, .. } if settled.gone_there => {}
+        Phase::InDoubt { .. } | Phase::Away { complete: false, .. } | Phase::Away { start: Start::Due, .. }
+            if settled.gone_there => {}
         // A QEMU that let go of its guest and then failed.
-        Phase::Stranded { .. } if settled.killed || settled.by_itself || settled.here == Here::LetGo => {}
+        Phase::Stranded { .. } if settled.may_be_lost() || settled.by_itself || settled.here == Here::LetGo => {}
         _ => return wrong("no guest goes on, and nobody can do anything about it"),
     }
     if matches!(source.phase(), Phase::Stranded { .. }) && goes_on {
@@ -107,7 +108,12 @@ fn one_round(mut world: World, flaw: Option<Flaw>, round: usize) -> World {
         if round > 6
             && matches!(
                 world.source.map(source::Source::phase),
-                Some(Phase::Undoing { .. } | Phase::Away { .. } | Phase::InDoubt { theirs: true, .. })
+                Some(
+                    Phase::Undoing { .. }
+                        | Phase::Away { .. }
+                        | Phase::InDoubt { theirs: true, .. }
+                        | Phase::Stranded { theirs: Some(Start::Due) }
+                )
             )
         {
             attempt(&mut world, Act::SourceWaited);

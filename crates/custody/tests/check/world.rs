@@ -5,9 +5,9 @@
 //! killed between any two deeds and started again from its journal; a write or an order to QEMU may fail; a QEMU may be
 //! killed, or set its guest running by itself when post-copy fails; a host may be gone for ever.
 
-use vmferry_custody::Answer;
 use vmferry_custody::destination::{self, Destination, InStep};
 use vmferry_custody::source::{self, OutEnd, OutStep, Phase, Row, Source};
+use vmferry_custody::{Answer, Start};
 
 /// Who moves the RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -48,8 +48,13 @@ pub(crate) enum Ask {
 }
 
 pub(crate) const ASKS: [Ask; 5] = [Ask::Prepare, Ask::CommitAndRun, Ask::CommitPaused, Ask::Abandon, Ask::Fence];
-pub(crate) const ANSWERS: [Answer; 4] =
-    [Answer::Prepared, Answer::Committed { runs: false }, Answer::Committed { runs: true }, Answer::Abandoned];
+pub(crate) const ANSWERS: [Answer; 5] = [
+    Answer::Prepared,
+    Answer::Committed(Start::Due),
+    Answer::Committed(Start::Tried),
+    Answer::Committed(Start::Done),
+    Answer::Abandoned,
+];
 
 /// Migrations of the one VM, one after the other.
 pub(crate) const MIGRATIONS: usize = 2;
@@ -75,6 +80,8 @@ pub(crate) struct World {
     /// All of the guest's RAM is there; the guest was set running there.
     pub(crate) whole: [bool; MIGRATIONS],
     pub(crate) ran: [bool; MIGRATIONS],
+    /// Nobody can tell that it executed nothing there: running was tried, or its agent ended when it was about to be.
+    pub(crate) tried: [bool; MIGRATIONS],
     /// What was said, as bits of [`ASKS`] and [`ANSWERS`].
     pub(crate) asked: [u8; MIGRATIONS],
     pub(crate) answered: [u8; MIGRATIONS],
@@ -84,8 +91,10 @@ pub(crate) struct World {
     pub(crate) acts: u8,
     pub(crate) gone_here: bool,
     pub(crate) gone_there: bool,
-    /// A QEMU was killed, or its host is gone.
+    /// The source's QEMU was killed, or a host is gone.
     pub(crate) killed: bool,
+    /// A destination's QEMU was killed.
+    pub(crate) killed_there: [bool; MIGRATIONS],
     /// The guest is to run, as far as its user is concerned.
     pub(crate) wanted: bool,
     /// The user has decided something against what the agents know.
@@ -116,6 +125,7 @@ impl World {
             there: [There::None; MIGRATIONS],
             whole: [false; MIGRATIONS],
             ran: [false; MIGRATIONS],
+            tried: [false; MIGRATIONS],
             asked: [0; MIGRATIONS],
             answered: [0; MIGRATIONS],
             begun: 0,
@@ -124,6 +134,7 @@ impl World {
             gone_here: false,
             gone_there: false,
             killed: false,
+            killed_there: [false; MIGRATIONS],
             wanted: true,
             risked: false,
             broken: None,
@@ -228,7 +239,19 @@ impl World {
         self.source = Some(source);
     }
 
+    /// A guest may be gone with the QEMU that was killed.
+    pub(crate) fn may_be_lost(&self) -> bool {
+        let there = |id: usize| {
+            let paused = self.incoming[id] == Some(InStep::Committed { must_run: false });
+            self.killed_there[id] && (self.tried[id] || paused || self.here == Here::LetGo)
+        };
+        self.killed || (0..MIGRATIONS).any(there)
+    }
+
     pub(crate) fn start_destination(&mut self) {
+        for id in 0..MIGRATIONS {
+            self.tried[id] |= matches!(self.incoming[id], Some(InStep::Committed { .. }));
+        }
         let found = |row: &Option<InStep>| row.map_or_else(Destination::new, Destination::recover);
         self.destination = Some([found(&self.incoming[0]), found(&self.incoming[1])]);
         self.tried_to_run = false;
