@@ -151,6 +151,11 @@ impl Plan {
         words
     }
 
+    /// The source's QEMU loses writes, so that the guest is paused and moves by post-copy.
+    pub(super) fn is_paused_first(&self) -> bool {
+        self.engine == Engine::Qemu && self.qemus != Qemus::Newer
+    }
+
     pub(super) fn has(&self, is: impl Fn(Fault) -> bool) -> bool {
         self.strikes.iter().any(|strike| is(strike.fault))
     }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::process::Child;
 
+use super::monitors::Paused;
 use super::plan::{ALPHA, Fault, ms};
 use super::run::{Run, is_root, qemus_of};
 use crate::bed::VM;
@@ -114,7 +115,12 @@ impl Run {
                     self.bed.watch.say(host, "poweroff\n").await;
                 }
             }
-            Fault::Pause => self.paused = Some(self.monitors.pause(self.heart()).await),
+            Fault::Pause => {
+                let paused = self.monitors.pause(self.heart()).await;
+                // It may have been paused for the migration a moment before: then QEMU does nothing that can be seen.
+                let unclear = self.plan.is_paused_first() && self.monitors.ran_there().is_none();
+                self.paused = Some(if unclear { Paused::Perhaps } else { paused });
+            }
         }
     }
 

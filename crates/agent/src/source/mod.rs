@@ -9,6 +9,8 @@
 //! retire       the source's QEMU goes
 //! ```
 //!
+//! Who moves the RAM is chosen in the plan, and asked from then on (`mover/`).
+//!
 //! Who owns the guest meanwhile is for the source's half of the protocol (`vmferry_custody`), which `custody.rs` drives:
 //! under way, and from what the journal holds after a crash (`settle.rs`).
 
@@ -19,6 +21,7 @@ mod end;
 mod fences;
 mod look;
 mod migration;
+mod mover;
 mod outgoing;
 mod plan;
 mod post_copy;

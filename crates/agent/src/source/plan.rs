@@ -1,21 +1,21 @@
 //! The plan of a migration: everything that can be refused is refused here, and nothing is touched yet.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use uuid::Uuid;
 use vmferry_api::{EngineName, MigrateRequest, PlanView, Security};
-use vmferry_link::{Cipher, Fingerprint, fastest_cipher};
+use vmferry_link::{Fingerprint, fastest_cipher};
 use vmferry_policy::Limits;
 use vmferry_qemu::qmp::commands;
-use vmferry_qemu::{Features, MigrationStatus, RunState, migration, tls_carries};
-use vmferry_ram::Backend;
+use vmferry_qemu::{Features, MigrationStatus, RunState};
 
-use crate::engine::{Protection, Setup, means, movable};
+use super::mover::{ByAgents, ByQemu, Mover, Protect};
+use crate::engine::{Protection, Setup, movable};
 use crate::error::AgentError;
 use crate::host::{Claim, Host, Markers, Stage, Vm, resident_memory};
 use crate::measuring::boot_files;
-use crate::measuring::scripts::setup_for;
 use crate::peers::{CheckReply, Offer, Peer, trust};
 
 /// Limits a user may set.
@@ -38,50 +38,8 @@ pub(super) struct Plan {
     pub(super) rate: Option<u64>,
     /// Until the destination has looked for them for the last time.
     pub(super) markers: Option<Markers>,
-    /// The guest is paused before anything is copied.
-    pub(super) post_copy_first: bool,
-    pub(super) engine: Engine,
-    /// What a measurement sets QEMU to, where that moves the RAM.
-    pub(super) scripted: Option<Setup>,
-}
-
-/// Who moves the RAM.
-pub(super) enum Engine {
-    /// The agents: this is what there is to move.
-    External(Vec<Backend>),
-    /// QEMU.
-    Qemu,
-}
-
-impl Engine {
-    pub(super) fn name(&self) -> EngineName {
-        match self {
-            Self::External(_) => EngineName::External,
-            Self::Qemu => EngineName::Qemu,
-        }
-    }
-}
-
-/// How the guest is to be protected on its way.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Protect {
-    Not,
-    /// With the fastest cipher that both hosts allow.
-    Tls(Cipher),
-    Relay,
-    /// The agents' link, with that cipher.
-    Link(Cipher),
-}
-
-impl Protect {
-    fn in_words(self) -> String {
-        match self {
-            Self::Not => "none: both hosts trust the network".into(),
-            Self::Tls(cipher) => format!("TLS between the QEMUs ({cipher})"),
-            Self::Link(cipher) => format!("TLS between the agents ({cipher})"),
-            Self::Relay => "TLS between the agents, which relay what the QEMUs say".into(),
-        }
-    }
+    /// Who moves the RAM.
+    pub(super) mover: Arc<dyn Mover>,
 }
 
 /// Claims a VM for a migration that may yet be refused.
@@ -144,11 +102,15 @@ pub(super) async fn plan(host: &Host, vm: &Vm, id: Uuid, request: &MigrateReques
     }
     let there = peer.check(&offer).await?;
     let (features, can_tls) = host.qemus.features_of(vm).await?;
+    let running = run_state == RunState::Running;
     let mut notes = Vec::new();
-    let (engine, other) = choose_engine(host, vm, request, &there).await?;
-    notes.extend(other);
-    let is_external = engine.name() == EngineName::External;
-    let cipher = fastest_cipher(&host.ciphers_for(remote), &there.ciphers);
+    let mover: Arc<dyn Mover> = match agents_can(host, vm, request, &there).await? {
+        Ok(by_agents) => Arc::new(by_agents),
+        Err(why) => {
+            notes.extend(why.map(|why| format!("QEMU moves the memory itself, as the agents cannot: {why}.")));
+            Arc::new(ByQemu::plan(vm, (&features, can_tls), &there, request, running)?)
+        }
+    };
     let protect = match (host.config.security_of(remote), there.security) {
         (Security::Plain, Security::Plain) => Protect::Not,
         (security, their_security) => {
@@ -156,45 +118,17 @@ pub(super) async fn plan(host: &Host, vm: &Vm, id: Uuid, request: &MigrateReques
                 notes
                     .push("The guest travels encrypted: only one of the two hosts is configured to do without.".into());
             }
-            match cipher {
-                Some(cipher) if is_external => Protect::Link(cipher),
-                Some(cipher) if can_tls && there.tls && tls_carries(vm.facts.ram_bytes) => Protect::Tls(cipher),
-                _ => Protect::Relay,
-            }
+            mover.protection(fastest_cipher(&host.ciphers_for(remote), &there.ciphers))
         }
     };
-    if request.post_copy && !is_external && !there.capabilities.contains("postcopy-ram") {
-        notes.push(
-            "Post-copy is not possible: the destination's QEMU lacks it; the guest is throttled if it must be.".into(),
-        );
-    }
-    let running = run_state == RunState::Running;
-    let has = |name: &str| there.capabilities.contains(name);
-    let scripted = request.script.as_ref().filter(|_| !is_external);
-    let scripted = scripted.map(|script| setup_for(vm, &features, has, script)).transpose()?;
-    let loses_writes_when_copied = running && !is_external && migration::loses_writes(&features, &vm.accelerator);
-    if loses_writes_when_copied && scripted.is_some() {
-        notes.push(format!("{}: expect damaged pages.", loses_writes(vm)));
-    }
-    let post_copy_first = loses_writes_when_copied && scripted.is_none();
-    let means = match (&scripted, is_external) {
-        (_, true) => vec![migration::IGNORE_SHARED],
-        (Some(setup), _) => setup.capabilities.iter().map(String::as_str).collect(),
-        (None, _) => means::means(&features, has, request.post_copy),
-    };
-    if post_copy_first {
-        if !means.contains(&"postcopy-ram") {
-            return Err(only_by_post_copy(vm));
-        }
-        notes.push(format!("{}: it goes first, and its memory follows by post-copy.", loses_writes(vm)));
-    }
+    notes.extend(mover.notes());
     if !running {
         notes.push("The guest is paused and will be paused there.".into());
     }
     let view = PlanView {
         vm: vm.name().into(),
         to: met.hello.name,
-        engine: engine.name().to_string(),
+        engine: mover.name().to_string(),
         ram_bytes: vm.facts.ram_bytes,
         ram_used_bytes: resident_memory(vm.pid).min(vm.facts.ram_bytes),
         link_rate: 0,
@@ -203,7 +137,7 @@ pub(super) async fn plan(host: &Host, vm: &Vm, id: Uuid, request: &MigrateReques
         destination_qemu: there.qemu_version.clone(),
         machine: vm.facts.machine.clone(),
         accelerator: vm.accelerator.clone(),
-        capabilities: means.into_iter().map(str::to_owned).collect(),
+        capabilities: mover.means(),
         protection: protect.in_words(),
         notes,
     };
@@ -219,50 +153,36 @@ pub(super) async fn plan(host: &Host, vm: &Vm, id: Uuid, request: &MigrateReques
         protect,
         rate,
         markers: Some(markers),
-        post_copy_first,
-        engine,
-        scripted,
+        mover,
     })
 }
 
-/// The one that is wanted; QEMU, and why, where the agents cannot and nobody insists on them.
-async fn choose_engine(
+/// The agents, where they are wanted and can; otherwise QEMU does it, and this is why, if it is not what is wanted.
+async fn agents_can(
     host: &Host,
     vm: &Vm,
     request: &MigrateRequest,
     there: &CheckReply,
-) -> Result<(Engine, Option<String>), AgentError> {
+) -> Result<Result<ByAgents, Option<String>>, AgentError> {
     if request.engine.unwrap_or(host.config.engine) == EngineName::Qemu {
-        return Ok((Engine::Qemu, None));
+        return Ok(Err(None));
     }
     let why = match (movable::movable(host, vm).await?, &there.external_obstacle) {
         (Err(why), _) => why,
         (Ok(_), Some(why)) => format!("at {}: {why}", there.host),
         (Ok(backends), None) => match movable::ends(vm, request.post_copy).await {
-            Ok(()) => return Ok((Engine::External(backends), None)),
+            Ok(()) => return Ok(Ok(ByAgents { backends })),
             Err(why) => why,
         },
     };
     if request.engine.is_none() {
-        return Ok((Engine::Qemu, Some(format!("QEMU moves the memory itself, as the agents cannot: {why}."))));
+        return Ok(Err(Some(why)));
     }
     Err(AgentError::NotMigratable {
         name: vm.name().into(),
         reason: format!("its RAM cannot be moved by the agents: {why}"),
         hint: Some("let QEMU move it: --engine qemu".into()),
     })
-}
-
-fn loses_writes(vm: &Vm) -> String {
-    format!("QEMU {} loses track of what a guest writes under TCG while its RAM is copied", vm.facts.qemu_version)
-}
-
-pub(super) fn only_by_post_copy(vm: &Vm) -> AgentError {
-    AgentError::NotMigratable {
-        name: vm.name().into(),
-        reason: format!("{}, so that a running guest could only move by post-copy", loses_writes(vm)),
-        hint: Some("allow post-copy on both hosts, pause the guest first, or use QEMU 9.0 or newer".into()),
-    }
 }
 
 /// The VM's run state, if it is one in which it can move, and nothing about it stands in the way.

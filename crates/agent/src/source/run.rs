@@ -12,8 +12,8 @@ use vmferry_policy::Limits;
 use super::custody::{Custody, Hands};
 use super::migration::Migration;
 use super::outgoing::Outgoing;
-use super::plan::{Engine, Plan};
-use super::post_copy::{Serving, Way};
+use super::plan::Plan;
+use super::post_copy::Serving;
 use super::teller::Teller;
 use crate::engine::{RamEngine, Seen};
 use crate::error::AgentError;
@@ -56,11 +56,7 @@ impl Run {
                 Some(error)
             }
         };
-        let way = match (&self.relay, &self.plan.engine) {
-            (_, Engine::External(_)) => Way::Link,
-            (Some(relay), _) => Way::Relayed(relay.uri().to_owned()),
-            (None, _) => Way::Direct(self.plan.remote),
-        };
+        let way = self.plan.mover.way(self.plan.remote, self.relay.as_ref());
         let serving = Some(Serving::new(way, self.relay.take()));
         let mut hands = Hands { engine, serving, audience: self.teller.as_ref() };
         self.custody.drive(&mut hands).await;

@@ -1,0 +1,89 @@
+//! The agents move the RAM: QEMU sends nothing but the state of its devices.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use vmferry_api::EngineName;
+use vmferry_link::Cipher;
+use vmferry_qemu::migration::{self, set_capabilities};
+use vmferry_ram::Backend;
+
+use super::face::{Mover, Protect, Task};
+use crate::engine::external::{self, ExternalEngine, WayThere};
+use crate::engine::{NewSession, Protection, RamEngine, journey};
+use crate::error::AgentError;
+use crate::peers::Prepared;
+use crate::peers::relay::Relay;
+use crate::source::post_copy::Way;
+
+/// See the module's text.
+pub(crate) struct ByAgents {
+    /// What there is to move.
+    pub(crate) backends: Vec<Backend>,
+}
+
+#[async_trait]
+impl Mover for ByAgents {
+    fn name(&self) -> EngineName {
+        EngineName::External
+    }
+
+    fn means(&self) -> Vec<String> {
+        vec![migration::IGNORE_SHARED.into()]
+    }
+
+    fn notes(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    fn protection(&self, cipher: Option<Cipher>) -> Protect {
+        Protect::Link(cipher)
+    }
+
+    async fn set_up(&self, task: &mut Task<'_>) -> Result<(), AgentError> {
+        vmferry_qemu::unprotect_streams(&task.vm.qmp).await?;
+        let wanted = external::capabilities(stops_first(task));
+        set_capabilities(&task.vm.qmp, task.features.capabilities(), wanted).await?;
+        let trusted = *task.protect == Protect::Not;
+        journey::make_folder(&journey::sending_dir(task.vm), trusted)?;
+        task.offer.protection = if trusted { Protection::Plain } else { Protection::Relay };
+        task.offer.external = Some(NewSession::random());
+        Ok(())
+    }
+
+    async fn engine(&self, task: &mut Task<'_>, _: &Prepared) -> Result<Box<dyn RamEngine>, AgentError> {
+        let session = task.offer.external.clone().expect("it was offered");
+        let way = WayThere {
+            address: task.peer.address().into(),
+            identity: Arc::clone(&task.host.trusts.identity),
+            peer: task.peer_key,
+            protection: match task.protect {
+                Protect::Link(cipher) => Some(*cipher),
+                _ => None,
+            },
+        };
+        let wishes = external::Wishes {
+            pid: task.vm.pid,
+            backends: self.backends.clone(),
+            dir: journey::sending_dir(task.vm),
+            way,
+            limits: *task.limits,
+            besides: task.host.switchover_time(task.vm.name(), false),
+            bandwidth: task.bandwidth,
+            delta_cache: task.host.config.delta_cache.as_u64(),
+            runs: task.offer.running,
+            stops_first: stops_first(task),
+        };
+        Ok(Box::new(ExternalEngine::new(task.vm.qmp.clone(), wishes, session)))
+    }
+
+    fn way(&self, _: IpAddr, _: Option<&Relay>) -> Way {
+        Way::Link
+    }
+}
+
+/// Its QEMU would lose what the guest writes meanwhile.
+fn stops_first(task: &Task<'_>) -> bool {
+    migration::loses_writes(task.features, &task.vm.accelerator)
+}
