@@ -364,12 +364,9 @@ impl Awaited {
 
     async fn end(&self) {
         let idle = || self.host.idle(&self.name).filter(|idle| idle.record.incoming == Some(self.id));
-        let process = match self.vm.get() {
-            Some(vm) => Some((vm.pid, vm.start_time)),
-            None => idle().map(|idle| (idle.record.instance.pid, idle.record.instance.start_time)),
-        };
-        if let Some((pid, start_time)) = process {
-            vmferry_qemu::kill_process(pid, start_time, Duration::from_secs(1)).await;
+        let process = self.vm.get().map(|vm| vm.instance()).or_else(|| idle().map(|idle| idle.record.instance));
+        if let Some(process) = process {
+            process.end(Duration::from_secs(1)).await;
         }
         self.apply(Event::Told(Qemu::Ended));
     }

@@ -101,12 +101,11 @@ pub(crate) async fn fence(
         && found.stage() == Stage::Unclear
     {
         tracing::warn!(vm, migration = %id, "its source's user has kept it: what was found here ends");
-        vmferry_qemu::kill_process(found.pid, found.start_time, Duration::ZERO).await;
+        found.instance().end(Duration::ZERO).await;
         here.host.forget_vm(&found).await?;
     } else if let Some(found) = here.host.idle(vm).filter(|idle| idle.why == Idle::Unclear) {
         tracing::warn!(vm, migration = %id, "its source's user has kept it: what was found here ends");
-        let it = &found.record.instance;
-        vmferry_qemu::kill_process(it.pid, it.start_time, Duration::ZERO).await;
+        found.record.instance.end(Duration::ZERO).await;
         here.host.forget_idle(&found).await?;
     }
     let name = trust::require_peer(&here.host, caller).await?;

@@ -195,8 +195,7 @@ pub(crate) async fn stop(host: &Arc<Host>, name: &str, request: &StopRequest) ->
                 let hint = format!("`vmferry stop {name} --force` ends its QEMU like a power cut");
                 return Err(conflict(format!("the QEMU of {name} does not answer"), hint));
             }
-            let Instance { pid, start_time, .. } = idle.record.instance;
-            vmferry_qemu::kill_process(pid, start_time, GRACE).await;
+            idle.record.instance.end(GRACE).await;
         }
         return host.forget_idle(&idle).await;
     }

@@ -1,6 +1,7 @@
 //! One instance of a VM: a process of one boot of this host.
 
 use std::sync::OnceLock;
+use std::time::Duration;
 
 /// Tells a QEMU from every other that there ever was on this host.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -23,6 +24,13 @@ impl Instance {
     pub fn is_alive(&self) -> bool {
         // Of rows that an earlier version wrote the boot is not known.
         (self.boot.is_empty() || self.boot == boot_id()) && vmferry_qemu::is_same_process(self.pid, self.start_time)
+    }
+
+    /// Ends it, if it still runs; its QEMU has this long to end by itself.
+    pub async fn end(&self, grace: Duration) {
+        if self.is_alive() {
+            vmferry_qemu::kill_process(self.pid, self.start_time, grace).await;
+        }
     }
 }
 

@@ -45,10 +45,10 @@ pub(crate) struct Custody {
     decided: Notify,
 }
 
-struct State {
+pub(super) struct State {
     machine: Source,
     /// Why it is undone, or what became of it, in words.
-    why: String,
+    pub(super) why: String,
     /// What the destination says of its own side.
     detail: Option<String>,
     /// Since when the destination is asked in this phase.
@@ -99,7 +99,7 @@ impl Custody {
         Arc::new(it)
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().expect("no holder of this lock panics")
     }
 
@@ -249,7 +249,7 @@ impl Custody {
     }
 
     /// Until something happens, or a second has passed.
-    async fn pause(&self, events: &mut Option<EventStream>) {
+    pub(super) async fn pause(&self, events: &mut Option<EventStream>) {
         let event = async {
             match events {
                 Some(events) => loop {
@@ -299,7 +299,7 @@ impl Custody {
         audience.note(text());
     }
 
-    async fn write(&self, row: Row, audience: &dyn Audience) {
+    pub(super) async fn write(&self, row: Row, audience: &dyn Audience) {
         let record = OutRecord { running: self.machine().wants_running(), ..self.record.clone() };
         let outcome = match (row, self.phase()) {
             (Row::Ended(OutEnd::Done), Phase::Away { start: Start::Done, .. }) => {
@@ -457,7 +457,7 @@ impl Custody {
         self.look().await;
     }
 
-    async fn stand(&self) {
+    pub(super) async fn stand(&self) {
         let Some(vm) = self.vm() else { return self.look().await };
         let theirs = matches!(self.phase(), Phase::Away { .. } | Phase::Stranded { theirs: Some(_) });
         tracing::error!(
@@ -467,67 +467,9 @@ impl Custody {
             "its QEMU set it running although it was handed over: paused"
         );
         if vm.qmp.execute_within(commands::Stop {}, GLANCE).await.is_err() && theirs {
-            vmferry_qemu::kill_process(vm.pid, vm.start_time, Duration::ZERO).await;
+            vm.instance().end(Duration::ZERO).await;
         }
         self.look().await;
-    }
-
-    /// With an engine, if there is none.
-    async fn serve_again(&self, hands: &mut Hands<'_>) -> Result<Serving, AgentError> {
-        let silent = || AgentError::Busy { what: format!("the QEMU of {}, which does not answer", self.record.vm) };
-        let vm = self.vm().ok_or_else(silent)?;
-        Serving::again(&self.host, &vm, (&self.peer, &self.record), &mut hands.engine).await
-    }
-
-    /// Post-copy goes on; beside it, everything else that is due.
-    async fn serve(&self, hands: &mut Hands<'_>) {
-        let serving = match hands.serving.take() {
-            Some(serving) => serving,
-            None => match self.serve_again(hands).await {
-                Ok(serving) => serving,
-                Err(error) => {
-                    tracing::debug!(vm = self.record.vm, error = in_one_line(&error), "post-copy cannot go on yet");
-                    if self.vm().is_none() && !self.record.instance.is_alive() {
-                        self.because("its QEMU here is gone");
-                        self.tell(Event::Lost);
-                    }
-                    return;
-                }
-            },
-        };
-        let Some(engine) = hands.engine.as_mut() else { return };
-        let mut events = self.vm().map(|vm| vm.qmp.events());
-        let audience = hands.audience;
-        let outcome = {
-            let following = serving.follow((&self.peer, self.record.id), engine.as_mut(), audience);
-            tokio::pin!(following);
-            loop {
-                tokio::select! {
-                    outcome = &mut following => break Some(outcome),
-                    () = self.pause(&mut events) => {}
-                }
-                self.look().await;
-                for deed in self.machine().due() {
-                    match deed {
-                        Deed::Pause => self.stand().await,
-                        Deed::Write(row) => self.write(row, audience).await,
-                        _ => {}
-                    }
-                }
-                if !self.machine().due().contains(&Deed::Serve) {
-                    break None;
-                }
-            }
-        };
-        match outcome {
-            Some(Ok(())) => self.tell(Event::Complete),
-            Some(Err(reason)) => {
-                self.lock().why = format!("post-copy could not be finished: {reason}");
-                self.tell(Event::Lost);
-            }
-            // Its user has decided otherwise.
-            None => hands.serving = None,
-        }
     }
 
     /// What is left of it here goes.
@@ -538,8 +480,7 @@ impl Custody {
         if let Some(vm) = self.vm() {
             vm.quit().await;
         } else {
-            let it = &self.record.instance;
-            vmferry_qemu::kill_process(it.pid, it.start_time, GRACE).await;
+            self.record.instance.end(GRACE).await;
         }
         self.look().await;
     }

@@ -28,6 +28,7 @@ mod post_copy;
 mod prepare;
 mod resolve;
 mod run;
+mod serve;
 mod settle;
 mod teller;
 mod told;

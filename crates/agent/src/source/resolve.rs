@@ -89,8 +89,7 @@ async fn silent(host: &Host, idle: IdleVm, how: Resolve) -> Result<(), AgentErro
             Err(AgentError::Busy { what: format!("the QEMU of {}, which does not answer", idle.record.spec.name) })
         }
         Resolve::ItRunsThere => {
-            let it = &idle.record.instance;
-            vmferry_qemu::kill_process(it.pid, it.start_time, GRACE).await;
+            idle.record.instance.end(GRACE).await;
             host.forget_idle(&idle).await
         }
     }
