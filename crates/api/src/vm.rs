@@ -114,6 +114,10 @@ pub struct VmView {
     /// Why the agents cannot move this VM's RAM themselves; none when they can, or when that was not looked at.
     #[serde(default)]
     pub external_obstacle: Option<String>,
+    /// How its machine was changed since it was started, one sentence each; empty when it was not, or when that was not
+    /// looked at.
+    #[serde(default)]
+    pub changes: Vec<String>,
     /// The migration under way.
     pub migration: Option<Uuid>,
 }

@@ -1,10 +1,11 @@
 //! QEMU, as the rest of vmferry sees it: its monitor ([`qmp`]), its command line ([`command_line`]), starting it
 //! ([`launch`](mod@launch)), what it writes ([`log`]), what we use of its migration ([`migration`]), the process that it is
-//! ([`process`]) and what that uses ([`processors`]), what its guest's RAM is made of ([`ram`]) and what a binary can do on
+//! ([`process`]) and what that uses ([`processors`]), what its guest's RAM ([`ram`]) and the whole machine ([`inventory`]) are made of, and what a binary can do on
 //! this host ([`host`]).
 
 pub mod command_line;
 pub mod host;
+pub mod inventory;
 pub mod launch;
 pub mod log;
 pub mod migration;
@@ -17,6 +18,7 @@ mod stream_tls;
 
 pub use command_line::{CommandLine, CommandLineError, FileKind, FileUse};
 pub use host::{Accel, CpuModel, Machine, ProbeError, QemuInfo, find_binary, probe_qemu, try_kvm};
+pub use inventory::{Inventory, Layer};
 pub use launch::{
     Incoming, LaunchError, LaunchPlan, LaunchSettings, Launched, launch, plan_launch, ram_memfd, wants_shared_ram,
     without_ours,

@@ -15,6 +15,7 @@ use std::collections::BTreeMap;
 use crate::qmp::commands::{HumanMonitorCommand, QomList, QueryMemdev, QueryMemorySizeSummary};
 use crate::qmp::{Qmp, QmpError, open_enum};
 use monitor::MappedRange;
+pub(crate) use monitor::ram_blocks;
 
 /// Where QEMU keeps the objects that its user made.
 const OBJECTS: &str = "/objects";

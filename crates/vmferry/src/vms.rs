@@ -77,7 +77,8 @@ pub(crate) async fn show(client: &Client, name: &str, json: bool) -> Result<(), 
         ("autostart", Some(yes_no(vm.autostart))),
         ("command line", Some(vm.argv.join(" "))),
     ];
-    for (key, value) in rows {
+    let changes = vm.changes.iter().map(|change| ("changed", Some(change.clone())));
+    for (key, value) in rows.into_iter().chain(changes) {
         if let Some(value) = value {
             println!("{key:<13} {value}");
         }

@@ -116,6 +116,11 @@ async fn show(State(agent): Shared, Path(name): Path<String>) -> Answer<VmView> 
         if view.external_obstacle.is_some() {
             view.engine = EngineName::Qemu.to_string();
         }
+        if view.state != "unknown"
+            && let Ok(Ok(now)) = tokio::time::timeout(GLANCE, vm.inventory()).await
+        {
+            view.changes = vm.changes(&now);
+        }
     }
     Ok(Json(view))
 }

@@ -18,6 +18,9 @@ use crate::peers::{Commit, IncomingState};
 
 /// How long QEMU may take to load what the source says it has sent.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(8);
+/// The same, of one that answers nothing: its main loop may wait for what does not come any more, as when its source's
+/// agent ended in the middle.
+const SILENT_TIMEOUT: Duration = Duration::from_secs(20);
 /// What is decided is answered at once; that the guest runs may take so long.
 const RUN_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long it may take until all is gone of what is abandoned.
@@ -40,11 +43,13 @@ pub(crate) async fn commit(
     };
     awaited.heard();
     awaited.apply(Event::Commit { run: asked.run });
-    let load = Instant::now() + LOAD_TIMEOUT;
+    let begun = Instant::now();
     let mut decided = None;
     loop {
         awaited.act().await;
         let machine = awaited.machine();
+        let patience = if machine.qemu() == Qemu::Silent { SILENT_TIMEOUT } else { LOAD_TIMEOUT };
+        let too_long = begun.elapsed() > patience;
         match machine.row() {
             Some(InStep::Committed { .. }) => {
                 let since = *decided.get_or_insert_with(Instant::now);
@@ -53,13 +58,11 @@ pub(crate) async fn commit(
                 }
             }
             Some(InStep::Abandoned) => return Ok(awaited.view()),
-            // Its QEMU does not answer a new agent yet, or the journal cannot be written: it is not for this host to
-            // say that nothing will come of it.
-            _ if machine.qemu() == Qemu::Silent && Instant::now() > load => return Ok(awaited.view()),
+            // The journal cannot be written: it is not for this host to say that nothing will come of it.
             _ if !wants_to_commit(machine) => return Ok(awaited.view()),
             // Only its source may say that a guest is lost that its QEMU has let go of.
-            _ if Instant::now() > load && asked.let_go => return Ok(awaited.view()),
-            _ if Instant::now() > load => {
+            _ if too_long && asked.let_go => return Ok(awaited.view()),
+            _ if too_long => {
                 awaited.give_up(Event::GiveUp, "its QEMU did not receive the whole guest");
                 awaited.act().await;
                 return Ok(awaited.view());

@@ -79,6 +79,10 @@ pub(crate) async fn prepare(here: &Arc<Incoming>, mut offer: Offer, caller: Call
     awaited.apply(Event::Told(Qemu::Waits));
     tokio::spawn(Arc::clone(&awaited).watch());
     let known = info.features.capabilities();
+    // Before it waits for the guest: from then on its main loop may wait, too.
+    let inventory = vm.inventory().await.inspect_err(|error| {
+        tracing::warn!(vm = name, %error, "its QEMU does not tell what it is made of");
+    });
     let received = match offer.external {
         Some(session) => {
             let plain = offer.protection == Protection::Plain;
@@ -89,6 +93,7 @@ pub(crate) async fn prepare(here: &Arc<Incoming>, mut offer: Offer, caller: Call
                 setup: offer.setup,
                 post_copy_obstacle,
                 notes: Vec::new(),
+                inventory: None,
             })
         }
         None => receive(&vm, known, offer.setup, &offer.protection, caller.local).await,
@@ -104,7 +109,7 @@ pub(crate) async fn prepare(here: &Arc<Incoming>, mut offer: Offer, caller: Call
         let message = format!("this migration was abandoned: {}", state.detail.unwrap_or_default());
         return Err(AgentError::Conflict { message, hint: None });
     }
-    let prepared = received?;
+    let prepared = Prepared { inventory: inventory.ok(), ..received? };
     tracing::info!(vm = name, migration = %offer.id, from = offer.from, port = prepared.port, "waits for a guest");
     Ok(prepared)
 }
@@ -158,7 +163,7 @@ async fn receive(
         }
         _ => Some(listen(vm, address).await?),
     };
-    Ok(Prepared { port, setup, post_copy_obstacle: None, notes })
+    Ok(Prepared { port, setup, post_copy_obstacle: None, notes, inventory: None })
 }
 
 fn as_strs(names: &[String]) -> Vec<&str> {

@@ -84,6 +84,24 @@ pub enum AgentError {
         /// What to do.
         hint: Option<String>,
     },
+    /// A machine that was changed since its start would arrive as it was before.
+    #[error("{name} was changed since its start, and would arrive without that: {}", some(changes))]
+    Changed {
+        /// The VM.
+        name: String,
+        /// How, one sentence each.
+        changes: Vec<String>,
+    },
+    /// What was made at the destination is another machine.
+    #[error("the machine that {to} has made for {name} is not the same: {}", some(differences))]
+    OtherMachine {
+        /// The VM.
+        name: String,
+        /// The destination.
+        to: String,
+        /// How, one sentence each.
+        differences: Vec<String>,
+    },
     /// The destination cannot take the VM.
     #[error("{host} cannot take {name}: {reason}")]
     Unsuitable {
@@ -257,7 +275,7 @@ impl AgentError {
             Self::Busy { .. } => Code::Busy,
             Self::MigrationRuns { .. } => Code::MigrationRuns,
             Self::BadLimit { .. } => Code::BadLimit,
-            Self::NotMigratable { .. } => Code::NotMigratable,
+            Self::NotMigratable { .. } | Self::Changed { .. } | Self::OtherMachine { .. } => Code::NotMigratable,
             Self::Unsuitable { code, .. } => *code,
             Self::NotPaired { .. } | Self::NotYours => Code::NotPaired,
             Self::BadToken => Code::BadToken,
@@ -287,6 +305,10 @@ impl AgentError {
             | Self::Conflict { hint, .. }
             | Self::NotMigratable { hint, .. }
             | Self::Unsuitable { hint, .. } => hint.clone(),
+            Self::Changed { name, .. } => Some(format!(
+                "undo what was changed (`vmferry show {name}` has all of it), or stop the VM and start it as it is to be"
+            )),
+            Self::OtherMachine { .. } => Some("use the same QEMU, firmware and files on both hosts".into()),
             Self::MigrationRuns { name } => Some(format!("wait for it, or cancel it with `vmferry cancel {name}`")),
             Self::NotPaired { .. } => {
                 Some("pair the two: `vmferry pair` on one makes a token for `vmferry pair TOKEN` on the other".into())
@@ -311,6 +333,17 @@ impl AgentError {
             _ => None,
         }
     }
+}
+
+/// As many as one reads.
+fn some(sentences: &[String]) -> String {
+    const MOST: usize = 5;
+    let more = match sentences.len().checked_sub(MOST) {
+        None | Some(0) => String::new(),
+        Some(more) => format!("; and {more} more"),
+    };
+    let first: Vec<&str> = sentences.iter().take(MOST).map(String::as_str).collect();
+    format!("{}{more}", first.join("; "))
 }
 
 impl From<BadTrial> for AgentError {

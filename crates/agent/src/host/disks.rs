@@ -31,16 +31,19 @@ impl Signature {
     }
 }
 
-/// The writable disks of a VM, each with a marker beside it; the markers go when this is dropped.
+/// The writable disks of a VM and the files behind them, each with a marker beside it; the markers go when this is
+/// dropped.
 pub(crate) struct Markers {
     disks: Vec<PathBuf>,
     made: Vec<PathBuf>,
 }
 
 impl Markers {
-    /// Puts a marker beside each writable disk of this VM. Where that is not possible there will be none to find.
-    pub(crate) fn put(spec: &VmSpec, id: Uuid, signature: &Signature) -> Result<Self, AgentError> {
-        let disks = disks_of(spec)?;
+    /// Puts a marker beside each writable disk of this VM, and each file that is `behind` one. Where that is not possible
+    /// there will be none to find.
+    pub(crate) fn put(spec: &VmSpec, behind: &[PathBuf], id: Uuid, signature: &Signature) -> Result<Self, AgentError> {
+        let mut disks = disks_of(spec)?;
+        disks.extend(behind.iter().map(|file| spec.cwd.join(file)));
         let Signature { agent, run } = signature;
         let text = format!("vmferry checks that both hosts see this folder\n{agent}\n{run}\n");
         let made = disks
@@ -103,7 +106,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_markers_that_an_earlier_agent_of_this_host_left_are_swept() {
+    fn files_behind_a_disk_are_marked_and_only_markers_that_an_earlier_agent_of_this_host_left_are_swept() {
         let dir = tempfile::tempdir().unwrap();
         let disk = dir.path().join("disk.raw");
         fs::write(&disk, "").unwrap();
@@ -116,9 +119,16 @@ mod tests {
             adopted: false,
             measuring: false,
         };
+        let behind = ["base/b.raw".into()];
+        fs::create_dir(dir.path().join("base")).unwrap();
+        fs::write(dir.path().join("base/b.raw"), "").unwrap();
+        let relative = VmSpec { cwd: dir.path().into(), ..spec.clone() };
+        let both = Markers::put(&relative, &behind, Uuid::new_v4(), &Signature::of("aa")).unwrap();
+        assert_eq!(both.disks(), [disk.clone(), dir.path().join("base/b.raw")]);
+        assert!(both.made.len() == 2 && both.made.iter().all(|marker| marker.exists()));
         let (before, now, elsewhere) = (Signature::of("aa"), Signature::of("aa"), Signature::of("bb"));
         let [left, used, other] =
-            [&before, &now, &elsewhere].map(|it| Markers::put(&spec, Uuid::new_v4(), it).unwrap());
+            [&before, &now, &elsewhere].map(|it| Markers::put(&spec, &[], Uuid::new_v4(), it).unwrap());
         fs::write(dir.path().join(".vmferry-of-the-user"), "a note").unwrap();
         sweep([&spec].into_iter(), &now);
         assert!(!left.made[0].exists());

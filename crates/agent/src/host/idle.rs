@@ -49,6 +49,7 @@ impl IdleVm {
             console: false,
             engine: String::new(),
             external_obstacle: None,
+            changes: Vec::new(),
             migration: None,
         }
     }

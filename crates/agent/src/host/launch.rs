@@ -56,7 +56,9 @@ impl Host {
             let launched = vmferry_qemu::launch(&binary, &plan, ram, &spec.cwd, &dir, START_TIMEOUT).await?;
             record.instance = Instance::now(launched.pid, launched.start_time);
             self.journal.put_vm(&record).await?;
-            self.take(&record, launched.qmp, stage).await
+            let vm = self.take(&record, launched.qmp, stage).await?;
+            describe(&vm).await;
+            Ok(vm)
         };
         match started.await {
             Ok(vm) => Ok((vm, plan.notes)),
@@ -162,5 +164,13 @@ impl Host {
         remove_dir(vm.dir.clone()).await;
         self.state().reserved.remove(vm.name());
         Ok(removed?)
+    }
+}
+
+/// Has it known what this VM is made of, so that its user can be told how it was changed.
+pub(super) async fn describe(vm: &Vm) {
+    match vm.inventory().await {
+        Ok(inventory) => vm.remember(&inventory),
+        Err(error) => tracing::warn!(vm = vm.name(), %error, "its QEMU does not tell what it is made of"),
     }
 }

@@ -10,6 +10,7 @@ use vmferry_qemu::{CommandLine, Qmp, RunState, wants_shared_ram, without_ours};
 
 use super::host::Host;
 use super::idle::{Idle, IdleVm};
+use super::launch::describe;
 use super::vm::{Claim, GRACE, Stage, Vm, is_valid_name};
 use crate::error::AgentError;
 use crate::journal::{Instance, VmRecord};
@@ -92,6 +93,7 @@ pub(crate) async fn adopt(host: &Arc<Host>, request: AdoptRequest) -> Result<Sta
             return Err(error);
         }
     };
+    describe(&vm).await;
     tracing::info!(vm = vm.name(), pid, "adopted");
     Ok(Started { vm: vm.view(host.config.engine).await, notes: Vec::new() })
 }

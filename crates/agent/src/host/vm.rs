@@ -8,7 +8,7 @@ use std::time::Duration;
 use uuid::Uuid;
 use vmferry_api::{EngineName, VmSpec, VmView};
 use vmferry_qemu::qmp::commands;
-use vmferry_qemu::{Qmp, QmpError, RunState};
+use vmferry_qemu::{Inventory, Qmp, QmpError, RunState};
 
 use super::attendance::Attendance;
 use super::console::Console;
@@ -20,6 +20,9 @@ pub(crate) const GRACE: Duration = Duration::from_secs(5);
 const LAST_WORDS: u64 = 600;
 /// How long QMP may take to answer when a VM is only looked at.
 pub(crate) const GLANCE: Duration = Duration::from_secs(1);
+
+/// What a VM was made of when its agent began to know it.
+const INVENTORY: &str = "inventory.json";
 
 /// What the agent is doing with a VM, beyond running it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -171,6 +174,32 @@ impl Vm {
         }
     }
 
+    /// What it is made of, as far as its QEMU tells.
+    pub(crate) async fn inventory(&self) -> Result<Inventory, QmpError> {
+        Inventory::of(&self.qmp).await
+    }
+
+    /// Keeps what it is made of as long as its QEMU lives: from now on it is known how it was changed.
+    pub(crate) fn remember(&self, inventory: &Inventory) {
+        let text = serde_json::to_vec(inventory).expect("an inventory is plain data");
+        // One that somebody else has started has no folder yet.
+        let folder = if self.spec.adopted { std::fs::create_dir_all(&self.dir) } else { Ok(()) };
+        if let Err(error) = folder.and_then(|()| std::fs::write(self.dir.join(INVENTORY), text)) {
+            tracing::warn!(vm = self.name(), %error, "cannot keep what it is made of");
+        }
+    }
+
+    /// What it was made of when it was started, came here, or was adopted. None when that is not known.
+    pub(crate) fn first_inventory(&self) -> Option<Inventory> {
+        serde_json::from_slice(&std::fs::read(self.dir.join(INVENTORY)).ok()?).ok()
+    }
+
+    /// How it was changed since then, one sentence each.
+    pub(crate) fn changes(&self, now: &Inventory) -> Vec<String> {
+        let before = self.first_inventory();
+        before.map(|before| before.differences(now, None, "at its start", "now")).unwrap_or_default()
+    }
+
     /// The process is still the one that was started.
     pub(crate) fn is_alive(&self) -> bool {
         vmferry_qemu::is_same_process(self.pid, self.start_time)
@@ -233,6 +262,7 @@ impl Vm {
             console: self.console.is_some(),
             engine: engine.to_string(),
             external_obstacle: None,
+            changes: Vec::new(),
             migration,
         }
     }

@@ -9,6 +9,7 @@ use uuid::Uuid;
 use vmferry_api::trial::Trial;
 use vmferry_api::{Security, VmSpec};
 use vmferry_link::{CipherSpeed, SessionId, SessionKey};
+use vmferry_qemu::Inventory;
 
 use crate::engine::{NewSession, Protection, Setup};
 
@@ -40,7 +41,8 @@ pub struct Offer {
     pub accelerator: String,
     /// The guest runs; otherwise it stays paused.
     pub running: bool,
-    /// The writable disks, as absolute paths. Beside each, the source has put a marker named after the migration.
+    /// The writable disks and the files behind them, as absolute paths. Beside each, the source has put a marker named
+    /// after the migration.
     #[schema(value_type = Vec<String>)]
     pub disks: Vec<PathBuf>,
     /// The user vouches for what cannot be proven.
@@ -89,6 +91,10 @@ pub struct Prepared {
     pub post_copy_obstacle: Option<String>,
     /// What the user should know, one plain sentence each.
     pub notes: Vec<String>,
+    /// What the machine that waits is made of; none when its QEMU does not tell, or of an agent that does not ask it.
+    #[serde(default)]
+    #[schema(value_type = Option<Object>)]
+    pub inventory: Option<Inventory>,
 }
 
 /// Where an incoming migration stands, for the source that asks. This is what decides who owns the guest.
@@ -108,7 +114,7 @@ pub enum InWord {
 pub struct Commit {
     /// It is to run; otherwise it stays paused.
     pub run: bool,
-    /// The source's QEMU would not let it run any more: only this host can have it.
+    /// The source's QEMU would not let it run any more, as far as is known there: only this host can have it.
     #[serde(default)]
     pub let_go: bool,
 }

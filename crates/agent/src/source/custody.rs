@@ -366,7 +366,9 @@ impl Custody {
     async fn ask_commit(&self, audience: &dyn Audience) {
         let is_away = matches!(self.phase(), Phase::Away { .. } | Phase::Stranded { .. });
         let machine = self.machine();
-        let commit = Commit { run: machine.wants_running(), let_go: machine.qemu() == Qemu::LetGo };
+        // One that does not answer may have let go.
+        let let_go = matches!(machine.qemu(), Qemu::LetGo | Qemu::Silent);
+        let commit = Commit { run: machine.wants_running(), let_go };
         self.was_asked_for(RUNS);
         let asked = tokio::select! {
             asked = self.peer.commit(self.record.id, &commit) => asked,

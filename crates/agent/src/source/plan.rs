@@ -9,7 +9,7 @@ use vmferry_api::{EngineName, MigrateRequest, PlanView, Security};
 use vmferry_link::{Fingerprint, fastest_cipher};
 use vmferry_policy::Limits;
 use vmferry_qemu::qmp::commands;
-use vmferry_qemu::{Features, MigrationStatus, RunState};
+use vmferry_qemu::{Features, Inventory, MigrationStatus, QmpError, RunState};
 
 use super::mover::{ByAgents, ByQemu, Mover, Protect};
 use crate::engine::{Protection, Setup, movable};
@@ -76,12 +76,13 @@ pub(super) fn limits(request: &MigrateRequest) -> Result<Limits, AgentError> {
 /// are brought to where it is to go.
 pub(super) async fn plan(host: &Host, vm: &Vm, id: Uuid, request: &MigrateRequest) -> Result<Plan, AgentError> {
     let run_state = movable(vm).await?;
+    let behind = unchanged(vm).await?.map(|now| now.backing_files()).unwrap_or_default();
     let found = trust::find_peer(host, &request.to).await?;
     let met = found.hello().await?;
     let (peer, remote) = (found.pinned_to(&met), met.ip());
     // The disks may lie on storage that does not answer, which must not keep others waiting.
     let (spec, signature) = (vm.spec.clone(), host.signature.clone());
-    let put = tokio::task::spawn_blocking(move || Markers::put(&spec, id, &signature));
+    let put = tokio::task::spawn_blocking(move || Markers::put(&spec, &behind, id, &signature));
     let markers = put.await.expect("putting markers does not panic")?;
     let offer = Offer {
         id,
@@ -185,6 +186,22 @@ async fn agents_can(
     })
 }
 
+/// What it is made of now. Refuses a machine that was changed since its start: the destination's is made from the words
+/// of that.
+async fn unchanged(vm: &Vm) -> Result<Option<Inventory>, AgentError> {
+    let now = match vm.inventory().await {
+        Ok(now) => now,
+        // It does not tell; what differs is seen when the destination has made its own.
+        Err(QmpError::Command { .. }) => return Ok(None),
+        Err(error) => return Err(error.into()),
+    };
+    let changes = vm.changes(&now);
+    match changes.is_empty() {
+        true => Ok(Some(now)),
+        false => Err(AgentError::Changed { name: vm.name().into(), changes }),
+    }
+}
+
 /// The VM's run state, if it is one in which it can move, and nothing about it stands in the way.
 async fn movable(vm: &Vm) -> Result<RunState, AgentError> {
     let refuse = |reason: String, hint: &str| AgentError::NotMigratable {
@@ -213,7 +230,12 @@ async fn movable(vm: &Vm) -> Result<RunState, AgentError> {
     match vm.run_state().await? {
         state @ (RunState::Running | RunState::Paused) => Ok(state),
         // A guest that was started with -S: paused, with all its state.
-        RunState::Prelaunch | RunState::Suspended => Ok(RunState::Paused),
+        RunState::Prelaunch => Ok(RunState::Paused),
+        // QEMU before 9.0 has one that arrives run on instead, and we could not tell it to sleep again.
+        RunState::Suspended => Err(refuse(
+            "it is suspended to RAM, and would not arrive so".into(),
+            "wake it first (`system_wakeup` in its monitor)",
+        )),
         RunState::PostMigrate => Err(refuse(
             "it is paused since a migration that was undone, and QEMU moves such a guest only after it ran".into(),
             "let it run for a moment (`cont` in its monitor)",

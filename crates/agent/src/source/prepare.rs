@@ -8,6 +8,7 @@ use super::mover::Task;
 use super::run::Run;
 use crate::engine::RamEngine;
 use crate::error::AgentError;
+use crate::peers::Prepared;
 
 impl Run {
     /// The destination's QEMU waits, and ours is set to the same.
@@ -30,7 +31,25 @@ impl Run {
             self.migration.note(format!("Post-copy is not possible: at {}: {why}.", self.plan.view.to));
             self.limits.post_copy = false;
         }
+        self.same_machine(&prepared).await?;
         mover.engine(&mut self.task(), &prepared).await
+    }
+
+    /// Refuses a destination whose machine is another one than ours, before a byte is copied.
+    async fn same_machine(&self, prepared: &Prepared) -> Result<(), AgentError> {
+        let (here, there) = (&self.host.config.name, &self.plan.view.to);
+        let Some(theirs) = &prepared.inventory else {
+            self.migration.note(format!("{there} does not tell what the machine that waits there is made of."));
+            return Ok(());
+        };
+        let ours = self.vm.inventory().await?;
+        // What the guest of one that was adopted had changed by then nobody knows.
+        let before = self.vm.first_inventory().filter(|_| !self.vm.spec.adopted);
+        let differences = ours.differences(theirs, before.as_ref(), &format!("at {here}"), &format!("at {there}"));
+        if differences.is_empty() {
+            return Ok(());
+        }
+        Err(AgentError::OtherMachine { name: self.vm.name().into(), to: there.clone(), differences })
     }
 
     fn task(&mut self) -> Task<'_> {

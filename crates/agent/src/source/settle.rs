@@ -1,14 +1,21 @@
 //! What was under way when an agent ended: the same machine goes on from what the journal holds.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use vmferry_custody::source::Phase;
+use vmferry_custody::source::{OutStep, Phase};
+use vmferry_qemu::{RunState, migration};
 
 use super::custody::{Custody, Hands};
 use super::outgoing::Outgoing;
 use super::teller::Log;
+use crate::engine::journey;
+use crate::host::Host;
 use crate::journal::OutRecord;
 use crate::peers::trust::pinned;
+
+/// How often it is looked whether its VM was found.
+const FIND: Duration = Duration::from_millis(50);
 
 /// Takes up what the journal holds; what is due is done from now on.
 pub(crate) fn take_up(outgoing: &Arc<Outgoing>, record: OutRecord) {
@@ -19,9 +26,31 @@ pub(crate) fn take_up(outgoing: &Arc<Outgoing>, record: OutRecord) {
     tokio::spawn(settle(Arc::clone(outgoing), custody));
 }
 
+/// While no agent was there. QEMU calls it otherwise when it pauses a guest for its migration; so this can be told where
+/// QEMU copies the RAM, and does not do so of a guest that the agent had paused.
+async fn was_paused_by_its_user(host: &Host, custody: &Custody) -> bool {
+    let vm = loop {
+        match custody.vm() {
+            Some(vm) => break vm,
+            None if !custody.record.instance.is_alive() => return false,
+            // What is due begins with its QEMU, too.
+            None => tokio::time::sleep(FIND).await,
+        }
+    };
+    if vm.spec.measuring || journey::is_sending(&vm).is_some() {
+        return false;
+    }
+    let is_paused = vm.run_state().await.is_ok_and(|state| state == RunState::Paused);
+    let features = host.qemus.features_of(&vm).await;
+    is_paused && features.is_ok_and(|(features, _)| !migration::loses_writes(&features, &vm.accelerator))
+}
+
 async fn settle(outgoing: Arc<Outgoing>, custody: Arc<Custody>) {
     let log = Log(custody.record.vm.clone());
     let mut hands = Hands { engine: None, serving: None, audience: &log };
+    if custody.record.step == OutStep::CopyRam && was_paused_by_its_user(&outgoing.host, &custody).await {
+        custody.wants(false).await;
+    }
     custody.look().await;
     custody.drive(&mut hands).await;
     if let Phase::Stranded { .. } = custody.phase() {

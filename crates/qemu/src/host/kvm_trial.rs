@@ -6,9 +6,10 @@
 //! memory and to a port.
 
 use std::fs::File;
+use std::io::Write;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Output, Stdio};
+use std::process::Output;
 use std::time::Duration;
 
 use tokio::process::Command;
@@ -83,16 +84,16 @@ pub async fn try_kvm(binary: &Path) -> Accel {
 /// Runs the trial guest with this accelerator and CPU model, or tells why it could not.
 async fn run_trial(binary: &Path, accel: &str, cpu: &str) -> Result<(), String> {
     let cannot = |error: std::io::Error| format!("{} cannot be tried: {error}", binary.display());
-    let rom = tempfile::NamedTempFile::new().map_err(cannot)?;
-    std::fs::write(rom.path(), rom_image()).map_err(cannot)?;
+    // In no folder: whoever ends in the middle of this leaves nothing.
+    let mut rom = tempfile::tempfile().map_err(cannot)?;
+    rom.write_all(&rom_image()).map_err(cannot)?;
     let mut command = Command::new(binary);
     end_with_us(&mut command);
     let trial = command
-        .args(["-accel", accel, "-cpu", cpu, "-machine", "pc", "-m", "16", "-bios"])
-        .arg(rom.path())
+        .args(["-accel", accel, "-cpu", cpu, "-machine", "pc", "-m", "16", "-bios", "/proc/self/fd/0"])
         .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
         .args(["-device", "isa-debug-exit,iobase=0xf4,iosize=0x04"])
-        .stdin(Stdio::null())
+        .stdin(rom)
         .kill_on_drop(true)
         .output();
     match tokio::time::timeout(PATIENCE, trial).await {

@@ -11,6 +11,11 @@ use crate::host::Accel;
 const QMP: &str = "vmferry-qmp";
 const CONSOLE: &str = "vmferry-console";
 const RAM: &str = "vmferry-ram";
+/// And a number.
+const LOG: &str = "vmferry-log-";
+
+/// Ports of the guest that may write to a file.
+const LOGGED: [&str; 3] = ["serial", "parallel", "debugcon"];
 
 /// What will be run, and what the user should know about it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,9 +74,14 @@ pub fn without_ours(command: &CommandLine) -> (Vec<String>, bool) {
     };
     let console = dir.join("console.sock").display().to_string();
     let (mut argv, mut shared_ram) = (vec![command.binary().to_owned()], false);
+    let log_of = |id: &str| {
+        let log = command.all("chardev").find(|option| is(option, "id", id) && id.starts_with(LOG))?;
+        Some(log.properties().get("path")?.to_owned())
+    };
     for option in command.options() {
         match option.name.as_str() {
             "chardev" if is(option, "id", QMP) || is(option, "id", CONSOLE) => {}
+            "chardev" if option.properties().get("id").is_some_and(|id| id.starts_with(LOG)) => {}
             "chardev" if is(option, "path", &console) => {
                 let mut rest = option.properties();
                 for key in ["path", "server", "wait"] {
@@ -87,7 +97,10 @@ pub fn without_ours(command: &CommandLine) -> (Vec<String>, bool) {
             "serial" if option.value() == format!("chardev:{CONSOLE}") => {
                 argv.extend([option.words[0].clone(), "stdio".into()]);
             }
-            _ => argv.extend(option.words.iter().cloned()),
+            name => match option.value().strip_prefix("chardev:").and_then(log_of) {
+                Some(path) if LOGGED.contains(&name) => argv.extend([option.words[0].clone(), format!("file:{path}")]),
+                _ => argv.extend(option.words.iter().cloned()),
+            },
         }
     }
     (argv, shared_ram)
@@ -106,6 +119,7 @@ pub fn plan_launch(command: &CommandLine, settings: &LaunchSettings<'_>) -> Resu
         console: Console::of(command),
         accelerator: Accelerator::choose(command, &settings.accel),
         placed: false,
+        logs: 0,
     };
     for option in command.options() {
         planner.take(option);
@@ -190,6 +204,8 @@ struct Planner<'a> {
     accelerator: Accelerator,
     /// The console has its user.
     placed: bool,
+    /// How many files are gone on with.
+    logs: u32,
 }
 
 impl Planner<'_> {
@@ -229,6 +245,19 @@ impl Planner<'_> {
                 self.add("-serial", &backend);
             }
             "chardev" if is_stdio_chardev(option) => self.take_stdio_chardev(option),
+            // A guest that arrives goes on with its logs: QEMU would begin them anew.
+            "chardev" if incoming && option.properties().get("backend") == Some("file") => {
+                let mut log = option.properties();
+                log.remove("append");
+                self.add("-chardev", &format!("{log},append=on"));
+            }
+            name if incoming && LOGGED.contains(&name) && option.value().starts_with("file:") => {
+                let path = escape_commas(option.value().trim_start_matches("file:"));
+                let id = format!("{LOG}{}", self.logs);
+                self.logs += 1;
+                self.add("-chardev", &format!("file,id={id},path={path},append=on"));
+                self.add(&format!("-{name}"), &format!("chardev:{id}"));
+            }
             _ => self.argv.extend(option.words.iter().cloned()),
         }
     }

@@ -66,6 +66,12 @@ commands! {
     QueryMemorySizeSummary {} = "query-memory-size-summary" -> MemorySizeSummary;
     /// The memory backends; a machine that was only given `-m` has one of its own making.
     QueryMemdev {} = "query-memdev" -> Vec<Memdev>;
+    /// The places for processors, and which of them have one.
+    QueryHotpluggableCpus {} = "query-hotpluggable-cpus" -> Vec<CpuPlace>;
+    /// DIMMs and what else is memory that is plugged in.
+    QueryMemoryDevices {} = "query-memory-devices" -> Vec<MemoryDevice>;
+    /// The disks and drives that the guest has.
+    QueryBlock {} = "query-block" -> Vec<Drive>;
     /// The character devices.
     QueryChardev {} = "query-chardev" -> Vec<ChardevInfo>;
     /// Everything that this QEMU's QMP has.
@@ -201,11 +207,66 @@ pub struct Kvm {
 }
 
 /// One processor of the guest.
-#[derive(Clone, Copy, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Cpu {
     /// The thread of QEMU that runs it.
     pub thread_id: u32,
+    /// Where its object is.
+    pub qom_path: String,
+}
+
+/// A place for a processor.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct CpuPlace {
+    /// What fits there.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// Which place: socket, core, thread.
+    pub props: Value,
+    /// Where the object of the one that is there is.
+    pub qom_path: Option<String>,
+}
+
+/// Memory that is plugged in.
+#[derive(Clone, Debug, Deserialize)]
+pub struct MemoryDevice {
+    /// Such as `dimm`.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// Which of its kind: `id`, `size`, `addr`.
+    pub data: Value,
+}
+
+/// A disk or drive of the guest.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Drive {
+    /// What it is called; may be empty.
+    pub device: String,
+    /// The device that the guest has it by.
+    pub qdev: Option<String>,
+    /// What is in it.
+    pub inserted: Option<Inserted>,
+}
+
+/// See [`Drive`].
+#[derive(Clone, Debug, Deserialize)]
+pub struct Inserted {
+    /// The file that the guest reads and writes.
+    pub image: BlockImage,
+}
+
+/// A file of a disk.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BlockImage {
+    /// A path, a URL, or a description in JSON.
+    pub filename: String,
+    /// Such as `qcow2`.
+    pub format: String,
+    /// The file that has what this one does not.
+    pub backing_image: Option<Box<BlockImage>>,
 }
 
 /// One machine type.

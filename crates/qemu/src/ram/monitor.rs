@@ -3,13 +3,17 @@
 
 /// One of QEMU's RAM blocks.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct RamBlock {
+pub(crate) struct RamBlock {
     /// Of a backend: its id, or its path for machine types older than 4.0.
-    pub(super) name: String,
+    pub(crate) name: String,
     /// In bytes.
     pub(super) page_size: Option<u64>,
     /// Where it begins in QEMU's address space; older QEMUs do not tell.
     pub(super) address: Option<u64>,
+    /// How much of it is used, in bytes.
+    pub(crate) used: Option<u64>,
+    /// What it can grow to, in bytes.
+    pub(crate) total: Option<u64>,
 }
 
 /// A part of a memory backend that the guest's physical memory has in one piece.
@@ -36,7 +40,7 @@ pub(super) struct NetClient {
 }
 
 /// Reads the answer to `info ramblock`: a table whose columns grow with the version.
-pub(super) fn ram_blocks(text: &str) -> Vec<RamBlock> {
+pub(crate) fn ram_blocks(text: &str) -> Vec<RamBlock> {
     let mut columns: Option<Vec<&str>> = None;
     let mut blocks = Vec::new();
     for line in text.lines() {
@@ -53,9 +57,15 @@ pub(super) fn ram_blocks(text: &str) -> Vec<RamBlock> {
 fn ram_block(line: &str, columns: &[&str]) -> Option<RamBlock> {
     let mut words = line.split_whitespace();
     let (name, number, unit) = (words.next()?, words.next()?, words.next()?);
-    let hva = columns.iter().zip(words).find(|(column, _)| **column == "HVA");
-    let address = hva.and_then(|(_, word)| hex(word)).filter(|address| *address != 0);
-    Some(RamBlock { name: name.into(), page_size: bytes(number, unit), address })
+    let words: Vec<&str> = words.collect();
+    let column = |name: &str| hex(words.get(columns.iter().position(|it| *it == name)?)?);
+    Some(RamBlock {
+        name: name.into(),
+        page_size: bytes(number, unit),
+        address: column("HVA").filter(|address| *address != 0),
+        used: column("Used"),
+        total: column("Total"),
+    })
 }
 
 /// Reads the answer to `info mtree -f -o`: the guest's physical memory as it is now, once for every way to see it. The
@@ -192,23 +202,34 @@ hub 0\r
 
     #[test]
     fn ram_blocks_have_page_sizes_and_in_newer_versions_addresses() {
-        let block =
-            |name: &str, page_size, address| RamBlock { name: name.into(), page_size: Some(page_size), address };
+        let block = |name: &str, page_size, address, size| RamBlock {
+            name: name.into(),
+            page_size: Some(page_size),
+            address,
+            used: size,
+            total: size,
+        };
         let old = ram_blocks(BLOCKS_7_2);
-        assert_eq!(old[..2], [block("ram0", 4096, None), block("hp", 2 << 20, None)]);
+        assert_eq!(
+            old[..2],
+            [block("ram0", 4096, None, Some(0x1_4000_0000)), block("hp", 2 << 20, None, Some(0x2000_0000))]
+        );
         assert!(old.iter().all(|block| block.address.is_none()));
+        let grows = old.iter().find(|block| block.name == "/rom@etc/acpi/tables").expect("it is there");
+        assert_eq!((grows.used, grows.total), (Some(0x2_0000), Some(0x20_0000)));
         assert_eq!(
             ram_blocks(BLOCKS_10_0),
             [
-                block("/objects/a", 4096, Some(0x7f50_cfff_f000)),
-                block("0000:00:01.0/vm", 4096, Some(0x7f50_bfff_e000)),
-                block("pc.bios", 4096, None),
+                block("/objects/a", 4096, Some(0x7f50_cfff_f000), Some(0x1000_0000)),
+                block("0000:00:01.0/vm", 4096, Some(0x7f50_bfff_e000), Some(0x1000_0000)),
+                block("pc.bios", 4096, None, Some(0x4_0000)),
             ]
         );
         // A column more, and columns in another order.
         let newer = "Block Name PSize HVA Colour Total\n a 1 GiB 0x1000 blue 0x0\nnonsense\n\n b x y 0x2000 red\n";
-        let b = RamBlock { name: "b".into(), page_size: None, address: Some(0x2000) };
-        assert_eq!(ram_blocks(newer), [block("a", 1 << 30, Some(0x1000)), b]);
+        let b = RamBlock { name: "b".into(), page_size: None, address: Some(0x2000), used: None, total: None };
+        let a = RamBlock { used: None, ..block("a", 1 << 30, Some(0x1000), Some(0)) };
+        assert_eq!(ram_blocks(newer), [a, b]);
     }
 
     #[test]

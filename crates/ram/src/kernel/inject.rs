@@ -12,6 +12,8 @@
 //!   of the stop at the end of a system call; so the thread is brought to another stop like the first before it goes.
 //! - A signal may arrive before our call begins. Its handler must find the thread's own registers: these are put back,
 //!   the signal is passed on, and we begin anew at the handler's first instruction.
+//! - A thread that has our registers is waited for as long as it takes, on a host however busy: let go there, it would go
+//!   on behind our system call instead of where it was. Only before that is it given up when it does not stop.
 //! - `ptrace` belongs to an operating system's thread, and what it holds is let go when that thread ends. One is started
 //!   for each call, so nothing that goes wrong here leaves QEMU stopped.
 //! - A tracer that is killed in the middle leaves the thread astray, so it is a process of its own where there can be one
@@ -40,7 +42,8 @@ use rustix::fs::OFlags;
 use super::machine;
 use crate::process::{Process, ThreadStatus, process_of};
 
-/// How long a thread may take to stop. One that waits for a disk does not stop before the disk has answered.
+/// How long a thread that has its own registers may take to stop. One that waits for a disk does not stop before the disk
+/// has answered.
 const PATIENCE: Duration = Duration::from_millis(250);
 /// How many threads are tried.
 const THREADS: usize = 8;
@@ -48,6 +51,8 @@ const THREADS: usize = 8;
 const SOON: Duration = Duration::from_millis(1);
 /// How often it is looked whether a thread has stopped.
 const GLANCE: Duration = Duration::from_micros(10);
+/// The same, of one that takes longer than [`PATIENCE`].
+const SELDOM: Duration = Duration::from_millis(1);
 /// How many stops that are not ours may come before ours; each is one signal, or one end of a job's pause.
 const STRANGE_STOPS: usize = 1000;
 /// The most of a mapping that is searched for an instruction.
@@ -285,7 +290,7 @@ impl Stopped {
         })?;
         let begun = Instant::now();
         ptrace::interrupt(thread).map_err(|errno| failed("stop QEMU", errno))?;
-        wait_for_trap(thread)?;
+        wait_for_trap(thread, Some(PATIENCE))?;
         let registers = ptrace::getregs(thread).map_err(|errno| failed("read QEMU's registers", errno))?;
         let stopped = Self { thread, instruction, registers, changed: false, begun };
         if !machine::is_like_us(&stopped.registers) {
@@ -299,7 +304,7 @@ impl Stopped {
         self.begin_call(call, argument)?;
         // A thread in a system call takes no signals.
         resume(libc::PTRACE_SYSCALL, self.thread, 0)?;
-        if wait(self.thread)? != Stop::Call {
+        if wait(self.thread, None)? != Stop::Call {
             return Err(failed("follow a system call inside QEMU", Errno::EPROTO));
         }
         let registers = ptrace::getregs(self.thread).map_err(|errno| failed("read QEMU's registers", errno))?;
@@ -322,7 +327,7 @@ impl Stopped {
                 ready = true;
             }
             resume(libc::PTRACE_SYSCALL, self.thread, 0)?;
-            match wait(self.thread)? {
+            match wait(self.thread, None)? {
                 Stop::Call => return Ok(()),
                 Stop::Trap => {}
                 Stop::Signal(signal) => {
@@ -340,7 +345,7 @@ impl Stopped {
         self.changed = false;
         ptrace::interrupt(self.thread).map_err(|errno| failed("stop QEMU", errno))?;
         resume(libc::PTRACE_CONT, self.thread, signal)?;
-        wait_for_trap(self.thread)?;
+        wait_for_trap(self.thread, Some(PATIENCE))?;
         self.registers = ptrace::getregs(self.thread).map_err(|errno| failed("read QEMU's registers", errno))?;
         Ok(())
     }
@@ -354,7 +359,7 @@ impl Stopped {
         self.set(self.registers)?;
         ptrace::interrupt(self.thread).map_err(|errno| failed("stop QEMU", errno))?;
         resume(libc::PTRACE_CONT, self.thread, 0)?;
-        wait_for_trap(self.thread)
+        wait_for_trap(self.thread, None)
     }
 }
 
@@ -369,9 +374,9 @@ impl Drop for Stopped {
 }
 
 /// Waits for the stop that we asked for, and passes on the signals that come before it.
-fn wait_for_trap(thread: Pid) -> Result<(), InjectError> {
+fn wait_for_trap(thread: Pid, patience: Option<Duration>) -> Result<(), InjectError> {
     for _ in 0..STRANGE_STOPS {
-        match wait(thread)? {
+        match wait(thread, patience)? {
             Stop::Trap => return Ok(()),
             Stop::Call => resume(libc::PTRACE_CONT, thread, 0)?,
             Stop::Signal(signal) => resume(libc::PTRACE_CONT, thread, signal)?,
@@ -380,8 +385,8 @@ fn wait_for_trap(thread: Pid) -> Result<(), InjectError> {
     Err(InjectError::DoesNotStop { after: PATIENCE })
 }
 
-/// Waits until the thread has stopped.
-fn wait(thread: Pid) -> Result<Stop, InjectError> {
+/// Waits until the thread has stopped; so long, or as long as it takes.
+fn wait(thread: Pid, patience: Option<Duration>) -> Result<Stop, InjectError> {
     let begun = Instant::now();
     loop {
         match ptrace::getsiginfo(thread) {
@@ -391,7 +396,10 @@ fn wait(thread: Pid) -> Result<Stop, InjectError> {
             // It has not stopped, or it has ended.
             Err(Errno::ESRCH) if begun.elapsed() > SOON && has_ended(thread) => return Err(InjectError::Gone),
             Err(Errno::ESRCH) if begun.elapsed() < PATIENCE => thread::sleep(GLANCE),
-            Err(Errno::ESRCH) => return Err(InjectError::DoesNotStop { after: PATIENCE }),
+            Err(Errno::ESRCH) => match patience {
+                Some(after) => return Err(InjectError::DoesNotStop { after }),
+                None => thread::sleep(SELDOM),
+            },
             Err(errno) => return Err(failed("see where QEMU stopped", errno)),
         }
     }

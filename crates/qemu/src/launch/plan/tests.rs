@@ -201,6 +201,22 @@ fn a_waiting_qemu_has_the_sources_machine_and_nothing_of_its_past() {
 }
 
 #[test]
+fn a_waiting_qemu_goes_on_with_the_guests_logs() {
+    let incoming = Some(Incoming { machine_type: "pc-q35-7.2".into() });
+    let waiting = LaunchSettings { incoming, ..settings(Accel::Kvm) };
+    let line = "-nodefaults -serial file:/l,1 -parallel file:/p -chardev file,id=o,path=/o,append=off -serial null";
+    let planned = plan_with(line, &waiting);
+    let expected = "qemu -nodefaults -chardev file,id=vmferry-log-0,path=/l,,1,append=on -serial chardev:vmferry-log-0 \
+                    -chardev file,id=vmferry-log-1,path=/p,append=on -parallel chardev:vmferry-log-1 \
+                    -chardev backend=file,id=o,path=/o,append=on -serial null ";
+    assert!(text(&planned).starts_with(expected), "{}", text(&planned));
+    let (argv, _) = without_ours(&CommandLine::parse(&planned.argv).unwrap());
+    let argv = argv.join(" ");
+    assert!(argv.starts_with("qemu -nodefaults -serial file:/l,1 -parallel file:/p -chardev backend=file,"), "{argv}");
+    assert!(text(&plan(line)).contains("-serial file:/l,1 -parallel file:/p -chardev file,id=o,path=/o,append=off"));
+}
+
+#[test]
 fn a_planned_command_line_can_be_planned_again() {
     let first = plan("-nographic -m 64 -M q35,accel=kvm");
     let again = plan_launch(&CommandLine::parse(&first.argv).unwrap(), &settings(Accel::Kvm));

@@ -249,6 +249,28 @@ fn a_signal_that_comes_before_the_call_finds_the_threads_own_registers() {
     assert_eq!(program.end(), format!("signals {}", TIMES * threads.len() as u64));
 }
 
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn a_thread_that_has_our_registers_is_waited_for_as_long_as_it_takes() {
+    let program = Program::start();
+    program.wait_until_in("read", READ);
+    let thread = program.threads["read"];
+    let begun = Instant::now();
+    let error = thread::scope(|scope| {
+        scope.spawn(|| {
+            thread::sleep(PATIENCE * 3);
+            signal(program.process.pid, thread);
+        });
+        // It ends with the signal.
+        let work = |stopped: &mut Stopped| stopped.call("pause", libc::SYS_pause as u64, 0);
+        with_one_of(&program.process, &[thread], work).unwrap_err()
+    });
+    assert!(matches!(error, InjectError::Refused { call: "pause", .. }), "{error:?}");
+    assert!(begun.elapsed() > PATIENCE * 2);
+    program.wait_until_in("read", READ);
+    assert_eq!(program.end(), "signals 1");
+}
+
 #[test]
 fn every_signal_that_arrives_meanwhile_is_delivered() {
     let program = Program::start();

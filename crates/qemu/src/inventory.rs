@@ -1,0 +1,177 @@
+//! What a running machine is made of, as its QEMU tells: all that a migration depends on and that is not moved by it. Two
+//! of them can be compared ([`Inventory::differences`]), whatever made them differ: something that was plugged in or out
+//! since the start, another version of QEMU, another processor, another firmware file.
+//!
+//! The devices, with the buses that they are on and their properties, are told to humans only (`info qtree`), and so are
+//! the sizes of RAM blocks (`info ramblock`); see QEMU's hmp-commands-info.hx.
+
+mod compare;
+mod qtree;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::qmp::commands::{
+    BlockImage, HumanMonitorCommand, QomGet, QueryBlock, QueryCpusFast, QueryHotpluggableCpus, QueryMemoryDevices,
+};
+use crate::qmp::{Qmp, QmpError};
+use crate::ram::ram_blocks;
+
+/// See the module's text.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Inventory {
+    /// The devices, each named by its way from the root: what it is, its id and its place on its bus.
+    devices: BTreeMap<String, Properties>,
+    /// QEMU's RAM blocks: the guest's RAM, video memory, firmware and ROMs.
+    ram: BTreeMap<String, RamSize>,
+    /// What the guest's processors have, as CPUID tells it: leaf, subleaf and register, and the bits.
+    cpu_features: BTreeMap<String, u64>,
+    /// The places for processors that have one.
+    cpus: BTreeMap<String, String>,
+    /// DIMMs and what else is memory that was plugged in, by id.
+    memory_devices: BTreeMap<String, String>,
+    /// The files that each disk and drive consists of, the one that the guest writes first; none in an empty drive.
+    disks: BTreeMap<String, Vec<Layer>>,
+}
+
+/// Of a device, by name.
+type Properties = BTreeMap<String, String>;
+
+/// Of a RAM block, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct RamSize {
+    /// What is used of it.
+    used: u64,
+    /// What it can grow to.
+    most: u64,
+}
+
+/// One file of a disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Layer {
+    /// In QEMU's words: a path, a URL, or a description in JSON.
+    pub file: String,
+    /// Such as `qcow2`.
+    pub format: String,
+}
+
+impl Inventory {
+    /// Asks a QEMU, which runs its guest on meanwhile.
+    pub async fn of(qmp: &Qmp) -> Result<Self, QmpError> {
+        let human = async |line: &str| qmp.execute(HumanMonitorCommand { command_line: line.into() }).await;
+        let ram = ram_blocks(&human("info ramblock").await?);
+        let ram = ram.into_iter().filter_map(|it| Some((it.name, RamSize { used: it.used?, most: it.total? })));
+        let plugged = match qmp.execute(QueryHotpluggableCpus {}).await {
+            Ok(places) => places,
+            // A machine whose processors are as many as it began with.
+            Err(QmpError::Command { .. }) => Vec::new(),
+            Err(error) => return Err(error),
+        };
+        let cpus = plugged.into_iter().filter(|it| it.qom_path.is_some()).map(|it| (it.props.to_string(), it.kind));
+        Ok(Self {
+            devices: qtree::devices(&human("info qtree").await?),
+            ram: ram.collect(),
+            cpu_features: cpu_features(qmp).await?,
+            cpus: cpus.collect(),
+            memory_devices: memory_devices(qmp).await?,
+            disks: disks(qmp).await?,
+        })
+    }
+
+    /// The local files that have what the guest reads of its disks and has not written: what is behind those that it
+    /// writes. As they were given; relative to the folder that QEMU was started in.
+    pub fn backing_files(&self) -> Vec<PathBuf> {
+        let behind = self.disks.values().flat_map(|layers| layers.iter().skip(1));
+        let mut files: Vec<PathBuf> = behind.flat_map(|layer| local_files(&layer.file)).collect();
+        files.sort();
+        files.dedup();
+        files
+    }
+}
+
+/// Of a path, a URL, or a description in JSON.
+fn local_files(file: &str) -> Vec<PathBuf> {
+    if let Some(json) = file.strip_prefix("json:") {
+        let mut files = Vec::new();
+        file_names(&serde_json::from_str(json).unwrap_or_default(), &mut files);
+        return files;
+    }
+    let before_slash = file.split('/').next().unwrap_or_default();
+    match before_slash.contains(':') {
+        true => Vec::new(),
+        false => vec![file.into()],
+    }
+}
+
+fn file_names(description: &serde_json::Value, found: &mut Vec<PathBuf>) {
+    let Some(node) = description.as_object() else { return };
+    if let Some(name) = node.get("filename").and_then(|name| name.as_str()) {
+        found.push(name.into());
+    }
+    node.values().for_each(|below| file_names(below, found));
+}
+
+/// Of the first processor: all are alike.
+async fn cpu_features(qmp: &Qmp) -> Result<BTreeMap<String, u64>, QmpError> {
+    let cpus = qmp.execute(QueryCpusFast {}).await?;
+    let Some(path) = cpus.into_iter().next().map(|cpu| cpu.qom_path) else { return Ok(BTreeMap::new()) };
+    let words = match qmp.execute(QomGet { path, property: "feature-words".into() }).await {
+        Ok(words) => words,
+        // Not a PC.
+        Err(QmpError::Command { .. }) => return Ok(BTreeMap::new()),
+        Err(error) => return Err(error),
+    };
+    let word = |it: &serde_json::Value| {
+        let leaf = it["cpuid-input-eax"].as_u64()?;
+        let subleaf = it["cpuid-input-ecx"].as_u64().unwrap_or(0);
+        let register = it["cpuid-register"].as_str()?;
+        Some((format!("{leaf:#x}.{subleaf} {register}"), it["features"].as_u64()?))
+    };
+    Ok(words.as_array().into_iter().flatten().filter_map(word).collect())
+}
+
+async fn memory_devices(qmp: &Qmp) -> Result<BTreeMap<String, String>, QmpError> {
+    let devices = qmp.execute(QueryMemoryDevices {}).await?;
+    let one = |(n, it): (usize, crate::qmp::commands::MemoryDevice)| {
+        let of = |key: &str| it.data[key].clone();
+        let id = of("id").as_str().map_or_else(|| format!("{} {n}", it.kind), str::to_owned);
+        (id, format!("{} of {} bytes at {}", it.kind, of("size"), of("addr")))
+    };
+    Ok(devices.into_iter().enumerate().map(one).collect())
+}
+
+async fn disks(qmp: &Qmp) -> Result<BTreeMap<String, Vec<Layer>>, QmpError> {
+    let mut disks = BTreeMap::new();
+    for (n, it) in qmp.execute(QueryBlock {}).await?.into_iter().enumerate() {
+        let mut layers = Vec::new();
+        let mut image: Option<Box<BlockImage>> = it.inserted.map(|inserted| Box::new(inserted.image));
+        while let Some(layer) = image {
+            layers.push(Layer { file: layer.filename, format: layer.format });
+            image = layer.backing_image;
+        }
+        let name = [Some(it.device), it.qdev].into_iter().flatten().find(|name| !name.is_empty());
+        disks.insert(name.unwrap_or_else(|| format!("drive {n}")), layers);
+    }
+    Ok(disks)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_behind_a_disk_is_found_however_it_is_described() {
+        let layer = |file: &str| Layer { file: file.into(), format: "qcow2".into() };
+        let nested = r#"json:{"driver":"qcow2","file":{"driver":"file","filename":"/srv/c.qcow2"}}"#;
+        let disks = [
+            ("a".to_owned(), vec![layer("/srv/top.qcow2"), layer("../base.qcow2"), layer(nested)]),
+            ("b".to_owned(), vec![layer("/srv/alone.raw")]),
+            ("c".to_owned(), vec![layer("/srv/top.qcow2"), layer("nbd://storage/base"), layer("../base.qcow2")]),
+            ("empty".to_owned(), vec![]),
+        ];
+        let inventory = Inventory { disks: disks.into(), ..Inventory::default() };
+        assert_eq!(inventory.backing_files(), [PathBuf::from("/srv/c.qcow2"), "../base.qcow2".into()]);
+    }
+}

@@ -1,0 +1,188 @@
+//! How two machines differ, in words for their user.
+
+use std::collections::BTreeMap;
+
+use super::{Inventory, Layer, RamSize};
+
+impl Inventory {
+    /// How another differs from this one in what a guest that goes on there would notice. `here` and `there` are said of
+    /// the two, such as "at alpha" or "now".
+    ///
+    /// Properties are compared only where they are as they were `before`, when this machine was started: what its guest
+    /// has changed since is moved by a migration.
+    pub fn differences(&self, other: &Self, before: Option<&Self>, here: &str, there: &str) -> Vec<String> {
+        let mut differences = Vec::new();
+        let mut say = |text: String| differences.push(text);
+        for (device, _) in missing(&self.devices, &other.devices) {
+            // What is below it is missing with it.
+            if device.rsplit_once(" / ").is_none_or(|(above, _)| other.devices.contains_key(above)) {
+                say(format!("there is a device only {here}: {}", last(device)));
+            }
+        }
+        for (device, _) in missing(&other.devices, &self.devices) {
+            if device.rsplit_once(" / ").is_none_or(|(above, _)| self.devices.contains_key(above)) {
+                say(format!("there is a device only {there}: {}", last(device)));
+            }
+        }
+        for (device, ours, theirs) in both(&self.devices, &other.devices) {
+            // What only one of two versions knows is as it was before in the other.
+            let at_first = before.and_then(|it| it.devices.get(device));
+            let is_fixed = |key: &str, value: &String| at_first.is_some_and(|it| it.get(key) == Some(value));
+            let differ = both(ours, theirs).filter(|(key, ours, theirs)| ours != theirs && is_fixed(key, ours));
+            for (key, ours, theirs) in differ {
+                say(format!("{} of {} is {ours} {here} and {theirs} {there}", key, last(device)));
+            }
+        }
+        for (block, _) in missing(&self.ram, &other.ram) {
+            say(format!("there is memory only {here}: {block}"));
+        }
+        for (block, ours, theirs) in both(&self.ram, &other.ram).filter(|(_, ours, theirs)| !fits(**ours, **theirs)) {
+            say(format!("{block} has {} {here} and {} {there}", kib(ours.used), kib(theirs.used)));
+        }
+        for (word, bits) in &self.cpu_features {
+            let lacks = bits & !other.cpu_features.get(word).copied().unwrap_or(0);
+            if lacks != 0 && !other.cpu_features.is_empty() {
+                say(format!("the processor {there} lacks features of the one {here} (CPUID {word}: {lacks:#x})"));
+            }
+        }
+        for (what, ours, theirs) in
+            [("processor", &self.cpus, &other.cpus), ("memory device", &self.memory_devices, &other.memory_devices)]
+        {
+            for (name, about) in missing(ours, theirs) {
+                say(format!("there is a {what} only {here}: {name} ({about})"));
+            }
+            for (name, about) in missing(theirs, ours) {
+                say(format!("there is a {what} only {there}: {name} ({about})"));
+            }
+            for (name, ours, theirs) in both(ours, theirs).filter(|(_, ours, theirs)| ours != theirs) {
+                say(format!("the {what} {name} is {ours} {here} and {theirs} {there}"));
+            }
+        }
+        // Those that are missing are missing as devices.
+        for (disk, ours, theirs) in both(&self.disks, &other.disks).filter(|(_, ours, theirs)| ours != theirs) {
+            say(format!("{disk} is {} {here} and {} {there}", in_words(ours), in_words(theirs)));
+        }
+        differences
+    }
+}
+
+/// What came by a stream of this size fits there: a block that can grow does.
+fn fits(ours: RamSize, theirs: RamSize) -> bool {
+    ours.used == theirs.used || theirs.used != theirs.most && ours.used <= theirs.most
+}
+
+fn missing<'a, V>(
+    of: &'a BTreeMap<String, V>,
+    from: &'a BTreeMap<String, V>,
+) -> impl Iterator<Item = (&'a str, &'a V)> {
+    of.iter().filter(|(key, _)| !from.contains_key(*key)).map(|(key, value)| (key.as_str(), value))
+}
+
+fn both<'a, V>(
+    ours: &'a BTreeMap<String, V>,
+    theirs: &'a BTreeMap<String, V>,
+) -> impl Iterator<Item = (&'a str, &'a V, &'a V)> {
+    ours.iter().filter_map(|(key, value)| Some((key.as_str(), value, theirs.get(key)?)))
+}
+
+/// The device itself, without its way.
+fn last(path: &str) -> &str {
+    path.rsplit_once(" / ").map_or(path, |(_, last)| last)
+}
+
+fn kib(bytes: u64) -> String {
+    format!("{} KiB", bytes.div_ceil(1024))
+}
+
+fn in_words(layers: &[Layer]) -> String {
+    match layers {
+        [] => "empty".into(),
+        layers => layers.iter().map(|it| it.file.as_str()).collect::<Vec<_>>().join(" over "),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn machine() -> Inventory {
+        let properties = |addr: &str| [("addr".to_owned(), addr.to_owned())].into();
+        let layer = |file: &str| Layer { file: file.into(), format: "qcow2".into() };
+        Inventory {
+            devices: [
+                ("host on main".into(), BTreeMap::new()),
+                ("host on main / net on pci.0 addr 03.0".into(), properties("03.0")),
+                ("host on main / net on pci.0 addr 03.0 / part on bus".into(), properties("1")),
+            ]
+            .into(),
+            ram: [
+                ("pc.ram".into(), RamSize { used: 1 << 20, most: 1 << 20 }),
+                ("acpi".into(), RamSize { used: 4096, most: 65536 }),
+            ]
+            .into(),
+            cpu_features: [("0x7.0 EBX".into(), 0b111)].into(),
+            cpus: [("core 0".into(), "max".into())].into(),
+            memory_devices: BTreeMap::new(),
+            disks: [("d0".into(), vec![layer("a.qcow2")])].into(),
+        }
+    }
+
+    fn differences(change: impl Fn(&mut Inventory)) -> Vec<String> {
+        let mut other = machine();
+        change(&mut other);
+        machine().differences(&other, Some(&machine()), "here", "there")
+    }
+
+    #[test]
+    fn what_differs_is_named_once() {
+        assert_eq!(differences(|_| {}), Vec::<String>::new());
+        let gone = differences(|it| it.devices.retain(|key, _| !key.contains("net")));
+        assert_eq!(gone, ["there is a device only here: net on pci.0 addr 03.0"]);
+        let ghost = differences(|it| {
+            it.devices.insert("host on main / disk on pci.0 addr 04.0".into(), BTreeMap::new());
+        });
+        assert_eq!(ghost, ["there is a device only there: disk on pci.0 addr 04.0"]);
+        let rom = differences(|it| *it.ram.get_mut("pc.ram").unwrap() = RamSize { used: 2 << 20, most: 2 << 20 });
+        assert_eq!(rom, ["pc.ram has 1024 KiB here and 2048 KiB there"]);
+        let lacks = differences(|it| *it.cpu_features.get_mut("0x7.0 EBX").unwrap() = 0b101);
+        assert_eq!(lacks, ["the processor there lacks features of the one here (CPUID 0x7.0 EBX: 0x2)"]);
+        let plugged = differences(|it| {
+            it.cpus.insert("core 1".into(), "max".into());
+        });
+        assert_eq!(plugged, ["there is a processor only there: core 1 (max)"]);
+        let disk = differences(|it| {
+            it.disks.get_mut("d0").unwrap().insert(0, Layer { file: "b.qcow2".into(), format: "qcow2".into() });
+        });
+        assert_eq!(disk, ["d0 is a.qcow2 here and b.qcow2 over a.qcow2 there"]);
+    }
+
+    #[test]
+    fn a_property_is_compared_unless_the_guest_has_changed_it() {
+        let device = "host on main / net on pci.0 addr 03.0 / part on bus";
+        let set = |it: &mut Inventory, value: &str| {
+            it.devices.get_mut(device).unwrap().insert("queues".into(), value.into());
+        };
+        let [mut ours, mut theirs, mut before] = [machine(), machine(), machine()];
+        set(&mut ours, "4");
+        set(&mut theirs, "1");
+        set(&mut before, "4");
+        let told = ours.differences(&theirs, Some(&before), "here", "there");
+        assert_eq!(told, ["queues of part on bus is 4 here and 1 there"]);
+        set(&mut before, "1");
+        assert!(ours.differences(&theirs, Some(&before), "here", "there").is_empty());
+        assert!(ours.differences(&theirs, None, "here", "there").is_empty());
+    }
+
+    #[test]
+    fn what_does_not_matter_is_not_told() {
+        // A table that grows, features that nobody uses, and a property that only one version knows.
+        assert!(differences(|it| it.ram.get_mut("acpi").unwrap().used = 8192).is_empty());
+        assert!(differences(|it| *it.cpu_features.get_mut("0x7.0 EBX").unwrap() = 0b1111).is_empty());
+        assert!(
+            differences(|it| {
+                it.devices.get_mut("host on main").unwrap().insert("new".into(), "on".into());
+            })
+            .is_empty()
+        );
+    }
+}
