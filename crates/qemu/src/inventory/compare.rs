@@ -4,6 +4,9 @@ use std::collections::BTreeMap;
 
 use super::{Inventory, Layer, RamSize};
 
+/// What QEMU gave its own processors for a while and no real one ever had, so that nothing uses it: PCOMMIT.
+const NEVER_THERE: (&str, u64) = ("0x7.0 EBX", 1 << 22);
+
 impl Inventory {
     /// How another differs from this one in what a guest that goes on there would notice. `here` and `there` are said of
     /// the two, such as "at alpha" or "now".
@@ -40,7 +43,8 @@ impl Inventory {
             say(format!("{block} has {} {here} and {} {there}", kib(ours.used), kib(theirs.used)));
         }
         for (word, bits) in &self.cpu_features {
-            let lacks = bits & !other.cpu_features.get(word).copied().unwrap_or(0);
+            let never = if word == NEVER_THERE.0 { NEVER_THERE.1 } else { 0 };
+            let lacks = bits & !never & !other.cpu_features.get(word).copied().unwrap_or(0);
             if lacks != 0 && !other.cpu_features.is_empty() {
                 say(format!("the processor {there} lacks features of the one {here} (CPUID {word}: {lacks:#x})"));
             }
@@ -178,6 +182,9 @@ mod tests {
         // A table that grows, features that nobody uses, and a property that only one version knows.
         assert!(differences(|it| it.ram.get_mut("acpi").unwrap().used = 8192).is_empty());
         assert!(differences(|it| *it.cpu_features.get_mut("0x7.0 EBX").unwrap() = 0b1111).is_empty());
+        let mut with_pcommit = machine();
+        with_pcommit.cpu_features.insert("0x7.0 EBX".into(), 0b111 | 1 << 22);
+        assert!(with_pcommit.differences(&machine(), None, "here", "there").is_empty());
         assert!(
             differences(|it| {
                 it.devices.get_mut("host on main").unwrap().insert("new".into(), "on".into());
