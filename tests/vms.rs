@@ -62,8 +62,7 @@ async fn the_power_button_shuts_a_guest_down_and_nothing_is_left_of_it() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_that_ignores_its_power_button_can_be_forced() {
     let bed = Testbed::start(options()).await.expect("starts");
-    let (code, said) =
-        vmferry(&bed, &["run", VM, "--", "qemu-system-x86_64", "-machine", "q35", "-m", "64", "-S"]).await;
+    let (code, said) = vmferry(&bed, &["run", VM, "--", "qemu-system-x86_64", "-machine", "q35", "-m", "64"]).await;
     assert_eq!(code, Some(0), "{said}");
     let (code, said) = vmferry(&bed, &["stop", VM, "--timeout", "1s"]).await;
     assert_eq!(code, Some(3), "{said}");
