@@ -124,16 +124,11 @@ impl Destination {
     /// What is answered to the source, whatever it asked.
     pub fn answer(self) -> Answer {
         match self.row {
-            Some(InStep::Committed { must_run }) => Answer::Committed(match must_run {
-                true if self.qemu != Qemu::Runs => {
-                    if self.tried {
-                        Start::Tried
-                    } else {
-                        Start::Due
-                    }
-                }
-                _ => Start::Done,
-            }),
+            Some(InStep::Committed { must_run }) if !must_run || self.qemu == Qemu::Runs => {
+                Answer::Committed(Start::Done)
+            }
+            Some(InStep::Committed { .. }) if self.tried => Answer::Committed(Start::Tried),
+            Some(InStep::Committed { .. }) => Answer::Committed(Start::Due),
             Some(InStep::Abandoned) => Answer::Abandoned,
             Some(InStep::Prepared) | None => Answer::Prepared,
         }

@@ -1,7 +1,7 @@
 //! QEMU, as the rest of vmferry sees it: its monitor ([`qmp`]), its command line ([`command_line`]), starting it
 //! ([`launch`](mod@launch)), what it writes ([`log`]), what we use of its migration ([`migration`]), the process that it is
-//! ([`process`]) and what that uses ([`processors`]), what its guest's RAM ([`ram`]) and the whole machine ([`inventory`]) are made of, and what a binary can do on
-//! this host ([`host`]).
+//! ([`process`]) and what that uses ([`processors`]), what its guest's RAM ([`ram`]) and the whole machine ([`inventory`])
+//! are made of, and what a binary can do on this host ([`host`]).
 
 pub mod command_line;
 pub mod host;

@@ -17,7 +17,7 @@ use vmferry_qemu::qmp::commands;
 use vmferry_qemu::{MigrationStatus, QmpError, RunState};
 
 use super::arrival::{self, Arrivals};
-use crate::host::{Host, Promise, Stage, Vm};
+use crate::host::{Host, IdleVm, Promise, Stage, Vm};
 use crate::journal::{InRow, Source};
 use crate::peers::{InWord, IncomingState};
 
@@ -277,6 +277,11 @@ impl Awaited {
         }
     }
 
+    /// Its VM, when its QEMU is not at hand.
+    fn idle(&self) -> Option<IdleVm> {
+        self.host.idle(&self.name).filter(|idle| idle.record.incoming == Some(self.id))
+    }
+
     /// Its process is gone, whether or not an agent ever had hold of it.
     fn has_ended(&self) -> bool {
         if self.preparing.load(Ordering::Acquire) {
@@ -285,7 +290,7 @@ impl Awaited {
         if let Some(vm) = self.vm.get() {
             return !vm.is_alive();
         }
-        let idle = self.host.idle(&self.name).filter(|idle| idle.record.incoming == Some(self.id));
+        let idle = self.idle();
         let vm = self.host.vm(&self.name).ok().filter(|vm| vm.incoming == Some(self.id));
         vm.is_none() && idle.is_none_or(|idle| !idle.record.instance.is_alive())
     }
@@ -363,8 +368,7 @@ impl Awaited {
     }
 
     async fn end(&self) {
-        let idle = || self.host.idle(&self.name).filter(|idle| idle.record.incoming == Some(self.id));
-        let process = self.vm.get().map(|vm| vm.instance()).or_else(|| idle().map(|idle| idle.record.instance));
+        let process = self.vm.get().map(|vm| vm.instance()).or_else(|| self.idle().map(|idle| idle.record.instance));
         if let Some(process) = process {
             process.end(Duration::from_secs(1)).await;
         }
@@ -379,7 +383,7 @@ impl Awaited {
             None => Ok(()),
         };
         // One that was committed may have been shown as ended already.
-        let idle = match self.host.idle(&self.name).filter(|idle| idle.record.incoming == Some(self.id)) {
+        let idle = match self.idle() {
             Some(idle) => self.host.forget_idle(&idle).await,
             None => Ok(()),
         };

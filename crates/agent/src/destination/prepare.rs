@@ -20,7 +20,7 @@ use crate::engine::means::check_offered;
 use crate::engine::qemu::tcp_uri;
 use crate::engine::{Protection, Setup};
 use crate::error::AgentError;
-use crate::host::{Vm, check_name};
+use crate::host::{Vm, check_name, describe};
 use crate::journal::Source;
 use crate::measuring::boot_files;
 use crate::peers::trust::Caller;
@@ -80,9 +80,7 @@ pub(crate) async fn prepare(here: &Arc<Incoming>, mut offer: Offer, caller: Call
     tokio::spawn(Arc::clone(&awaited).watch());
     let known = info.features.capabilities();
     // Before it waits for the guest: from then on its main loop may wait, too.
-    let inventory = vm.inventory().await.inspect_err(|error| {
-        tracing::warn!(vm = name, %error, "its QEMU does not tell what it is made of");
-    });
+    let inventory = describe(&vm).await;
     let received = match offer.external {
         Some(session) => {
             let plain = offer.protection == Protection::Plain;
@@ -109,7 +107,7 @@ pub(crate) async fn prepare(here: &Arc<Incoming>, mut offer: Offer, caller: Call
         let message = format!("this migration was abandoned: {}", state.detail.unwrap_or_default());
         return Err(AgentError::Conflict { message, hint: None });
     }
-    let prepared = Prepared { inventory: inventory.ok(), ..received? };
+    let prepared = Prepared { inventory, ..received? };
     tracing::info!(vm = name, migration = %offer.id, from = offer.from, port = prepared.port, "waits for a guest");
     Ok(prepared)
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use uuid::Uuid;
 use vmferry_api::{VmSpec, in_one_line};
-use vmferry_qemu::{Accel, CommandLine, EventStream, Incoming, LaunchSettings, Qmp, plan_launch};
+use vmferry_qemu::{Accel, CommandLine, EventStream, Incoming, Inventory, LaunchSettings, Qmp, plan_launch};
 
 use super::folders::{make_private_dir, remove_dir};
 use super::host::Host;
@@ -57,7 +57,10 @@ impl Host {
             record.instance = Instance::now(launched.pid, launched.start_time);
             self.journal.put_vm(&record).await?;
             let vm = self.take(&record, launched.qmp, stage).await?;
-            describe(&vm).await;
+            // Whoever has one wait for a guest asks for that, too.
+            if id.is_none() {
+                describe(&vm).await;
+            }
             Ok(vm)
         };
         match started.await {
@@ -167,10 +170,10 @@ impl Host {
     }
 }
 
-/// Has it known what this VM is made of, so that its user can be told how it was changed.
-pub(super) async fn describe(vm: &Vm) {
-    match vm.inventory().await {
-        Ok(inventory) => vm.remember(&inventory),
-        Err(error) => tracing::warn!(vm = vm.name(), %error, "its QEMU does not tell what it is made of"),
-    }
+/// What this VM is made of, which is kept, so that its user can be told how it was changed.
+pub(crate) async fn describe(vm: &Vm) -> Option<Inventory> {
+    let told = vm.inventory().await.inspect_err(|error| {
+        tracing::warn!(vm = vm.name(), %error, "its QEMU does not tell what it is made of");
+    });
+    told.ok().inspect(|inventory| vm.remember(inventory))
 }

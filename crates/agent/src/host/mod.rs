@@ -22,6 +22,7 @@ pub(crate) use disks::{Markers, marker_beside, sweep};
 pub(crate) use folders::{bind_anew, make_private_dir};
 pub(crate) use host::{Follower, Host, MOST_TRIALS, Trusts};
 pub(crate) use idle::{Idle, IdleVm};
+pub(crate) use launch::describe;
 pub(crate) use lifecycle::{adopt, check_name, pause, resume, run, set_autostart, start, stop};
 pub(crate) use logs::bound_logs;
 pub(crate) use vm::{Claim, GLANCE, GRACE, Stage, Vm, pid_from_file};

@@ -16,15 +16,12 @@ impl Inventory {
     pub fn differences(&self, other: &Self, before: Option<&Self>, here: &str, there: &str) -> Vec<String> {
         let mut differences = Vec::new();
         let mut say = |text: String| differences.push(text);
-        for (device, _) in missing(&self.devices, &other.devices) {
-            // What is below it is missing with it.
-            if device.rsplit_once(" / ").is_none_or(|(above, _)| other.devices.contains_key(above)) {
-                say(format!("there is a device only {here}: {}", last(device)));
-            }
-        }
-        for (device, _) in missing(&other.devices, &self.devices) {
-            if device.rsplit_once(" / ").is_none_or(|(above, _)| self.devices.contains_key(above)) {
-                say(format!("there is a device only {there}: {}", last(device)));
+        for (of, from, only) in [(&self.devices, &other.devices, here), (&other.devices, &self.devices, there)] {
+            for (device, _) in missing(of, from) {
+                // What is below it is missing with it.
+                if device.rsplit_once(" / ").is_none_or(|(above, _)| from.contains_key(above)) {
+                    say(format!("there is a device only {only}: {}", last(device)));
+                }
             }
         }
         for (device, ours, theirs) in both(&self.devices, &other.devices) {
