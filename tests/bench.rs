@@ -203,9 +203,10 @@ async fn assert_no_guests(bed: &Testbed) {
 async fn a_guest_is_measured_between_two_agents_and_ends_with_the_measurement() {
     let bed = Testbed::start(options()).await.expect("a testbed");
     let file = bed.dir().join("report.json");
-    // The agents' engine, and QEMU's with means that the agents are told.
+    // The agents' engine, and QEMU's with means that the agents are told. Post-copy begins at once: after a round,
+    // a guest that a busy host keeps from writing has nothing left to fetch.
     for (scenario, engine, lever) in
-        [("post-copy-1-iters", "external", Some("post-copy")), ("multifd-2-zstd", "qemu", None)]
+        [("post-copy-0-iters", "external", Some("post-copy")), ("multifd-2-zstd", "qemu", None)]
     {
         let more = ["--scenario", scenario, "--engine", engine, "--rate", "200MiB/s"];
         let output = run_between(&bed, &file, "32M", &more).output().await.expect("vmferry runs");
