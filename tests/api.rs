@@ -63,6 +63,8 @@ pub(crate) async fn offer_with_disk(bed: &Bed, disk: &std::path::Path) -> Offer 
         accelerator: view.accelerator.expect("known"),
         running: true,
         disks: vec![disk.into()],
+        read_only: vec![],
+        contents: Default::default(),
         disks_are_shared: false,
         setup: Setup::default(),
         protection: Protection::default(),
@@ -198,6 +200,8 @@ async fn of_twenty_guests_at_once_for_memory_that_is_there_once_one_is_admitted(
     let available: u64 = available.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") << 10;
     let template = Offer {
         disks: Vec::new(),
+        read_only: vec![],
+        contents: Default::default(),
         disks_are_shared: true,
         protection: Protection::Relay,
         ..offer_with_disk(&bed, "/nowhere".as_ref()).await

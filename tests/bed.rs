@@ -234,7 +234,12 @@ impl Bed {
 /// A folder with a QEMU that does this first, in words of a shell, when it is to wait for a guest: `$qemu` is the newer
 /// one of the two, and its arguments are the script's.
 pub(crate) fn qemu_that_first(dir: &Path, does: &str) -> PathBuf {
-    let real = two_qemus().expect("two QEMUs")[1].clone();
+    that_first(1, dir, does)
+}
+
+/// The same with either of the two.
+pub(crate) fn that_first(which: usize, dir: &Path, does: &str) -> PathBuf {
+    let real = two_qemus().expect("two QEMUs")[which].clone();
     let real = real.map_or("/usr/bin/qemu-system-x86_64".into(), |dir| dir.join("qemu-system-x86_64"));
     let script =
         format!("#!/bin/sh\nqemu={}\ncase \"$*\" in *-incoming*) {does};; esac\nexec $qemu \"$@\"\n", real.display());

@@ -1,18 +1,35 @@
 //! Machines that were changed since their start, and destinations that make another one of the same words: what cannot
 //! arrive as it left is refused by name, while nothing has moved.
 
+use std::path::Path;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 use vmferry_bench::Mode;
+use vmferry_bench::testbed::TestbedOptions;
 use vmferry_qemu::Qmp;
 
-use crate::bed::{self, Bed, VM, assert_success, external, guest, qemu_that_first, text, with_qemus};
+use crate::bed::{self, Bed, VM, assert_success, external, guest, qemu_that_first, text, that_first, with_qemus};
 
 const MONITOR: [&str; 2] = ["-qmp", "unix:user.sock,server=on,wait=off"];
+/// One that both QEMUs have.
+const MACHINE: [&str; 4] = ["-machine", "pc-q35-7.2", "-cpu", "qemu64"];
 
 async fn monitor(bed: &Bed) -> Qmp {
     Qmp::connect(&bed.dir().join("user.sock"), Duration::from_secs(5)).await.expect("connects")
+}
+
+/// Hosts with these QEMUs, of which the second has a monitor of its own: the one that the first one's user has goes with
+/// the first one's QEMU, as both are in one folder here.
+fn with_monitor_there(alpha: usize, beta: usize, dir: &Path) -> TestbedOptions {
+    let mut options = with_qemus(alpha, beta);
+    let monitor = format!("set -- \"$@\" -qmp unix:{}/there.sock,server=on,wait=off", dir.display());
+    options.qemu_dirs[1] = Some(that_first(beta, dir, &monitor));
+    options
+}
+
+async fn monitor_there(dir: &Path) -> Qmp {
+    Qmp::connect(&dir.join("there.sock"), Duration::from_secs(5)).await.expect("connects")
 }
 
 async fn order(user: &Qmp, command: &str, arguments: Value) {
@@ -31,59 +48,201 @@ async fn is_refused(bed: &Bed, words: &[&str]) {
     bed.assert_never_stopped().await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_disk_that_was_snapshotted_since_the_start_does_not_arrive_as_it_was_before() {
-    let disks = tempfile::tempdir().expect("a folder");
-    let [before, now] = ["before.raw", "now.qcow2"].map(|name| disks.path().join(name));
-    std::fs::File::create(&before).and_then(|file| file.set_len(8 << 20)).expect("written");
-    let drive = format!("file={},format=raw,if=none,id=d0", before.display());
-    let more = [&MONITOR[..], &["-drive", &drive, "-device", "virtio-blk-pci,drive=d0"]].concat();
-    let bed = bed::start_with(external(1, 1), guest(Mode::Idle), &more).await;
-    let user = monitor(&bed).await;
-    order(&user, "blockdev-snapshot-sync", json!({ "device": "d0", "snapshot-file": now, "format": "qcow2" })).await;
-    is_refused(&bed, &["changed since its start", "now.qcow2", "before.raw"]).await;
-    let shown = text(&bed.alpha().vmferry(&["show", VM]).await.expect("vmferry runs"));
-    assert!(shown.contains("changed") && shown.contains("now.qcow2"), "{shown}");
-    // When it is undone it can go.
-    order(&user, "block-commit", json!({ "device": "d0", "job-id": "j" })).await;
-    bed.eventually("it is merged", async || {
-        let jobs = user.execute_raw("query-block-jobs", json!({})).await.expect("answers");
-        if jobs[0]["ready"] == true {
-            order(&user, "block-job-complete", json!({ "device": "j" })).await;
-        }
-        jobs.as_array().is_some_and(Vec::is_empty)
-    })
-    .await;
-    assert_success(&bed.migrate(&[]).await, &bed);
+/// A dry run says that this goes along, and the migration takes it there.
+async fn goes_along(bed: &Bed, words: &[&str]) {
+    let said = text(&bed.migrate(&["--dry-run"]).await);
+    assert!(words.iter().all(|word| said.contains(word)), "{words:?}: {said}\n{}", bed.logs());
+    assert_success(&bed.migrate(&[]).await, bed);
     bed.assert_runs_only_on(1).await;
+    bed.assert_intact(1).await;
+}
+
+/// The layers of the VM's disks that its QEMU has now, by the monitor that moved along.
+async fn files_of(user: &Qmp) -> String {
+    let drives = user.execute_raw("query-block", json!({})).await.expect("answers");
+    drives.to_string()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn devices_that_were_plugged_in_and_out_are_named() {
-    let more = [
-        &MONITOR[..],
-        &[
-            "-device",
-            "pcie-root-port,id=rp1,chassis=1",
-            "-device",
-            "pcie-root-port,id=rp2,chassis=2",
-            "-device",
-            "virtio-rng-pci,id=rng0,bus=rp1",
-        ],
-    ]
-    .concat();
+async fn a_disk_that_was_snapshotted_since_the_start_goes_along_as_it_is_now() {
+    for (alpha, beta) in [(0, 1), (1, 0)] {
+        let disks = tempfile::tempdir().expect("a folder");
+        let [before, now, named] = ["before.raw", "now.qcow2", "named.qcow2"].map(|name| disks.path().join(name));
+        let base = disks.path().join("n0.raw");
+        std::fs::File::create(&base).and_then(|file| file.set_len(8 << 20)).expect("written");
+        let nodes = [
+            format!("driver=file,filename={},node-name=f0", base.display()),
+            "driver=raw,file=f0,node-name=n0,discard=unmap".to_owned(),
+        ];
+        let more = ["-blockdev", &nodes[0], "-blockdev", &nodes[1], "-device", "virtio-scsi-pci,id=sc"];
+        let more = [&more[..], &["-device", "scsi-hd,drive=n0,id=d0,bus=sc.0"], &MACHINE, &MONITOR].concat();
+        let bed =
+            bed::start_with_disk_and(with_monitor_there(alpha, beta, disks.path()), guest(Mode::Idle), &before, &more)
+                .await;
+        let user = monitor(&bed).await;
+        // What the guest writes is in the new layer from now on; read from the old one it would be found corrupt.
+        let snapshot = json!({ "device": "virtio0", "snapshot-file": now, "format": "qcow2" });
+        order(&user, "blockdev-snapshot-sync", snapshot).await;
+        let snapshot = json!({
+            "node-name": "n0", "snapshot-node-name": "n1", "snapshot-file": named, "format": "qcow2"
+        });
+        order(&user, "blockdev-snapshot-sync", snapshot).await;
+        bed.assert_disk_works_on(0).await;
+        goes_along(&bed, &["now.qcow2", "named.qcow2"]).await;
+        bed.assert_disk_works_on(1).await;
+        let there = monitor_there(disks.path()).await;
+        let files = files_of(&there).await;
+        assert!(files.contains("now.qcow2") && files.contains("named.qcow2") && files.contains("n1"), "{files}");
+        // Merged again, it goes along as well: to where it came from.
+        order(&there, "block-commit", json!({ "device": "virtio0", "job-id": "j" })).await;
+        let jobs = async || there.execute_raw("query-block-jobs", json!({})).await.expect("answers");
+        bed.eventually("it can be merged", async || jobs().await[0]["ready"] == true).await;
+        order(&there, "block-job-complete", json!({ "device": "j" })).await;
+        bed.eventually("it is merged", async || jobs().await.as_array().is_some_and(Vec::is_empty)).await;
+        let to = bed.alpha().address.to_string();
+        let output = bed.beta().vmferry(&["migrate", VM, "--to", &to]).await.expect("vmferry runs");
+        assert_success(&output, &bed);
+        bed.assert_runs_only_on(0).await;
+        bed.assert_disk_works_on(0).await;
+        let words = bed.view(0).await.argv.join(" ");
+        assert!(!words.contains("now.qcow2") && words.contains("named.qcow2"), "{words}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn devices_processors_and_memory_that_were_plugged_in_and_out_go_along() {
+    for (alpha, beta) in [(0, 1), (1, 0), (1, 1)] {
+        let disks = tempfile::tempdir().expect("a folder");
+        let [first, hot] = ["first.raw", "hot.raw"].map(|name| disks.path().join(name));
+        std::fs::File::create(&hot).and_then(|file| file.set_len(8 << 20)).expect("written");
+        let ports = ["rp1", "rp2", "rp3"].map(|id| format!("pcie-root-port,id={id},chassis={}", &id[2..]));
+        let more = ["-device", &ports[0], "-device", &ports[1], "-device", &ports[2]];
+        let more = [&more[..], &["-device", "virtio-rng-pci,id=rng0,bus=rp1", "-device", "virtio-rng-pci"]].concat();
+        let more =
+            [&more[..], &["-smp", "2,maxcpus=4", "-m", "size=384M,slots=4,maxmem=1G"], &MACHINE, &MONITOR].concat();
+        let bed = bed::start_with_disk_and(external(alpha, beta), guest(Mode::Idle), &first, &more).await;
+        let user = monitor(&bed).await;
+        let before = bed.watch.hardware(0).await.expect("it says");
+        order(&user, "netdev_add", json!({ "type": "user", "id": "n2", "restrict": true })).await;
+        let nic = json!({ "driver": "virtio-net-pci", "id": "net2", "bus": "rp2", "netdev": "n2", "mac": "52:54:00:aa:bb:cc" });
+        order(&user, "device_add", nic).await;
+        order(&user, "object-add", json!({ "qom-type": "iothread", "id": "io1" })).await;
+        let node = json!({
+            "driver": "raw", "node-name": "hot", "file": { "driver": "file", "filename": hot }, "discard": "unmap"
+        });
+        order(&user, "blockdev-add", node).await;
+        let disk = json!({
+            "driver": "virtio-blk-pci", "id": "d2", "bus": "rp3", "drive": "hot", "iothread": "io1", "serial": "a,b"
+        });
+        order(&user, "device_add", disk).await;
+        order(
+            &user,
+            "object-add",
+            json!({ "qom-type": "memory-backend-memfd", "id": "m1", "size": 128 << 20, "share": true }),
+        )
+        .await;
+        order(&user, "device_add", json!({ "driver": "pc-dimm", "id": "dimm1", "memdev": "m1" })).await;
+        let places = user.execute_raw("query-hotpluggable-cpus", json!({})).await.expect("answers");
+        let free = places.as_array().expect("a list").iter().filter(|place| place.get("qom-path").is_none());
+        // The one that it would get next.
+        let place = free.last().expect("there is room for one");
+        let mut cpu = json!({ "driver": place["type"], "id": "cpu2" });
+        cpu.as_object_mut().expect("it is one").extend(place["props"].as_object().expect("it has a place").clone());
+        order(&user, "device_add", cpu).await;
+        order(&user, "device_del", json!({ "id": "rng0" })).await;
+        bed.eventually("it is as it is to be", async || {
+            let shown = text(&bed.alpha().vmferry(&["show", VM]).await.expect("vmferry runs"));
+            shown.contains("rng0 was taken out") && shown.contains("virtio-net-pci net2 was plugged in")
+        })
+        .await;
+        // It takes a while until the guest has seen all of it.
+        bed.eventually("the guest sees it", async || {
+            let now = bed.watch.hardware(0).await.expect("it says");
+            now.cpus == 3 && now.memory_kib > before.memory_kib + (100 << 10) && now.pci.len() == before.pci.len() + 1
+        })
+        .await;
+        let here = bed.watch.hardware(0).await.expect("it says");
+        let words = ["net2 was plugged in", "d2 was plugged in", "dimm1 was plugged in", "cpu2 was plugged in", "rng0"];
+        goes_along(&bed, &words).await;
+        assert_eq!(bed.watch.hardware(1).await.expect("it says"), here);
+        bed.assert_disk_works_on(1).await;
+        // There it is what it was started with, and goes on as it is.
+        let shown = text(&bed.beta().vmferry(&["show", VM]).await.expect("vmferry runs"));
+        assert!(!shown.contains("was plugged in"), "{shown}");
+        let to = bed.alpha().address.to_string();
+        let output = bed.beta().vmferry(&["migrate", VM, "--to", &to]).await.expect("vmferry runs");
+        assert_success(&output, &bed);
+        bed.assert_runs_only_on(0).await;
+        assert_eq!(bed.watch.hardware(0).await.expect("it says"), here);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn media_that_were_changed_and_ejected_go_along() {
+    let disks = tempfile::tempdir().expect("a folder");
+    let [one, other] = ["one.iso", "other.iso"].map(|name| disks.path().join(name));
+    for (iso, size) in [(&one, 1 << 20), (&other, 2 << 20)] {
+        std::fs::File::create(iso).and_then(|file| file.set_len(size)).expect("written");
+    }
+    let one_node = format!("driver=raw,node-name=iso,read-only=on,file.driver=file,file.filename={}", one.display());
+    let drive = format!("file={},if=none,id=cd2,media=cdrom", one.display());
+    let more = ["-cdrom", one.to_str().expect("plain"), "-device", "virtio-scsi-pci,id=sc", "-blockdev", &one_node];
+    let more = [&more[..], &["-device", "scsi-cd,id=cd1,bus=sc.0,drive=iso", "-drive", &drive], &MONITOR].concat();
+    let more =
+        [&more[..], &["-device", "scsi-cd,id=cd3,bus=sc.0,drive=cd2", "-device", "scsi-cd,id=cd4,bus=sc.0"]].concat();
+    let bed =
+        bed::start_with(with_monitor_there(1, 0, disks.path()), guest(Mode::Idle), &[&more[..], &MACHINE].concat())
+            .await;
+    let user = monitor(&bed).await;
+    let change = |id: &str| json!({ "id": id, "filename": other, "format": "raw", "force": true });
+    order(&user, "eject", json!({ "device": "ide2-cd0", "force": true })).await;
+    order(&user, "blockdev-change-medium", change("cd1")).await;
+    order(&user, "blockdev-change-medium", change("cd3")).await;
+    order(&user, "blockdev-change-medium", change("cd4")).await;
+    goes_along(&bed, &["ide2-cd0 is empty", "cd1 is", "cd2 is", "cd4 is"]).await;
+    let drives = monitor_there(disks.path()).await.execute_raw("query-block", json!({})).await.expect("answers");
+    let file_of = |name: &str| {
+        let drives = drives.as_array().expect("a list");
+        let drive = drives.iter().find(|it| it["device"] == name || it["qdev"] == name).expect("it is there");
+        drive["inserted"]["image"]["filename"].as_str().map(str::to_owned)
+    };
+    let other = Some(other.display().to_string());
+    assert_eq!(["ide2-cd0", "cd1", "cd2", "cd4"].map(file_of), [None, other.clone(), other.clone(), other]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_told_from_outside_is_named_and_stays() {
+    let more = [&MONITOR[..], &["-device", "pcie-root-port,id=rp1,chassis=1"]].concat();
     let bed = bed::start_with(external(1, 1), guest(Mode::Idle), &more).await;
     let user = monitor(&bed).await;
-    order(&user, "netdev_add", json!({ "type": "user", "id": "n2" })).await;
-    order(&user, "device_add", json!({ "driver": "virtio-net-pci", "id": "net2", "bus": "rp2", "netdev": "n2" })).await;
-    is_refused(&bed, &["a device only now: virtio-net-pci net2 on rp2"]).await;
-    order(&user, "device_del", json!({ "id": "rng0" })).await;
-    bed.eventually("it is gone", async || {
-        let shown = text(&bed.alpha().vmferry(&["show", VM]).await.expect("vmferry runs"));
-        shown.contains("a device only at its start: virtio-rng-pci rng0 on rp1")
-    })
-    .await;
-    is_refused(&bed, &["virtio-rng-pci rng0"]).await;
+    let address = json!({ "type": "inet", "host": "127.0.0.1", "port": "1" });
+    let here = json!({ "type": "inet", "host": "127.0.0.1", "port": "0" });
+    order(&user, "netdev_add", json!({ "type": "dgram", "id": "n2", "remote": address, "local": here })).await;
+    order(&user, "device_add", json!({ "driver": "virtio-net-pci", "id": "net2", "bus": "rp1", "netdev": "n2" })).await;
+    is_refused(&bed, &["virtio-net-pci net2 was plugged in, and", "network n2 cannot be told from outside"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_that_was_changed_starts_again_as_it_was_last() {
+    let disks = tempfile::tempdir().expect("a folder");
+    let [before, now] = ["before.raw", "now.qcow2"].map(|name| disks.path().join(name));
+    let more = [&["-device", "pcie-root-port,id=rp1,chassis=1"], &MONITOR[..]].concat();
+    let bed = bed::start_with_disk_and(external(1, 1), guest(Mode::Idle), &before, &more).await;
+    let user = monitor(&bed).await;
+    order(&user, "device_add", json!({ "driver": "virtio-rng-pci", "id": "rng1", "bus": "rp1" })).await;
+    let snapshot = json!({ "device": "virtio0", "snapshot-file": now, "format": "qcow2" });
+    order(&user, "blockdev-snapshot-sync", snapshot).await;
+    bed.eventually("it is on record", async || bed.alpha().agent_log().contains("now.qcow2")).await;
+    drop(user);
+    let pid = bed.view(0).await.pid;
+    let process = rustix::process::Pid::from_raw(i32::try_from(pid).expect("a pid")).expect("a pid");
+    rustix::process::kill_process(process, rustix::process::Signal::KILL).expect("it runs");
+    bed.eventually("it has ended", async || bed.view(0).await.state == "ended").await;
+    assert_success(&bed.alpha().vmferry(&["start", VM]).await.expect("vmferry runs"), &bed);
+    let there = monitor(&bed).await;
+    assert!(files_of(&there).await.contains("now.qcow2"));
+    let devices = there.execute_raw("qom-list", json!({ "path": "/machine/peripheral" })).await.expect("answers");
+    assert!(devices.to_string().contains("rng1"), "{devices}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

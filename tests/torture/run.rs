@@ -177,7 +177,7 @@ impl Run {
     }
 
     /// When this moment came, or, if it was not heard of, one after it.
-    fn came(&self, moment: Moment) -> Option<Instant> {
+    pub(super) fn came(&self, moment: Moment) -> Option<Instant> {
         let by_qemu = match moment {
             Moment::SwitchOver => self.monitors.paused_here(),
             Moment::Commit => self.monitors.ran_there(),

@@ -7,7 +7,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tokio::process::Child;
 
 use super::monitors::Paused;
-use super::plan::{ALPHA, Fault, ms};
+use super::plan::{ALPHA, Fault, Moment, ms};
 use super::run::{Run, is_root, qemus_of};
 use crate::bed::VM;
 
@@ -118,7 +118,8 @@ impl Run {
             Fault::Pause => {
                 let paused = self.monitors.pause(self.heart()).await;
                 // It may have been paused for the migration a moment before: then QEMU does nothing that can be seen.
-                let unclear = self.plan.is_paused_first() && self.monitors.ran_there().is_none();
+                let is_about_to_be = self.came(Moment::SwitchOver).is_some();
+                let unclear = (self.plan.is_paused_first() || is_about_to_be) && self.monitors.ran_there().is_none();
                 self.paused = Some(if unclear { Paused::Perhaps } else { paused });
             }
         }

@@ -75,6 +75,7 @@ fn find_by_process(agent: &Arc<Agent>) {
             incoming: None,
             autostart: false,
             ended: None,
+            changed: None,
         };
         tracing::warn!(vm = name, pid, "found by its process: `vmferry resolve` says whether its guest is this host's");
         agent.host.rest(record.clone(), Idle::Unclear);

@@ -22,7 +22,7 @@ pub mod testbed;
 mod tracking;
 
 pub use guest::{Fill, GuestOptions, Mode, ParseError};
-pub use log::{Beat, Gap, GuestLog, PERIOD, Ready, Switchover, Verified, Written};
+pub use log::{Beat, Gap, GuestLog, Hardware, PERIOD, Ready, Switchover, Verified, Written};
 
 /// The measuring guest's first root file system, for `-initrd`: gzipped, with nothing in it but its static `/init`.
 pub const INITRD: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/initrd.gz"));

@@ -29,6 +29,7 @@ pub struct GuestLog {
     verified: Vec<Verified>,
     corrupt: Vec<String>,
     disk: Option<(usize, u64)>,
+    hardware: Vec<Hardware>,
     restarted: bool,
     unread: u64,
 }
@@ -42,6 +43,17 @@ pub struct Ready {
     pub threads: u32,
     /// Which pages are rewritten: a [`Mode`](crate::Mode) by name.
     pub mode: String,
+}
+
+/// What the guest finds itself to be made of.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct Hardware {
+    /// Processors that run.
+    pub cpus: u32,
+    /// Memory that it uses, in KiB.
+    pub memory_kib: u64,
+    /// What is on PCI, such as `1af4:1041 at 0000:01:00.0`.
+    pub pci: Vec<String>,
 }
 
 /// One heartbeat.
@@ -123,6 +135,7 @@ enum Line {
     Read { thread: u32, n: u64, ms: f64, pass: u64 },
     Verified(Verified),
     Disk(u64),
+    Hardware(Hardware),
     Error(String),
 }
 
@@ -179,6 +192,7 @@ impl GuestLog {
             Some(Line::Ready(ready)) => self.ready = Some(ready),
             Some(Line::Verified(verified)) => self.verified.push(verified),
             Some(Line::Disk(blocks)) => self.disk = Some((host, blocks)),
+            Some(Line::Hardware(hardware)) => self.hardware.push(hardware),
             Some(Line::Error(error)) => self.error = Some(error),
             None => self.unread += 1,
         }
@@ -202,6 +216,11 @@ impl GuestLog {
     /// The host on which the guest said last how many blocks of its disk it has read back, and how many that were.
     pub fn disk(&self) -> Option<(usize, u64)> {
         self.disk
+    }
+
+    /// What the guest found itself to be made of, each time when it was asked.
+    pub fn hardware(&self) -> &[Hardware] {
+        &self.hardware
     }
 
     /// The heartbeats began anew: the guest's kernel crashed, as it does when its memory is damaged, and it rebooted.

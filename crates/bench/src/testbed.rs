@@ -18,7 +18,7 @@ use tokio::process::{Child, Command};
 use vmferry_api::client::{Client, ClientError, vm_path};
 use vmferry_api::{EngineName, PairRequest, PeerView, RunRequest, Started, TokenRequest, TokenView, VmView};
 
-use crate::{GuestLog, GuestOptions, INITRD};
+use crate::{GuestLog, GuestOptions, Hardware, INITRD};
 use small_folder::SmallFolder;
 
 /// How long an agent may take to be ready.
@@ -524,6 +524,14 @@ impl GuestWatch {
         let log = self.log();
         let verified = log.verified().last().expect("just waited for it");
         Ok((verified.pages, verified.corrupt))
+    }
+
+    /// Has the guest say what it is made of, where it is now.
+    pub async fn hardware(&self, host: usize) -> Result<Hardware> {
+        let before = self.log().hardware().len();
+        self.say(host, "hardware\n").await;
+        self.wait("what the guest is made of", GUEST_START, |log| log.hardware().len() > before).await?;
+        Ok(self.log().hardware().last().expect("just waited for it").clone())
     }
 
     /// Listens to a console that no agent serves as well, and types there from now on.

@@ -101,6 +101,11 @@ pub(crate) struct CommandOption {
 }
 
 impl CommandOption {
+    /// One that is written as most are.
+    pub(crate) fn new(name: &str, value: &str) -> Self {
+        Self { name: name.into(), words: vec![format!("-{name}"), value.into()] }
+    }
+
     /// Its argument; empty for options without.
     pub(crate) fn value(&self) -> &str {
         match self.words.as_slice() {

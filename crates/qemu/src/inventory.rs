@@ -14,7 +14,8 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::qmp::commands::{
-    BlockImage, HumanMonitorCommand, QomGet, QueryBlock, QueryCpusFast, QueryHotpluggableCpus, QueryMemoryDevices,
+    BlockImage, Drive, HumanMonitorCommand, QomGet, QomList, QueryBlock, QueryCpusFast, QueryHotpluggableCpus,
+    QueryMemoryDevices,
 };
 use crate::qmp::{Qmp, QmpError};
 use crate::ram::ram_blocks;
@@ -34,6 +35,9 @@ pub struct Inventory {
     memory_devices: BTreeMap<String, String>,
     /// The files that each disk and drive consists of, the one that the guest writes first; none in an empty drive.
     disks: BTreeMap<String, Vec<Layer>>,
+    /// The devices that words ask for, or the monitor: where QEMU has each, and what it is.
+    #[serde(default)]
+    peripherals: BTreeMap<String, String>,
 }
 
 /// Of a device, by name.
@@ -57,6 +61,20 @@ pub struct Layer {
     pub format: String,
 }
 
+/// The part of a machine that its users change while it runs, which is asked in no time: to see whether anything was.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Glimpse {
+    disks: BTreeMap<String, Vec<Layer>>,
+    peripherals: BTreeMap<String, String>,
+}
+
+impl Glimpse {
+    /// Asks a QEMU.
+    pub async fn of(qmp: &Qmp) -> Result<Self, QmpError> {
+        Ok(Self { disks: disks(qmp).await?, peripherals: peripherals(qmp).await? })
+    }
+}
+
 impl Inventory {
     /// Asks a QEMU, which runs its guest on meanwhile.
     pub async fn of(qmp: &Qmp) -> Result<Self, QmpError> {
@@ -77,7 +95,23 @@ impl Inventory {
             cpus: cpus.collect(),
             memory_devices: memory_devices(qmp).await?,
             disks: disks(qmp).await?,
+            peripherals: peripherals(qmp).await?,
         })
+    }
+
+    /// The devices that words ask for, or the monitor: where QEMU has each, and what it is.
+    pub(crate) fn peripherals(&self) -> &BTreeMap<String, String> {
+        &self.peripherals
+    }
+
+    /// The places for processors that have one here and none in another.
+    pub(crate) fn cpus_without(&self, other: &Self) -> Vec<&str> {
+        self.cpus.keys().filter(|it| !other.cpus.contains_key(*it)).map(String::as_str).collect()
+    }
+
+    /// The files that this disk or drive consists of; none when there is no such.
+    pub(crate) fn disk(&self, name: &str) -> Option<&[Layer]> {
+        self.disks.get(name).map(Vec::as_slice)
     }
 
     /// The local files that have what the guest reads of its disks and has not written: what is behind those that it
@@ -145,16 +179,41 @@ async fn memory_devices(qmp: &Qmp) -> Result<BTreeMap<String, String>, QmpError>
 async fn disks(qmp: &Qmp) -> Result<BTreeMap<String, Vec<Layer>>, QmpError> {
     let mut disks = BTreeMap::new();
     for (n, it) in qmp.execute(QueryBlock {}).await?.into_iter().enumerate() {
+        let name = name_of(&it).unwrap_or_else(|| format!("drive {n}"));
         let mut layers = Vec::new();
         let mut image: Option<Box<BlockImage>> = it.inserted.map(|inserted| Box::new(inserted.image));
         while let Some(layer) = image {
             layers.push(Layer { file: layer.filename, format: layer.format });
             image = layer.backing_image;
         }
-        let name = [Some(it.device), it.qdev].into_iter().flatten().find(|name| !name.is_empty());
-        disks.insert(name.unwrap_or_else(|| format!("drive {n}")), layers);
+        disks.insert(name, layers);
     }
     Ok(disks)
+}
+
+/// What a disk or drive is called. A device that has no id is told apart by its number, which says nothing elsewhere; its
+/// node is called the same.
+pub(crate) fn name_of(drive: &Drive) -> Option<String> {
+    let node = drive.inserted.as_ref().map(|it| it.node_name.as_str()).filter(|node| !node.starts_with('#'));
+    let device = drive.qdev.as_deref();
+    let device = match device.is_some_and(|it| it.starts_with("/machine/") && !it.starts_with("/machine/peripheral/")) {
+        true => node.or(device),
+        false => device,
+    };
+    [Some(drive.device.as_str()), device].into_iter().flatten().find(|name| !name.is_empty()).map(str::to_owned)
+}
+
+/// See [`Inventory::peripherals`].
+pub(crate) async fn peripherals(qmp: &Qmp) -> Result<BTreeMap<String, String>, QmpError> {
+    let mut devices = BTreeMap::new();
+    for folder in ["/machine/peripheral", "/machine/peripheral-anon"] {
+        for it in qmp.execute(QomList { path: folder.into() }).await? {
+            if let Some(driver) = it.child_type() {
+                devices.insert(format!("{folder}/{}", it.name), driver.to_owned());
+            }
+        }
+    }
+    Ok(devices)
 }
 
 #[cfg(test)]

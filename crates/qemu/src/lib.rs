@@ -4,6 +4,7 @@
 //! are made of, and what a binary can do on this host ([`host`]).
 
 pub mod command_line;
+pub mod drift;
 pub mod host;
 pub mod inventory;
 pub mod launch;
@@ -17,6 +18,7 @@ pub mod ram;
 mod stream_tls;
 
 pub use command_line::{CommandLine, CommandLineError, FileKind, FileUse};
+pub use drift::Drift;
 pub use host::{Accel, CpuModel, Machine, ProbeError, QemuInfo, find_binary, probe_qemu, try_kvm};
 pub use inventory::{Inventory, Layer};
 pub use launch::{

@@ -1,5 +1,6 @@
 //! Whether this host could take a VM.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use vmferry_qemu::{Accel, CommandLine, QemuInfo};
@@ -15,7 +16,7 @@ use crate::peers::{CheckReply, Offer};
 /// Whether this host could take the VM; touches nothing.
 pub(crate) async fn check(here: &Incoming, mut offer: Offer, caller: &Caller) -> Result<CheckReply, AgentError> {
     boot_files::settle(&here.host, &mut offer.spec);
-    let (_, _, info, _) = suitable(here, &offer).await?;
+    let Suitable { info, unproven, .. } = suitable(here, &offer).await?;
     Ok(CheckReply {
         host: here.host.config.name.clone(),
         qemu_version: info.version,
@@ -24,13 +25,21 @@ pub(crate) async fn check(here: &Incoming, mut offer: Offer, caller: &Caller) ->
         tls: info.tls,
         ciphers: here.host.ciphers_for(caller.remote),
         external_obstacle: here.host.external_obstacle(),
+        unproven,
     })
 }
 
-pub(super) async fn suitable(
-    here: &Incoming,
-    offer: &Offer,
-) -> Result<(CommandLine, Accel, QemuInfo, Need), AgentError> {
+/// What was found out about a VM that this host can take.
+pub(super) struct Suitable {
+    pub(super) command: CommandLine,
+    pub(super) accel: Accel,
+    pub(super) info: QemuInfo,
+    pub(super) need: Need,
+    /// See [`CheckReply::unproven`].
+    pub(super) unproven: Vec<PathBuf>,
+}
+
+pub(super) async fn suitable(here: &Incoming, offer: &Offer) -> Result<Suitable, AgentError> {
     let name = &offer.spec.name;
     check_name(name)?;
     if here.host.has_vm(name) {
@@ -51,12 +60,13 @@ pub(super) async fn suitable(
     // Files may lie on storage that does not answer, which must not keep others waiting.
     let judged = tokio::task::spawn_blocking(move || {
         let name = &host.config.name;
-        suitability::judge(&offer, &command, &suitability::Host { name, qemu: &info, accel: &accel })?;
+        let this = suitability::Host { name, qemu: &info, accel: &accel, contents: &host.contents };
+        let unproven = suitability::judge(&offer, &command, &this)?;
         let need = Need { ram: offer.ram_bytes, huge_page: suitability::huge_page(&command, &offer.spec.cwd) };
         host.admission
             .look(need, host.config.reserved_memory.as_u64())
             .map_err(|short| suitability::no_memory(name, &offer.spec.name, short))?;
-        Ok((command, accel, info, need))
+        Ok(Suitable { command, accel, info, need, unproven })
     });
     judged.await.expect("judging does not panic")
 }

@@ -13,7 +13,7 @@ use vmferry_qemu::{Endpoint, Incoming as IncomingLaunch, protect_streams, tls_pr
 
 use super::arrival;
 use super::awaited::Awaited;
-use super::check::suitable;
+use super::check::{Suitable, suitable};
 use super::incoming::Incoming;
 use super::suitability::no_memory;
 use crate::engine::means::check_offered;
@@ -34,7 +34,11 @@ pub(crate) async fn prepare(here: &Arc<Incoming>, mut offer: Offer, caller: Call
     check_offered(&offer.setup, offer.spec.measuring)?;
     let _name = here.host.reserve_name(&name)?;
     boot_files::settle(&here.host, &mut offer.spec);
-    let (command, accel, info, need) = suitable(here, &offer).await?;
+    let Suitable { command, accel, info, need, unproven } = suitable(here, &offer).await?;
+    if let Some(file) = unproven.first() {
+        let message = format!("nothing tells that {} is the same on both hosts", file.display());
+        return Err(AgentError::Conflict { message, hint: Some("plan the migration again".into()) });
+    }
     if offer.spec.cwd.metadata().is_err() {
         // Nothing on the command line is relative to it, or it would have been missed above.
         offer.spec.cwd = "/".into();

@@ -1,13 +1,13 @@
 //! Whether this host can take a VM: everything that can be refused is refused here, before anything is touched.
 
 use std::os::unix::fs::FileTypeExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use vmferry_api::Code;
 use vmferry_qemu::{Accel, CommandLine, FileKind, QemuInfo};
 
 use crate::error::AgentError;
-use crate::host::{Short, marker_beside};
+use crate::host::{Contents, Short, marker_beside};
 use crate::peers::Offer;
 
 /// A refusal, before it knows the host's and the VM's name.
@@ -26,15 +26,18 @@ pub(super) struct Host<'a> {
     pub name: &'a str,
     pub qemu: &'a QemuInfo,
     pub accel: &'a Accel,
+    pub contents: &'a Contents,
 }
 
-/// Refuses what this host cannot take, naming what is missing.
-pub(super) fn judge(offer: &Offer, command: &CommandLine, host: &Host<'_>) -> Result<(), AgentError> {
+/// Refuses what this host cannot take, naming what is missing. The answer is what cannot be judged yet: the files of which
+/// it is to be known what is in them.
+pub(super) fn judge(offer: &Offer, command: &CommandLine, host: &Host<'_>) -> Result<Vec<PathBuf>, AgentError> {
     machine(offer, host)
         .and_then(|()| accelerator(offer, host))
         .and_then(|()| cpu(command, host))
         .and_then(|()| files(offer, command))
         .and_then(|()| disks(offer, command))
+        .and_then(|()| read_only(offer, host.contents))
         .map_err(|refusal| AgentError::Unsuitable {
             host: host.name.into(),
             name: offer.spec.name.clone(),
@@ -160,6 +163,42 @@ fn disks(offer: &Offer, command: &CommandLine) -> Result<(), Refusal> {
         }
     }
     Ok(())
+}
+
+/// What the guest only reads must be the same file, or have the same in it. The answer is of which that is to be said.
+fn read_only(offer: &Offer, contents: &Contents) -> Result<Vec<PathBuf>, Refusal> {
+    let mut unproven = Vec::new();
+    if offer.disks_are_shared {
+        return Ok(unproven);
+    }
+    for file in &offer.read_only {
+        if marker_beside(file, offer.id).is_some_and(|marker| marker.exists()) {
+            continue;
+        }
+        let Some(theirs) = offer.contents.get(file) else {
+            unproven.push(file.clone());
+            continue;
+        };
+        let path = file.display();
+        match contents.of(file) {
+            Ok(ours) if ours == *theirs => {}
+            Ok(_) => {
+                return refuse(
+                    Code::DiskNotShared,
+                    format!("{path} is another file there: what is in it differs"),
+                    "put the same file there; if the difference does not matter to the guest, say --disks-are-shared",
+                );
+            }
+            Err(error) => {
+                return refuse(
+                    Code::DiskNotShared,
+                    format!("nothing tells that {path} is the same on both hosts: there it cannot be read ({error})"),
+                    "if you know that it is, say --disks-are-shared",
+                );
+            }
+        }
+    }
+    Ok(unproven)
 }
 
 /// The address of a disk server means another one on every host.

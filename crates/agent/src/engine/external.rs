@@ -23,6 +23,7 @@ use vmferry_qemu::qmp::commands::{self, MigrationParameters};
 use vmferry_qemu::{EventStream, MigrationStatus, Qmp, RunState};
 use vmferry_ram::{Backend, GuestRam, Progress, RamError, Source};
 
+use super::journey;
 use super::qemu::{UNLIMITED, stop_copying};
 use super::{EngineError, NewConnection, NewSession, RamEngine, Seen, Totals};
 use crate::host::bind_anew;
@@ -232,7 +233,7 @@ impl ExternalEngine {
             let source = Arc::clone(&source);
             self.look_whether_it_runs().await?;
             // Also should this be interrupted: then nobody takes it for its user's wish.
-            self.paused_by_us = true;
+            self.pauses(true);
             if self.wishes.runs {
                 self.qmp.execute(commands::Stop {}).await?;
             }
@@ -240,7 +241,7 @@ impl ExternalEngine {
             if self.wishes.runs {
                 self.qmp.execute(commands::Cont {}).await?;
             }
-            self.paused_by_us = false;
+            self.pauses(false);
             all = taken?;
             if !all {
                 tokio::time::sleep(BETWEEN).await;
@@ -249,12 +250,17 @@ impl ExternalEngine {
         Ok(())
     }
 
+    fn pauses(&mut self, pauses: bool) {
+        self.paused_by_us = pauses;
+        journey::say_pauses(&self.wishes.dir, pauses);
+    }
+
     /// Its user may pause it, and have it go on, while it is copied.
     async fn look_whether_it_runs(&mut self) -> Result<(), EngineError> {
         if !self.paused_by_us && !self.switched {
             match self.qmp.execute(commands::QueryStatus {}).await?.status {
                 RunState::Running => self.wishes.runs = true,
-                RunState::Paused => self.wishes.runs = false,
+                RunState::Paused | RunState::IoError => self.wishes.runs = false,
                 _ => {}
             }
         }
@@ -263,7 +269,7 @@ impl ExternalEngine {
 
     async fn pause(&mut self, source: &Source) -> Result<(), EngineError> {
         self.look_whether_it_runs().await?;
-        self.paused_by_us = true;
+        self.pauses(true);
         // A processor that waits to write cannot be stopped.
         source.lift_pacing();
         self.qmp.execute(commands::Stop {}).await?;

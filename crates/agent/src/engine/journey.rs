@@ -13,6 +13,26 @@ pub(crate) fn sending_dir(vm: &Vm) -> PathBuf {
 /// There when the link is not encrypted.
 const PLAIN: &str = "plain";
 
+/// There while the agent has the guest paused, or is about to: else its user has paused it.
+const PAUSES: &str = "pauses";
+
+/// Says that the agent pauses the guest of this journey, or does not any more: to an agent that comes after it.
+pub(crate) fn say_pauses(dir: &Path, pauses: bool) {
+    let mark = dir.join(PAUSES);
+    let said = match pauses {
+        true => std::fs::write(&mark, ""),
+        false => std::fs::remove_file(&mark),
+    };
+    if let Err(error) = said {
+        tracing::debug!(path = %mark.display(), %error, "cannot say whether the agent pauses the guest");
+    }
+}
+
+/// Whether the agent had this VM's guest paused, when it moved its RAM.
+pub(crate) fn pauses(vm: &Vm) -> bool {
+    sending_dir(vm).join(PAUSES).exists()
+}
+
 /// Makes the folder of one side of a journey, in place of one that another left. A new agent can tell from it that
 /// there is a journey, and whether its link is plain.
 pub(crate) fn make_folder(dir: &Path, plain: bool) -> Result<(), AgentError> {

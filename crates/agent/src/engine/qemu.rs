@@ -112,7 +112,7 @@ impl QemuEngine {
         }
         match self.qmp.execute(commands::QueryStatus {}).await?.status {
             RunState::Running => self.runs = true,
-            RunState::Paused => (self.runs, self.paused_at) = (false, None),
+            RunState::Paused | RunState::IoError => (self.runs, self.paused_at) = (false, None),
             _ => {}
         }
         Ok(())

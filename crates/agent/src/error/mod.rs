@@ -85,7 +85,7 @@ pub enum AgentError {
         hint: Option<String>,
     },
     /// A machine that was changed since its start would arrive as it was before.
-    #[error("{name} was changed since its start, and would arrive without that: {}", some(changes))]
+    #[error("{name} was changed since its start in a way that cannot go along: {}", some(changes))]
     Changed {
         /// The VM.
         name: String,

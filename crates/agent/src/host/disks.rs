@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 use vmferry_api::VmSpec;
-use vmferry_qemu::{CommandLine, FileKind, FileUse};
+use vmferry_qemu::{CommandLine, FileKind};
 
 use crate::error::AgentError;
 
@@ -35,6 +35,7 @@ impl Signature {
 /// dropped.
 pub(crate) struct Markers {
     disks: Vec<PathBuf>,
+    read_only: Vec<PathBuf>,
     made: Vec<PathBuf>,
 }
 
@@ -42,16 +43,27 @@ impl Markers {
     /// Puts a marker beside each writable disk of this VM, and each file that is `behind` one. Where that is not possible
     /// there will be none to find.
     pub(crate) fn put(spec: &VmSpec, behind: &[PathBuf], id: Uuid, signature: &Signature) -> Result<Self, AgentError> {
-        let mut disks = disks_of(spec)?;
-        disks.extend(behind.iter().map(|file| spec.cwd.join(file)));
+        let disks = disks_of(spec)?;
+        let behind: Vec<PathBuf> = behind.iter().map(|file| spec.cwd.join(file)).collect();
         let Signature { agent, run } = signature;
         let text = format!("vmferry checks that both hosts see this folder\n{agent}\n{run}\n");
         let made = disks
             .iter()
+            .chain(&behind)
             .filter_map(|disk| marker_beside(disk, id))
             .filter(|marker| fs::write(marker, &text).is_ok())
             .collect();
-        Ok(Self { disks, made })
+        // What a measuring guest boots from is called by its content.
+        let mut read_only = if spec.measuring { Vec::new() } else { read_only_of(spec)? };
+        read_only.extend(behind);
+        read_only.sort();
+        read_only.dedup();
+        Ok(Self { disks, read_only, made })
+    }
+
+    /// What the guest only reads: where it is not the same file on both hosts, the same must be in it.
+    pub(crate) fn read_only(&self) -> Vec<PathBuf> {
+        self.read_only.clone()
     }
 
     pub(crate) fn disks(&self) -> Vec<PathBuf> {
@@ -60,9 +72,16 @@ impl Markers {
 }
 
 fn disks_of(spec: &VmSpec) -> Result<Vec<PathBuf>, AgentError> {
-    let command = CommandLine::parse(&spec.argv)?;
-    let is_disk = |file: &FileUse| matches!(file.kind, FileKind::Disk { .. });
-    Ok(command.files().into_iter().filter(is_disk).map(|file| spec.cwd.join(file.path)).collect())
+    files_of(spec, |kind| matches!(kind, FileKind::Disk { .. }))
+}
+
+fn read_only_of(spec: &VmSpec) -> Result<Vec<PathBuf>, AgentError> {
+    files_of(spec, |kind| *kind == FileKind::ReadOnly)
+}
+
+fn files_of(spec: &VmSpec, are_meant: impl Fn(&FileKind) -> bool) -> Result<Vec<PathBuf>, AgentError> {
+    let files = CommandLine::parse(&spec.argv)?.files().into_iter();
+    Ok(files.filter(|file| are_meant(&file.kind)).map(|file| spec.cwd.join(file.path)).collect())
 }
 
 /// Removes the markers that an earlier agent of this host has left beside the disks of these VMs.
@@ -124,7 +143,8 @@ mod tests {
         fs::write(dir.path().join("base/b.raw"), "").unwrap();
         let relative = VmSpec { cwd: dir.path().into(), ..spec.clone() };
         let both = Markers::put(&relative, &behind, Uuid::new_v4(), &Signature::of("aa")).unwrap();
-        assert_eq!(both.disks(), [disk.clone(), dir.path().join("base/b.raw")]);
+        assert_eq!(both.disks(), [disk.clone()]);
+        assert_eq!(both.read_only(), [dir.path().join("base/b.raw")]);
         assert!(both.made.len() == 2 && both.made.iter().all(|marker| marker.exists()));
         let (before, now, elsewhere) = (Signature::of("aa"), Signature::of("aa"), Signature::of("bb"));
         let [left, used, other] =

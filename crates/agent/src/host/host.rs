@@ -10,6 +10,7 @@ use vmferry_api::in_one_line;
 use vmferry_link::{Authority, CipherSpeed, Identity, Sessions, measure_ciphers};
 
 use super::admission::Admission;
+use super::contents::Contents;
 use super::disks::Signature;
 use super::idle::{Idle, IdleVm};
 use super::qemus::Qemus;
@@ -62,6 +63,8 @@ pub(crate) struct Host {
     pub(crate) admission: Arc<Admission>,
     /// Places for trials of the link.
     pub(crate) trials: Arc<Semaphore>,
+    /// Of the files that its guests read.
+    pub(crate) contents: Arc<Contents>,
     /// Of its markers.
     pub(crate) signature: Signature,
     /// How fast each cipher is on this host.
@@ -116,6 +119,7 @@ impl Host {
             qemus: Qemus::new(&config.name, &config.qemu_dirs),
             config,
             journal,
+            contents: Arc::default(),
             signature: Signature::of(trusts.identity.fingerprint()),
             trusts,
             listens,

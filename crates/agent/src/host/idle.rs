@@ -1,6 +1,7 @@
 //! VMs of this host whose QEMU is not at hand: it has ended, or does not answer yet.
 
 use vmferry_api::VmView;
+use vmferry_qemu::Drift;
 
 use crate::journal::VmRecord;
 
@@ -40,7 +41,7 @@ impl IdleVm {
             detail: Some(detail),
             pid: self.record.instance.pid,
             ram_bytes: 0,
-            argv: self.record.spec.argv.clone(),
+            argv: self.record.changed.as_ref().map_or(&self.record.spec.argv, |it| &it.argv).clone(),
             qemu_version: None,
             machine: None,
             accelerator: Some(self.record.accelerator.clone()),
@@ -49,7 +50,7 @@ impl IdleVm {
             console: false,
             engine: String::new(),
             external_obstacle: None,
-            changes: Vec::new(),
+            changes: self.record.changed.iter().flat_map(Drift::sentences).map(str::to_owned).collect(),
             migration: None,
         }
     }

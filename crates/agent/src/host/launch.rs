@@ -9,6 +9,7 @@ use uuid::Uuid;
 use vmferry_api::{VmSpec, in_one_line};
 use vmferry_qemu::{Accel, CommandLine, EventStream, Incoming, Inventory, LaunchSettings, Qmp, plan_launch};
 
+use super::drift::follow;
 use super::folders::{make_private_dir, remove_dir};
 use super::host::Host;
 use super::vm::{GRACE, Stage, Vm};
@@ -49,6 +50,7 @@ impl Host {
             incoming: id,
             autostart,
             ended: None,
+            changed: None,
         };
         let stage = id.map_or(Stage::Owned, Stage::Incoming);
         self.journal.put_vm(&record).await?;
@@ -76,6 +78,7 @@ impl Host {
                         tracing::error!(vm = spec.name, %error, "cannot forget it");
                     }
                 }
+                remove_dir(dir).await;
                 Err(error)
             }
         }
@@ -96,6 +99,7 @@ impl Host {
             all.vms.insert(vm.name().into(), Arc::clone(&vm));
         }
         tokio::spawn(Arc::clone(self).watch(Arc::clone(&vm), events));
+        tokio::spawn(follow(Arc::clone(self), Arc::clone(&vm)));
         if let Some(follower) = self.follower() {
             follower.taken(self, &vm);
         }

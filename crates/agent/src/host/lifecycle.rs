@@ -84,6 +84,7 @@ pub(crate) async fn adopt(host: &Arc<Host>, request: AdoptRequest) -> Result<Sta
         incoming: None,
         autostart: false,
         ended: None,
+        changed: None,
     };
     host.journal.put_vm(&record).await?;
     let vm = match host.take(&record, qmp, Stage::Owned).await {
@@ -111,10 +112,17 @@ pub(crate) async fn start(host: &Arc<Host>, name: &str) -> Result<Started, Agent
             hint: Some("start it there, and `vmferry adopt` it".into()),
         });
     }
+    let mut spec = record.spec.clone();
+    if let Some(changed) = &record.changed {
+        if !changed.obstacles.is_empty() {
+            return Err(AgentError::Changed { name: name.into(), changes: changed.obstacles.clone() });
+        }
+        spec.argv.clone_from(&changed.argv);
+    }
     let _name = host.reserve_name(name)?;
-    let command = CommandLine::parse(&record.spec.argv)?;
+    let command = CommandLine::parse(&spec.argv)?;
     let accel = host.qemus.accelerator(&host.qemus.find_qemu(&command)?).await;
-    let launched = host.launch(&record.spec, &command, accel, record.autostart, None).await;
+    let launched = host.launch(&spec, &command, accel, record.autostart, None).await;
     let (vm, notes) = match launched {
         Ok(launched) => launched,
         Err(error) => {

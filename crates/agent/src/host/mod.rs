@@ -3,7 +3,9 @@
 mod admission;
 mod attendance;
 mod console;
+mod contents;
 mod disks;
+mod drift;
 mod folders;
 #[expect(clippy::module_inception, reason = "the host itself")]
 mod host;
@@ -18,7 +20,9 @@ mod vm;
 pub(crate) use admission::{Need, Promise, Short, resident_memory};
 pub(crate) use attendance::Present;
 pub(crate) use console::{Console, Viewer};
+pub(crate) use contents::{Content, Contents};
 pub(crate) use disks::{Markers, marker_beside, sweep};
+pub(crate) use drift::drift_of;
 pub(crate) use folders::{bind_anew, make_private_dir};
 pub(crate) use host::{Follower, Host, MOST_TRIALS, Trusts};
 pub(crate) use idle::{Idle, IdleVm};

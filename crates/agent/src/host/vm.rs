@@ -2,13 +2,13 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use uuid::Uuid;
 use vmferry_api::{EngineName, VmSpec, VmView};
 use vmferry_qemu::qmp::commands;
-use vmferry_qemu::{Inventory, Qmp, QmpError, RunState};
+use vmferry_qemu::{Drift, Inventory, Qmp, QmpError, RunState};
 
 use super::attendance::Attendance;
 use super::console::Console;
@@ -72,8 +72,6 @@ pub(crate) struct Facts {
     pub(crate) qemu_build: String,
     /// The exact machine type, such as `pc-q35-7.2`.
     pub(crate) machine: String,
-    /// Guest RAM, in bytes, with what was plugged in later.
-    pub(crate) ram_bytes: u64,
 }
 
 /// See the module's text.
@@ -97,16 +95,19 @@ pub(crate) struct Vm {
     pub(crate) accelerator: String,
     /// What does not change.
     pub(crate) facts: Facts,
+    ram_bytes: AtomicU64,
     /// Of a measuring guest.
     pub(crate) attendance: Attendance,
     console: Option<Console>,
     stage: Mutex<Stage>,
+    drift: Mutex<Option<Drift>>,
 }
 
 impl Vm {
     /// Takes hold of a QEMU that runs: asks it for its facts and connects to its console.
     pub(crate) async fn attach(record: &VmRecord, qmp: Qmp, dir: PathBuf, stage: Stage) -> Result<Self, QmpError> {
         let facts = Facts::ask(&qmp).await?;
+        let ram_bytes = AtomicU64::new(ask_ram_bytes(&qmp).await?);
         let socket = dir.join("console.sock");
         let console = match socket.exists() {
             true => Console::open(&socket)
@@ -126,9 +127,11 @@ impl Vm {
             qmp_path: record.qmp.clone(),
             dir,
             facts,
+            ram_bytes,
             attendance: Attendance::default(),
             console,
             stage: Mutex::new(stage),
+            drift: Mutex::new(record.changed.clone()),
         })
     }
 
@@ -171,7 +174,15 @@ impl Vm {
             incoming: self.incoming,
             autostart: self.autostart.load(Ordering::Relaxed),
             ended: None,
+            changed: self.drift(),
         }
+    }
+
+    /// Guest RAM now, in bytes, with what was plugged in.
+    pub(crate) async fn ram_bytes(&self) -> Result<u64, QmpError> {
+        let bytes = ask_ram_bytes(&self.qmp).await?;
+        self.ram_bytes.store(bytes, Ordering::Relaxed);
+        Ok(bytes)
     }
 
     /// What it is made of, as far as its QEMU tells.
@@ -194,7 +205,17 @@ impl Vm {
         serde_json::from_slice(&std::fs::read(self.dir.join(INVENTORY)).ok()?).ok()
     }
 
-    /// How it was changed since then, one sentence each.
+    /// How it was changed since its start, when that was seen last; none when it was not.
+    pub(crate) fn drift(&self) -> Option<Drift> {
+        self.drift.lock().expect("no holder of this lock panics").clone()
+    }
+
+    /// Says how it was changed.
+    pub(super) fn set_drift(&self, drift: Option<Drift>) {
+        *self.drift.lock().expect("no holder of this lock panics") = drift;
+    }
+
+    /// In what its description is another than at its start, one sentence each.
     pub(crate) fn changes(&self, now: &Inventory) -> Vec<String> {
         let before = self.first_inventory();
         before.map(|before| before.differences(now, None, "at its start", "now")).unwrap_or_default()
@@ -252,7 +273,7 @@ impl Vm {
             state,
             detail,
             pid: self.pid,
-            ram_bytes: self.facts.ram_bytes,
+            ram_bytes: self.ram_bytes.load(Ordering::Relaxed),
             argv: self.spec.argv.clone(),
             qemu_version: Some(self.facts.qemu_version.clone()),
             machine: Some(self.facts.machine.clone()),
@@ -283,7 +304,6 @@ impl Vm {
 impl Facts {
     async fn ask(qmp: &Qmp) -> Result<Self, QmpError> {
         let version = qmp.execute(commands::QueryVersion {}).await?;
-        let memory = qmp.execute(commands::QueryMemorySizeSummary {}).await?;
         let machine = qmp
             .execute(commands::QomGet { path: "/machine".into(), property: "type".into() })
             .await?
@@ -291,13 +311,13 @@ impl Facts {
             .unwrap_or_default()
             .trim_end_matches("-machine")
             .to_owned();
-        Ok(Self {
-            qemu_version: version.to_string(),
-            qemu_build: version.build(),
-            machine,
-            ram_bytes: memory.base_memory + memory.plugged_memory.unwrap_or(0),
-        })
+        Ok(Self { qemu_version: version.to_string(), qemu_build: version.build(), machine })
     }
+}
+
+async fn ask_ram_bytes(qmp: &Qmp) -> Result<u64, QmpError> {
+    let memory = qmp.execute(commands::QueryMemorySizeSummary {}).await?;
+    Ok(memory.base_memory + memory.plugged_memory.unwrap_or(0))
 }
 
 /// A VM that is claimed for something that may not come off: given back when this goes, unless it is kept.

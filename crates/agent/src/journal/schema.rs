@@ -8,7 +8,7 @@ use super::{Result, now, unreadable};
 
 /// What makes the tables of each version from those of the version before; `PRAGMA user_version` tells which one a file
 /// has.
-const SCHEMA: [&str; 3] = [
+const SCHEMA: [&str; 4] = [
     "
 CREATE TABLE vms (
     name       TEXT PRIMARY KEY,
@@ -81,6 +81,9 @@ CREATE UNIQUE INDEX one_open_migration ON migrations (boot, pid, start_time)
     WHERE direction = 'out' AND outcome IS NULL;
 CREATE INDEX migrations_by_start ON migrations (direction, started);
 CREATE INDEX migrations_by_source ON migrations (peer_key, started) WHERE direction = 'in';
+",
+    "
+ALTER TABLE vms ADD COLUMN changed TEXT;                              -- its Drift as JSON; NULL while it is as it was started
 ",
 ];
 

@@ -52,6 +52,7 @@ fn vm(pid: u32) -> VmRecord {
         incoming: None,
         autostart: false,
         ended: None,
+        changed: None,
     }
 }
 

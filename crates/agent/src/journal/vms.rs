@@ -3,6 +3,7 @@
 use rusqlite::{Row, params};
 use uuid::Uuid;
 use vmferry_api::VmSpec;
+use vmferry_qemu::Drift;
 
 use super::{Instance, Journal, Result, parse_id, unreadable};
 
@@ -23,9 +24,14 @@ pub struct VmRecord {
     pub autostart: bool,
     /// Why its QEMU is gone; none while it is not, as far as is known.
     pub ended: Option<String>,
+    /// How it was changed since its start, as far as was seen.
+    pub changed: Option<Drift>,
 }
 
-const COLUMNS: &str = "spec, boot, pid, start_time, qmp, accelerator, incoming, autostart, ended";
+const COLUMNS: &str = "spec, boot, pid, start_time, qmp, accelerator, incoming, autostart, ended, changed";
+
+/// A VM that has this name and this instance; agents of old did not record the boot.
+const IS_THIS_ONE: &str = "name = ?1 AND pid = ?2 AND start_time = ?3 AND boot IN (?4, '')";
 
 impl Journal {
     /// Records a VM, in place of what was recorded under its name.
@@ -34,8 +40,8 @@ impl Journal {
         self.call(move |db| {
             db.execute(
                 "INSERT OR REPLACE INTO vms
-                 (name, spec, boot, pid, start_time, qmp, accelerator, incoming, autostart, ended, must_run, stranded)
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, 0, 0)",
+                 (name, spec, boot, pid, start_time, qmp, accelerator, incoming, autostart, ended, changed, must_run, stranded)
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, 0, 0)",
                 params![
                     vm.spec.name,
                     serde_json::to_string(&vm.spec).expect("a spec is plain data"),
@@ -47,6 +53,7 @@ impl Journal {
                     vm.incoming.map(|id| id.to_string()),
                     vm.autostart,
                     vm.ended,
+                    vm.changed.as_ref().map(as_json),
                 ],
             )?;
             Ok(())
@@ -59,8 +66,21 @@ impl Journal {
         let (name, it, why) = (name.to_owned(), instance.clone(), why.to_owned());
         self.call(move |db| {
             db.execute(
-                "UPDATE vms SET ended = ?5 WHERE name = ?1 AND pid = ?2 AND start_time = ?3 AND boot IN (?4, '')",
+                &format!("UPDATE vms SET ended = ?5 WHERE {IS_THIS_ONE}"),
                 params![name, it.pid, it.start_time as i64, it.boot, why],
+            )?;
+            Ok(())
+        })
+        .await
+    }
+
+    /// Records how a VM was changed since its start, if its QEMU is still this one.
+    pub async fn vm_changed(&self, name: &str, instance: &Instance, drift: Option<&Drift>) -> Result<()> {
+        let (name, it, drift) = (name.to_owned(), instance.clone(), drift.map(as_json));
+        self.call(move |db| {
+            db.execute(
+                &format!("UPDATE vms SET changed = ?5 WHERE {IS_THIS_ONE}"),
+                params![name, it.pid, it.start_time as i64, it.boot, drift],
             )?;
             Ok(())
         })
@@ -72,7 +92,7 @@ impl Journal {
         let (name, it) = (name.to_owned(), instance.clone());
         self.call(move |db| {
             db.execute(
-                "DELETE FROM vms WHERE name = ?1 AND pid = ?2 AND start_time = ?3 AND boot IN (?4, '')",
+                &format!("DELETE FROM vms WHERE {IS_THIS_ONE}"),
                 params![name, it.pid, it.start_time as i64, it.boot],
             )?;
             Ok(())
@@ -107,7 +127,15 @@ fn record(row: &Row<'_>) -> Result<VmRecord> {
         incoming: row.get::<_, Option<String>>("incoming")?.as_deref().map(parse_id).transpose()?,
         autostart: row.get("autostart")?,
         ended: row.get("ended")?,
+        changed: match row.get::<_, Option<String>>("changed")? {
+            Some(text) => serde_json::from_str(&text).map_err(|e| unreadable(&e.to_string()))?,
+            None => None,
+        },
     })
+}
+
+fn as_json(drift: &Drift) -> String {
+    serde_json::to_string(drift).expect("drift is plain data")
 }
 
 pub(super) fn instance(row: &Row<'_>) -> Result<Instance> {

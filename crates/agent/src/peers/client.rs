@@ -28,6 +28,8 @@ pub(crate) const RELAY_PROTOCOL: &str = "vmferry-relay";
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
+/// How fast a disk is at least, in bytes a second.
+const SLOW_DISK: u64 = 50 << 20;
 /// A sign of life that is not answered must not keep the next one from being sent.
 const KEEP_TIMEOUT: Duration = Duration::from_secs(3);
 /// Preparing starts a QEMU there.
@@ -140,7 +142,10 @@ impl Peer {
 
     /// Whether it could take this VM; touches nothing there.
     pub async fn check(&self, offer: &Offer) -> Result<CheckReply, PeerError> {
-        self.ask(Method::POST, "/v1/incoming/check", Some(offer), PREPARE_TIMEOUT).await
+        // Files of which it is said what is in them are read there.
+        let bytes: u64 = offer.contents.values().map(|it| it.size).sum();
+        let reading = Duration::from_secs(bytes / SLOW_DISK);
+        self.ask(Method::POST, "/v1/incoming/check", Some(offer), PREPARE_TIMEOUT + reading).await
     }
 
     /// Has it start a QEMU that waits for this VM.

@@ -1,6 +1,6 @@
 //! What agents say to each other, beside what the local API says too.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -12,6 +12,7 @@ use vmferry_link::{CipherSpeed, SessionId, SessionKey};
 use vmferry_qemu::Inventory;
 
 use crate::engine::{NewSession, Protection, Setup};
+use crate::host::Content;
 
 /// Use a join token: said to the agent that made it.
 #[derive(Clone, Serialize, Deserialize, ToSchema)]
@@ -41,10 +42,17 @@ pub struct Offer {
     pub accelerator: String,
     /// The guest runs; otherwise it stays paused.
     pub running: bool,
-    /// The writable disks and the files behind them, as absolute paths. Beside each, the source has put a marker named
-    /// after the migration.
+    /// The writable disks, as absolute paths. Beside each, the source has put a marker named after the migration.
     #[schema(value_type = Vec<String>)]
     pub disks: Vec<PathBuf>,
+    /// What the guest only reads, as absolute paths. There may be a marker beside it.
+    #[serde(default)]
+    #[schema(value_type = Vec<String>)]
+    pub read_only: Vec<PathBuf>,
+    /// What is in some of those.
+    #[serde(default)]
+    #[schema(value_type = Object)]
+    pub contents: BTreeMap<PathBuf, Content>,
     /// The user vouches for what cannot be proven.
     pub disks_are_shared: bool,
     /// What QEMU must be set to; not known yet when this is only a question.
@@ -76,6 +84,10 @@ pub struct CheckReply {
     /// Why its agent cannot move RAM itself; none when it can.
     #[serde(default)]
     pub external_obstacle: Option<String>,
+    /// Those of what the guest only reads of which it is to be said what is in them: they may be other files here.
+    #[serde(default)]
+    #[schema(value_type = Vec<String>)]
+    pub unproven: Vec<PathBuf>,
 }
 
 /// A QEMU waits.

@@ -1,6 +1,8 @@
 //! The plan of a migration: everything that can be refused is refused here, and nothing is touched yet.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,12 +11,12 @@ use vmferry_api::{EngineName, MigrateRequest, PlanView, Security};
 use vmferry_link::{Fingerprint, fastest_cipher};
 use vmferry_policy::Limits;
 use vmferry_qemu::qmp::commands;
-use vmferry_qemu::{Features, Inventory, MigrationStatus, QmpError, RunState};
+use vmferry_qemu::{Drift, Features, Inventory, MigrationStatus, QmpError, RunState};
 
-use super::mover::{ByAgents, ByQemu, Mover, Protect};
+use super::mover::{ByAgents, ByQemu, Guest, Mover, Protect};
 use crate::engine::{Protection, Setup, movable};
 use crate::error::AgentError;
-use crate::host::{Claim, Host, Markers, Stage, Vm, resident_memory};
+use crate::host::{Claim, Content, Host, Markers, Stage, Vm, drift_of, resident_memory};
 use crate::measuring::boot_files;
 use crate::peers::{CheckReply, Offer, Peer, trust};
 
@@ -76,23 +78,33 @@ pub(super) fn limits(request: &MigrateRequest) -> Result<Limits, AgentError> {
 /// are brought to where it is to go.
 pub(super) async fn plan(host: &Host, vm: &Vm, id: Uuid, request: &MigrateRequest) -> Result<Plan, AgentError> {
     let run_state = movable(vm).await?;
-    let behind = unchanged(vm).await?.map(|now| now.backing_files()).unwrap_or_default();
+    let (now, drift) = as_it_is(vm).await?;
+    let ram_bytes = vm.ram_bytes().await?;
+    let behind = now.map(|now| now.backing_files()).unwrap_or_default();
+    let mut spec = vm.spec.clone();
+    let mut notes = Vec::new();
+    if let Some(drift) = drift {
+        notes.extend(drift.carried.iter().map(|change| format!("Changed since its start, and goes along: {change}.")));
+        spec.argv = drift.argv;
+    }
     let found = trust::find_peer(host, &request.to).await?;
     let met = found.hello().await?;
     let (peer, remote) = (found.pinned_to(&met), met.ip());
     // The disks may lie on storage that does not answer, which must not keep others waiting.
-    let (spec, signature) = (vm.spec.clone(), host.signature.clone());
-    let put = tokio::task::spawn_blocking(move || Markers::put(&spec, &behind, id, &signature));
+    let (of, signature) = (spec.clone(), host.signature.clone());
+    let put = tokio::task::spawn_blocking(move || Markers::put(&of, &behind, id, &signature));
     let markers = put.await.expect("putting markers does not panic")?;
-    let offer = Offer {
+    let mut offer = Offer {
         id,
         from: host.config.name.clone(),
-        spec: vm.spec.clone(),
-        ram_bytes: vm.facts.ram_bytes,
+        spec,
+        ram_bytes,
         machine: vm.facts.machine.clone(),
         accelerator: vm.accelerator.clone(),
         running: run_state == RunState::Running,
         disks: markers.disks(),
+        read_only: markers.read_only(),
+        contents: BTreeMap::new(),
         disks_are_shared: request.disks_are_shared,
         setup: Setup::default(),
         protection: Protection::default(),
@@ -101,15 +113,20 @@ pub(super) async fn plan(host: &Host, vm: &Vm, id: Uuid, request: &MigrateReques
     if vm.spec.measuring {
         boot_files::send(&vm.spec, &peer).await?;
     }
-    let there = peer.check(&offer).await?;
+    let mut there = peer.check(&offer).await?;
+    if !there.unproven.is_empty() {
+        offer.contents = contents_of(host, &there).await?;
+        there = peer.check(&offer).await?;
+    }
     let (features, can_tls) = host.qemus.features_of(vm).await?;
     let running = run_state == RunState::Running;
-    let mut notes = Vec::new();
     let mover: Arc<dyn Mover> = match agents_can(host, vm, request, &there).await? {
         Ok(by_agents) => Arc::new(by_agents),
         Err(why) => {
             notes.extend(why.map(|why| format!("QEMU moves the memory itself, as the agents cannot: {why}.")));
-            Arc::new(ByQemu::plan(vm, (&features, can_tls), &there, request, running)?)
+            let blocks = vm.qmp.execute(commands::QueryMemdev {}).await?.into_iter().map(|it| it.size);
+            let guest = Guest { running, ram_bytes, blocks: blocks.collect() };
+            Arc::new(ByQemu::plan(vm, (&features, can_tls), &guest, &there, request)?)
         }
     };
     let protect = match (host.config.security_of(remote), there.security) {
@@ -123,15 +140,19 @@ pub(super) async fn plan(host: &Host, vm: &Vm, id: Uuid, request: &MigrateReques
         }
     };
     notes.extend(mover.notes());
-    if !running {
-        notes.push("The guest is paused and will be paused there.".into());
+    match run_state {
+        RunState::Running => {}
+        RunState::IoError => notes.push(
+            "The guest waits since its disk failed, and will be paused there: `vmferry resume` has it try again.".into(),
+        ),
+        _ => notes.push("The guest is paused and will be paused there.".into()),
     }
     let view = PlanView {
         vm: vm.name().into(),
         to: met.hello.name,
         engine: mover.name().to_string(),
-        ram_bytes: vm.facts.ram_bytes,
-        ram_used_bytes: resident_memory(vm.pid).min(vm.facts.ram_bytes),
+        ram_bytes,
+        ram_used_bytes: resident_memory(vm.pid).min(ram_bytes),
         link_rate: 0,
         first_round_ms: 0,
         source_qemu: vm.facts.qemu_version.clone(),
@@ -156,6 +177,19 @@ pub(super) async fn plan(host: &Host, vm: &Vm, id: Uuid, request: &MigrateReques
         markers: Some(markers),
         mover,
     })
+}
+
+/// What is in the files of which the destination wants to know.
+async fn contents_of(host: &Host, there: &CheckReply) -> Result<BTreeMap<PathBuf, Content>, AgentError> {
+    let (contents, files) = (Arc::clone(&host.contents), there.unproven.clone());
+    let read = move || {
+        let one = |file: PathBuf| {
+            let content = contents.of(&file).map_err(AgentError::io(&file))?;
+            Ok((file, content))
+        };
+        files.into_iter().map(one).collect()
+    };
+    tokio::task::spawn_blocking(read).await.expect("reading files does not panic")
 }
 
 /// The agents, where they are wanted and can; otherwise QEMU does it, and this is why, if it is not what is wanted.
@@ -186,19 +220,23 @@ async fn agents_can(
     })
 }
 
-/// What it is made of now. Refuses a machine that was changed since its start: the destination's is made from the words
-/// of that.
-async fn unchanged(vm: &Vm) -> Result<Option<Inventory>, AgentError> {
+/// What it is made of now, and how it was changed since its start; refused where that cannot go along.
+async fn as_it_is(vm: &Vm) -> Result<(Option<Inventory>, Option<Drift>), AgentError> {
     let now = match vm.inventory().await {
         Ok(now) => now,
         // It does not tell; what differs is seen when the destination has made its own.
-        Err(QmpError::Command { .. }) => return Ok(None),
+        Err(QmpError::Command { .. }) => return Ok((None, None)),
         Err(error) => return Err(error.into()),
     };
-    let changes = vm.changes(&now);
-    match changes.is_empty() {
-        true => Ok(Some(now)),
-        false => Err(AgentError::Changed { name: vm.name().into(), changes }),
+    let drift = drift_of(vm, &now).await?;
+    let obstacles = match &drift {
+        Some(drift) => drift.obstacles.clone(),
+        // In a way that has no words.
+        None => vm.changes(&now),
+    };
+    match obstacles.is_empty() {
+        true => Ok((Some(now), drift)),
+        false => Err(AgentError::Changed { name: vm.name().into(), changes: obstacles }),
     }
 }
 
@@ -221,6 +259,10 @@ async fn movable(vm: &Vm) -> Result<RunState, AgentError> {
     ) {
         return Err(refuse("somebody else is migrating it already".into(), "see query-migrate in its monitor"));
     }
+    if let Some(job) = vm.qmp.execute(commands::QueryBlockJobs {}).await?.first() {
+        let what = format!("a disk of it is being worked on ({}, the job {:?})", job.kind, job.device);
+        return Err(refuse(what, "wait for its end, or cancel it (`block-job-cancel` in its monitor)"));
+    }
     if vmferry_qemu::CommandLine::parse(&vm.spec.argv)?.snapshot() {
         return Err(refuse(
             "its disks' changes are in a temporary file of this host".into(),
@@ -228,7 +270,8 @@ async fn movable(vm: &Vm) -> Result<RunState, AgentError> {
         ));
     }
     match vm.run_state().await? {
-        state @ (RunState::Running | RunState::Paused) => Ok(state),
+        // One that waits for its disk may find it well where it goes.
+        state @ (RunState::Running | RunState::Paused | RunState::IoError) => Ok(state),
         // A guest that was started with -S: paused, with all its state.
         RunState::Prelaunch => Ok(RunState::Paused),
         // QEMU before 9.0 has one that arrives run on instead, and we could not tell it to sleep again.

@@ -27,7 +27,8 @@ pub(crate) fn take_up(outgoing: &Arc<Outgoing>, record: OutRecord) {
 }
 
 /// While no agent was there. QEMU calls it otherwise when it pauses a guest for its migration; so this can be told where
-/// QEMU copies the RAM, and does not do so of a guest that the agent had paused.
+/// QEMU copies the RAM, and does not do so of a guest that the agent had paused. An agent that copies it says so when it
+/// pauses the guest.
 async fn was_paused_by_its_user(host: &Host, custody: &Custody) -> bool {
     let vm = loop {
         match custody.vm() {
@@ -37,10 +38,13 @@ async fn was_paused_by_its_user(host: &Host, custody: &Custody) -> bool {
             None => tokio::time::sleep(FIND).await,
         }
     };
-    if vm.spec.measuring || journey::is_sending(&vm).is_some() {
+    if vm.spec.measuring {
         return false;
     }
     let is_paused = vm.run_state().await.is_ok_and(|state| state == RunState::Paused);
+    if journey::is_sending(&vm).is_some() {
+        return is_paused && !journey::pauses(&vm);
+    }
     let features = host.qemus.features_of(&vm).await;
     is_paused && features.is_ok_and(|(features, _)| !migration::loses_writes(&features, &vm.accelerator))
 }

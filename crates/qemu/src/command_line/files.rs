@@ -26,8 +26,10 @@ pub struct FileUse {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum FileKind {
-    /// Reads it: firmware, kernels, CDs, secrets, disks that are read-only.
+    /// Reads it, and the guest gets to see what is in it: firmware, kernels, CDs, disks that are read-only.
     ReadOnly,
+    /// Reads it, and it may be another on every host: secrets, certificates, folders that are passed through.
+    Private,
     /// A disk that the guest writes. Whether it is a file or a block device is for the caller to see.
     Disk {
         /// The image format, when the command line tells.
@@ -130,6 +132,7 @@ impl CommandLine {
 fn plain_file(option: &CommandOption) -> Option<(String, FileKind)> {
     let properties = option.properties();
     let read_only = |key: &str| Some((properties.get_some(key)?.to_owned(), FileKind::ReadOnly));
+    let private = |key: &str| Some((properties.get_some(key)?.to_owned(), FileKind::Private));
     match option.name.as_str() {
         "kernel" | "initrd" | "dtb" | "shim" => Some((option.value().to_owned(), FileKind::ReadOnly)),
         "bios" | "option-rom" => in_a_folder(option.value()),
@@ -141,16 +144,16 @@ fn plain_file(option: &CommandOption) -> Option<(String, FileKind)> {
         "smbios" => read_only("file").or_else(|| read_only("path")),
         "acpitable" => read_only("file").or_else(|| read_only("data")),
         "fw_cfg" => read_only("file"),
-        "fsdev" | "virtfs" => read_only("path"),
+        "fsdev" | "virtfs" => private("path"),
         "device" => match properties.get("driver") {
             Some("loader" | "guest-loader") => read_only("file"),
             _ => in_a_folder(properties.get_some("romfile")?),
         },
         "object" => match properties.get("qom-type")? {
             "memory-backend-file" => Some((properties.get_some("mem-path")?.to_owned(), FileKind::Ram)),
-            "secret" => read_only("file"),
-            kind if kind.starts_with("tls-creds") => read_only("dir"),
-            "authz-list-file" => read_only("filename"),
+            "secret" => private("file"),
+            kind if kind.starts_with("tls-creds") => private("dir"),
+            "authz-list-file" => private("filename"),
             _ => None,
         },
         _ => None,

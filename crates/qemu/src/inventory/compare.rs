@@ -4,15 +4,17 @@ use std::collections::BTreeMap;
 
 use super::{Inventory, Layer, RamSize};
 
-/// What QEMU gave its own processors for a while and no real one ever had, so that nothing uses it: PCOMMIT.
-const NEVER_THERE: (&str, u64) = ("0x7.0 EBX", 1 << 22);
+/// Bits of CPUID that do not tell what a processor can do there. QEMU had PCOMMIT for a while, as no real processor ever
+/// did, so that nothing uses it; and whether a package has several processors (HTT, CMP-LEGACY) follows from their places,
+/// and is said among these bits by newer versions only.
+const NOT_COMPARED: [(&str, u64); 3] = [("0x7.0 EBX", 1 << 22), ("0x1.0 EDX", 1 << 28), ("0x80000001.0 ECX", 1 << 1)];
 
 impl Inventory {
     /// How another differs from this one in what a guest that goes on there would notice. `here` and `there` are said of
     /// the two, such as "at alpha" or "now".
     ///
-    /// Properties are compared only where they are as they were `before`, when this machine was started: what its guest
-    /// has changed since is moved by a migration.
+    /// Properties are compared only where they are as they were `before`, when this machine was started, and all of a
+    /// device that came later: what its guest has changed is moved by a migration.
     pub fn differences(&self, other: &Self, before: Option<&Self>, here: &str, there: &str) -> Vec<String> {
         let mut differences = Vec::new();
         let mut say = |text: String| differences.push(text);
@@ -26,8 +28,9 @@ impl Inventory {
         }
         for (device, ours, theirs) in both(&self.devices, &other.devices) {
             // What only one of two versions knows is as it was before in the other.
-            let at_first = before.and_then(|it| it.devices.get(device));
-            let is_fixed = |key: &str, value: &String| at_first.is_some_and(|it| it.get(key) == Some(value));
+            let Some(before) = before else { continue };
+            let at_first = before.devices.get(device);
+            let is_fixed = |key: &str, value: &String| at_first.is_none_or(|it| it.get(key) == Some(value));
             let differ = both(ours, theirs).filter(|(key, ours, theirs)| ours != theirs && is_fixed(key, ours));
             for (key, ours, theirs) in differ {
                 say(format!("{} of {} is {ours} {here} and {theirs} {there}", key, last(device)));
@@ -40,8 +43,8 @@ impl Inventory {
             say(format!("{block} has {} {here} and {} {there}", kib(ours.used), kib(theirs.used)));
         }
         for (word, bits) in &self.cpu_features {
-            let never = if word == NEVER_THERE.0 { NEVER_THERE.1 } else { 0 };
-            let lacks = bits & !never & !other.cpu_features.get(word).copied().unwrap_or(0);
+            let passed_over = NOT_COMPARED.iter().find(|(it, _)| it == word).map_or(0, |(_, bits)| *bits);
+            let lacks = bits & !passed_over & !other.cpu_features.get(word).copied().unwrap_or(0);
             if lacks != 0 && !other.cpu_features.is_empty() {
                 say(format!("the processor {there} lacks features of the one {here} (CPUID {word}: {lacks:#x})"));
             }
@@ -59,7 +62,12 @@ impl Inventory {
                 say(format!("the {what} {name} is {ours} {here} and {theirs} {there}"));
             }
         }
-        // Those that are missing are missing as devices.
+        for (of, from, only) in [(&self.disks, &other.disks, here), (&other.disks, &self.disks, there)] {
+            // Every version gives a machine some empty drives more.
+            for (disk, layers) in missing(of, from).filter(|(_, layers)| !layers.is_empty()) {
+                say(format!("there is a disk only {only}: {disk} ({})", in_words(layers)));
+            }
+        }
         for (disk, ours, theirs) in both(&self.disks, &other.disks).filter(|(_, ours, theirs)| ours != theirs) {
             say(format!("{disk} is {} {here} and {} {there}", in_words(ours), in_words(theirs)));
         }
@@ -125,6 +133,7 @@ mod tests {
             cpus: [("core 0".into(), "max".into())].into(),
             memory_devices: BTreeMap::new(),
             disks: [("d0".into(), vec![layer("a.qcow2")])].into(),
+            peripherals: BTreeMap::new(),
         }
     }
 

@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 
 use super::Properties;
 
-/// What firmware sets as soon as it runs, and what does not reach the guest: names of files whose content counts, and
-/// defaults that were written otherwise in earlier versions.
-const NOT_COMPARED: [&str; 4] = ["MCFG", "smb_io_base", "romfile", "rombar"];
+/// What firmware sets as soon as it runs, and what does not reach the guest: names of files and disks, whose content
+/// counts, and defaults that were written otherwise in earlier versions.
+const NOT_COMPARED: [&str; 5] = ["MCFG", "smb_io_base", "romfile", "rombar", "drive"];
 
 /// Where a device is on its bus, whatever kind of bus that is.
 const PLACES: [&str; 8] = ["addr", "unit", "scsi-id", "lun", "cad", "nr", "port", "iobase"];

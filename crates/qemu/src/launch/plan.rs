@@ -57,10 +57,8 @@ pub struct Incoming {
 /// The command line asks for RAM by `-m` alone, or not at all, so what it lies in may be chosen.
 pub fn wants_shared_ram(command: &CommandLine) -> bool {
     let names_a_backend = command.all("machine").any(|option| option.properties().get("memory-backend").is_some());
-    let makes_a_backend = command
-        .all("object")
-        .any(|option| option.properties().get("qom-type").is_some_and(|kind| kind.starts_with("memory-backend")));
-    !(names_a_backend || makes_a_backend || command.has("numa") || command.has("mem-path"))
+    // A backend that is named nowhere else is that of a DIMM.
+    !(names_a_backend || command.has("numa") || command.has("mem-path"))
 }
 
 /// The command line that a VM was launched with, from that of its QEMU: what a plan of ours has added is taken out again,

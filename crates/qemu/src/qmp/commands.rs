@@ -72,6 +72,10 @@ commands! {
     QueryMemoryDevices {} = "query-memory-devices" -> Vec<MemoryDevice>;
     /// The disks and drives that the guest has.
     QueryBlock {} = "query-block" -> Vec<Drive>;
+    /// What is being done to disks in the background: mirrors, backups, commits.
+    QueryBlockJobs {} = "query-block-jobs" -> Vec<BlockJob>;
+    /// How block nodes hang together, for debugging.
+    XDebugQueryBlockGraph {} = "x-debug-query-block-graph" -> BlockGraph;
     /// The character devices.
     QueryChardev {} = "query-chardev" -> Vec<ChardevInfo>;
     /// Everything that this QEMU's QMP has.
@@ -98,6 +102,11 @@ commands! {
         /// The property.
         property: String,
     } = "qom-get" -> Value;
+    /// The properties that a device of this type may be given.
+    DeviceListProperties {
+        /// Such as `virtio-blk-pci`.
+        typename: String,
+    } = "device-list-properties" -> Vec<DeviceProperty>;
     /// Makes an object; the properties are those of TLS credentials.
     ObjectAdd {
         /// Of which type.
@@ -252,9 +261,13 @@ pub struct Drive {
 
 /// See [`Drive`].
 #[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct Inserted {
     /// The file that the guest reads and writes.
     pub image: BlockImage,
+    /// The node that the guest reads and writes.
+    #[serde(default)]
+    pub node_name: String,
 }
 
 /// A file of a disk.
@@ -332,13 +345,84 @@ pub struct BlockNode {
     pub drv: String,
     /// What the host's cache is used for.
     pub cache: BlockCache,
+    /// Its name; one that nobody named begins with `#`.
+    #[serde(default, rename = "node-name")]
+    pub node_name: String,
+    /// Its file: a path, a URL, or a description in JSON.
+    #[serde(default)]
+    pub file: String,
+    /// It is not written.
+    #[serde(default)]
+    pub ro: bool,
+    /// What becomes of zeroes that the guest writes: `off`, `on` or `unmap`.
+    #[serde(default)]
+    pub detect_zeroes: String,
+    /// It needs a key.
+    #[serde(default)]
+    pub encrypted: bool,
 }
 
 /// See [`BlockNode`].
 #[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct BlockCache {
     /// Nothing: the file is opened with `O_DIRECT`.
     pub direct: bool,
+    /// Also for what the guest asks to be on the disk.
+    #[serde(default)]
+    pub no_flush: bool,
+}
+
+/// What is being done to a disk in the background.
+#[derive(Clone, Debug, Deserialize)]
+pub struct BlockJob {
+    /// What it is called.
+    pub device: String,
+    /// Such as `mirror`.
+    #[serde(rename = "type")]
+    pub kind: String,
+}
+
+/// Answer to [`XDebugQueryBlockGraph`].
+#[derive(Clone, Debug, Deserialize)]
+pub struct BlockGraph {
+    /// Nodes, and what uses them.
+    pub nodes: Vec<GraphNode>,
+    /// Who uses whom.
+    pub edges: Vec<GraphEdge>,
+}
+
+/// See [`BlockGraph`].
+#[derive(Clone, Debug, Deserialize)]
+pub struct GraphNode {
+    /// Its number in this answer.
+    pub id: u64,
+    /// A node's name.
+    pub name: String,
+}
+
+/// See [`BlockGraph`].
+#[derive(Clone, Debug, Deserialize)]
+pub struct GraphEdge {
+    /// The number of the one that uses.
+    pub parent: u64,
+    /// The number of the one that is used.
+    pub child: u64,
+    /// As what: `file`, `backing`, ...
+    pub name: String,
+}
+
+/// What a device may be given.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct DeviceProperty {
+    /// Its name.
+    pub name: String,
+    /// Its type.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// What it is when it is not given, as far as that is known.
+    pub default_value: Option<Value>,
 }
 
 /// One property of an object.

@@ -6,4 +6,4 @@ mod qemu;
 
 pub(super) use agents::ByAgents;
 pub(super) use face::{Mover, Protect, Task};
-pub(super) use qemu::ByQemu;
+pub(super) use qemu::{ByQemu, Guest};

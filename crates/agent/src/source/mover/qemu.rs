@@ -18,6 +18,14 @@ use crate::peers::relay::Relay;
 use crate::peers::{CheckReply, Prepared};
 use crate::source::post_copy::Way;
 
+/// A guest as it is now.
+pub(crate) struct Guest {
+    pub(crate) running: bool,
+    pub(crate) ram_bytes: u64,
+    /// The blocks that its RAM lies in, in bytes each.
+    pub(crate) blocks: Vec<u64>,
+}
+
 /// See the module's text.
 pub(crate) struct ByQemu {
     /// What a measurement sets it to.
@@ -34,11 +42,14 @@ impl ByQemu {
     pub(crate) fn plan(
         vm: &Vm,
         (features, can_tls): (&Features, bool),
+        guest: &Guest,
         there: &CheckReply,
         request: &MigrateRequest,
-        running: bool,
     ) -> Result<Self, AgentError> {
         let has = |name: &str| there.capabilities.contains(name);
+        if migration::crashes_copying(features, &vm.accelerator, &guest.blocks) {
+            return Err(crashes(vm));
+        }
         let mut notes = Vec::new();
         if request.post_copy && !has("postcopy-ram") {
             let lacks =
@@ -46,7 +57,7 @@ impl ByQemu {
             notes.push(lacks.into());
         }
         let scripted = request.script.as_ref().map(|script| setup_for(vm, features, has, script)).transpose()?;
-        let loses_writes = running && migration::loses_writes(features, &vm.accelerator);
+        let loses_writes = guest.running && migration::loses_writes(features, &vm.accelerator);
         let means: Vec<String> = match &scripted {
             Some(setup) => setup.capabilities.clone(),
             None => means::means(features, has, request.post_copy).into_iter().map(str::to_owned).collect(),
@@ -63,7 +74,7 @@ impl ByQemu {
             _ => {}
         }
         let pauses_first = loses_writes && scripted.is_none();
-        let can_tls = can_tls && there.tls && tls_carries(vm.facts.ram_bytes);
+        let can_tls = can_tls && there.tls && tls_carries(guest.ram_bytes);
         Ok(Self { scripted, means, notes, pauses_first, can_tls })
     }
 }
@@ -168,6 +179,15 @@ fn no_port(host: &str) -> AgentError {
 
 fn loses_writes_in_words(vm: &Vm) -> String {
     format!("QEMU {} loses track of what a guest writes under TCG while its RAM is copied", vm.facts.qemu_version)
+}
+
+fn crashes(vm: &Vm) -> AgentError {
+    let version = &vm.facts.qemu_version;
+    AgentError::NotMigratable {
+        name: vm.name().into(),
+        reason: format!("QEMU {version} would crash under TCG while it copies RAM that lies in several such blocks"),
+        hint: Some("give all of its memory backends share=on, so that the agents move it; or use KVM".into()),
+    }
 }
 
 fn only_by_post_copy(vm: &Vm) -> AgentError {

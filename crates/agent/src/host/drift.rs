@@ -1,0 +1,60 @@
+//! Following a VM that is changed while it runs: its record keeps the words that make it as it is, for its next start and
+//! for where it goes.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use vmferry_api::in_one_line;
+use vmferry_qemu::inventory::Glimpse;
+use vmferry_qemu::{CommandLine, Drift, Inventory};
+
+use super::host::Host;
+use super::vm::{Stage, Vm};
+use crate::error::AgentError;
+
+/// How often a QEMU is asked whether anything was changed.
+const LOOK: Duration = Duration::from_secs(5);
+
+/// How a VM was changed since its start; none when it was not, as far as can be told.
+pub(crate) async fn drift_of(vm: &Vm, now: &Inventory) -> Result<Option<Drift>, AgentError> {
+    let command = CommandLine::parse(&vm.spec.argv)?;
+    let drift = Drift::of(&vm.qmp, &command, vm.first_inventory().as_ref(), now).await?;
+    Ok(drift.is_any().then_some(drift))
+}
+
+/// Keeps the record of a VM as it is, for as long as its QEMU lives.
+pub(super) async fn follow(host: Arc<Host>, vm: Arc<Vm>) {
+    let mut known: Option<Glimpse> = None;
+    while vm.is_alive() && !vm.qmp.is_closed() {
+        // While it moves, the migration has the say over its QEMU; what is changed then is seen afterwards.
+        if vm.stage() == Stage::Owned {
+            match Glimpse::of(&vm.qmp).await {
+                Ok(seen) if known.as_ref() != Some(&seen) => match record(&host, &vm).await {
+                    Ok(()) => known = Some(seen),
+                    Err(error) => {
+                        tracing::warn!(vm = vm.name(), error = in_one_line(&error), "cannot follow its changes");
+                    }
+                },
+                Ok(_) => {}
+                Err(error) => tracing::debug!(vm = vm.name(), %error, "does not tell what it is made of"),
+            }
+        }
+        tokio::select! {
+            () = tokio::time::sleep(LOOK) => {}
+            () = vm.qmp.closed() => {}
+        }
+    }
+}
+
+async fn record(host: &Host, vm: &Vm) -> Result<(), AgentError> {
+    let drift = drift_of(vm, &vm.inventory().await?).await?;
+    vm.ram_bytes().await?;
+    if vm.drift() != drift {
+        for change in drift.iter().flat_map(Drift::sentences) {
+            tracing::info!(vm = vm.name(), change, "was changed");
+        }
+        host.journal.vm_changed(vm.name(), &vm.instance(), drift.as_ref()).await?;
+        vm.set_drift(drift);
+    }
+    Ok(())
+}

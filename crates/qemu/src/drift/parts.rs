@@ -1,0 +1,262 @@
+//! The parts of a machine that words of a command line make, as its QEMU tells.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde_json::Value;
+
+use crate::inventory::peripherals;
+use crate::qmp::commands::{
+    BlockNode, CpuPlace, DeviceListProperties, Drive, HumanMonitorCommand, MemoryDevice, QomGet, QomList, QueryBlock,
+    QueryChardev, QueryHotpluggableCpus, QueryMemoryDevices, QueryNamedBlockNodes, XDebugQueryBlockGraph,
+};
+use crate::qmp::{Command, Qmp, QmpError};
+
+/// Where devices that have an id are.
+const NAMED: &str = "/machine/peripheral/";
+
+/// Where a device is on its bus, whatever kind of bus that is.
+pub(super) const PLACES: [&str; 7] = ["addr", "scsi-id", "lun", "port", "nr", "unit", "cad"];
+
+/// See the module's text.
+pub(super) struct Parts {
+    /// Those that words ask for, or the monitor.
+    pub(super) devices: Vec<Device>,
+    pub(super) objects: BTreeMap<String, String>,
+    /// Network back ends, by id, each with what the monitor says of it.
+    pub(super) networks: BTreeMap<String, String>,
+    /// Ports that user networks forward, by back end, as words.
+    pub(super) forwards: BTreeMap<String, Vec<String>>,
+    /// Character devices, by id, each with what the monitor says of it.
+    pub(super) chardevs: BTreeMap<String, String>,
+    pub(super) drives: Vec<Drive>,
+    pub(super) nodes: BTreeMap<String, BlockNode>,
+    /// The nodes that a node consists of, each with what it is there.
+    pub(super) children: BTreeMap<String, Vec<(String, String)>>,
+    pub(super) cpus: Vec<CpuPlace>,
+    pub(super) memory: Vec<MemoryDevice>,
+}
+
+/// One device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Device {
+    pub(super) path: String,
+    pub(super) id: Option<String>,
+    pub(super) driver: String,
+}
+
+impl Parts {
+    pub(super) async fn ask(qmp: &Qmp) -> Result<Self, QmpError> {
+        let human = async |line: &str| qmp.execute(HumanMonitorCommand { command_line: line.into() }).await;
+        let device = |(path, driver): (String, String)| {
+            let id = path.strip_prefix(NAMED).map(str::to_owned);
+            Device { path, id, driver }
+        };
+        let named = or_none(qmp, QueryNamedBlockNodes { flat: true }).await?;
+        let graph = qmp.execute(XDebugQueryBlockGraph {}).await?;
+        let names: BTreeMap<u64, &str> = graph.nodes.iter().map(|it| (it.id, it.name.as_str())).collect();
+        let mut children: BTreeMap<String, Vec<(String, String)>> = BTreeMap::new();
+        for edge in &graph.edges {
+            if let (Some(parent), Some(child)) = (names.get(&edge.parent), names.get(&edge.child)) {
+                children.entry((*parent).into()).or_default().push((edge.name.clone(), (*child).into()));
+            }
+        }
+        Ok(Self {
+            devices: peripherals(qmp).await?.into_iter().map(device).collect(),
+            objects: children_of(qmp, "/objects").await?.into_iter().collect(),
+            networks: networks(&human("info network").await?),
+            forwards: forwards(&human("info usernet").await.unwrap_or_default()),
+            chardevs: qmp.execute(QueryChardev {}).await?.into_iter().map(|it| (it.label, it.filename)).collect(),
+            drives: qmp.execute(QueryBlock {}).await?,
+            nodes: named.into_iter().map(|it| (it.node_name.clone(), it)).collect(),
+            children,
+            cpus: or_none(qmp, QueryHotpluggableCpus {}).await?,
+            memory: or_none(qmp, QueryMemoryDevices {}).await?,
+        })
+    }
+
+    /// The processor that this device is.
+    pub(super) fn cpu(&self, device: &Device) -> Option<&CpuPlace> {
+        self.cpus.iter().find(|it| it.qom_path.as_deref() == Some(&device.path))
+    }
+
+    /// The node that a node has for this.
+    pub(super) fn child(&self, node: &str, role: &str) -> Option<&str> {
+        let children = self.children.get(node)?;
+        children.iter().find(|(name, _)| name == role).map(|(_, child)| child.as_str())
+    }
+
+    /// The memory that this device is.
+    pub(super) fn memory(&self, device: &Device) -> Option<&MemoryDevice> {
+        let id = device.id.as_deref()?;
+        self.memory.iter().find(|it| it.data["id"].as_str() == Some(id))
+    }
+}
+
+/// What a machine that lacks the command has none of.
+async fn or_none<C: Command<Reply = Vec<T>>, T>(qmp: &Qmp, command: C) -> Result<Vec<T>, QmpError> {
+    match qmp.execute(command).await {
+        Err(QmpError::Command { .. }) => Ok(Vec::new()),
+        answer => answer,
+    }
+}
+
+/// The objects below this one, each with its type.
+async fn children_of(qmp: &Qmp, path: &str) -> Result<Vec<(String, String)>, QmpError> {
+    let all = qmp.execute(QomList { path: path.into() }).await?;
+    Ok(all.iter().filter_map(|it| Some((it.name.clone(), it.child_type()?.to_owned()))).collect())
+}
+
+/// What an object or a device was given: all that is not as it would be by itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Given {
+    pub(super) properties: Vec<(String, String)>,
+    /// Those that words cannot tell.
+    pub(super) unspeakable: Vec<String>,
+}
+
+/// A device's bus and properties, as words.
+pub(super) async fn given_to_device(qmp: &Qmp, device: &Device) -> Result<Given, QmpError> {
+    let get = async |property: &str| qmp.execute(QomGet { path: device.path.clone(), property: property.into() }).await;
+    let mut given = Given::default();
+    if let Ok(Value::String(bus)) = get("parent_bus").await
+        && let Some((_, name)) = bus.rsplit_once('/')
+    {
+        given.properties.push(("bus".into(), name.into()));
+    }
+    let known = qmp.execute(DeviceListProperties { typename: device.driver.clone() }).await?;
+    for property in known {
+        let Ok(value) = get(&property.name).await else { continue };
+        let is_reference = property.kind == "str" || property.kind.starts_with("link<");
+        let is_given = match &property.default_value {
+            Some(default) => *default != value,
+            // Of others it cannot be told whether they were given, or may be.
+            None => is_reference,
+        };
+        // What the machine's type sets, for experts: whether it is the same there is compared.
+        if is_given && !property.name.starts_with("x-") {
+            given.add(&property.name, &property.kind, &value);
+        }
+    }
+    Ok(given)
+}
+
+/// An object's properties, as words.
+pub(super) async fn given_to_object(qmp: &Qmp, id: &str) -> Result<Given, QmpError> {
+    let path = format!("/objects/{id}");
+    let mut given = Given::default();
+    for property in qmp.execute(QomList { path: path.clone() }).await? {
+        let about_itself = matches!(property.name.as_str(), "type" | "opened") || property.name.starts_with("x-");
+        if about_itself || property.child_type().is_some() {
+            continue;
+        }
+        let Ok(value) = qmp.execute(QomGet { path: path.clone(), property: property.name.clone() }).await else {
+            continue;
+        };
+        if value != "auto" {
+            given.add(&property.name, &property.kind, &value);
+        }
+    }
+    Ok(given)
+}
+
+/// Where a device is on its bus, as words.
+pub(super) async fn place_of(qmp: &Qmp, device: &Device) -> Result<Vec<(String, String)>, QmpError> {
+    let given = given_to_device(qmp, device).await?;
+    Ok(given.properties.into_iter().filter(|(key, _)| key == "bus" || PLACES.contains(&key.as_str())).collect())
+}
+
+impl Given {
+    pub(super) fn bus(&self) -> Option<&str> {
+        self.properties.iter().find(|(key, _)| key == "bus").map(|(_, value)| value.as_str())
+    }
+
+    fn add(&mut self, name: &str, kind: &str, value: &Value) {
+        let text = match value {
+            Value::Null => return,
+            Value::Bool(yes) => if *yes { "on" } else { "off" }.to_owned(),
+            // A place on PCI, which is told as a number and taken as slot and function.
+            Value::Number(number) if name == "addr" && matches!(kind, "str" | "int32") => {
+                let devfn = number.as_u64().unwrap_or_default();
+                format!("{:02x}.{:x}", devfn >> 3, devfn & 7)
+            }
+            Value::Number(number) => number.to_string(),
+            Value::String(text) if text.is_empty() => return,
+            // A part of the device, which it makes itself.
+            Value::String(text) if kind.starts_with("link<") && text.starts_with("/machine/") => return,
+            Value::String(_) if kind.starts_with("child<") => return,
+            Value::String(text) => text.strip_prefix("/objects/").unwrap_or(text).to_owned(),
+            Value::Array(items) if items.is_empty() => return,
+            Value::Array(_) | Value::Object(_) => {
+                self.unspeakable.push(name.into());
+                return;
+            }
+        };
+        self.properties.push((name.into(), text));
+    }
+}
+
+/// Of `info network`: ` \ net9: index=0,type=user,net=10.0.2.0,restrict=on`.
+fn networks(text: &str) -> BTreeMap<String, String> {
+    let one = |line: &str| {
+        let (name, about) = line.trim_end().split_once(": index=")?;
+        let name = name.rsplit(": ").next()?.trim_start_matches([' ', '\\']);
+        let about = about.split_once(',')?.1;
+        (!about.starts_with("type=nic") && !about.starts_with("type=hubport")).then(|| (name.into(), about.into()))
+    };
+    text.lines().filter_map(one).collect()
+}
+
+/// Of `info usernet`: `Hub -1 (net9):` and below it `TCP[HOST_FORWARD]  15  127.0.0.1  2222  10.0.2.15  22  0  0`.
+fn forwards(text: &str) -> BTreeMap<String, Vec<String>> {
+    let mut forwards: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    let mut of = None;
+    for line in text.lines() {
+        if let Some((_, name)) = line.trim_end().strip_suffix("):").and_then(|line| line.rsplit_once('(')) {
+            of = Some(name.to_owned());
+            continue;
+        }
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let [protocol, _, host, port, guest, guest_port, ..] = words[..] else { continue };
+        let (Some(of), Some(protocol)) = (&of, protocol.strip_suffix("[HOST_FORWARD]")) else { continue };
+        let host = if host == "*" { "" } else { host };
+        let word = format!("{}:{host}:{port}-{guest}:{guest_port}", protocol.to_lowercase());
+        forwards.entry(of.clone()).or_default().push(word);
+    }
+    forwards
+}
+
+/// The ids of all that words may refer to.
+pub(super) fn known_ids(parts: &Parts) -> BTreeSet<&str> {
+    let drives = parts.drives.iter().map(|it| it.device.as_str());
+    let ids = parts.objects.keys().chain(parts.networks.keys()).chain(parts.chardevs.keys()).chain(parts.nodes.keys());
+    ids.map(String::as_str).chain(drives).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn back_ends_are_read_from_what_the_monitor_says_to_people() {
+        let text = "hub 0\r\n \\ hub0port1: #net184: index=0,type=user,net=10.0.2.0,restrict=off\r\n \
+                    \\ hub0port0: e1000e.0: index=0,type=nic,model=e1000e,macaddr=52:54:00:12:34:56\r\n\
+                    nic9: index=0,type=nic,model=virtio-net-pci,macaddr=52:54:00:12:34:57\r\n \
+                    \\ net9: index=0,type=tap,ifname=t0,script=no,downscript=no\r\n\
+                    alone: index=0,type=user,net=10.0.2.0,restrict=on\r\n";
+        let read: Vec<(String, String)> = networks(text).into_iter().collect();
+        let of = |name: &str, about: &str| (name.to_owned(), about.to_owned());
+        assert_eq!(
+            read,
+            [
+                of("#net184", "type=user,net=10.0.2.0,restrict=off"),
+                of("alone", "type=user,net=10.0.2.0,restrict=on"),
+                of("net9", "type=tap,ifname=t0,script=no,downscript=no"),
+            ]
+        );
+        let text = "Hub -1 (net9):\r\n  Protocol[State]    FD  Source Address  Port   Dest. Address  Port RecvQ SendQ\r\n\
+                    \u{20} TCP[HOST_FORWARD]  15       127.0.0.1  2222       10.0.2.15    22     0     0\r\n\
+                    \u{20} UDP[HOST_FORWARD]  16               *  53       10.0.2.15    53     0     0\r\n";
+        let read = forwards(text);
+        assert_eq!(read["net9"], ["tcp:127.0.0.1:2222-10.0.2.15:22", "udp::53-10.0.2.15:53"]);
+    }
+}
