@@ -1,12 +1,14 @@
 # make demo   a guest moves between two hosts on this machine, with everything that needs
 # make test   all tests, on real QEMU
 # make model  explores the migration protocol further than make test does (MODEL=faults,acts,states,seconds)
+# make machines  random machines, changed while they run, there and back (MACHINES=, FIRST=)
 # make lint   formatting, clippy, licences
 # make bench  the figures of docs/FIGURES.md
 # make torture  hundreds of migrations with faults in them; SEEDS=, MINUTES=, or SEED= for one
+# make soak   what takes too long for make test: the protocol explored further, 200 random machines, the torture
 # make study  the 2016 study's tables again, small: docs/study/
 
-.PHONY: demo test model lint bench torture study build install
+.PHONY: demo test model machines lint bench torture soak study build install
 
 demo:
 	@scripts/setup.sh
@@ -40,6 +42,15 @@ torture: export RUST_BACKTRACE := 0
 torture:
 	scripts/setup.sh --for-tests
 	cargo test --workspace --test system -- --ignored --exact torture::whatever_strikes_the_guest_ends_up_once --nocapture
+
+# MACHINES random machines (200 when not said), changed while they run, there and back; from seed FIRST.
+machines: export MACHINES := $(MACHINES)
+machines: export FIRST := $(FIRST)
+machines:
+	scripts/setup.sh --for-tests
+	cargo test --workspace --test system -- --ignored --exact generator::hundreds_of_random_machines_arrive_equal_or_are_refused_before_they_move --nocapture
+
+soak: model machines torture
 
 # Goes on where it was interrupted; MINUTES=10 make study runs as much as fits.
 study:

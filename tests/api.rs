@@ -64,6 +64,7 @@ pub(crate) async fn offer_with_disk(bed: &Bed, disk: &std::path::Path) -> Offer 
         running: true,
         disks: vec![disk.into()],
         read_only: vec![],
+        networks: vec![],
         contents: Default::default(),
         disks_are_shared: false,
         setup: Setup::default(),
@@ -201,6 +202,7 @@ async fn of_twenty_guests_at_once_for_memory_that_is_there_once_one_is_admitted(
     let template = Offer {
         disks: Vec::new(),
         read_only: vec![],
+        networks: vec![],
         contents: Default::default(),
         disks_are_shared: true,
         protection: Protection::Relay,

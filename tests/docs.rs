@@ -8,6 +8,7 @@ use crate::bed::text;
 
 const FIRST_MIGRATION: &str = include_str!("../docs/FIRST-MIGRATION.md");
 const README: &str = include_str!("../README.md");
+const MACHINES: &str = include_str!("../docs/MACHINES.md");
 const SHARED: &str = "/srv/shared";
 
 /// One machine of the document: folders and an address of its own.
@@ -153,5 +154,19 @@ fn the_readme_lists_the_commands_and_exit_codes_of_the_help() {
     for (_, line) in commands(README) {
         let command = line.split_whitespace().nth(1).expect("a command");
         assert!(help.contains(&format!("  {command} ")), "{line}");
+    }
+}
+
+#[test]
+fn every_row_of_what_goes_along_has_a_test_that_exists() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests");
+    let files = std::fs::read_dir(folder).expect("readable").flatten().map(|file| file.path());
+    let sources: String = files.filter_map(|file| std::fs::read_to_string(file).ok()).collect();
+    let rows = MACHINES.lines().filter(|line| line.starts_with("| ")).skip(2);
+    let tests = rows.filter_map(|row| row.split('|').nth(3).map(str::trim));
+    let named: Vec<&str> = tests.filter(|name| !name.is_empty()).collect();
+    assert!(named.len() >= 15, "{named:?}");
+    for name in named {
+        assert!(sources.contains(&format!("async fn {name}()")), "there is no test {name}");
     }
 }

@@ -12,6 +12,7 @@ mod demo;
 mod docs;
 mod external;
 mod external_faults;
+mod generator;
 mod machines;
 mod many_vms;
 mod migrate;

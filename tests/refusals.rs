@@ -1,8 +1,10 @@
 //! What cannot be done is refused with words that name it, and the guest never notices.
 
+use std::path::Path;
 use std::process::Output;
 use std::time::Duration;
 
+use vmferry_agent::peers::{Content, Offer, Plug};
 use vmferry_bench::Mode;
 use vmferry_bench::testbed::{TestbedOptions, two_qemus};
 
@@ -147,9 +149,70 @@ async fn a_disk_that_cannot_be_proven_to_be_shared_is_refused_unless_vouched_for
     let offer = crate::api::offer_with_disk(&bed, &other).await;
     let refusal = crate::api::check(&bed, &offer).await.expect_err("there is no marker beside it");
     assert!(refusal.message.contains("is not the same file on both hosts"), "{}", refusal.message);
-    let vouched = vmferry_agent::peers::Offer { disks_are_shared: true, ..offer };
+    let vouched = Offer { disks_are_shared: true, ..offer };
     crate::api::check(&bed, &vouched).await.expect("the user vouches for it");
     bed.assert_never_stopped().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_guest_reads_must_have_the_same_in_it_on_both_hosts() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let iso = dir.path().join("tools.iso");
+    std::fs::write(&iso, vec![7; 1 << 20]).expect("written");
+    let bed = bed::start(options(), guest(Mode::Idle)).await;
+    let offer = crate::api::offer_with_disk(&bed, &iso).await;
+    let offer = Offer { disks: vec![], read_only: vec![iso.clone()], ..offer };
+    let reply = crate::api::check(&bed, &offer).await.expect("it is only asked about");
+    assert_eq!(reply.unproven, [iso.clone()]);
+    let with = |blake3: &str| {
+        let content = Content { size: 1 << 20, blake3: blake3.into() };
+        Offer { contents: [(iso.clone(), content)].into(), ..offer.clone() }
+    };
+    let same = blake3::hash(&vec![7; 1 << 20]).to_hex().to_string();
+    let reply = crate::api::check(&bed, &with(&same)).await.expect("it is the same");
+    assert!(reply.unproven.is_empty());
+    let refusal = crate::api::check(&bed, &with(&"0".repeat(64))).await.expect_err("it is another");
+    assert!(refusal.message.contains("tools.iso is another file there"), "{}", refusal.message);
+    let vouched = Offer { disks_are_shared: true, ..with("") };
+    crate::api::check(&bed, &vouched).await.expect("the user vouches for it");
+    bed.assert_never_stopped().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_network_or_a_socket_that_is_missing_at_the_destination_is_refused() {
+    let bed = bed::start(options(), guest(Mode::Idle)).await;
+    let offer = crate::api::offer_with_disk(&bed, Path::new("/none")).await;
+    let offer = Offer { disks: vec![], ..offer };
+    let plug = |interface: Option<&str>, bridge: &str| Plug {
+        interface: interface.map(str::to_owned),
+        bridge: Some(bridge.into()),
+    };
+    for (plug, words) in [
+        (plug(None, "vmferry-none0"), "it lacks the bridge vmferry-none0"),
+        (plug(Some("vmferry-none1"), "br0"), "it lacks the network interface vmferry-none1"),
+        (plug(Some("lo"), "br0"), "lo is in no bridge there, and in the bridge br0 here"),
+    ] {
+        let refusal = crate::api::check(&bed, &Offer { networks: vec![plug], ..offer.clone() }).await;
+        let refusal = refusal.expect_err("it is not there");
+        assert!(refusal.message.contains(words), "{}", refusal.message);
+    }
+    let mut offer = offer;
+    offer.spec.argv.extend(["-chardev".into(), "socket,id=tpm,path=/no/such/swtpm.sock".into()]);
+    let refusal = crate::api::check(&bed, &offer).await.expect_err("nobody listens there");
+    assert!(refusal.message.contains("/no/such/swtpm.sock (-chardev) cannot be used there"), "{}", refusal.message);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_is_not_written_when_its_guest_asks_for_that_is_refused_unless_vouched_for() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let disk = dir.path().join("disk.raw");
+    std::fs::write(&disk, vec![0; 1 << 20]).expect("written");
+    let drive = format!("file={},format=raw,if=virtio,cache=unsafe", disk.display());
+    let bed = bed::start_with(options(), guest(Mode::Idle), &["-drive", &drive]).await;
+    let output = bed.migrate(&[]).await;
+    assert_refused(&bed, &output, 3, &["cache=unsafe", "disk.raw", "--disks-are-shared"]).await;
+    let output = bed.migrate(&["--disks-are-shared"]).await;
+    assert!(output.status.success(), "{}", text(&output));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -38,6 +38,8 @@ pub enum Code {
     NoAccelerator,
     /// A file is missing there.
     NoFile,
+    /// A network of the VM is missing there.
+    NoNetwork,
     /// A writable disk is not the same file on both hosts.
     DiskNotShared,
     /// The two hosts are not paired, or what is asked for is another peer's.

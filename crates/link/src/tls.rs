@@ -88,6 +88,9 @@ pub enum LinkError {
     },
 }
 
+/// How much later the next address of a name is tried.
+const BETWEEN_ADDRESSES: std::time::Duration = std::time::Duration::from_millis(250);
+
 /// Connects to the agent at HOST:PORT and makes sure that it is one of these, or that the authority vouches for it as
 /// the agent of that host, before anything is said to it.
 pub async fn connect(
@@ -100,7 +103,7 @@ pub async fn connect(
     let timed_out = || LinkError::TimedOut { address: address.into(), after: deadline };
     let connecting = async {
         let unreachable = |source| LinkError::Unreachable { address: address.into(), source };
-        let tcp = TcpStream::connect(address).await.map_err(unreachable)?;
+        let tcp = connect_to_any(address).await.map_err(unreachable)?;
         tcp.set_nodelay(true).map_err(unreachable)?;
         let (local, remote) = (tcp.local_addr().map_err(unreachable)?, tcp.peer_addr().map_err(unreachable)?);
         let verifier = Arc::new(ExpectedServer {
@@ -130,6 +133,29 @@ pub async fn connect(
         }
     };
     tokio::time::timeout(deadline, connecting).await.unwrap_or_else(|_| Err(timed_out()))
+}
+
+/// Tries the addresses that a name has one after the other, each a little later than the one before, or at once when that
+/// fails: one that does not answer must not take the time of the others (RFC 8305, "Happy Eyeballs").
+async fn connect_to_any(address: &str) -> std::io::Result<TcpStream> {
+    let mut addresses = tokio::net::lookup_host(address).await?;
+    let mut last = std::io::Error::new(std::io::ErrorKind::NotFound, "the name has no address");
+    let mut tries = tokio::task::JoinSet::new();
+    let mut next = addresses.next();
+    loop {
+        if let Some(address) = next.take() {
+            tries.spawn(TcpStream::connect(address));
+            next = addresses.next();
+        }
+        tokio::select! {
+            Some(tried) = tries.join_next() => match tried.expect("connecting does not panic") {
+                Ok(stream) => return Ok(stream),
+                Err(error) => last = error,
+            },
+            () = tokio::time::sleep(BETWEEN_ADDRESSES), if next.is_some() => {}
+            else => return Err(last),
+        }
+    }
 }
 
 /// The host's name, for an authority's certificate; pinned ones may say what they like.

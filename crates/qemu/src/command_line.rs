@@ -3,9 +3,11 @@
 //! What QEMU understands and this does not is left as it is; QEMU will judge it.
 
 mod files;
+mod networks;
 mod properties;
 
 pub use files::{FileKind, FileUse};
+pub use networks::Network;
 pub(crate) use properties::{Properties, escape_commas};
 
 /// The options that take no argument; all others do. QEMU's own list is qemu-options.def; this has those of all
@@ -274,6 +276,21 @@ impl CommandLine {
         self.all("cpu").filter_map(|option| option.value().split(',').next()).last()
     }
 
+    /// The number of the VNC display that it asks for at a port of the host, if it does: the port is 5900 and that.
+    pub fn vnc_display(&self) -> Option<u16> {
+        let by_vnc = self.all("vnc").map(CommandOption::value);
+        let by_display = self.all("display").filter_map(|option| option.value().strip_prefix("vnc="));
+        by_vnc.chain(by_display).filter_map(display_number).last()
+    }
+
+    /// A password that is set while it runs opens its VNC display: nobody can ask for that.
+    pub fn vnc_password_is_set_later(&self) -> bool {
+        self.all("vnc").chain(self.all("display")).any(|option| {
+            let words = option.properties();
+            words.is_on("password") && words.get("password-secret").is_none()
+        })
+    }
+
     /// The accelerators that may be used, the most wanted first; empty when QEMU may choose.
     pub fn accelerators(&self) -> Vec<&str> {
         let by_accel = self.all("accel").filter_map(|option| first_or(option.value(), "accel"));
@@ -281,6 +298,15 @@ impl CommandLine {
         let by_flag = self.all("enable-kvm").map(|_| "kvm");
         by_accel.chain(by_machine).chain(by_flag).flat_map(|names| names.split(':')).collect()
     }
+}
+
+/// Of `0.0.0.0:1,password=on`: 1. None of a display that is somewhere else than at a port of its own.
+pub(crate) fn display_number(value: &str) -> Option<u16> {
+    let (_, number) = value.split(',').next()?.rsplit_once(':')?;
+    if value.starts_with("unix:") || value.contains(",reverse") {
+        return None;
+    }
+    number.parse().ok()
 }
 
 /// The option's name, if the word is one.

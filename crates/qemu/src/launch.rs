@@ -13,18 +13,23 @@ use std::os::fd::OwnedFd;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::io::FdFlags;
 use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::process::{Child, Command};
 
+use crate::proc_stat::Stat;
 use crate::process::process_start_time;
 use crate::qmp::{Qmp, QmpError, pid_of_socket_peer};
 
 /// How much of QEMU's log is quoted when it ends early, in bytes and lines.
 const LAST_WORDS: u64 = 4 << 10;
 const LAST_LINES: usize = 8;
+/// How often it is looked whether a QEMU that starts gets on.
+const LOOK: Duration = Duration::from_millis(500);
+/// Longer than anything takes.
+const FOREVER: Duration = Duration::from_secs(24 * 3600);
 /// How long a QEMU whose QMP failed may take to end by itself, so that its own words can be told.
 const LAST_GASP: Duration = Duration::from_millis(500);
 
@@ -86,15 +91,16 @@ pub fn ram_memfd() -> std::io::Result<OwnedFd> {
     Ok(rustix::fs::memfd_create("vmferry-ram", rustix::fs::MemfdFlags::CLOEXEC)?)
 }
 
-/// Starts what was planned, in this folder, and waits until it answers on QMP. It inherits `ram`, the memfd that was
-/// planned with. Dropping the future ends the QEMU.
+/// Starts what was planned, in this folder, and waits until it answers on QMP, however long that takes, while it gets on:
+/// one that has hundreds of GiB to allocate takes minutes. One that does nothing for as long as `patience` is given up. It
+/// inherits `ram`, the memfd that was planned with. Dropping the future ends the QEMU.
 pub async fn launch(
     binary: &Path,
     plan: &LaunchPlan,
     ram: Option<OwnedFd>,
     cwd: &Path,
     run_dir: &Path,
-    deadline: Duration,
+    patience: Duration,
 ) -> Result<Launched, LaunchError> {
     let socket = run_dir.join("qmp.sock");
     let log = run_dir.join("qemu.log");
@@ -118,8 +124,10 @@ pub async fn launch(
     let mut starting = Starting(Some(child));
 
     let words = || last_words(&log, log_start).unwrap_or_default();
+    let leader = starting.child().id();
     let connected = tokio::select! {
-        connected = Qmp::connect(&socket, deadline) => connected,
+        connected = Qmp::connect(&socket, FOREVER) => connected,
+        () = stands_still(leader, patience) => Err(QmpError::NoGreeting { path: socket.clone(), after: patience }),
         status = starting.child().wait() => {
             let status = status.map_err(|source| LaunchError::Start { binary: binary.into(), source })?;
             return Err(LaunchError::Exited { binary: binary.into(), status, words: words() });
@@ -141,6 +149,24 @@ pub async fn launch(
     };
     starting.let_go();
     Ok(Launched { pid, start_time, qmp })
+}
+
+/// Returns when this process has used neither its processors nor more memory for so long.
+async fn stands_still(pid: Option<u32>, patience: Duration) {
+    let used = || {
+        let pid = pid?;
+        let cpu_s = Stat::read(&format!("/proc/{pid}/stat"))?.with_children_s;
+        let statm = std::fs::read_to_string(format!("/proc/{pid}/statm")).ok()?;
+        Some((cpu_s, statm.split(' ').nth(1)?.to_owned()))
+    };
+    let (mut since, mut last) = (Instant::now(), used());
+    while since.elapsed() < patience {
+        tokio::time::sleep(LOOK.min(patience / 4)).await;
+        let now = used();
+        if now != last {
+            (since, last) = (Instant::now(), now);
+        }
+    }
 }
 
 /// Puts the child into a session of its own, so that no terminal's and no service's signals reach it, and keeps from it

@@ -17,7 +17,7 @@ pub mod qmp;
 pub mod ram;
 mod stream_tls;
 
-pub use command_line::{CommandLine, CommandLineError, FileKind, FileUse};
+pub use command_line::{CommandLine, CommandLineError, FileKind, FileUse, Network};
 pub use drift::Drift;
 pub use host::{Accel, CpuModel, Machine, ProbeError, QemuInfo, find_binary, probe_qemu, try_kvm};
 pub use inventory::{Inventory, Layer};

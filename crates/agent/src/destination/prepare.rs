@@ -9,7 +9,7 @@ use vmferry_custody::InStep;
 use vmferry_custody::destination::{Event, Qemu};
 use vmferry_qemu::migration::set_capabilities;
 use vmferry_qemu::qmp::commands;
-use vmferry_qemu::{Endpoint, Incoming as IncomingLaunch, protect_streams, tls_priority};
+use vmferry_qemu::{CommandLine, Endpoint, Incoming as IncomingLaunch, protect_streams, tls_priority};
 
 use super::arrival;
 use super::awaited::Awaited;
@@ -100,6 +100,13 @@ pub(crate) async fn prepare(here: &Arc<Incoming>, mut offer: Offer, caller: Call
         }
         None => receive(&vm, known, offer.setup, &offer.protection, caller.local).await,
     };
+    let received = match received {
+        Ok(prepared) => {
+            let notes = prepared.notes.into_iter().chain(display_notes(&vm, &command).await).collect();
+            Ok(Prepared { notes, ..prepared })
+        }
+        error => error,
+    };
     if let Err(error) = &received {
         awaited.give_up(Event::GiveUp, &format!("its QEMU could not be prepared: {}", in_one_line(error)));
     }
@@ -114,6 +121,21 @@ pub(crate) async fn prepare(here: &Arc<Incoming>, mut offer: Offer, caller: Call
     let prepared = Prepared { inventory, ..received? };
     tracing::info!(vm = name, migration = %offer.id, from = offer.from, port = prepared.port, "waits for a guest");
     Ok(prepared)
+}
+
+/// What its user should know of its display.
+async fn display_notes(vm: &Vm, command: &CommandLine) -> Vec<String> {
+    let mut notes = Vec::new();
+    if let Some(number) = command.vnc_display()
+        && let Ok(Some(port)) = vm.qmp.execute(commands::QueryVnc {}).await.map(|vnc| vnc.service)
+        && port != (5900 + number).to_string()
+    {
+        notes.push(format!("Its VNC display is at port {port} there: {} is taken.", 5900 + number));
+    }
+    if command.vnc_password_is_set_later() {
+        notes.push("Its VNC password cannot be asked for: set it again there (`set_password` in its monitor).".into());
+    }
+    notes
 }
 
 /// A source that wants less protection than this host's configuration does not get its way.

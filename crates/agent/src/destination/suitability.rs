@@ -7,7 +7,7 @@ use vmferry_api::Code;
 use vmferry_qemu::{Accel, CommandLine, FileKind, QemuInfo};
 
 use crate::error::AgentError;
-use crate::host::{Contents, Short, marker_beside};
+use crate::host::{Contents, Short, marker_beside, obstacle};
 use crate::peers::Offer;
 
 /// A refusal, before it knows the host's and the VM's name.
@@ -36,6 +36,7 @@ pub(super) fn judge(offer: &Offer, command: &CommandLine, host: &Host<'_>) -> Re
         .and_then(|()| accelerator(offer, host))
         .and_then(|()| cpu(command, host))
         .and_then(|()| files(offer, command))
+        .and_then(|()| networks(offer))
         .and_then(|()| disks(offer, command))
         .and_then(|()| read_only(offer, host.contents))
         .map_err(|refusal| AgentError::Unsuitable {
@@ -132,6 +133,13 @@ fn files(offer: &Offer, command: &CommandLine) -> Result<(), Refusal> {
         }
     }
     Ok(())
+}
+
+fn networks(offer: &Offer) -> Result<(), Refusal> {
+    match obstacle(&offer.networks) {
+        None => Ok(()),
+        Some(why) => refuse(Code::NoNetwork, why, "make the same network there, under the same name"),
+    }
 }
 
 fn disks(offer: &Offer, command: &CommandLine) -> Result<(), Refusal> {

@@ -18,12 +18,14 @@ use tokio_util::task::AbortOnDropHandle;
 use vmferry_api::in_one_line;
 use vmferry_link::{Cipher, Fingerprint, Identity, Link, LinkOptions, TcpDialer};
 use vmferry_policy::{Action, Bytes, BytesPerSec, Limits, Observation, Percent, Phase};
+use vmferry_qemu::inventory::Glimpse;
 use vmferry_qemu::migration::{IGNORE_SHARED, PAUSE_BEFORE_SWITCHOVER, reset_capabilities};
 use vmferry_qemu::qmp::commands::{self, MigrationParameters};
 use vmferry_qemu::{EventStream, MigrationStatus, Qmp, RunState};
 use vmferry_ram::{Backend, GuestRam, Progress, RamError, Source};
 
 use super::journey;
+use super::movable::came_up;
 use super::qemu::{UNLIMITED, stop_copying};
 use super::{EngineError, NewConnection, NewSession, RamEngine, Seen, Totals};
 use crate::host::bind_anew;
@@ -99,6 +101,8 @@ pub struct Wishes {
     pub runs: bool,
     /// It must be paused before QEMU copies anything, as QEMU would lose what it writes.
     pub stops_first: bool,
+    /// What users change of it while it runs, as it was planned; none of one that has left already.
+    pub seen: Option<Glimpse>,
 }
 
 /// Where the destination's agent takes streams, and how they are protected.
@@ -183,6 +187,7 @@ impl ExternalEngine {
 
     /// Pauses the guest and gives the destination all that it needs to run it.
     async fn switch_over(&mut self, post_copy: bool) -> Result<(), EngineError> {
+        self.as_planned().await?;
         let source = self.source()?;
         let last = self.last.as_ref().filter(|_| !post_copy);
         self.last_pages = match last {
@@ -253,6 +258,15 @@ impl ExternalEngine {
     fn pauses(&mut self, pauses: bool) {
         self.paused_by_us = pauses;
         journey::say_pauses(&self.wishes.dir, pauses);
+    }
+
+    /// Nothing has come up since the plan: to be asked while the guest still runs.
+    async fn as_planned(&self) -> Result<(), EngineError> {
+        let Some(seen) = &self.wishes.seen else { return Ok(()) };
+        match came_up(&self.qmp, seen, true).await? {
+            None => Ok(()),
+            Some(reason) => Err(EngineError::Failed { reason }),
+        }
     }
 
     /// Its user may pause it, and have it go on, while it is copied.
@@ -451,6 +465,7 @@ impl RamEngine for ExternalEngine {
             Action::PostCopy if !self.switched => self.switch_over(true).await,
             Action::Pace(share) if !self.switched => self.pace(*share).await,
             Action::Pause if !self.switched => {
+                self.as_planned().await?;
                 let source = self.source()?;
                 self.pause(&source).await
             }

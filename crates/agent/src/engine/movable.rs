@@ -1,7 +1,9 @@
 //! What the agents would move of a VM; or why they cannot.
 
 use vmferry_api::in_one_line;
-use vmferry_qemu::{QmpError, RamBackend, RamLayout};
+use vmferry_qemu::inventory::Glimpse;
+use vmferry_qemu::qmp::commands;
+use vmferry_qemu::{Qmp, QmpError, RamBackend, RamLayout};
 use vmferry_ram::Backend;
 
 use crate::error::AgentError;
@@ -12,13 +14,32 @@ pub(crate) async fn movable(host: &Host, vm: &Vm) -> Result<Result<Vec<Backend>,
     if let Some(why) = host.external_obstacle() {
         return Ok(Err(why));
     }
-    let layout = vmferry_qemu::ram_backends(&vm.qmp).await?;
-    if let Some(first) = vmferry_qemu::external_obstacles(&vm.qmp, &layout).await?.into_iter().next() {
+    Ok(obstacle(&vm.qmp).await?.map(backends))
+}
+
+/// What has come up since the plan that keeps a guest from being moved, as somebody who may do so plugs something in, or
+/// its guest mounts a folder that is passed through; to be asked before it is paused. In words.
+pub(crate) async fn came_up(qmp: &Qmp, seen: &Glimpse, by_agents: bool) -> Result<Option<String>, QmpError> {
+    let info = qmp.execute(commands::QueryMigrate {}).await?;
+    if let Some(reasons) = info.blocked_reasons.filter(|reasons| !reasons.is_empty()) {
+        return Ok(Some(format!("since it was planned, QEMU says: {}", reasons.join("; "))));
+    }
+    if Glimpse::of(qmp).await? != *seen {
+        return Ok(Some("its disks or devices were changed while it was moved".into()));
+    }
+    let why = if by_agents { obstacle(qmp).await?.err() } else { None };
+    Ok(why.map(|why| format!("the agents cannot move its RAM any more: {why}")))
+}
+
+/// What there is to move of its RAM from outside; or why that cannot be.
+async fn obstacle(qmp: &Qmp) -> Result<Result<RamLayout, String>, QmpError> {
+    let layout = vmferry_qemu::ram_backends(qmp).await?;
+    if let Some(first) = vmferry_qemu::external_obstacles(qmp, &layout).await?.into_iter().next() {
         return Ok(Err(first.to_string()));
     }
-    match vmferry_qemu::uses_direct_io(&vm.qmp).await? {
+    match vmferry_qemu::uses_direct_io(qmp).await? {
         true => Ok(Err(DIRECT_IO.into())),
-        false => Ok(Ok(backends(layout))),
+        false => Ok(Ok(layout)),
     }
 }
 

@@ -16,8 +16,8 @@ use super::vm::{GRACE, Stage, Vm};
 use crate::error::AgentError;
 use crate::journal::{Instance, VmRecord};
 
-/// How long a QEMU may take until its monitor answers.
-const START_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long a QEMU that starts may do nothing until its monitor answers.
+const START_PATIENCE: Duration = Duration::from_secs(60);
 
 impl Host {
     /// Starts a QEMU for this VM, to run it or to wait for it, and records it.
@@ -55,7 +55,7 @@ impl Host {
         let stage = id.map_or(Stage::Owned, Stage::Incoming);
         self.journal.put_vm(&record).await?;
         let started = async {
-            let launched = vmferry_qemu::launch(&binary, &plan, ram, &spec.cwd, &dir, START_TIMEOUT).await?;
+            let launched = vmferry_qemu::launch(&binary, &plan, ram, &spec.cwd, &dir, START_PATIENCE).await?;
             record.instance = Instance::now(launched.pid, launched.start_time);
             self.journal.put_vm(&record).await?;
             let vm = self.take(&record, launched.qmp, stage).await?;

@@ -2,6 +2,7 @@
 //! to connections. So strangers get few places, and little time in them: enough to use a join token.
 
 use std::io::{Error, ErrorKind, IoSlice, Result};
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -48,6 +49,10 @@ impl Listener for Callers {
                 vouched_for: stream.vouched_for,
                 local: stream.local.ip().to_canonical(),
                 remote: stream.remote.ip().to_canonical(),
+                scope: match stream.remote {
+                    SocketAddr::V6(remote) => remote.scope_id(),
+                    SocketAddr::V4(_) => 0,
+                },
             };
             if is_peer(&self.host, &caller).await {
                 return (Connection { io: stream.io, stranger: None }, caller);

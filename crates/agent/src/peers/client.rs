@@ -1,7 +1,7 @@
 //! Talking to another agent: the client of the API between agents, HTTP over a connection that both have proved who
 //! they are on.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -28,12 +28,14 @@ pub(crate) const RELAY_PROTOCOL: &str = "vmferry-relay";
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
+/// How fast a QEMU that is to have all of its guest's RAM at its start gets it at least, in bytes a second.
+const SLOW_ALLOCATION: u64 = 256 << 20;
 /// How fast a disk is at least, in bytes a second.
 const SLOW_DISK: u64 = 50 << 20;
 /// A sign of life that is not answered must not keep the next one from being sent.
 const KEEP_TIMEOUT: Duration = Duration::from_secs(3);
 /// Preparing starts a QEMU there.
-const PREPARE_TIMEOUT: Duration = Duration::from_secs(60);
+const PREPARE_TIMEOUT: Duration = Duration::from_secs(90);
 /// The destination has everything by then and only has to be set running.
 const COMMIT_TIMEOUT: Duration = Duration::from_secs(13);
 /// What a trial of the link sends, in bytes.
@@ -152,7 +154,8 @@ impl Peer {
     pub async fn prepare(&self, offer: &Offer) -> Result<Prepared, PeerError> {
         // Over a new connection: were an old one broken, nobody could tell whether it was heard.
         self.take_idle();
-        self.ask(Method::POST, "/v1/incoming", Some(offer), PREPARE_TIMEOUT).await
+        let allocating = Duration::from_secs(offer.ram_bytes / SLOW_ALLOCATION);
+        self.ask(Method::POST, "/v1/incoming", Some(offer), PREPARE_TIMEOUT + allocating).await
     }
 
     /// Tells it that the source is still there.
@@ -350,11 +353,17 @@ impl Peer {
     }
 }
 
-/// HOST, HOST:PORT, ADDRESS or [IPV6]:PORT with the default port filled in.
+/// HOST, HOST:PORT, ADDRESS or [IPV6]:PORT with the default port filled in; a link-local address with its interface, such
+/// as fe80::1%eth0.
 pub(crate) fn with_port(to: &str) -> Result<String, String> {
     let bad = || format!("{to:?} names no host: use the name of a peer, HOST, HOST:PORT, or [IPV6]:PORT");
     if to.parse::<SocketAddr>().is_ok() {
         return Ok(to.into());
+    }
+    if let Some((address, rest)) = to.split_once('%') {
+        return link_local(address, rest).ok_or_else(|| {
+            format!("{to:?} names no link-local address of an interface of this host: write it as fe80::1%eth0")
+        });
     }
     if let Ok(address) = to.trim_matches(['[', ']']).parse::<std::net::IpAddr>() {
         return Ok(SocketAddr::new(address, DEFAULT_PORT).to_string());
@@ -370,6 +379,17 @@ pub(crate) fn with_port(to: &str) -> Result<String, String> {
     }
 }
 
+/// An address that is said with an interface, by its name or its number, and perhaps a port.
+fn link_local(address: &str, rest: &str) -> Option<String> {
+    let address: Ipv6Addr = address.trim_start_matches('[').parse().ok()?;
+    let (interface, port) = match rest.split_once("]:") {
+        Some((interface, port)) => (interface, port.parse().ok()?),
+        None => (rest.trim_end_matches(']'), DEFAULT_PORT),
+    };
+    let number = interface.parse().or_else(|_| nix::net::if_::if_nametoindex(interface)).ok()?;
+    Some(SocketAddrV6::new(address, port, 0, number).to_string())
+}
+
 #[cfg(test)]
 mod tests {
     use super::with_port;
@@ -383,6 +403,11 @@ mod tests {
             ("192.0.2.2:1", "192.0.2.2:1"),
             ("::1", "[::1]:7420"),
             ("[::1]:5", "[::1]:5"),
+            // The first interface of every host is its loopback.
+            ("fe80::2%lo", "[fe80::2%1]:7420"),
+            ("[fe80::2%1]:5", "[fe80::2%1]:5"),
+            ("[fe80::2%lo]:5", "[fe80::2%1]:5"),
+            ("[fe80::2%lo]", "[fe80::2%1]:7420"),
         ] {
             assert_eq!(with_port(given).as_deref(), Ok(meant));
         }

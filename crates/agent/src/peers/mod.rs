@@ -15,3 +15,4 @@ pub use wire::{
 };
 
 pub use crate::error::{API, PeerError};
+pub use crate::host::{Content, Plug};

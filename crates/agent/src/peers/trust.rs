@@ -3,7 +3,7 @@
 //! Two agents are paired once, by a join token that a person carries from one to the other; from then on each knows the
 //! other by the fingerprint of its certificate. Nothing else counts, neither names nor addresses.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -33,6 +33,8 @@ pub(crate) struct Caller {
     pub(crate) local: IpAddr,
     /// Where it is.
     pub(crate) remote: IpAddr,
+    /// The number of our interface that a link-local address of it is on; 0 for other addresses.
+    pub(crate) scope: u32,
     /// The authority vouches for it.
     pub(crate) vouched_for: bool,
 }
@@ -156,7 +158,11 @@ pub(crate) async fn join(host: &Host, caller: &Caller, join: &Join) -> Result<()
     check_name(&join.name)?;
     let unknown = || AgentError::BadToken;
     let secret: Secret = join.secret.parse().map_err(|_| unknown())?;
-    let address = join.port.map_or_else(String::new, |port| SocketAddr::new(caller.remote, port).to_string());
+    let at = |port: u16| match caller.remote {
+        IpAddr::V6(address) => SocketAddrV6::new(address, port, 0, caller.scope).to_string(),
+        IpAddr::V4(_) => SocketAddr::new(caller.remote, port).to_string(),
+    };
+    let address = join.port.map_or_else(String::new, at);
     let record = PeerRecord { name: join.name.clone(), fingerprint: caller.key, address, paired: 0 };
     match host.journal.join(&secret.hash(), &record).await? {
         Joined::Yes => {

@@ -12,7 +12,7 @@ use vmferry_link::{CipherSpeed, SessionId, SessionKey};
 use vmferry_qemu::Inventory;
 
 use crate::engine::{NewSession, Protection, Setup};
-use crate::host::Content;
+use crate::host::{Content, Plug};
 
 /// Use a join token: said to the agent that made it.
 #[derive(Clone, Serialize, Deserialize, ToSchema)]
@@ -53,6 +53,9 @@ pub struct Offer {
     #[serde(default)]
     #[schema(value_type = Object)]
     pub contents: BTreeMap<PathBuf, Content>,
+    /// The source's networks that it is on.
+    #[serde(default)]
+    pub networks: Vec<Plug>,
     /// The user vouches for what cannot be proven.
     pub disks_are_shared: bool,
     /// What QEMU must be set to; not known yet when this is only a question.

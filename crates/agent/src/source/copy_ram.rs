@@ -2,19 +2,34 @@
 
 use std::sync::atomic::Ordering;
 
-use vmferry_api::{MigrationEvent, Step};
+use vmferry_api::{EngineName, MigrationEvent, Step};
 use vmferry_policy::{Action, Observation};
 
 use super::run::Run;
 use super::teller::Audience;
+use crate::engine::movable::came_up;
 use crate::engine::{RamEngine, Seen};
 use crate::error::AgentError;
 use crate::measuring::scripts::policy_of;
 
 impl Run {
+    /// Nothing has come up since the plan that keeps the guest from being moved as planned.
+    async fn as_planned(&self, by_agents: bool) -> Result<(), AgentError> {
+        match came_up(&self.vm.qmp, &self.plan.seen, by_agents).await? {
+            None => Ok(()),
+            Some(reason) => Err(AgentError::NotMigratable {
+                name: self.vm.name().into(),
+                reason,
+                hint: Some("plan it again".into()),
+            }),
+        }
+    }
+
     /// Copies rounds of RAM, as the policy says, until the destination has what it needs to run the guest.
     pub(super) async fn copy_ram(&mut self, engine: &mut dyn RamEngine) -> Result<Seen, AgentError> {
         self.teller.step(Step::CopyRam);
+        let by_agents = self.plan.mover.name() == EngineName::External;
+        self.as_planned(by_agents).await?;
         engine.start().await?;
         let mut policy = policy_of(self.script.as_ref());
         loop {
@@ -25,6 +40,10 @@ impl Run {
             self.teller.progress(&seen);
             self.custody.wants(engine.guest_runs()).await;
             if seen.ready_to_commit {
+                // The last moment to undo it: its disks are to be those that wait there.
+                if !seen.let_go {
+                    self.as_planned(false).await?;
+                }
                 return Ok(seen);
             }
             let asked = self.post_copy_is_asked_for(&seen.observation);

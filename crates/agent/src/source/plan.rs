@@ -10,13 +10,14 @@ use uuid::Uuid;
 use vmferry_api::{EngineName, MigrateRequest, PlanView, Security};
 use vmferry_link::{Fingerprint, fastest_cipher};
 use vmferry_policy::Limits;
+use vmferry_qemu::inventory::Glimpse;
 use vmferry_qemu::qmp::commands;
-use vmferry_qemu::{Drift, Features, Inventory, MigrationStatus, QmpError, RunState};
+use vmferry_qemu::{CommandLine, Drift, Features, Inventory, MigrationStatus, QmpError, RunState};
 
 use super::mover::{ByAgents, ByQemu, Guest, Mover, Protect};
 use crate::engine::{Protection, Setup, movable};
 use crate::error::AgentError;
-use crate::host::{Claim, Content, Host, Markers, Stage, Vm, drift_of, resident_memory};
+use crate::host::{Claim, Content, Host, Markers, Stage, Vm, drift_of, plugs, resident_memory};
 use crate::measuring::boot_files;
 use crate::peers::{CheckReply, Offer, Peer, trust};
 
@@ -40,6 +41,8 @@ pub(super) struct Plan {
     pub(super) rate: Option<u64>,
     /// Until the destination has looked for them for the last time.
     pub(super) markers: Option<Markers>,
+    /// What users change while it runs, as it is when it is planned.
+    pub(super) seen: Glimpse,
     /// Who moves the RAM.
     pub(super) mover: Arc<dyn Mover>,
 }
@@ -78,6 +81,10 @@ pub(super) fn limits(request: &MigrateRequest) -> Result<Limits, AgentError> {
 /// are brought to where it is to go.
 pub(super) async fn plan(host: &Host, vm: &Vm, id: Uuid, request: &MigrateRequest) -> Result<Plan, AgentError> {
     let run_state = movable(vm).await?;
+    let seen = Glimpse::of(&vm.qmp).await?;
+    if !request.disks_are_shared {
+        flushes(vm).await?;
+    }
     let (now, drift) = as_it_is(vm).await?;
     let ram_bytes = vm.ram_bytes().await?;
     let behind = now.map(|now| now.backing_files()).unwrap_or_default();
@@ -94,6 +101,7 @@ pub(super) async fn plan(host: &Host, vm: &Vm, id: Uuid, request: &MigrateReques
     let (of, signature) = (spec.clone(), host.signature.clone());
     let put = tokio::task::spawn_blocking(move || Markers::put(&of, &behind, id, &signature));
     let markers = put.await.expect("putting markers does not panic")?;
+    let networks = plugs(&CommandLine::parse(&spec.argv)?);
     let mut offer = Offer {
         id,
         from: host.config.name.clone(),
@@ -105,6 +113,7 @@ pub(super) async fn plan(host: &Host, vm: &Vm, id: Uuid, request: &MigrateReques
         disks: markers.disks(),
         read_only: markers.read_only(),
         contents: BTreeMap::new(),
+        networks,
         disks_are_shared: request.disks_are_shared,
         setup: Setup::default(),
         protection: Protection::default(),
@@ -139,11 +148,18 @@ pub(super) async fn plan(host: &Host, vm: &Vm, id: Uuid, request: &MigrateReques
             mover.protection(fastest_cipher(&host.ciphers_for(remote), &there.ciphers))
         }
     };
+    // QEMU cannot be told the interface that such an address needs.
+    let is_link_local = matches!(remote, IpAddr::V6(address) if address.is_unicast_link_local());
+    let protect = match protect {
+        Protect::Not | Protect::Tls(_) if is_link_local && mover.name() == EngineName::Qemu => Protect::Relay,
+        protect => protect,
+    };
     notes.extend(mover.notes());
     match run_state {
         RunState::Running => {}
         RunState::IoError => notes.push(
-            "The guest waits since its disk failed, and will be paused there: `vmferry resume` has it try again.".into(),
+            "The guest waits since its disk failed, and will be paused there: `vmferry resume` has it try again."
+                .into(),
         ),
         _ => notes.push("The guest is paused and will be paused there.".into()),
     }
@@ -175,6 +191,7 @@ pub(super) async fn plan(host: &Host, vm: &Vm, id: Uuid, request: &MigrateReques
         protect,
         rate,
         markers: Some(markers),
+        seen,
         mover,
     })
 }
@@ -240,6 +257,23 @@ async fn as_it_is(vm: &Vm) -> Result<(Option<Inventory>, Option<Drift>), AgentEr
     }
 }
 
+/// Refuses a guest whose disks are not written when it asks for that: what this host has not written the other cannot
+/// read.
+async fn flushes(vm: &Vm) -> Result<(), AgentError> {
+    let nodes = vm.qmp.execute(commands::QueryNamedBlockNodes { flat: true }).await?;
+    match nodes.into_iter().find(|node| node.cache.no_flush && !node.ro) {
+        None => Ok(()),
+        Some(node) => Err(AgentError::NotMigratable {
+            name: vm.name().into(),
+            reason: format!(
+                "{} is written when this host likes (cache=unsafe), so that the other may read what is old",
+                node.file
+            ),
+            hint: Some("use another cache mode; if both hosts see all that is written, say --disks-are-shared".into()),
+        }),
+    }
+}
+
 /// The VM's run state, if it is one in which it can move, and nothing about it stands in the way.
 async fn movable(vm: &Vm) -> Result<RunState, AgentError> {
     let refuse = |reason: String, hint: &str| AgentError::NotMigratable {
@@ -263,7 +297,7 @@ async fn movable(vm: &Vm) -> Result<RunState, AgentError> {
         let what = format!("a disk of it is being worked on ({}, the job {:?})", job.kind, job.device);
         return Err(refuse(what, "wait for its end, or cancel it (`block-job-cancel` in its monitor)"));
     }
-    if vmferry_qemu::CommandLine::parse(&vm.spec.argv)?.snapshot() {
+    if CommandLine::parse(&vm.spec.argv)?.snapshot() {
         return Err(refuse(
             "its disks' changes are in a temporary file of this host".into(),
             "run it without snapshot",

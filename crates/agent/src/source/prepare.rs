@@ -62,6 +62,7 @@ impl Run {
             peer: &plan.peer,
             peer_key: plan.peer_key,
             remote: plan.remote,
+            seen: &plan.seen,
             there: &plan.there,
             offer: &mut plan.offer,
             protect: &mut plan.protect,

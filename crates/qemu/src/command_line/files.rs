@@ -1,7 +1,7 @@
 //! Which files a command line names: the destination must have them.
 //!
 //! Files that QEMU looks up in its own data directory (`-bios bios.bin`, a card's `romfile=`) come with QEMU and are not
-//! named here; nor are sockets, devices and what QEMU writes for people to read.
+//! named here; nor are devices and what QEMU writes for people to read.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -37,6 +37,8 @@ pub enum FileKind {
     },
     /// The guest's RAM; QEMU makes it when it is absent.
     Ram,
+    /// A socket where somebody listens for QEMU: a TPM, a vhost-user back end.
+    Socket,
 }
 
 /// Block drivers that reach another host, or another process.
@@ -144,6 +146,12 @@ fn plain_file(option: &CommandOption) -> Option<(String, FileKind)> {
         "smbios" => read_only("file").or_else(|| read_only("path")),
         "acpitable" => read_only("file").or_else(|| read_only("data")),
         "fw_cfg" => read_only("file"),
+        "chardev" if properties.get("backend") == Some("socket") => {
+            let waits_for_nobody =
+                ["server", "reconnect", "reconnect-ms"].iter().any(|key| properties.get(key).is_some());
+            let path = properties.get_some("path").filter(|_| !waits_for_nobody && !properties.is_on("abstract"))?;
+            Some((path.to_owned(), FileKind::Socket))
+        }
         "fsdev" | "virtfs" => private("path"),
         "device" => match properties.get("driver") {
             Some("loader" | "guest-loader") => read_only("file"),

@@ -152,7 +152,9 @@ pub(super) async fn given_to_object(qmp: &Qmp, id: &str) -> Result<Given, QmpErr
         let Ok(value) = qmp.execute(QomGet { path: path.clone(), property: property.name.clone() }).await else {
             continue;
         };
-        if value != "auto" {
+        // What says nothing may be unknown to another version.
+        let says_nothing = value == "auto" || value == 0 && property.name == "offset";
+        if !says_nothing {
             given.add(&property.name, &property.kind, &value);
         }
     }

@@ -4,7 +4,7 @@
 use std::os::fd::RawFd;
 use std::path::Path;
 
-use crate::command_line::{CommandLine, CommandLineError, CommandOption, Properties, escape_commas};
+use crate::command_line::{CommandLine, CommandLineError, CommandOption, Properties, display_number, escape_commas};
 use crate::host::Accel;
 
 /// The ids of what we add.
@@ -14,6 +14,8 @@ const RAM: &str = "vmferry-ram";
 /// And a number.
 const LOG: &str = "vmferry-log-";
 
+/// So many VNC displays after the one that was asked for are tried.
+const OTHER_DISPLAYS: u16 = 99;
 /// Ports of the guest that may write to a file.
 const LOGGED: [&str; 3] = ["serial", "parallel", "debugcon"];
 
@@ -248,6 +250,16 @@ impl Planner<'_> {
                 let mut log = option.properties();
                 log.remove("append");
                 self.add("-chardev", &format!("{log},append=on"));
+            }
+            // A display whose port is taken gets another.
+            name @ ("vnc" | "display") if incoming => {
+                let value = option.value();
+                let display = if name == "vnc" { Some(value) } else { value.strip_prefix("vnc=") };
+                let number = display.and_then(display_number).filter(|_| option.properties().get("to").is_none());
+                match number {
+                    Some(number) => self.add(&format!("-{name}"), &format!("{value},to={}", number + OTHER_DISPLAYS)),
+                    None => self.argv.extend(option.words.iter().cloned()),
+                }
             }
             name if incoming && LOGGED.contains(&name) && option.value().starts_with("file:") => {
                 let path = escape_commas(option.value().trim_start_matches("file:"));

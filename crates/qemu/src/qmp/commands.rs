@@ -76,6 +76,8 @@ commands! {
     QueryBlockJobs {} = "query-block-jobs" -> Vec<BlockJob>;
     /// How block nodes hang together, for debugging.
     XDebugQueryBlockGraph {} = "x-debug-query-block-graph" -> BlockGraph;
+    /// The VNC display.
+    QueryVnc {} = "query-vnc" -> Vnc;
     /// The character devices.
     QueryChardev {} = "query-chardev" -> Vec<ChardevInfo>;
     /// Everything that this QEMU's QMP has.
@@ -371,6 +373,13 @@ pub struct BlockCache {
     /// Also for what the guest asks to be on the disk.
     #[serde(default)]
     pub no_flush: bool,
+}
+
+/// Answer to [`QueryVnc`].
+#[derive(Clone, Debug, Deserialize)]
+pub struct Vnc {
+    /// Its port.
+    pub service: Option<String>,
 }
 
 /// What is being done to a disk in the background.
