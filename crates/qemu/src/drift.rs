@@ -14,6 +14,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 
 use crate::command_line::{CommandLine, CommandOption, Properties};
+use crate::host::SetByMachine;
 use crate::inventory::Inventory;
 use crate::qmp::{Qmp, QmpError};
 use parts::{Device, Given, Parts, given_to_device, given_to_object, known_ids, place_of};
@@ -41,11 +42,13 @@ impl Drift {
     }
 
     /// Compares a machine with the words that it was started with, and with what it was made of then, where that is known.
+    /// What its machine type sets need not be said.
     pub async fn of(
         qmp: &Qmp,
         command: &CommandLine,
         first: Option<&Inventory>,
         now: &Inventory,
+        set_by_machine: Option<&SetByMachine>,
     ) -> Result<Self, QmpError> {
         let parts = Parts::ask(qmp).await?;
         let added: Vec<&Device> = added(command, first, &parts).collect();
@@ -53,7 +56,7 @@ impl Drift {
         for device in &added {
             // Those are told by commands of their own.
             if parts.cpu(device).is_none() && parts.memory(device).is_none() {
-                given.insert(device.path.clone(), given_to_device(qmp, device).await?);
+                given.insert(device.path.clone(), given_to_device(qmp, device, set_by_machine).await?);
             }
         }
         let mut objects = BTreeMap::new();

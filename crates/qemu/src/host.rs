@@ -4,9 +4,11 @@ mod kvm_trial;
 
 pub use kvm_trial::try_kvm;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::fs::Access;
@@ -15,7 +17,7 @@ use tokio::process::Command;
 
 use crate::launch::{in_words, last_lines, or_nothing};
 use crate::process::end_with_us;
-use crate::qmp::commands::{QueryCpuDefinitions, QueryMachines, QueryVersion, Quit};
+use crate::qmp::commands::{MachineInfo, QueryCpuDefinitions, QueryMachines, QueryVersion, Quit};
 use crate::qmp::{Features, Qmp, QmpError};
 use crate::stream_tls::{Endpoint, StreamKey, protect_streams};
 
@@ -105,7 +107,13 @@ pub struct QemuInfo {
     pub features: Features,
     /// It can encrypt its migration streams.
     pub tls: bool,
+    /// What its machine types set that is not as it is in the newest; empty where it does not tell.
+    #[serde(skip)]
+    pub set_by_machines: Arc<BTreeMap<String, SetByMachine>>,
 }
+
+/// Properties of devices that a machine type sets, each with what it is.
+pub type SetByMachine = BTreeSet<(String, String)>;
 
 /// Why a QEMU could not be asked what it can do.
 #[derive(Debug, thiserror::Error)]
@@ -193,7 +201,15 @@ async fn ask(binary: &Path, socket: &Path) -> Result<QemuInfo, QmpError> {
     let qmp = Qmp::connect(socket, PROBE_TIMEOUT).await?;
     let version = qmp.execute(QueryVersion {}).await?;
     let features = Features::probe(&qmp).await?;
-    let machines = qmp.execute(QueryMachines {}).await?;
+    let machines = match qmp.execute(QueryMachines { compat_props: Some(true) }).await {
+        Err(QmpError::Command { .. }) => qmp.execute(QueryMachines { compat_props: None }).await?,
+        answer => answer?,
+    };
+    let set_by = |it: &MachineInfo| {
+        let set = it.compat_props.iter().map(|it| (it.property.clone(), it.value.clone()));
+        (it.name.clone(), set.collect())
+    };
+    let set_by_machines = Arc::new(machines.iter().map(set_by).collect());
     let cpus = qmp.execute(QueryCpuDefinitions {}).await?;
     // Its types and schema are the same without TLS; only a trial tells.
     let dir = socket.parent().unwrap_or(Path::new("/")).join("tls");
@@ -218,6 +234,7 @@ async fn ask(binary: &Path, socket: &Path) -> Result<QemuInfo, QmpError> {
             .collect(),
         features,
         tls: tls.is_ok(),
+        set_by_machines,
     };
     // It may be gone before its answer is read.
     let _ = qmp.execute(Quit {}).await;

@@ -38,6 +38,9 @@ pub struct Inventory {
     /// The devices that words ask for, or the monitor: where QEMU has each, and what it is.
     #[serde(default)]
     peripherals: BTreeMap<String, String>,
+    /// How many networks QEMU makes up by itself (`user`).
+    #[serde(default)]
+    user_networks: usize,
 }
 
 /// Of a device, by name.
@@ -96,6 +99,17 @@ impl Inventory {
             memory_devices: memory_devices(qmp).await?,
             disks: disks(qmp).await?,
             peripherals: peripherals(qmp).await?,
+            user_networks: human("info network").await?.matches(",type=user,").count(),
+        })
+    }
+
+    /// What of it a QEMU of this version cannot load from one of that version, though it has all of it: QEMU 7.2 takes
+    /// the states of all `user` networks for that of one, as it wrote them; 10.0 tells them apart.
+    pub fn unloadable(&self, by: &str, from: &str) -> Option<String> {
+        let major = |version: &str| version.split('.').next()?.parse::<u32>().ok();
+        let is_old = major(by)? < 9 && major(from)? >= 9;
+        (is_old && self.user_networks > 1).then(|| {
+            format!("QEMU {by} cannot load the state of {} user networks from QEMU {from}", self.user_networks)
         })
     }
 

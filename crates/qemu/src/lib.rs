@@ -19,7 +19,7 @@ mod stream_tls;
 
 pub use command_line::{CommandLine, CommandLineError, FileKind, FileUse, Network};
 pub use drift::Drift;
-pub use host::{Accel, CpuModel, Machine, ProbeError, QemuInfo, find_binary, probe_qemu, try_kvm};
+pub use host::{Accel, CpuModel, Machine, ProbeError, QemuInfo, SetByMachine, find_binary, probe_qemu, try_kvm};
 pub use inventory::{Inventory, Layer};
 pub use launch::{
     Incoming, LaunchError, LaunchPlan, LaunchSettings, Launched, launch, plan_launch, ram_memfd, wants_shared_ram,

@@ -111,7 +111,9 @@ async fn every_command_of_ours_is_understood_and_its_answer_too() {
         assert_eq!(qmp.execute(QueryMemorySizeSummary {}).await.unwrap().base_memory, 16 << 20);
         let backends = qmp.execute(QueryMemdev {}).await.unwrap();
         assert!(backends.iter().all(|it| it.id.as_deref() != Some("vmferry-ram")), "{backends:?}");
-        assert!(qmp.execute(QueryMachines {}).await.unwrap().iter().any(|machine| machine.is_default));
+        assert!(
+            qmp.execute(QueryMachines { compat_props: None }).await.unwrap().iter().any(|machine| machine.is_default)
+        );
         assert!(qmp.execute(QueryCpuDefinitions {}).await.unwrap().iter().any(|cpu| cpu.name == "qemu64"));
         assert!(qmp.execute(QueryChardev {}).await.unwrap().iter().any(|chardev| chardev.label == "vmferry-qmp"));
 

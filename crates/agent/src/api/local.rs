@@ -119,7 +119,7 @@ async fn show(State(agent): Shared, Path(name): Path<String>) -> Answer<VmView> 
         if view.state != "unknown"
             && let Ok(Ok(now)) = tokio::time::timeout(GLANCE, vm.inventory()).await
         {
-            view.changes = match tokio::time::timeout(GLANCE, drift_of(&vm, &now)).await {
+            view.changes = match tokio::time::timeout(GLANCE, drift_of(&agent.host, &vm, &now)).await {
                 Ok(Ok(Some(drift))) => drift.sentences().map(str::to_owned).collect(),
                 _ => vm.changes(&now),
             };

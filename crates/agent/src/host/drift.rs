@@ -16,9 +16,11 @@ use crate::error::AgentError;
 const LOOK: Duration = Duration::from_secs(5);
 
 /// How a VM was changed since its start; none when it was not, as far as can be told.
-pub(crate) async fn drift_of(vm: &Vm, now: &Inventory) -> Result<Option<Drift>, AgentError> {
+pub(crate) async fn drift_of(host: &Host, vm: &Vm, now: &Inventory) -> Result<Option<Drift>, AgentError> {
     let command = CommandLine::parse(&vm.spec.argv)?;
-    let drift = Drift::of(&vm.qmp, &command, vm.first_inventory().as_ref(), now).await?;
+    let set = host.qemus.set_by_machines(vm).await;
+    let set = set.as_ref().and_then(|set| set.get(&vm.facts.machine));
+    let drift = Drift::of(&vm.qmp, &command, vm.first_inventory().as_ref(), now, set).await?;
     Ok(drift.is_any().then_some(drift))
 }
 
@@ -47,7 +49,7 @@ pub(super) async fn follow(host: Arc<Host>, vm: Arc<Vm>) {
 }
 
 async fn record(host: &Host, vm: &Vm) -> Result<(), AgentError> {
-    let drift = drift_of(vm, &vm.inventory().await?).await?;
+    let drift = drift_of(host, vm, &vm.inventory().await?).await?;
     vm.ram_bytes().await?;
     if vm.drift() != drift {
         for change in drift.iter().flat_map(Drift::sentences) {

@@ -1,12 +1,13 @@
 //! The QEMU binaries of this host, and what they turned out to be able to do.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use vmferry_api::in_one_line;
-use vmferry_qemu::{Accel, CommandLine, Features, QemuInfo};
+use vmferry_qemu::{Accel, CommandLine, Features, QemuInfo, SetByMachine};
 
 use super::vm::Vm;
 use crate::error::AgentError;
@@ -61,16 +62,23 @@ impl Qemus {
     /// What a VM's QEMU can do, and whether it can encrypt its streams. It is asked itself only when its binary was
     /// replaced since: the answer is so long that QEMU leaves its guest waiting for some tenths of a second.
     pub(crate) async fn features_of(&self, vm: &Vm) -> Result<(Features, bool), AgentError> {
-        let same_build = async {
-            let binary = self.find_qemu(&CommandLine::parse(&vm.spec.argv)?)?;
-            let info = self.qemu_info(&binary, &self.accelerator(&binary).await).await?;
-            Ok::<_, AgentError>(Some(info).filter(|info| info.build == vm.facts.qemu_build))
-        };
-        match same_build.await {
-            Ok(Some(info)) => Ok((info.features, info.tls)),
+        match self.info_of(vm).await {
+            Some(info) => Ok((info.features, info.tls)),
             // Whether it can encrypt is seen when it is told to.
-            _ => Ok((Features::probe(&vm.qmp).await?, true)),
+            None => Ok((Features::probe(&vm.qmp).await?, true)),
         }
+    }
+
+    /// What the machine types of a VM's QEMU set; none where that is not known.
+    pub(super) async fn set_by_machines(&self, vm: &Vm) -> Option<Arc<BTreeMap<String, SetByMachine>>> {
+        Some(self.info_of(vm).await?.set_by_machines)
+    }
+
+    /// Of the binary that a VM's QEMU was started from, unless it was replaced since.
+    async fn info_of(&self, vm: &Vm) -> Option<QemuInfo> {
+        let binary = self.find_qemu(&CommandLine::parse(&vm.spec.argv).ok()?).ok()?;
+        let info = self.qemu_info(&binary, &self.accelerator(&binary).await).await.ok()?;
+        (info.build == vm.facts.qemu_build).then_some(info)
     }
 
     /// Whether KVM works with this QEMU; where it did not, that is tried again after a while.

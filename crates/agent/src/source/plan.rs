@@ -85,7 +85,7 @@ pub(super) async fn plan(host: &Host, vm: &Vm, id: Uuid, request: &MigrateReques
     if !request.disks_are_shared {
         flushes(vm).await?;
     }
-    let (now, drift) = as_it_is(vm).await?;
+    let (now, drift) = as_it_is(host, vm).await?;
     let ram_bytes = vm.ram_bytes().await?;
     let behind = now.map(|now| now.backing_files()).unwrap_or_default();
     let mut spec = vm.spec.clone();
@@ -238,14 +238,14 @@ async fn agents_can(
 }
 
 /// What it is made of now, and how it was changed since its start; refused where that cannot go along.
-async fn as_it_is(vm: &Vm) -> Result<(Option<Inventory>, Option<Drift>), AgentError> {
+async fn as_it_is(host: &Host, vm: &Vm) -> Result<(Option<Inventory>, Option<Drift>), AgentError> {
     let now = match vm.inventory().await {
         Ok(now) => now,
         // It does not tell; what differs is seen when the destination has made its own.
         Err(QmpError::Command { .. }) => return Ok((None, None)),
         Err(error) => return Err(error.into()),
     };
-    let drift = drift_of(vm, &now).await?;
+    let drift = drift_of(host, vm, &now).await?;
     let obstacles = match &drift {
         Some(drift) => drift.obstacles.clone(),
         // In a way that has no words.

@@ -45,7 +45,9 @@ impl Run {
         let ours = self.vm.inventory().await?;
         // What the guest of one that was adopted had changed by then nobody knows.
         let before = self.vm.first_inventory().filter(|_| !self.vm.spec.adopted);
-        let differences = ours.differences(theirs, before.as_ref(), &format!("at {here}"), &format!("at {there}"));
+        let unloadable = ours.unloadable(&self.plan.there.qemu_version, &self.vm.facts.qemu_version);
+        let mut differences = ours.differences(theirs, before.as_ref(), &format!("at {here}"), &format!("at {there}"));
+        differences.extend(unloadable);
         if differences.is_empty() {
             return Ok(());
         }

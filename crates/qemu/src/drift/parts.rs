@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
 
+use crate::host::SetByMachine;
 use crate::inventory::peripherals;
 use crate::qmp::commands::{
     BlockNode, CpuPlace, DeviceListProperties, Drive, HumanMonitorCommand, MemoryDevice, QomGet, QomList, QueryBlock,
@@ -115,7 +116,11 @@ pub(super) struct Given {
 }
 
 /// A device's bus and properties, as words.
-pub(super) async fn given_to_device(qmp: &Qmp, device: &Device) -> Result<Given, QmpError> {
+pub(super) async fn given_to_device(
+    qmp: &Qmp,
+    device: &Device,
+    set_by_machine: Option<&SetByMachine>,
+) -> Result<Given, QmpError> {
     let get = async |property: &str| qmp.execute(QomGet { path: device.path.clone(), property: property.into() }).await;
     let mut given = Given::default();
     if let Ok(Value::String(bus)) = get("parent_bus").await
@@ -137,24 +142,39 @@ pub(super) async fn given_to_device(qmp: &Qmp, device: &Device) -> Result<Given,
             given.add(&property.name, &property.kind, &value);
         }
     }
+    if let Some(set) = set_by_machine {
+        given.properties.retain(|property| !set.contains(property));
+    }
     Ok(given)
 }
+
+/// What objects are given, of those that are carried. QEMU tells no defaults of objects, and newer versions have properties
+/// that older ones refuse.
+const GIVEN_TO_OBJECTS: [&str; 15] = [
+    "size",
+    "share",
+    "mem-path",
+    "prealloc",
+    "hugetlb",
+    "hugetlbsize",
+    "align",
+    "pmem",
+    "readonly",
+    "merge",
+    "dump",
+    "filename",
+    "poll-max-ns",
+    "poll-grow",
+    "poll-shrink",
+];
 
 /// An object's properties, as words.
 pub(super) async fn given_to_object(qmp: &Qmp, id: &str) -> Result<Given, QmpError> {
     let path = format!("/objects/{id}");
     let mut given = Given::default();
-    for property in qmp.execute(QomList { path: path.clone() }).await? {
-        let about_itself = matches!(property.name.as_str(), "type" | "opened") || property.name.starts_with("x-");
-        if about_itself || property.child_type().is_some() {
-            continue;
-        }
-        let Ok(value) = qmp.execute(QomGet { path: path.clone(), property: property.name.clone() }).await else {
-            continue;
-        };
-        // What says nothing may be unknown to another version.
-        let says_nothing = value == "auto" || value == 0 && property.name == "offset";
-        if !says_nothing {
+    let known = qmp.execute(QomList { path: path.clone() }).await?;
+    for property in known.iter().filter(|it| GIVEN_TO_OBJECTS.contains(&it.name.as_str())) {
+        if let Ok(value) = qmp.execute(QomGet { path: path.clone(), property: property.name.clone() }).await {
             given.add(&property.name, &property.kind, &value);
         }
     }
@@ -163,7 +183,7 @@ pub(super) async fn given_to_object(qmp: &Qmp, id: &str) -> Result<Given, QmpErr
 
 /// Where a device is on its bus, as words.
 pub(super) async fn place_of(qmp: &Qmp, device: &Device) -> Result<Vec<(String, String)>, QmpError> {
-    let given = given_to_device(qmp, device).await?;
+    let given = given_to_device(qmp, device, None).await?;
     Ok(given.properties.into_iter().filter(|(key, _)| key == "bus" || PLACES.contains(&key.as_str())).collect())
 }
 

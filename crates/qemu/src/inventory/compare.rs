@@ -134,6 +134,7 @@ mod tests {
             memory_devices: BTreeMap::new(),
             disks: [("d0".into(), vec![layer("a.qcow2")])].into(),
             peripherals: BTreeMap::new(),
+            user_networks: 0,
         }
     }
 
@@ -164,6 +165,15 @@ mod tests {
             it.disks.get_mut("d0").unwrap().insert(0, Layer { file: "b.qcow2".into(), format: "qcow2".into() });
         });
         assert_eq!(disk, ["d0 is a.qcow2 here and b.qcow2 over a.qcow2 there"]);
+    }
+
+    #[test]
+    fn what_an_older_qemu_cannot_load_is_known() {
+        let with = |user_networks: usize| Inventory { user_networks, ..machine() };
+        assert!(with(2).unloadable("7.2.22", "10.0.2").is_some_and(|why| why.contains("2 user networks")));
+        for (networks, by, from) in [(1, "7.2.22", "10.0.2"), (2, "10.0.2", "7.2.22"), (2, "10.0.2", "10.1.0")] {
+            assert_eq!(with(networks).unloadable(by, from), None);
+        }
     }
 
     #[test]

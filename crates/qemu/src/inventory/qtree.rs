@@ -7,7 +7,7 @@ use super::Properties;
 
 /// What firmware sets as soon as it runs, and what does not reach the guest: names of files and disks, whose content
 /// counts, and defaults that were written otherwise in earlier versions.
-const NOT_COMPARED: [&str; 5] = ["MCFG", "smb_io_base", "romfile", "rombar", "drive"];
+const NOT_COMPARED: [&str; 6] = ["MCFG", "busnr", "smb_io_base", "romfile", "rombar", "drive"];
 
 /// Where a device is on its bus, whatever kind of bus that is.
 const PLACES: [&str; 8] = ["addr", "unit", "scsi-id", "lun", "cad", "nr", "port", "iobase"];

@@ -59,7 +59,11 @@ commands! {
     /// Presses the power button.
     SystemPowerdown {} = "system_powerdown" -> Nothing;
     /// The machine types that this QEMU has.
-    QueryMachines {} = "query-machines" -> Vec<MachineInfo>;
+    QueryMachines {
+        /// With what each sets that is not as it is in the newest; not known before 9.1.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        compat_props: Option<bool>,
+    } = "query-machines" -> Vec<MachineInfo>;
     /// The CPU models that this QEMU has.
     QueryCpuDefinitions {} = "query-cpu-definitions" -> Vec<CpuDefinition>;
     /// How much memory the guest has.
@@ -302,6 +306,18 @@ pub struct MachineInfo {
     pub cpu_max: u32,
     /// What its RAM is called in a migration when `-m` alone was given.
     pub default_ram_id: Option<String>,
+    /// What it sets that is not as it is in the newest.
+    #[serde(default)]
+    pub compat_props: Vec<CompatProperty>,
+}
+
+/// A property that a machine type sets, of devices of some type.
+#[derive(Clone, Debug, Deserialize)]
+pub struct CompatProperty {
+    /// Its name.
+    pub property: String,
+    /// What it is.
+    pub value: String,
 }
 
 /// One CPU model.
