@@ -91,7 +91,7 @@ pub struct CpuModel {
 }
 
 /// What one QEMU binary can do on this host with one accelerator.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct QemuInfo {
     /// The binary.
     pub binary: PathBuf,
@@ -108,7 +108,6 @@ pub struct QemuInfo {
     /// It can encrypt its migration streams.
     pub tls: bool,
     /// What its machine types set that is not as it is in the newest; empty where it does not tell.
-    #[serde(skip)]
     pub set_by_machines: Arc<BTreeMap<String, SetByMachine>>,
 }
 

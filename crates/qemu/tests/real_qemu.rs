@@ -586,8 +586,6 @@ async fn a_probe_tells_machines_cpus_and_means_of_migration() {
         assert!(!model("host").unavailable.is_empty(), "TCG has no host model");
         assert!(info.features.has_capability("postcopy-ram") && info.features.has_parameter("downtime-limit"));
         assert!(info.tls, "Debian's QEMU has TLS");
-        let json = serde_json::to_string(&info).unwrap();
-        assert_eq!(serde_json::from_str::<QemuInfo>(&json).unwrap(), info);
     })
     .await;
 }
