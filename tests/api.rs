@@ -65,7 +65,7 @@ pub(crate) async fn offer_with_disk(bed: &Bed, disk: &std::path::Path) -> Offer 
         disks: vec![disk.into()],
         read_only: vec![],
         networks: vec![],
-        contents: Default::default(),
+        contents: std::collections::BTreeMap::default(),
         disks_are_shared: false,
         setup: Setup::default(),
         protection: Protection::default(),
@@ -203,7 +203,7 @@ async fn of_twenty_guests_at_once_for_memory_that_is_there_once_one_is_admitted(
         disks: Vec::new(),
         read_only: vec![],
         networks: vec![],
-        contents: Default::default(),
+        contents: std::collections::BTreeMap::default(),
         disks_are_shared: true,
         protection: Protection::Relay,
         ..offer_with_disk(&bed, "/nowhere".as_ref()).await

@@ -265,6 +265,8 @@ async fn there_and_back(bed: &Testbed, seed: u64) -> (Result<Leg, String>, Strin
         for _ in 0..machine.random.u32(0..=5) {
             machine.change(&user).await;
         }
+        // What is taken out may take a moment to go.
+        tokio::time::sleep(Duration::from_millis(300)).await;
         drop(user);
         let there = migrate(bed.alpha(), bed.beta(), &name).await?;
         if let Leg::Refused(_) = there {

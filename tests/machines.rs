@@ -146,9 +146,9 @@ async fn devices_processors_and_memory_that_were_plugged_in_and_out_go_along() {
         .await;
         order(&user, "device_add", json!({ "driver": "pc-dimm", "id": "dimm1", "memdev": "m1" })).await;
         let places = user.execute_raw("query-hotpluggable-cpus", json!({})).await.expect("answers");
-        let free = places.as_array().expect("a list").iter().filter(|place| place.get("qom-path").is_none());
+        let mut free = places.as_array().expect("a list").iter().filter(|place| place.get("qom-path").is_none());
         // The one that it would get next.
-        let place = free.last().expect("there is room for one");
+        let place = free.next_back().expect("there is room for one");
         let mut cpu = json!({ "driver": place["type"], "id": "cpu2" });
         cpu.as_object_mut().expect("it is one").extend(place["props"].as_object().expect("it has a place").clone());
         order(&user, "device_add", cpu).await;

@@ -163,7 +163,7 @@ async fn what_a_guest_reads_must_have_the_same_in_it_on_both_hosts() {
     let offer = crate::api::offer_with_disk(&bed, &iso).await;
     let offer = Offer { disks: vec![], read_only: vec![iso.clone()], ..offer };
     let reply = crate::api::check(&bed, &offer).await.expect("it is only asked about");
-    assert_eq!(reply.unproven, [iso.clone()]);
+    assert_eq!(reply.unproven, std::slice::from_ref(&iso));
     let with = |blake3: &str| {
         let content = Content { size: 1 << 20, blake3: blake3.into() };
         Offer { contents: [(iso.clone(), content)].into(), ..offer.clone() }

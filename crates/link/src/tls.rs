@@ -148,7 +148,7 @@ async fn connect_to_any(address: &str) -> std::io::Result<TcpStream> {
             next = addresses.next();
         }
         tokio::select! {
-            Some(tried) = tries.join_next() => match tried.expect("connecting does not panic") {
+            Some(ended) = tries.join_next() => match ended.expect("connecting does not panic") {
                 Ok(stream) => return Ok(stream),
                 Err(error) => last = error,
             },

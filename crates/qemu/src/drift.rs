@@ -56,7 +56,9 @@ impl Drift {
         for device in &added {
             // Those are told by commands of their own.
             if parts.cpu(device).is_none() && parts.memory(device).is_none() {
-                given.insert(device.path.clone(), given_to_device(qmp, device, set_by_machine).await?);
+                let mut told = given_to_device(qmp, device, set_by_machine).await?;
+                told.add_port(device, &parts);
+                given.insert(device.path.clone(), told);
             }
         }
         let mut objects = BTreeMap::new();
@@ -69,13 +71,14 @@ impl Drift {
         let mut words = Words::new(command, first, now, &parts, &objects);
         let stay = words.unplug();
         for (option, device) in stay {
-            let places = place_of(qmp, device).await?;
+            let places = place_of(qmp, device, &parts).await?;
             words.pin(option, &places);
         }
         words.follow_disks(&added);
         for device in by_bus(added, &given) {
             words.plug(device, given.get(&device.path));
         }
+        words.keep_networks();
         words.keep_defaults();
         words.drop_what_is_gone();
         Ok(words.finish())
@@ -228,6 +231,18 @@ impl<'a> Words<'a> {
         self.options[option].1 = Some(CommandOption::new("device", &properties.to_string()));
     }
 
+    /// A network that QEMU makes up by itself has a state that moves along, whether a card is on it or not.
+    fn keep_networks(&mut self) {
+        let parts = self.parts;
+        let made_up =
+            parts.networks.iter().filter(|(id, about)| about.starts_with("type=user") && !id.starts_with('#'));
+        for (id, _) in made_up {
+            if let Err(why) = self.network(id) {
+                self.obstacles.push(format!("the network {id} was added, and {why}"));
+            }
+        }
+    }
+
     /// Has QEMU give what it gives to a machine for which nothing of the kind is asked: words of ours ask for it.
     fn keep_defaults(&mut self) {
         let has = |name: &str| self.options.iter().any(|(option, _)| option.name == name);
@@ -239,7 +254,8 @@ impl<'a> Words<'a> {
             more.extend(["nic", "user"].map(|kind| CommandOption::new("net", kind)));
         }
         let holds_media = |it: &CommandOption| {
-            it.name == "device" && matches!(it.properties().get("driver"), Some("ide-cd" | "scsi-cd" | "ide-hd"))
+            it.name == "device"
+                && matches!(it.properties().get("driver"), Some("ide-cd" | "ide-hd" | "scsi-cd" | "scsi-hd"))
         };
         if self.more.iter().any(holds_media) {
             let drives = self.parts.drives.iter().filter(|it| it.device.contains("-cd"));

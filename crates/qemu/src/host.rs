@@ -205,7 +205,12 @@ async fn ask(binary: &Path, socket: &Path) -> Result<QemuInfo, QmpError> {
         answer => answer?,
     };
     let set_by = |it: &MachineInfo| {
-        let set = it.compat_props.iter().map(|it| (it.property.clone(), it.value.clone()));
+        let plain = |value: &str| match value {
+            "true" => "on".to_owned(),
+            "false" => "off".to_owned(),
+            other => other.to_owned(),
+        };
+        let set = it.compat_props.iter().map(|it| (it.property.clone(), plain(&it.value)));
         (it.name.clone(), set.collect())
     };
     let set_by_machines = Arc::new(machines.iter().map(set_by).collect());

@@ -143,7 +143,7 @@ mod tests {
         fs::write(dir.path().join("base/b.raw"), "").unwrap();
         let relative = VmSpec { cwd: dir.path().into(), ..spec.clone() };
         let both = Markers::put(&relative, &behind, Uuid::new_v4(), &Signature::of("aa")).unwrap();
-        assert_eq!(both.disks(), [disk.clone()]);
+        assert_eq!(both.disks(), std::slice::from_ref(&disk));
         assert_eq!(both.read_only(), [dir.path().join("base/b.raw")]);
         assert!(both.made.len() == 2 && both.made.iter().all(|marker| marker.exists()));
         let (before, now, elsewhere) = (Signature::of("aa"), Signature::of("aa"), Signature::of("bb"));

@@ -354,7 +354,7 @@ impl Peer {
 }
 
 /// HOST, HOST:PORT, ADDRESS or [IPV6]:PORT with the default port filled in; a link-local address with its interface, such
-/// as fe80::1%eth0.
+/// as `fe80::1%eth0`.
 pub(crate) fn with_port(to: &str) -> Result<String, String> {
     let bad = || format!("{to:?} names no host: use the name of a peer, HOST, HOST:PORT, or [IPV6]:PORT");
     if to.parse::<SocketAddr>().is_ok() {

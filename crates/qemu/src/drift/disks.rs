@@ -279,7 +279,9 @@ fn file_of(option: &CommandOption) -> String {
 fn as_drive(option: &CommandOption) -> Properties {
     let of = |words: &[(&str, &str)]| {
         let mut drive = Properties::default();
-        words.iter().for_each(|(key, value)| drive.push(key, value));
+        for (key, value) in words {
+            drive.push(key, value);
+        }
         drive.push("file", option.value());
         drive
     };

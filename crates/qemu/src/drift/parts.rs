@@ -27,6 +27,8 @@ pub(super) struct Parts {
     pub(super) networks: BTreeMap<String, String>,
     /// Ports that user networks forward, by back end, as words.
     pub(super) forwards: BTreeMap<String, Vec<String>>,
+    /// The ports that USB devices are at, by id.
+    pub(super) usb_ports: BTreeMap<String, String>,
     /// Character devices, by id, each with what the monitor says of it.
     pub(super) chardevs: BTreeMap<String, String>,
     pub(super) drives: Vec<Drive>,
@@ -54,10 +56,10 @@ impl Parts {
         };
         let named = or_none(qmp, QueryNamedBlockNodes { flat: true }).await?;
         let graph = qmp.execute(XDebugQueryBlockGraph {}).await?;
-        let names: BTreeMap<u64, &str> = graph.nodes.iter().map(|it| (it.id, it.name.as_str())).collect();
+        let called: BTreeMap<u64, &str> = graph.nodes.iter().map(|it| (it.id, it.name.as_str())).collect();
         let mut children: BTreeMap<String, Vec<(String, String)>> = BTreeMap::new();
         for edge in &graph.edges {
-            if let (Some(parent), Some(child)) = (names.get(&edge.parent), names.get(&edge.child)) {
+            if let (Some(parent), Some(child)) = (called.get(&edge.parent), called.get(&edge.child)) {
                 children.entry((*parent).into()).or_default().push((edge.name.clone(), (*child).into()));
             }
         }
@@ -66,6 +68,7 @@ impl Parts {
             objects: children_of(qmp, "/objects").await?.into_iter().collect(),
             networks: networks(&human("info network").await?),
             forwards: forwards(&human("info usernet").await.unwrap_or_default()),
+            usb_ports: usb_ports(&human("info usb").await.unwrap_or_default()),
             chardevs: qmp.execute(QueryChardev {}).await?.into_iter().map(|it| (it.label, it.filename)).collect(),
             drives: qmp.execute(QueryBlock {}).await?,
             nodes: named.into_iter().map(|it| (it.node_name.clone(), it)).collect(),
@@ -182,12 +185,21 @@ pub(super) async fn given_to_object(qmp: &Qmp, id: &str) -> Result<Given, QmpErr
 }
 
 /// Where a device is on its bus, as words.
-pub(super) async fn place_of(qmp: &Qmp, device: &Device) -> Result<Vec<(String, String)>, QmpError> {
-    let given = given_to_device(qmp, device, None).await?;
+pub(super) async fn place_of(qmp: &Qmp, device: &Device, parts: &Parts) -> Result<Vec<(String, String)>, QmpError> {
+    let mut given = given_to_device(qmp, device, None).await?;
+    given.add_port(device, parts);
     Ok(given.properties.into_iter().filter(|(key, _)| key == "bus" || PLACES.contains(&key.as_str())).collect())
 }
 
 impl Given {
+    /// A USB device is told its port by its bus.
+    pub(super) fn add_port(&mut self, device: &Device, parts: &Parts) {
+        let port = device.id.as_ref().and_then(|id| parts.usb_ports.get(id));
+        if let Some(port) = port.filter(|_| !self.properties.iter().any(|(key, _)| key == "port")) {
+            self.properties.push(("port".into(), port.clone()));
+        }
+    }
+
     pub(super) fn bus(&self) -> Option<&str> {
         self.properties.iter().find(|(key, _)| key == "bus").map(|(_, value)| value.as_str())
     }
@@ -224,6 +236,15 @@ fn networks(text: &str) -> BTreeMap<String, String> {
         let name = name.rsplit(": ").next()?.trim_start_matches([' ', '\\']);
         let about = about.split_once(',')?.1;
         (!about.starts_with("type=nic") && !about.starts_with("type=hubport")).then(|| (name.into(), about.into()))
+    };
+    text.lines().filter_map(one).collect()
+}
+
+/// Of `info usb`: `  Device 0.2, Port 3, Speed 480 Mb/s, Product QEMU USB Tablet, ID: tab1`.
+fn usb_ports(text: &str) -> BTreeMap<String, String> {
+    let one = |line: &str| {
+        let (_, port) = line.split_once(", Port ")?;
+        Some((line.trim_end().rsplit_once(", ID: ")?.1.to_owned(), port.split(',').next()?.to_owned()))
     };
     text.lines().filter_map(one).collect()
 }
@@ -278,6 +299,10 @@ mod tests {
         let text = "Hub -1 (net9):\r\n  Protocol[State]    FD  Source Address  Port   Dest. Address  Port RecvQ SendQ\r\n\
                     \u{20} TCP[HOST_FORWARD]  15       127.0.0.1  2222       10.0.2.15    22     0     0\r\n\
                     \u{20} UDP[HOST_FORWARD]  16               *  53       10.0.2.15    53     0     0\r\n";
+        let usb = usb_ports(
+            "  Device 0.2, Port 3.1, Speed 480 Mb/s, Product QEMU USB Tablet, ID: tab1\r\n  Device 0.0, Port 1, x\r\n",
+        );
+        assert_eq!(usb.into_iter().collect::<Vec<_>>(), [("tab1".to_owned(), "3.1".to_owned())]);
         let read = forwards(text);
         assert_eq!(read["net9"], ["tcp:127.0.0.1:2222-10.0.2.15:22", "udp::53-10.0.2.15:53"]);
     }

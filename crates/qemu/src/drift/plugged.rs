@@ -88,8 +88,8 @@ impl Words<'_> {
     }
 
     /// Has a network back end be there.
-    fn network(&mut self, id: &str) -> Result<(), String> {
-        if self.has("netdev", "id", id) {
+    pub(super) fn network(&mut self, id: &str) -> Result<(), String> {
+        if ["netdev", "nic", "net"].iter().any(|name| self.has(name, "id", id)) {
             return Ok(());
         }
         let about = self.parts.networks.get(id).ok_or_else(|| format!("its network {id} is not told"))?;

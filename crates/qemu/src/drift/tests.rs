@@ -29,6 +29,7 @@ fn parts(devices: &[(&str, &str)], drives: Vec<Drive>) -> Parts {
         objects: BTreeMap::new(),
         networks: BTreeMap::new(),
         forwards: BTreeMap::new(),
+        usb_ports: BTreeMap::new(),
         chardevs: BTreeMap::new(),
         drives,
         nodes: file.iter().map(|file| node(file)).collect(),

@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 use super::Properties;
 
 /// What firmware sets as soon as it runs, and what does not reach the guest: names of files and disks, whose content
-/// counts, and defaults that were written otherwise in earlier versions.
-const NOT_COMPARED: [&str; 6] = ["MCFG", "busnr", "smb_io_base", "romfile", "rombar", "drive"];
+/// counts, defaults that were written otherwise in earlier versions, and of what a guest may tell the host that it panicked.
+const NOT_COMPARED: [&str; 7] = ["MCFG", "busnr", "smb_io_base", "romfile", "rombar", "drive", "events"];
 
 /// Where a device is on its bus, whatever kind of bus that is.
 const PLACES: [&str; 8] = ["addr", "unit", "scsi-id", "lun", "cad", "nr", "port", "iobase"];
@@ -66,10 +66,14 @@ pub(super) fn devices(text: &str) -> BTreeMap<String, Properties> {
     devices
 }
 
-/// `addr = 0a.0`, `romsize = 4294967295 (0xffffffff)`; and `class ..., addr 00:0a.0, pci id 1af4:1001 (sub 1af4:0002)`.
+/// The last that is said of a key counts. `addr = 0a.0`, `romsize = 4294967295 (0xffffffff)`; and `class ..., addr 00:0a.0, pci id 1af4:1001 (sub 1af4:0002)`.
 fn property(words: &str) -> Option<(String, String)> {
     if words.starts_with("class ") {
         return Some(("pci id".into(), words.split_once("pci id ")?.1.into()));
+    }
+    // `addr 0.2, port 3, speed 480, name QEMU USB Tablet, attached`: where a USB device is, whatever was asked for.
+    if let Some((_, port)) = words.strip_prefix("addr ").and_then(|words| words.split_once(", port ")) {
+        return Some(("port".into(), port.split(',').next()?.into()));
     }
     let (key, value) = words.split_once(" = ")?;
     if NOT_COMPARED.contains(&key) || key.contains(' ') {
