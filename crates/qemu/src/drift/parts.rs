@@ -192,10 +192,13 @@ pub(super) async fn place_of(qmp: &Qmp, device: &Device, parts: &Parts) -> Resul
 }
 
 impl Given {
-    /// A USB device is told its port by its bus.
+    /// A USB device is told its port by its bus; at a hub's, that is the one that QEMU made for want of ports, and makes
+    /// again when the next device finds none.
     pub(super) fn add_port(&mut self, device: &Device, parts: &Parts) {
         let port = device.id.as_ref().and_then(|id| parts.usb_ports.get(id));
-        if let Some(port) = port.filter(|_| !self.properties.iter().any(|(key, _)| key == "port")) {
+        if let Some(port) =
+            port.filter(|port| !port.contains('.')).filter(|_| !self.properties.iter().any(|(key, _)| key == "port"))
+        {
             self.properties.push(("port".into(), port.clone()));
         }
     }
