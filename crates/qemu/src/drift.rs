@@ -72,7 +72,7 @@ impl Drift {
         let stay = words.unplug();
         for (option, device) in stay {
             let places = place_of(qmp, device, &parts).await?;
-            words.pin(option, &places);
+            words.pin(option, device, &places);
         }
         words.follow_disks(&added);
         for device in by_bus(added, &given) {
@@ -148,11 +148,34 @@ impl<'a> Words<'a> {
         Self { command, first, now, parts, objects, options, more, carried, obstacles }
     }
 
-    fn finish(self) -> Drift {
-        let options = self.options.into_iter().filter_map(|(_, now)| now).chain(self.more);
+    fn finish(mut self) -> Drift {
+        let json = self.all_in_one_form();
+        let options = self.options.into_iter().filter_map(|(_, now)| now).chain(json).chain(self.more);
         let words = options.flat_map(|option| option.words);
         let argv = std::iter::once(self.command.binary().to_owned()).chain(words).collect();
         Drift { argv, carried: self.carried, obstacles: self.obstacles }
+    }
+
+    /// QEMU makes devices that are said in JSON after all that are said otherwise: where some are ours, which are said
+    /// otherwise, the user's are, too, and come between those and ours.
+    fn all_in_one_form(&mut self) -> Vec<CommandOption> {
+        let is_device = |option: &CommandOption| option.name == "device";
+        let ours = self.options.iter().any(|(then, now)| now.as_ref().is_some_and(|now| is_device(now) && now != then));
+        let mut plain = Vec::new();
+        if !(ours || self.more.iter().any(is_device)) {
+            return plain;
+        }
+        for (_, now) in &mut self.options {
+            let Some(option) = now.take_if(|it| is_device(it) && it.value().starts_with('{')) else {
+                continue;
+            };
+            let words = option.properties();
+            if let Some((key, _)) = words.iter().find(|(key, _)| key.contains(".0")) {
+                self.obstacles.push(format!("{key} of a device cannot be said beside what was changed"));
+            }
+            plain.push(CommandOption::new("device", &words.to_string()));
+        }
+        plain
     }
 
     fn add(&mut self, name: &str, value: &Properties) {
@@ -219,9 +242,11 @@ impl<'a> Words<'a> {
     }
 
     /// Has a device be where it is.
-    fn pin(&mut self, option: usize, places: &[(String, String)]) {
-        // A drive's device has its place by its words.
-        let Some(words) = self.options[option].1.as_ref().filter(|it| it.name == "device") else { return };
+    fn pin(&mut self, option: usize, device: &Device, places: &[(String, String)]) {
+        let Some(words) = self.options[option].1.clone() else { return };
+        if words.name != "device" {
+            return self.pin_drive(option, &words, device, places);
+        }
         let mut properties = words.properties();
         for (key, value) in places {
             if properties.get(key).is_none() {
@@ -264,6 +289,25 @@ impl<'a> Words<'a> {
             more.extend(words.map(|words| CommandOption::new("drive", &words.to_string())));
         }
         self.more.extend(more);
+    }
+
+    /// A drive whose words ask for a device, too, gets one with words of its own.
+    fn pin_drive(&mut self, option: usize, words: &CommandOption, device: &Device, places: &[(String, String)]) {
+        let is_its = |it: &&crate::qmp::commands::Drive| {
+            it.qdev.as_deref().is_some_and(|qdev| qdev == device.path || qdev.starts_with(&format!("{}/", device.path)))
+        };
+        let Some(drive) = self.parts.drives.iter().find(is_its).filter(|it| !it.device.is_empty()) else { return };
+        let mut properties = words.properties();
+        properties.put_first("if", "none");
+        properties.put_first("id", &drive.device);
+        self.options[option].1 = Some(CommandOption::new("drive", &properties.to_string()));
+        let mut own = Properties::default();
+        own.push("driver", &device.driver);
+        own.push("drive", &drive.device);
+        for (key, value) in places {
+            own.push(key, value);
+        }
+        self.add("device", &own);
     }
 
     /// Removes the words of back ends that are gone, as those are that only a device which was taken out has used.

@@ -27,7 +27,7 @@ use super::{Answer, ApiError, upgraded};
 use crate::agent::Agent;
 use crate::engine::movable::movable;
 use crate::error::AgentError;
-use crate::host::{self, Console, GLANCE, IdleVm, Viewer, drift_of};
+use crate::host::{self, Console, GLANCE, IdleVm, Viewer};
 use crate::measuring::witness;
 use crate::peers::{link_trial, trust};
 use crate::recovery::came_whole;
@@ -119,9 +119,10 @@ async fn show(State(agent): Shared, Path(name): Path<String>) -> Answer<VmView> 
         if view.state != "unknown"
             && let Ok(Ok(now)) = tokio::time::timeout(GLANCE, vm.inventory()).await
         {
-            view.changes = match tokio::time::timeout(GLANCE, drift_of(&agent.host, &vm, &now)).await {
-                Ok(Ok(Some(drift))) => drift.sentences().map(str::to_owned).collect(),
-                _ => vm.changes(&now),
+            // What was seen last; of what was changed just now the description tells.
+            view.changes = match vm.drift() {
+                Some(drift) => drift.sentences().map(str::to_owned).collect(),
+                None => vm.changes(&now),
             };
         }
     }

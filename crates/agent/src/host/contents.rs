@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fs::{File, Metadata};
 use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Mutex;
 
@@ -26,13 +26,20 @@ type AsItWas = (u64, u64, u64, [(i64, i64); 2]);
 #[derive(Default)]
 pub(crate) struct Contents(Mutex<HashMap<AsItWas, String>>);
 
+/// What was an ordinary file a moment ago must not be waited for.
+const NONBLOCK: i32 = rustix::fs::OFlags::NONBLOCK.bits() as i32;
+
 /// How many files are remembered.
 const KEPT: usize = 4096;
 
 impl Contents {
     /// Of an ordinary file. Blocks for as long as it takes to read it.
     pub(crate) fn of(&self, path: &Path) -> io::Result<Content> {
-        let file = File::open(path)?;
+        // Nothing of the other kinds is even opened: that may take for ever, or do something.
+        if !std::fs::metadata(path)?.is_file() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no ordinary file"));
+        }
+        let file = File::options().read(true).custom_flags(NONBLOCK).open(path)?;
         let before = file.metadata()?;
         if !before.is_file() {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no ordinary file"));

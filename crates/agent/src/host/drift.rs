@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use vmferry_api::in_one_line;
 use vmferry_qemu::inventory::Glimpse;
+use vmferry_qemu::qmp::commands::QueryBlockJobs;
 use vmferry_qemu::{CommandLine, Drift, Inventory};
 
 use super::host::Host;
@@ -28,29 +29,48 @@ pub(crate) async fn drift_of(host: &Host, vm: &Vm, now: &Inventory) -> Result<Op
 pub(super) async fn follow(host: Arc<Host>, vm: Arc<Vm>) {
     let mut known: Option<Glimpse> = None;
     while vm.is_alive() && !vm.qmp.is_closed() {
+        tokio::select! {
+            () = tokio::time::sleep(LOOK) => {}
+            () = vm.qmp.closed() => return,
+        }
         // While it moves, the migration has the say over its QEMU; what is changed then is seen afterwards.
         if vm.stage() == Stage::Owned {
             match Glimpse::of(&vm.qmp).await {
                 Ok(seen) if known.as_ref() != Some(&seen) => match record(&host, &vm).await {
-                    Ok(()) => known = Some(seen),
+                    Ok(true) => known = Some(seen),
+                    Ok(false) => {}
                     Err(error) => {
-                        tracing::warn!(vm = vm.name(), error = in_one_line(&error), "cannot follow its changes");
+                        let why = in_one_line(&error);
+                        tracing::warn!(vm = vm.name(), why, "cannot follow its changes");
+                        // What it was before is not what it is: it is not to be started so.
+                        if known.is_some() {
+                            let obstacles = vec![format!("it was changed, and how could not be told: {why}")];
+                            let unknown = Drift { argv: vm.spec.argv.clone(), carried: Vec::new(), obstacles };
+                            if let Err(error) = keep(&host, &vm, Some(unknown)).await {
+                                tracing::warn!(vm = vm.name(), error = in_one_line(&error), "cannot record that");
+                            }
+                        }
                     }
                 },
                 Ok(_) => {}
                 Err(error) => tracing::debug!(vm = vm.name(), %error, "does not tell what it is made of"),
             }
         }
-        tokio::select! {
-            () = tokio::time::sleep(LOOK) => {}
-            () = vm.qmp.closed() => {}
-        }
     }
 }
 
-async fn record(host: &Host, vm: &Vm) -> Result<(), AgentError> {
+/// Records how it is changed, unless a disk is being worked on: what stands in front of that meanwhile is none of it.
+async fn record(host: &Host, vm: &Vm) -> Result<bool, AgentError> {
+    if !vm.qmp.execute(QueryBlockJobs {}).await?.is_empty() {
+        return Ok(false);
+    }
     let drift = drift_of(host, vm, &vm.inventory().await?).await?;
     vm.ram_bytes().await?;
+    keep(host, vm, drift).await?;
+    Ok(true)
+}
+
+async fn keep(host: &Host, vm: &Vm, drift: Option<Drift>) -> Result<(), AgentError> {
     if vm.drift() != drift {
         for change in drift.iter().flat_map(Drift::sentences) {
             tracing::info!(vm = vm.name(), change, "was changed");

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
-use vmferry_api::{EngineName, MigrationEvent, Step};
+use vmferry_api::{MigrationEvent, Step};
 use vmferry_policy::{Action, Observation};
 
 use super::run::Run;
@@ -14,8 +14,8 @@ use crate::measuring::scripts::policy_of;
 
 impl Run {
     /// Nothing has come up since the plan that keeps the guest from being moved as planned.
-    async fn as_planned(&self, by_agents: bool) -> Result<(), AgentError> {
-        match came_up(&self.vm.qmp, &self.plan.seen, by_agents).await? {
+    async fn as_planned(&self) -> Result<(), AgentError> {
+        match came_up(&self.vm.qmp, &self.plan.seen, false).await? {
             None => Ok(()),
             Some(reason) => Err(AgentError::NotMigratable {
                 name: self.vm.name().into(),
@@ -28,8 +28,7 @@ impl Run {
     /// Copies rounds of RAM, as the policy says, until the destination has what it needs to run the guest.
     pub(super) async fn copy_ram(&mut self, engine: &mut dyn RamEngine) -> Result<Seen, AgentError> {
         self.teller.step(Step::CopyRam);
-        let by_agents = self.plan.mover.name() == EngineName::External;
-        self.as_planned(by_agents).await?;
+        self.as_planned().await?;
         engine.start().await?;
         let mut policy = policy_of(self.script.as_ref());
         loop {
@@ -42,7 +41,7 @@ impl Run {
             if seen.ready_to_commit {
                 // The last moment to undo it: its disks are to be those that wait there.
                 if !seen.let_go {
-                    self.as_planned(false).await?;
+                    self.as_planned().await?;
                 }
                 return Ok(seen);
             }
@@ -65,6 +64,10 @@ impl Run {
                     let name = self.vm.name().into();
                     return Err(AgentError::GaveUp { name, reason: reason.to_string() });
                 }
+            }
+            // The last moment before QEMU lets go of it.
+            if action == Action::PostCopy {
+                self.as_planned().await?;
             }
             engine.apply(&action).await?;
         }

@@ -41,6 +41,8 @@ pub(super) struct Plan {
     pub(super) rate: Option<u64>,
     /// Until the destination has looked for them for the last time.
     pub(super) markers: Option<Markers>,
+    /// It was changed since its start.
+    pub(super) changed: bool,
     /// What users change while it runs, as it is when it is planned.
     pub(super) seen: Glimpse,
     /// Who moves the RAM.
@@ -88,6 +90,7 @@ pub(super) async fn plan(host: &Host, vm: &Vm, id: Uuid, request: &MigrateReques
     let (now, drift) = as_it_is(host, vm).await?;
     let ram_bytes = vm.ram_bytes().await?;
     let behind = now.map(|now| now.backing_files()).unwrap_or_default();
+    let changed = drift.is_some();
     let mut spec = vm.spec.clone();
     let mut notes = Vec::new();
     if let Some(drift) = drift {
@@ -124,7 +127,7 @@ pub(super) async fn plan(host: &Host, vm: &Vm, id: Uuid, request: &MigrateReques
     }
     let mut there = peer.check(&offer).await?;
     if !there.unproven.is_empty() {
-        offer.contents = contents_of(host, &there).await?;
+        offer.contents = contents_of(host, &offer, &there).await?;
         there = peer.check(&offer).await?;
     }
     let (features, can_tls) = host.qemus.features_of(vm).await?;
@@ -148,12 +151,7 @@ pub(super) async fn plan(host: &Host, vm: &Vm, id: Uuid, request: &MigrateReques
             mover.protection(fastest_cipher(&host.ciphers_for(remote), &there.ciphers))
         }
     };
-    // QEMU cannot be told the interface that such an address needs.
-    let is_link_local = matches!(remote, IpAddr::V6(address) if address.is_unicast_link_local());
-    let protect = match protect {
-        Protect::Not | Protect::Tls(_) if is_link_local && mover.name() == EngineName::Qemu => Protect::Relay,
-        protect => protect,
-    };
+    let protect = mover.reaches(remote, protect);
     notes.extend(mover.notes());
     match run_state {
         RunState::Running => {}
@@ -191,18 +189,28 @@ pub(super) async fn plan(host: &Host, vm: &Vm, id: Uuid, request: &MigrateReques
         protect,
         rate,
         markers: Some(markers),
+        changed,
         seen,
         mover,
     })
 }
 
 /// What is in the files of which the destination wants to know.
-async fn contents_of(host: &Host, there: &CheckReply) -> Result<BTreeMap<PathBuf, Content>, AgentError> {
-    let (contents, files) = (Arc::clone(&host.contents), there.unproven.clone());
+async fn contents_of(host: &Host, offer: &Offer, there: &CheckReply) -> Result<BTreeMap<PathBuf, Content>, AgentError> {
+    // Of nothing else than what was offered.
+    let files: Vec<PathBuf> = offer.read_only.iter().filter(|it| there.unproven.contains(it)).cloned().collect();
+    let (contents, name) = (Arc::clone(&host.contents), offer.spec.name.clone());
     let read = move || {
-        let one = |file: PathBuf| {
-            let content = contents.of(&file).map_err(AgentError::io(&file))?;
-            Ok((file, content))
+        let one = |file: PathBuf| match contents.of(&file) {
+            Ok(content) => Ok((file, content)),
+            Err(error) => Err(AgentError::NotMigratable {
+                name: name.clone(),
+                reason: format!(
+                    "nothing tells that {} is the same on both hosts: it cannot be read ({error})",
+                    file.display()
+                ),
+                hint: Some("if you know that it is, say --disks-are-shared".into()),
+            }),
         };
         files.into_iter().map(one).collect()
     };

@@ -39,6 +39,11 @@ impl Run {
     async fn same_machine(&self, prepared: &Prepared) -> Result<(), AgentError> {
         let (here, there) = (&self.host.config.name, &self.plan.view.to);
         let Some(theirs) = &prepared.inventory else {
+            if self.plan.changed {
+                let differences =
+                    vec!["it does not tell what it is made of, and ours was changed since its start".into()];
+                return Err(AgentError::OtherMachine { name: self.vm.name().into(), to: there.clone(), differences });
+            }
             self.migration.note(format!("{there} does not tell what the machine that waits there is made of."));
             return Ok(());
         };

@@ -38,16 +38,16 @@ impl Words<'_> {
 
     fn is_changed(&self, name: &str, drive: &Drive) -> bool {
         let (before, now) = (self.first.and_then(|it| it.disk(name)), self.now.disk(name));
-        match before {
-            Some(before) => now.is_some_and(|now| now != before),
-            // Nothing is known of its start but its words.
-            None => match (self.option_of(drive), &drive.inserted) {
-                (Some(at), Some(inserted)) => {
-                    let words = self.options[at].0.properties();
-                    words.get_some("file").is_some_and(|file| !is_same_file(file, &inserted.image.filename))
-                }
-                _ => false,
-            },
+        if before.is_some_and(|before| now.is_some_and(|now| now != before)) {
+            return true;
+        }
+        // It may have been changed before it was first seen: then its words tell, where they are plain.
+        match (self.option_of(drive), &drive.inserted) {
+            (Some(at), Some(inserted)) => {
+                let (said, told) = (file_of(&self.options[at].0), &inserted.image.filename);
+                said.starts_with('/') && told.starts_with('/') && !is_same_file(&said, told)
+            }
+            _ => false,
         }
     }
 
@@ -65,6 +65,9 @@ impl Words<'_> {
         });
         if let Some(inserted) = &drive.inserted {
             let node = self.told(&inserted.node_name)?.clone();
+            if !TOLD_FORMATS.contains(&node.drv.as_str()) && !TOLD_FILES.contains(&node.drv.as_str()) {
+                return Err(format!("not all of its block driver {} can be told from outside", node.drv));
+            }
             words.push("file", &node.file);
             words.push("format", &node.drv);
             if !node.node_name.starts_with('#') {
@@ -163,17 +166,26 @@ impl Words<'_> {
         Ok(called)
     }
 
-    /// An option says of what a node consists, and it does.
+    /// An option says of what a node consists, and it does, all the way down.
     fn says(&self, at: usize, name: &str) -> bool {
         let words = self.options[at].0.properties();
-        ["file", "backing", "data-file"].iter().all(|role| {
+        let Some(node) = self.parts.nodes.get(name) else { return false };
+        let is_same = |key: &str, told: &str| words.get(key).is_none_or(|said| said == told);
+        let is_made_of = |role: &str| {
             let child = self.parts.child(name, role);
             match words.get(role) {
-                Some(named) => child == Some(named),
+                Some(named) => {
+                    let below = self.find("blockdev", "node-name", named);
+                    child == Some(named) && below.is_none_or(|below| self.says(below, named))
+                }
                 // A node that nobody named is made from its parent's words, or from the image.
                 None => child.is_none_or(|child| child.starts_with('#')),
             }
-        })
+        };
+        is_same("driver", &node.drv)
+            && is_same("filename", &node.file)
+            && is_same("file.filename", &node.file)
+            && ["file", "backing", "data-file"].into_iter().all(is_made_of)
     }
 
     /// Writes of what a node consists, each key after this prefix.

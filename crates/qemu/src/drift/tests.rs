@@ -78,16 +78,16 @@ fn a_device_that_was_taken_out_goes_with_what_only_it_has_used() {
 fn a_drive_holds_what_is_in_it_now_however_it_was_said() {
     for (line, name, file, expected) in [
         (
-            "-drive file=a,id=d,if=none,aio=native",
+            "-drive file=/a,id=d,if=none,aio=native",
             "d",
-            Some("b,c"),
-            "-drive id=d,if=none,aio=native,file=b,,c,format=raw",
+            Some("/b,c"),
+            "-drive id=d,if=none,aio=native,file=/b,,c,format=raw",
         ),
-        ("-drive file.filename=a,format=qcow2,id=d", "d", None, "-drive id=d"),
+        ("-drive file.filename=/a,format=qcow2,id=d", "d", None, "-drive id=d"),
     ] {
         let drift = followed(line, &parts(&[], vec![drive(name, "x", file)]));
         // Nothing is known of what was in it at first, so that only a plain path tells.
-        let tells = line.contains("file=a");
+        let tells = line.contains("file=/a");
         assert_eq!(text(&drift), if tells { expected } else { line }, "{line}");
     }
     assert_eq!(disks::by_name("ide2-cd0").unwrap().to_string(), "if=ide,bus=2,unit=0,media=cdrom");

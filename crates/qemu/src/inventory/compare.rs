@@ -9,6 +9,9 @@ use super::{Inventory, Layer, RamSize};
 /// and is said among these bits by newer versions only.
 const NOT_COMPARED: [(&str, u64); 3] = [("0x7.0 EBX", 1 << 22), ("0x1.0 EDX", 1 << 28), ("0x80000001.0 ECX", 1 << 1)];
 
+/// Properties that no guest changes: other ones than at first are another device's under the same name.
+const NEVER_THE_GUESTS: [&str; 5] = ["mac", "serial", "wwn", "netdev", "chardev"];
+
 impl Inventory {
     /// How another differs from this one in what a guest that goes on there would notice. `here` and `there` are said of
     /// the two, such as "at alpha" or "now".
@@ -30,7 +33,9 @@ impl Inventory {
             // What only one of two versions knows is as it was before in the other.
             let Some(before) = before else { continue };
             let at_first = before.devices.get(device);
-            let is_fixed = |key: &str, value: &String| at_first.is_none_or(|it| it.get(key) == Some(value));
+            let is_fixed = |key: &str, value: &String| {
+                NEVER_THE_GUESTS.contains(&key) || at_first.is_none_or(|it| it.get(key) == Some(value))
+            };
             let differ = both(ours, theirs).filter(|(key, ours, theirs)| ours != theirs && is_fixed(key, ours));
             for (key, ours, theirs) in differ {
                 say(format!("{} of {} is {ours} {here} and {theirs} {there}", key, last(device)));

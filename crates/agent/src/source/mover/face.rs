@@ -78,6 +78,11 @@ pub(crate) trait Mover: Send + Sync {
         false
     }
 
+    /// How it gets to this address, where it was to be protected so.
+    fn reaches(&self, _: IpAddr, protect: Protect) -> Protect {
+        protect
+    }
+
     /// How it can be protected on its way; this is the fastest cipher that both hosts allow.
     fn protection(&self, cipher: Option<Cipher>) -> Protect;
 

@@ -97,6 +97,14 @@ impl Mover for ByQemu {
         self.pauses_first
     }
 
+    /// QEMU cannot be told the interface that a link-local address needs.
+    fn reaches(&self, remote: IpAddr, protect: Protect) -> Protect {
+        match (remote, protect) {
+            (IpAddr::V6(address), Protect::Not | Protect::Tls(_)) if address.is_unicast_link_local() => Protect::Relay,
+            _ => protect,
+        }
+    }
+
     fn protection(&self, cipher: Option<Cipher>) -> Protect {
         cipher.filter(|_| self.can_tls).map_or(Protect::Relay, Protect::Tls)
     }
