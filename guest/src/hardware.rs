@@ -14,12 +14,17 @@ pub(crate) fn in_words() -> String {
     }
     let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let cpus = cpuinfo.lines().filter(|line| line.starts_with("processor")).count();
-    let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let total = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:"));
-    let kib: u64 = total.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse().ok()).unwrap_or(0);
+    let kib = memory_kib("MemTotal:").unwrap_or(0);
     let mut devices: Vec<String> = below("/sys/bus/pci/devices").iter().filter_map(|device| named(device)).collect();
     devices.sort();
     format!(r#"{{"hardware":{{"cpus":{cpus},"memory_kib":{kib},"pci":["{}"]}}}}"#, devices.join("\",\""))
+}
+
+/// One line of what the kernel tells of memory.
+pub(crate) fn memory_kib(of: &str) -> Option<u64> {
+    let meminfo = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = meminfo.lines().find_map(|line| line.strip_prefix(of))?;
+    line.trim().strip_suffix("kB")?.trim().parse().ok()
 }
 
 fn below(folder: &str) -> Vec<PathBuf> {

@@ -122,8 +122,5 @@ fn obey(console: &Console, commands: console::Commands, verifications: &mpsc::Se
 }
 
 fn available_memory() -> Option<u64> {
-    let meminfo = fs::read_to_string("/proc/meminfo").ok()?;
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib * 1024)
+    Some(hardware::memory_kib("MemAvailable:")? * 1024)
 }

@@ -125,6 +125,15 @@ impl CommandOption {
         }
     }
 
+    /// The number of the VNC display that it asks for at a port of the host, if it does.
+    pub(crate) fn vnc_display(&self) -> Option<u16> {
+        match self.name.as_str() {
+            "vnc" => display_number(self.value()),
+            "display" => display_number(self.value().strip_prefix("vnc=")?),
+            _ => None,
+        }
+    }
+
     pub(crate) fn properties(&self) -> Properties {
         Properties::parse(self.value(), implied_key(&self.name))
     }
@@ -278,9 +287,7 @@ impl CommandLine {
 
     /// The number of the VNC display that it asks for at a port of the host, if it does: the port is 5900 and that.
     pub fn vnc_display(&self) -> Option<u16> {
-        let by_vnc = self.all("vnc").map(CommandOption::value);
-        let by_display = self.all("display").filter_map(|option| option.value().strip_prefix("vnc="));
-        by_vnc.chain(by_display).filter_map(display_number).last()
+        self.all("vnc").chain(self.all("display")).filter_map(CommandOption::vnc_display).last()
     }
 
     /// A password that is set while it runs opens its VNC display: nobody can ask for that.
@@ -301,7 +308,7 @@ impl CommandLine {
 }
 
 /// Of `0.0.0.0:1,password=on`: 1. None of a display that is somewhere else than at a port of its own.
-pub(crate) fn display_number(value: &str) -> Option<u16> {
+fn display_number(value: &str) -> Option<u16> {
     let (_, number) = value.split(',').next()?.rsplit_once(':')?;
     if value.starts_with("unix:") || value.contains(",reverse") {
         return None;

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::command_line::{CommandLine, CommandOption, Properties};
 use crate::host::SetByMachine;
 use crate::inventory::Inventory;
+use crate::qmp::commands::Drive;
 use crate::qmp::{Qmp, QmpError};
 use parts::{Device, Given, Parts, given_to_device, given_to_object, known_ids, place_of};
 
@@ -56,8 +57,7 @@ impl Drift {
         for device in &added {
             // Those are told by commands of their own.
             if parts.cpu(device).is_none() && parts.memory(device).is_none() {
-                let mut told = given_to_device(qmp, device, set_by_machine).await?;
-                told.add_port(device, &parts);
+                let told = given_to_device(qmp, device, &parts, set_by_machine).await?;
                 given.insert(device.path.clone(), told);
             }
         }
@@ -259,8 +259,7 @@ impl<'a> Words<'a> {
     /// A network that QEMU makes up by itself has a state that moves along, whether a card is on it or not.
     fn keep_networks(&mut self) {
         let parts = self.parts;
-        let made_up =
-            parts.networks.iter().filter(|(id, about)| about.starts_with("type=user") && !id.starts_with('#'));
+        let made_up = parts.networks.iter().filter(|(id, it)| it.kind == "user" && !id.starts_with('#'));
         for (id, _) in made_up {
             if let Err(why) = self.network(id) {
                 self.obstacles.push(format!("the network {id} was added, and {why}"));
@@ -293,9 +292,7 @@ impl<'a> Words<'a> {
 
     /// A drive whose words ask for a device, too, gets one with words of its own.
     fn pin_drive(&mut self, option: usize, words: &CommandOption, device: &Device, places: &[(String, String)]) {
-        let is_its = |it: &&crate::qmp::commands::Drive| {
-            it.qdev.as_deref().is_some_and(|qdev| qdev == device.path || qdev.starts_with(&format!("{}/", device.path)))
-        };
+        let is_its = |it: &&Drive| it.qdev.as_deref().is_some_and(|qdev| disks::is_within(qdev, &device.path));
         let Some(drive) = self.parts.drives.iter().find(is_its).filter(|it| !it.device.is_empty()) else { return };
         let mut properties = words.properties();
         properties.put_first("if", "none");

@@ -14,11 +14,10 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::qmp::commands::{
-    BlockImage, Drive, HumanMonitorCommand, QomGet, QomList, QueryBlock, QueryCpusFast, QueryHotpluggableCpus,
-    QueryMemoryDevices,
+    BlockImage, Drive, QomGet, QueryBlock, QueryCpusFast, QueryHotpluggableCpus, QueryMemoryDevices,
 };
-use crate::qmp::{Qmp, QmpError};
-use crate::ram::ram_blocks;
+use crate::qmp::{Command, Qmp, QmpError};
+use crate::ram::{ask_if_known, children, net_clients, ram_blocks};
 
 /// See the module's text.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -81,25 +80,21 @@ impl Glimpse {
 impl Inventory {
     /// Asks a QEMU, which runs its guest on meanwhile.
     pub async fn of(qmp: &Qmp) -> Result<Self, QmpError> {
-        let human = async |line: &str| qmp.execute(HumanMonitorCommand { command_line: line.into() }).await;
-        let ram = ram_blocks(&human("info ramblock").await?);
+        let ram = ram_blocks(&ask_if_known(qmp, "info ramblock").await?);
         let ram = ram.into_iter().filter_map(|it| Some((it.name, RamSize { used: it.used?, most: it.total? })));
-        let plugged = match qmp.execute(QueryHotpluggableCpus {}).await {
-            Ok(places) => places,
-            // A machine whose processors are as many as it began with.
-            Err(QmpError::Command { .. }) => Vec::new(),
-            Err(error) => return Err(error),
-        };
+        // None of a machine whose processors are as many as it began with.
+        let plugged = or_none(qmp, QueryHotpluggableCpus {}).await?;
+        let networks = net_clients(&ask_if_known(qmp, "info network").await?);
         let cpus = plugged.into_iter().filter(|it| it.qom_path.is_some()).map(|it| (it.props.to_string(), it.kind));
         Ok(Self {
-            devices: qtree::devices(&human("info qtree").await?),
+            devices: qtree::devices(&ask_if_known(qmp, "info qtree").await?),
             ram: ram.collect(),
             cpu_features: cpu_features(qmp).await?,
             cpus: cpus.collect(),
             memory_devices: memory_devices(qmp).await?,
             disks: disks(qmp).await?,
             peripherals: peripherals(qmp).await?,
-            user_networks: human("info network").await?.matches(",type=user,").count(),
+            user_networks: networks.iter().filter(|it| it.kind == "user").count(),
         })
     }
 
@@ -221,13 +216,18 @@ pub(crate) fn name_of(drive: &Drive) -> Option<String> {
 pub(crate) async fn peripherals(qmp: &Qmp) -> Result<BTreeMap<String, String>, QmpError> {
     let mut devices = BTreeMap::new();
     for folder in ["/machine/peripheral", "/machine/peripheral-anon"] {
-        for it in qmp.execute(QomList { path: folder.into() }).await? {
-            if let Some(driver) = it.child_type() {
-                devices.insert(format!("{folder}/{}", it.name), driver.to_owned());
-            }
-        }
+        let below = children(qmp, folder).await?.into_iter();
+        devices.extend(below.map(|(name, driver)| (format!("{folder}/{name}"), driver)));
     }
     Ok(devices)
+}
+
+/// What a machine that lacks the command has none of.
+pub(crate) async fn or_none<C: Command<Reply = Vec<T>>, T>(qmp: &Qmp, command: C) -> Result<Vec<T>, QmpError> {
+    match qmp.execute(command).await {
+        Err(QmpError::Command { .. }) => Ok(Vec::new()),
+        answer => answer,
+    }
 }
 
 #[cfg(test)]

@@ -15,10 +15,10 @@ use std::collections::BTreeMap;
 use crate::qmp::commands::{HumanMonitorCommand, QomList, QueryMemdev, QueryMemorySizeSummary};
 use crate::qmp::{Qmp, QmpError, open_enum};
 use monitor::MappedRange;
-pub(crate) use monitor::ram_blocks;
+pub(crate) use monitor::{NetClient, net_clients, ram_blocks};
 
 /// Where QEMU keeps the objects that its user made.
-const OBJECTS: &str = "/objects";
+pub(crate) const OBJECTS: &str = "/objects";
 
 /// What the guest's RAM is made of.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -114,7 +114,7 @@ async fn address_of(qmp: &Qmp, ranges: &[&MappedRange]) -> Result<Option<u64>, Q
 }
 
 /// The objects below this one: what each is called, and its type.
-async fn children(qmp: &Qmp, path: &str) -> Result<Vec<(String, String)>, QmpError> {
+pub(crate) async fn children(qmp: &Qmp, path: &str) -> Result<Vec<(String, String)>, QmpError> {
     let properties = qmp.execute(QomList { path: path.into() }).await?;
     Ok(properties.iter().filter_map(|it| Some((it.name.clone(), it.child_type()?.to_owned()))).collect())
 }
@@ -129,7 +129,7 @@ async fn ask(qmp: &Qmp, line: &str) -> Result<String, QmpError> {
 }
 
 /// Asks the monitor for humans; no answer, when this QEMU does not know what was asked.
-async fn ask_if_known(qmp: &Qmp, line: &str) -> Result<String, QmpError> {
+pub(crate) async fn ask_if_known(qmp: &Qmp, line: &str) -> Result<String, QmpError> {
     match ask(qmp, line).await {
         Err(QmpError::Command { .. }) => Ok(String::new()),
         answer => answer,

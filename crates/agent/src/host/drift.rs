@@ -34,28 +34,37 @@ pub(super) async fn follow(host: Arc<Host>, vm: Arc<Vm>) {
             () = vm.qmp.closed() => return,
         }
         // While it moves, the migration has the say over its QEMU; what is changed then is seen afterwards.
-        if vm.stage() == Stage::Owned {
-            match Glimpse::of(&vm.qmp).await {
-                Ok(seen) if known.as_ref() != Some(&seen) => match record(&host, &vm).await {
-                    Ok(true) => known = Some(seen),
-                    Ok(false) => {}
-                    Err(error) => {
-                        let why = in_one_line(&error);
-                        tracing::warn!(vm = vm.name(), why, "cannot follow its changes");
-                        // What it was before is not what it is: it is not to be started so.
-                        if known.is_some() {
-                            let obstacles = vec![format!("it was changed, and how could not be told: {why}")];
-                            let unknown = Drift { argv: vm.spec.argv.clone(), carried: Vec::new(), obstacles };
-                            if let Err(error) = keep(&host, &vm, Some(unknown)).await {
-                                tracing::warn!(vm = vm.name(), error = in_one_line(&error), "cannot record that");
-                            }
-                        }
-                    }
-                },
-                Ok(_) => {}
-                Err(error) => tracing::debug!(vm = vm.name(), %error, "does not tell what it is made of"),
+        if vm.stage() != Stage::Owned {
+            continue;
+        }
+        let seen = match Glimpse::of(&vm.qmp).await {
+            Ok(seen) if known.as_ref() == Some(&seen) => continue,
+            Ok(seen) => seen,
+            Err(error) => {
+                tracing::debug!(vm = vm.name(), %error, "does not tell what it is made of");
+                continue;
+            }
+        };
+        match record(&host, &vm).await {
+            Ok(true) => known = Some(seen),
+            Ok(false) => {}
+            Err(error) => {
+                let why = in_one_line(&error);
+                tracing::warn!(vm = vm.name(), why, "cannot follow its changes");
+                // What it was before is not what it is: it is not to be started so.
+                if known.is_some() {
+                    keep_unknown(&host, &vm, &why).await;
+                }
             }
         }
+    }
+}
+
+async fn keep_unknown(host: &Host, vm: &Vm, why: &str) {
+    let obstacles = vec![format!("it was changed, and how could not be told: {why}")];
+    let unknown = Drift { argv: vm.spec.argv.clone(), carried: Vec::new(), obstacles };
+    if let Err(error) = keep(host, vm, Some(unknown)).await {
+        tracing::warn!(vm = vm.name(), error = in_one_line(&error), "cannot record that");
     }
 }
 

@@ -63,24 +63,20 @@ impl Journal {
 
     /// Records why a VM's QEMU is gone, if its QEMU is still this one.
     pub async fn vm_ended(&self, name: &str, instance: &Instance, why: &str) -> Result<()> {
-        let (name, it, why) = (name.to_owned(), instance.clone(), why.to_owned());
-        self.call(move |db| {
-            db.execute(
-                &format!("UPDATE vms SET ended = ?5 WHERE {IS_THIS_ONE}"),
-                params![name, it.pid, it.start_time as i64, it.boot, why],
-            )?;
-            Ok(())
-        })
-        .await
+        self.set("ended", Some(why.to_owned()), name, instance).await
     }
 
     /// Records how a VM was changed since its start, if its QEMU is still this one.
     pub async fn vm_changed(&self, name: &str, instance: &Instance, drift: Option<&Drift>) -> Result<()> {
-        let (name, it, drift) = (name.to_owned(), instance.clone(), drift.map(as_json));
+        self.set("changed", drift.map(as_json), name, instance).await
+    }
+
+    async fn set(&self, column: &'static str, to: Option<String>, name: &str, instance: &Instance) -> Result<()> {
+        let (name, it) = (name.to_owned(), instance.clone());
         self.call(move |db| {
             db.execute(
-                &format!("UPDATE vms SET changed = ?5 WHERE {IS_THIS_ONE}"),
-                params![name, it.pid, it.start_time as i64, it.boot, drift],
+                &format!("UPDATE vms SET {column} = ?5 WHERE {IS_THIS_ONE}"),
+                params![name, it.pid, it.start_time as i64, it.boot, to],
             )?;
             Ok(())
         })

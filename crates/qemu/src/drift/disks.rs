@@ -114,8 +114,6 @@ impl Words<'_> {
             let mut words = Properties::default();
             words.push("if", "none");
             words.push("id", name);
-            let at = self.more.len();
-            self.more.push(CommandOption::new("drive", &words.to_string()));
             let inserted = drive.inserted.as_ref();
             if let Some(node) = inserted.map(|it| self.told(&it.node_name)).transpose()?.cloned() {
                 words.push("file", &node.file);
@@ -125,8 +123,8 @@ impl Words<'_> {
                         words.push(key, "on");
                     }
                 }
-                self.more[at] = CommandOption::new("drive", &words.to_string());
             }
+            self.add("drive", &words);
         }
         Ok(name.into())
     }
@@ -332,7 +330,7 @@ fn is_same_file(one: &str, other: &str) -> bool {
     one.strip_prefix("file:").unwrap_or(one) == other
 }
 
-fn is_within(path: &str, device: &str) -> bool {
+pub(super) fn is_within(path: &str, device: &str) -> bool {
     path.strip_prefix(device).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 

@@ -5,12 +5,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde_json::Value;
 
 use crate::host::SetByMachine;
-use crate::inventory::peripherals;
+use crate::inventory::{or_none, peripherals};
 use crate::qmp::commands::{
-    BlockNode, CpuPlace, DeviceListProperties, Drive, HumanMonitorCommand, MemoryDevice, QomGet, QomList, QueryBlock,
-    QueryChardev, QueryHotpluggableCpus, QueryMemoryDevices, QueryNamedBlockNodes, XDebugQueryBlockGraph,
+    BlockNode, CpuPlace, DeviceListProperties, Drive, MemoryDevice, QomGet, QomList, QueryBlock, QueryChardev,
+    QueryHotpluggableCpus, QueryMemoryDevices, QueryNamedBlockNodes, XDebugQueryBlockGraph,
 };
-use crate::qmp::{Command, Qmp, QmpError};
+use crate::qmp::{Qmp, QmpError};
+use crate::ram::{self, NetClient, OBJECTS, ask_if_known, net_clients};
 
 /// Where devices that have an id are.
 const NAMED: &str = "/machine/peripheral/";
@@ -24,7 +25,7 @@ pub(super) struct Parts {
     pub(super) devices: Vec<Device>,
     pub(super) objects: BTreeMap<String, String>,
     /// Network back ends, by id, each with what the monitor says of it.
-    pub(super) networks: BTreeMap<String, String>,
+    pub(super) networks: BTreeMap<String, NetClient>,
     /// Ports that user networks forward, by back end, as words.
     pub(super) forwards: BTreeMap<String, Vec<String>>,
     /// The ports that USB devices are at, by id.
@@ -49,7 +50,6 @@ pub(super) struct Device {
 
 impl Parts {
     pub(super) async fn ask(qmp: &Qmp) -> Result<Self, QmpError> {
-        let human = async |line: &str| qmp.execute(HumanMonitorCommand { command_line: line.into() }).await;
         let device = |(path, driver): (String, String)| {
             let id = path.strip_prefix(NAMED).map(str::to_owned);
             Device { path, id, driver }
@@ -65,10 +65,10 @@ impl Parts {
         }
         Ok(Self {
             devices: peripherals(qmp).await?.into_iter().map(device).collect(),
-            objects: children_of(qmp, "/objects").await?.into_iter().collect(),
-            networks: networks(&human("info network").await?),
-            forwards: forwards(&human("info usernet").await.unwrap_or_default()),
-            usb_ports: usb_ports(&human("info usb").await.unwrap_or_default()),
+            objects: ram::children(qmp, OBJECTS).await?.into_iter().collect(),
+            networks: networks(&ask_if_known(qmp, "info network").await?),
+            forwards: forwards(&ask_if_known(qmp, "info usernet").await.unwrap_or_default()),
+            usb_ports: usb_ports(&ask_if_known(qmp, "info usb").await.unwrap_or_default()),
             chardevs: qmp.execute(QueryChardev {}).await?.into_iter().map(|it| (it.label, it.filename)).collect(),
             drives: qmp.execute(QueryBlock {}).await?,
             nodes: named.into_iter().map(|it| (it.node_name.clone(), it)).collect(),
@@ -96,20 +96,6 @@ impl Parts {
     }
 }
 
-/// What a machine that lacks the command has none of.
-async fn or_none<C: Command<Reply = Vec<T>>, T>(qmp: &Qmp, command: C) -> Result<Vec<T>, QmpError> {
-    match qmp.execute(command).await {
-        Err(QmpError::Command { .. }) => Ok(Vec::new()),
-        answer => answer,
-    }
-}
-
-/// The objects below this one, each with its type.
-async fn children_of(qmp: &Qmp, path: &str) -> Result<Vec<(String, String)>, QmpError> {
-    let all = qmp.execute(QomList { path: path.into() }).await?;
-    Ok(all.iter().filter_map(|it| Some((it.name.clone(), it.child_type()?.to_owned()))).collect())
-}
-
 /// What an object or a device was given: all that is not as it would be by itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Given {
@@ -122,7 +108,27 @@ pub(super) struct Given {
 pub(super) async fn given_to_device(
     qmp: &Qmp,
     device: &Device,
+    parts: &Parts,
     set_by_machine: Option<&SetByMachine>,
+) -> Result<Given, QmpError> {
+    let mut given = some_given(qmp, device, parts, |_| true).await?;
+    if let Some(set) = set_by_machine {
+        given.properties.retain(|property| !set.contains(property));
+    }
+    Ok(given)
+}
+
+/// Where a device is on its bus, as words.
+pub(super) async fn place_of(qmp: &Qmp, device: &Device, parts: &Parts) -> Result<Vec<(String, String)>, QmpError> {
+    Ok(some_given(qmp, device, parts, |name| PLACES.contains(&name)).await?.properties)
+}
+
+/// Its bus, and those of its properties that are meant, as words.
+async fn some_given(
+    qmp: &Qmp,
+    device: &Device,
+    parts: &Parts,
+    is_meant: impl Fn(&str) -> bool,
 ) -> Result<Given, QmpError> {
     let get = async |property: &str| qmp.execute(QomGet { path: device.path.clone(), property: property.into() }).await;
     let mut given = Given::default();
@@ -132,7 +138,7 @@ pub(super) async fn given_to_device(
         given.properties.push(("bus".into(), name.into()));
     }
     let known = qmp.execute(DeviceListProperties { typename: device.driver.clone() }).await?;
-    for property in known {
+    for property in known.into_iter().filter(|it| is_meant(&it.name)) {
         let Ok(value) = get(&property.name).await else { continue };
         let is_reference = property.kind == "str" || property.kind.starts_with("link<");
         let is_given = match &property.default_value {
@@ -145,9 +151,7 @@ pub(super) async fn given_to_device(
             given.add(&property.name, &property.kind, &value);
         }
     }
-    if let Some(set) = set_by_machine {
-        given.properties.retain(|property| !set.contains(property));
-    }
+    given.add_port(device, parts);
     Ok(given)
 }
 
@@ -184,17 +188,10 @@ pub(super) async fn given_to_object(qmp: &Qmp, id: &str) -> Result<Given, QmpErr
     Ok(given)
 }
 
-/// Where a device is on its bus, as words.
-pub(super) async fn place_of(qmp: &Qmp, device: &Device, parts: &Parts) -> Result<Vec<(String, String)>, QmpError> {
-    let mut given = given_to_device(qmp, device, None).await?;
-    given.add_port(device, parts);
-    Ok(given.properties.into_iter().filter(|(key, _)| key == "bus" || PLACES.contains(&key.as_str())).collect())
-}
-
 impl Given {
     /// A USB device is told its port by its bus; at a hub's, that is the one that QEMU made for want of ports, and makes
     /// again when the next device finds none.
-    pub(super) fn add_port(&mut self, device: &Device, parts: &Parts) {
+    fn add_port(&mut self, device: &Device, parts: &Parts) {
         let port = device.id.as_ref().and_then(|id| parts.usb_ports.get(id));
         if let Some(port) =
             port.filter(|port| !port.contains('.')).filter(|_| !self.properties.iter().any(|(key, _)| key == "port"))
@@ -232,15 +229,11 @@ impl Given {
     }
 }
 
-/// Of `info network`: ` \ net9: index=0,type=user,net=10.0.2.0,restrict=on`.
-fn networks(text: &str) -> BTreeMap<String, String> {
-    let one = |line: &str| {
-        let (name, about) = line.trim_end().split_once(": index=")?;
-        let name = name.rsplit(": ").next()?.trim_start_matches([' ', '\\']);
-        let about = about.split_once(',')?.1;
-        (!about.starts_with("type=nic") && !about.starts_with("type=hubport")).then(|| (name.into(), about.into()))
-    };
-    text.lines().filter_map(one).collect()
+/// Of `info network`; what hangs in a hub is called `hub0port1: #net184` there.
+fn networks(text: &str) -> BTreeMap<String, NetClient> {
+    let back_ends = net_clients(text).into_iter().filter(|it| !matches!(it.kind.as_str(), "nic" | "hubport"));
+    let own = |name: &str| name.rsplit(": ").next().unwrap_or(name).to_owned();
+    back_ends.map(|it| (own(&it.name), it)).collect()
 }
 
 /// Of `info usb`: `  Device 0.2, Port 3, Speed 480 Mb/s, Product QEMU USB Tablet, ID: tab1`.
@@ -289,8 +282,10 @@ mod tests {
                     nic9: index=0,type=nic,model=virtio-net-pci,macaddr=52:54:00:12:34:57\r\n \
                     \\ net9: index=0,type=tap,ifname=t0,script=no,downscript=no\r\n\
                     alone: index=0,type=user,net=10.0.2.0,restrict=on\r\n";
-        let read: Vec<(String, String)> = networks(text).into_iter().collect();
-        let of = |name: &str, about: &str| (name.to_owned(), about.to_owned());
+        let networks = networks(text);
+        let read: Vec<_> =
+            networks.iter().map(|(id, it)| (id.as_str(), format!("type={},{}", it.kind, it.about))).collect();
+        let of = |name: &'static str, about: &str| (name, about.to_owned());
         assert_eq!(
             read,
             [

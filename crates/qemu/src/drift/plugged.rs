@@ -40,14 +40,12 @@ impl Words<'_> {
             return Ok(words);
         }
         if let Some(memory) = parts.memory(device) {
-            let mut backend = plain(&memory.data["memdev"]);
-            backend = backend.trim_start_matches("/objects/").to_owned();
-            self.object(&backend)?;
-            words.push("memdev", &backend);
-            for (key, told) in [("addr", "addr"), ("slot", "slot"), ("node", "node")] {
-                if !memory.data[told].is_null() {
-                    words.push(key, &plain(&memory.data[told]));
-                }
+            let backend = plain(&memory.data["memdev"]);
+            let backend = backend.trim_start_matches("/objects/");
+            self.object(backend)?;
+            words.push("memdev", backend);
+            for key in ["addr", "slot", "node"].into_iter().filter(|key| !memory.data[*key].is_null()) {
+                words.push(key, &plain(&memory.data[key]));
             }
             return Ok(words);
         }
@@ -92,9 +90,9 @@ impl Words<'_> {
         if ["netdev", "nic", "net"].iter().any(|name| self.has(name, "id", id)) {
             return Ok(());
         }
-        let about = self.parts.networks.get(id).ok_or_else(|| format!("its network {id} is not told"))?;
-        let told = Properties::parse(about, None);
-        let kind = told.get("type").unwrap_or_default();
+        let network = self.parts.networks.get(id).ok_or_else(|| format!("its network {id} is not told"))?;
+        let told = Properties::parse(&network.about, None);
+        let kind = network.kind.as_str();
         let mut words = Properties::default();
         words.push("type", kind);
         words.push("id", id);

@@ -1,7 +1,6 @@
 use serde_json::json;
 
 use super::*;
-use crate::qmp::commands::Drive;
 
 fn command(line: &str) -> CommandLine {
     let words: Vec<String> = ["qemu"].into_iter().chain(line.split(' ')).map(str::to_owned).collect();

@@ -66,7 +66,8 @@ pub(super) fn devices(text: &str) -> BTreeMap<String, Properties> {
     devices
 }
 
-/// The last that is said of a key counts. `addr = 0a.0`, `romsize = 4294967295 (0xffffffff)`; and `class ..., addr 00:0a.0, pci id 1af4:1001 (sub 1af4:0002)`.
+/// `addr = 0a.0`, `romsize = 4294967295 (0xffffffff)`; and `class ..., addr 00:0a.0, pci id 1af4:1001 (sub 1af4:0002)`.
+/// The last that is said of a key counts.
 fn property(words: &str) -> Option<(String, String)> {
     if words.starts_with("class ") {
         return Some(("pci id".into(), words.split_once("pci id ")?.1.into()));

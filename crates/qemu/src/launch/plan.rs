@@ -4,7 +4,7 @@
 use std::os::fd::RawFd;
 use std::path::Path;
 
-use crate::command_line::{CommandLine, CommandLineError, CommandOption, Properties, display_number, escape_commas};
+use crate::command_line::{CommandLine, CommandLineError, CommandOption, Properties, escape_commas};
 use crate::host::Accel;
 
 /// The ids of what we add.
@@ -253,11 +253,11 @@ impl Planner<'_> {
             }
             // A display whose port is taken gets another.
             name @ ("vnc" | "display") if incoming => {
-                let value = option.value();
-                let display = if name == "vnc" { Some(value) } else { value.strip_prefix("vnc=") };
-                let number = display.and_then(display_number).filter(|_| option.properties().get("to").is_none());
-                match number {
-                    Some(number) => self.add(&format!("-{name}"), &format!("{value},to={}", number + OTHER_DISPLAYS)),
+                match option.vnc_display().filter(|_| option.properties().get("to").is_none()) {
+                    Some(number) => {
+                        let value = format!("{},to={}", option.value(), number + OTHER_DISPLAYS);
+                        self.add(&format!("-{name}"), &value);
+                    }
                     None => self.argv.extend(option.words.iter().cloned()),
                 }
             }

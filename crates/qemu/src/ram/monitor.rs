@@ -31,12 +31,12 @@ pub(super) struct MappedRange {
 
 /// Of what is connected to the guest's network cards, or could be.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct NetClient {
-    pub(super) name: String,
+pub(crate) struct NetClient {
+    pub(crate) name: String,
     /// Such as `tap`, or `nic` for the card itself.
-    pub(super) kind: String,
+    pub(crate) kind: String,
     /// More words.
-    pub(super) about: String,
+    pub(crate) about: String,
 }
 
 /// Reads the answer to `info ramblock`: a table whose columns grow with the version.
@@ -116,7 +116,7 @@ impl MappedRange {
 }
 
 /// Reads the answer to `info network`.
-pub(super) fn net_clients(text: &str) -> Vec<NetClient> {
+pub(crate) fn net_clients(text: &str) -> Vec<NetClient> {
     text.lines().filter_map(net_client).collect()
 }
 
