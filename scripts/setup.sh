@@ -253,6 +253,10 @@ install_browser() {
         say "no browser: the page of reports is not looked at"
 }
 
+install_tpm() {
+    has swtpm || (install_packages "a test moves a TPM" swtpm) || say "no swtpm: no test moves a TPM"
+}
+
 # The mirror that this system takes Debian's own packages from.
 debian_mirror() {
     local codename
@@ -273,4 +277,5 @@ if [ "$for_tests" = yes ]; then
     fetch_second_qemu
     fetch_sshd
     install_browser
+    install_tpm
 fi

@@ -57,6 +57,7 @@ pub(crate) async fn offer_with_disk(bed: &Bed, disk: &std::path::Path) -> Offer 
             shared_ram: true,
             adopted: false,
             measuring: false,
+            io_limits: None,
         },
         ram_bytes: view.ram_bytes,
         machine: view.machine.expect("known"),

@@ -165,7 +165,7 @@ impl<'a> Machine<'a> {
             let done = user.execute_raw(command, arguments.clone()).await;
             done.map(|_| format!("{command} {arguments}")).map_err(|error| format!("{command} {arguments}: {error}"))
         };
-        let done = match self.random.u32(..8) {
+        let done = match self.random.u32(..11) {
             0 if !self.nodes.is_empty() => {
                 let (at, file) = (self.random.usize(..self.nodes.len()), self.dir.join(self.id("overlay")));
                 let name = self.id("node");
@@ -214,6 +214,27 @@ impl<'a> Machine<'a> {
                 self.nodes.push(node);
                 self.removable.push(id);
                 added.and(done)
+            }
+            7 if !self.drives.is_empty() => {
+                let at = self.random.usize(..self.drives.len());
+                let mut limits = json!({ "bps": 0, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0 });
+                limits["device"] = self.drives[at].clone().into();
+                limits[self.choose(&["bps", "iops_rd", "iops"])] = (self.random.u64(..4) << 20).into();
+                order("block_set_io_throttle", limits).await
+            }
+            8 => {
+                let places = user.execute_raw("query-hotpluggable-cpus", json!({})).await.expect("answers");
+                let free = places.as_array().into_iter().flatten().find(|place| place.get("qom-path").is_none());
+                let Some(place) = free else { return };
+                let mut cpu = json!({ "driver": place["type"], "id": self.id("cpu") });
+                cpu.as_object_mut().expect("it is one").extend(place["props"].as_object().expect("a place").clone());
+                order("device_add", cpu).await
+            }
+            9 => {
+                let (backend, id) = (self.id("mem"), self.id("dimm"));
+                let memory = json!({ "qom-type": "memory-backend-ram", "id": backend, "size": 128 << 20 });
+                let added = order("object-add", memory).await;
+                added.and(order("device_add", json!({ "driver": "pc-dimm", "id": id, "memdev": backend })).await)
             }
             _ => {
                 let (network, id) = (self.id("net"), self.id("nic"));

@@ -11,28 +11,27 @@ use vmferry_qemu::Qmp;
 
 use crate::bed::{self, Bed, VM, assert_success, external, guest, qemu_that_first, text, that_first, with_qemus};
 
-const MONITOR: [&str; 2] = ["-qmp", "unix:user.sock,server=on,wait=off"];
+pub(crate) const MONITOR: [&str; 2] = ["-qmp", "unix:user.sock,server=on,wait=off"];
 /// One that both QEMUs have.
-const MACHINE: [&str; 4] = ["-machine", "pc-q35-7.2", "-cpu", "qemu64"];
+pub(crate) const MACHINE: [&str; 4] = ["-machine", "pc-q35-7.2", "-cpu", "qemu64"];
 
-async fn monitor(bed: &Bed) -> Qmp {
+pub(crate) async fn monitor(bed: &Bed) -> Qmp {
     Qmp::connect(&bed.dir().join("user.sock"), Duration::from_secs(5)).await.expect("connects")
 }
 
-/// Hosts with these QEMUs, of which the second has a monitor of its own: the one that the first one's user has goes with
+/// Hosts of which the second, with this QEMU, has a monitor of its own: the one that the first one's user has goes with
 /// the first one's QEMU, as both are in one folder here.
-fn with_monitor_there(alpha: usize, beta: usize, dir: &Path) -> TestbedOptions {
-    let mut options = with_qemus(alpha, beta);
+pub(crate) fn with_monitor_there(options: TestbedOptions, beta: usize, dir: &Path) -> TestbedOptions {
     let monitor = format!("set -- \"$@\" -qmp unix:{}/there.sock,server=on,wait=off", dir.display());
-    options.qemu_dirs[1] = Some(that_first(beta, dir, &monitor));
-    options
+    let qemu_there = Some(that_first(beta, dir, &monitor));
+    TestbedOptions { qemu_dirs: [options.qemu_dirs[0].clone(), qemu_there], ..options }
 }
 
-async fn monitor_there(dir: &Path) -> Qmp {
+pub(crate) async fn monitor_there(dir: &Path) -> Qmp {
     Qmp::connect(&dir.join("there.sock"), Duration::from_secs(5)).await.expect("connects")
 }
 
-async fn order(user: &Qmp, command: &str, arguments: Value) {
+pub(crate) async fn order(user: &Qmp, command: &str, arguments: Value) {
     user.execute_raw(command, arguments).await.unwrap_or_else(|error| panic!("{command}: {error}"));
 }
 
@@ -76,9 +75,13 @@ async fn a_disk_that_was_snapshotted_since_the_start_goes_along_as_it_is_now() {
         ];
         let more = ["-blockdev", &nodes[0], "-blockdev", &nodes[1], "-device", "virtio-scsi-pci,id=sc"];
         let more = [&more[..], &["-device", "scsi-hd,drive=n0,id=d0,bus=sc.0"], &MACHINE, &MONITOR].concat();
-        let bed =
-            bed::start_with_disk_and(with_monitor_there(alpha, beta, disks.path()), guest(Mode::Idle), &before, &more)
-                .await;
+        let bed = bed::start_with_disk_and(
+            with_monitor_there(with_qemus(alpha, beta), beta, disks.path()),
+            guest(Mode::Idle),
+            &before,
+            &more,
+        )
+        .await;
         let user = monitor(&bed).await;
         // What the guest writes is in the new layer from now on; read from the old one it would be found corrupt.
         let snapshot = json!({ "device": "virtio0", "snapshot-file": now, "format": "qcow2" });
@@ -193,9 +196,12 @@ async fn media_that_were_changed_and_ejected_go_along() {
     let more = [&more[..], &["-device", "scsi-cd,id=cd1,bus=sc.0,drive=iso", "-drive", &drive], &MONITOR].concat();
     let more =
         [&more[..], &["-device", "scsi-cd,id=cd3,bus=sc.0,drive=cd2", "-device", "scsi-cd,id=cd4,bus=sc.0"]].concat();
-    let bed =
-        bed::start_with(with_monitor_there(1, 0, disks.path()), guest(Mode::Idle), &[&more[..], &MACHINE].concat())
-            .await;
+    let bed = bed::start_with(
+        with_monitor_there(with_qemus(1, 0), 0, disks.path()),
+        guest(Mode::Idle),
+        &[&more[..], &MACHINE].concat(),
+    )
+    .await;
     let user = monitor(&bed).await;
     let change = |id: &str| json!({ "id": id, "filename": other, "format": "raw", "force": true });
     order(&user, "eject", json!({ "device": "ide2-cd0", "force": true })).await;
@@ -211,6 +217,47 @@ async fn media_that_were_changed_and_ejected_go_along() {
     };
     let other = Some(other.display().to_string());
     assert_eq!(["ide2-cd0", "cd1", "cd2", "cd4"].map(file_of), [None, other.clone(), other.clone(), other]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn limits_that_were_set_while_it_runs_go_along_and_hold_after_a_new_start() {
+    let disks = tempfile::tempdir().expect("a folder");
+    let [first, other, third] = ["first.raw", "other.raw", "third.raw"].map(|name| disks.path().join(name));
+    for disk in [&other, &third] {
+        std::fs::File::create(disk).and_then(|file| file.set_len(8 << 20)).expect("written");
+    }
+    let node = format!("driver=raw,node-name=n,file.driver=file,file.filename={}", other.display());
+    let limited = format!("file={},if=none,id=l,format=raw,throttling.iops-total=500", third.display());
+    let more = ["-device", "virtio-scsi-pci,id=sc", "-blockdev", &node, "-device", "scsi-hd,drive=n,id=d0,bus=sc.0"];
+    let more =
+        [&more[..], &["-drive", &limited, "-device", "scsi-hd,drive=l,id=d1,bus=sc.0"], &MACHINE, &MONITOR].concat();
+    let options = with_monitor_there(external(1, 0), 0, disks.path());
+    let bed = bed::start_with_disk_and(options, guest(Mode::Idle), &first, &more).await;
+    let user = monitor(&bed).await;
+    let limit = |of: Value, bps: u64| {
+        let mut all = json!({ "bps": bps, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0 });
+        all.as_object_mut().expect("it is one").extend(of.as_object().expect("it is one").clone());
+        all
+    };
+    order(&user, "block_set_io_throttle", limit(json!({ "device": "virtio0", "group": "g" }), 4 << 20)).await;
+    order(&user, "block_set_io_throttle", limit(json!({ "id": "d0", "bps_max": 8 << 20 }), 2 << 20)).await;
+    order(&user, "block_set_io_throttle", limit(json!({ "device": "l" }), 0)).await;
+    let all = ["virtio0 is limited to bps 4194304 in the group g", "d0 is limited to bps 2097152, bps_max 8388608"];
+    goes_along(&bed, &[&all[..], &["l is not limited any more"]].concat()).await;
+    bed.assert_disk_works_on(1).await;
+    let are_there = async |monitor: Qmp| {
+        let drives = monitor.execute_raw("query-block", json!({})).await.expect("answers");
+        let of = |name: &str| {
+            let drive = drives.as_array()?.iter().find(|it| it["device"] == name || it["qdev"] == name)?;
+            Some(["bps", "bps_max", "iops"].map(|key| drive["inserted"][key].as_u64().unwrap_or(0)))
+        };
+        let limits = ["virtio0", "d0", "l"].map(of);
+        assert_eq!(limits, [[4 << 20, 0, 0], [2 << 20, 8 << 20, 0], [0, 0, 0]].map(Some), "{drives}");
+    };
+    are_there(monitor_there(disks.path()).await).await;
+    kill_qemu(&bed, 1).await;
+    assert_success(&bed.beta().vmferry(&["start", VM]).await.expect("vmferry runs"), &bed);
+    are_there(monitor(&bed).await).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -245,6 +292,13 @@ async fn a_disk_that_is_being_worked_on_stays() {
     bed.assert_disk_works_on(1).await;
 }
 
+async fn kill_qemu(bed: &Bed, host: usize) {
+    let pid = bed.view(host).await.pid;
+    let process = rustix::process::Pid::from_raw(i32::try_from(pid).expect("a pid")).expect("a pid");
+    rustix::process::kill_process(process, rustix::process::Signal::KILL).expect("it runs");
+    bed.eventually("it has ended", async || bed.view(host).await.state == "ended").await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_vm_that_was_changed_starts_again_as_it_was_last() {
     let disks = tempfile::tempdir().expect("a folder");
@@ -257,10 +311,7 @@ async fn a_vm_that_was_changed_starts_again_as_it_was_last() {
     order(&user, "blockdev-snapshot-sync", snapshot).await;
     bed.eventually("it is on record", async || bed.alpha().agent_log().contains("now.qcow2")).await;
     drop(user);
-    let pid = bed.view(0).await.pid;
-    let process = rustix::process::Pid::from_raw(i32::try_from(pid).expect("a pid")).expect("a pid");
-    rustix::process::kill_process(process, rustix::process::Signal::KILL).expect("it runs");
-    bed.eventually("it has ended", async || bed.view(0).await.state == "ended").await;
+    kill_qemu(&bed, 0).await;
     assert_success(&bed.alpha().vmferry(&["start", VM]).await.expect("vmferry runs"), &bed);
     let there = monitor(&bed).await;
     assert!(files_of(&there).await.contains("now.qcow2"));
@@ -311,7 +362,7 @@ async fn a_processor_that_lacks_a_feature_at_the_destination_is_named_before_a_b
     let mut options = external(1, 1);
     options.qemu_dirs[1] = Some(qemu_that_first(dir.path(), "set -- \"$@\" -global max-x86_64-cpu.avx2=off"));
     let bed = bed::start_with(options, guest(Mode::Idle), &[]).await;
-    is_refused_there(bed, &["the processor at beta lacks features", "0x7.0 EBX: 0x20"]).await;
+    is_refused_there(bed, &["the processor at beta lacks what the one at alpha has: avx2"]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -384,6 +435,89 @@ async fn a_display_whose_port_is_taken_gets_another_and_that_is_said() {
     let said = text(&output);
     assert!(said.contains("Its VNC display is at port") && said.contains("password cannot be asked for"), "{said}");
     bed.assert_runs_only_on(1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_spice_display_whose_port_is_taken_gets_another_and_that_is_said() {
+    // Of the two QEMUs here only the older one has its SPICE modules beside it.
+    let port = 6900 + std::process::id() % 1000;
+    let display = format!("port={port},addr=127.0.0.1");
+    let bed = bed::start_with(external(0, 0), guest(Mode::Idle), &["-spice", &display]).await;
+    let output = bed.migrate(&[]).await;
+    assert_success(&output, &bed);
+    let said = text(&output);
+    let words =
+        [&format!("The port of its SPICE display is {} there", port + 1), "Its SPICE password cannot be asked for"];
+    assert!(words.iter().all(|word| said.contains(word)), "{said}");
+    bed.assert_runs_only_on(1).await;
+    std::net::TcpStream::connect(("127.0.0.1", u16::try_from(port + 1).expect("a port"))).expect("it is there");
+}
+
+/// A TPM of its own, in this folder; ended with this.
+struct Tpm(std::process::Child);
+
+impl Tpm {
+    fn start(dir: &Path) -> Option<Self> {
+        std::fs::create_dir(dir).expect("made");
+        let of = |what: &str| format!("{what}{}", dir.display());
+        let arguments =
+            ["socket", "--tpm2", "--tpmstate", &of("dir="), "--ctrl", &format!("{}/socket", of("type=unixio,path="))];
+        let started = std::process::Command::new("swtpm").args(arguments).spawn();
+        started.ok().map(Self)
+    }
+}
+
+impl Drop for Tpm {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_state_of_a_tpm_goes_along() {
+    for (options, beta) in [(external(0, 1), 1), (with_qemus(1, 1), 1), (external(1, 0), 0)] {
+        let dir = tempfile::tempdir().expect("a folder");
+        let [here, there] = ["here", "there"].map(|name| dir.path().join(name));
+        let (Some(_here), Some(_there)) = (Tpm::start(&here), Tpm::start(&there)) else {
+            eprintln!("not run: there is no swtpm");
+            return;
+        };
+        // Both hosts are on one machine: the second one's TPM is said otherwise.
+        let other = format!(
+            "for word; do shift; set -- \"$@\" \"$(printf %s \"$word\" | sed s,{}/socket,{}/socket,)\"; done",
+            here.display(),
+            there.display()
+        );
+        let mut options = options;
+        options.qemu_dirs[1] = Some(that_first(beta, dir.path(), &other));
+        let socket = format!("socket,id=tpm,path={}/socket", here.display());
+        let more = ["-chardev", &socket, "-tpmdev", "emulator,id=t0,chardev=tpm", "-device", "tpm-crb,tpmdev=t0"];
+        let bed = bed::start_with(options, guest(Mode::Idle), &[&more[..], &MACHINE].concat()).await;
+        assert_success(&bed.migrate(&[]).await, &bed);
+        bed.assert_runs_only_on(1).await;
+        let states = [&here, &there].map(|dir| std::fs::read(dir.join("tpm2-00.permall")));
+        let [before, after] = states.map(|state| state.expect("it has a state"));
+        assert!(before == after && !before.is_empty(), "another TPM: {} and {} bytes", before.len(), after.len());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_that_its_qemu_cannot_move_is_refused_by_its_name() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let disk = dir.path().join("disk.raw");
+    std::fs::File::create(&disk).and_then(|file| file.set_len(8 << 20)).expect("written");
+    let node = format!("driver=raw,node-name=n,file.driver=file,file.filename={}", disk.display());
+    let more = ["-device", "pcie-root-port,id=rp1,chassis=1", "-blockdev", &node];
+    let bed = bed::start_with(external(1, 1), guest(Mode::Idle), &[&more[..], &MONITOR].concat()).await;
+    let user = monitor(&bed).await;
+    // Plugged in while it is moved, too.
+    let migrate = bed.begin_slow_migration_with(&["--no-post-copy"]).await;
+    order(&user, "device_add", json!({ "driver": "nvme", "id": "nvme0", "bus": "rp1", "drive": "n", "serial": "s" }))
+        .await;
+    let output = migrate.wait_with_output().await.expect("it ends");
+    assert_eq!(output.status.code(), Some(4), "{}\n{}", text(&output), bed.logs());
+    is_refused(&bed, &["non-migratable device", "nvme"]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

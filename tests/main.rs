@@ -18,6 +18,7 @@ mod many_vms;
 mod migrate;
 mod proxy;
 mod refusals;
+mod states;
 mod torture;
 mod trust;
 mod vms;

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use vmferry_api::{MigrationEvent, Report};
+use vmferry_bench::testbed::TestbedOptions;
 use vmferry_bench::{GuestOptions, Mode};
 
 use crate::bed::{self, Bed, VM, assert_success, guest, options, text};
@@ -204,16 +205,38 @@ async fn multifd_carries_the_pages_when_post_copy_does_not_stand_in_its_way() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn hosts_with_link_local_addresses_in_namespaces_reach_each_other() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("not run: only root can make network namespaces");
+        return;
+    }
+    for options in [bed::external(1, 1), options()] {
+        let bed =
+            bed::start(TestbedOptions { namespaces: true, link_local: true, ..options }, guest(Mode::Random)).await;
+        for (from, to) in [(bed.alpha(), "fe80::2%link0"), (bed.beta(), "fe80::1%link0")] {
+            assert_success(&from.vmferry(&["migrate", VM, "--to", to]).await.expect("vmferry runs"), &bed);
+        }
+        bed.assert_runs_only_on(0).await;
+        bed.assert_intact(0).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_guest_that_was_adopted_moves_too() {
     let testbed = vmferry_bench::testbed::Testbed::start(options()).await.expect("starts");
     let guest = GuestOptions { mem: 64 << 20, ..guest(Mode::Write) };
     let mut argv = testbed.guest_command_line(&guest, 256, 1).expect("kernel");
     argv.extend(["-accel", "tcg", "-display", "none", "-qmp", "unix:theirs.sock,server=on,wait=off"].map(String::from));
+    let ours = ["-qmp", "unix:user.sock,server=on,wait=off", "-device", "pcie-root-port,id=rp1,chassis=1"];
+    argv.extend(ours.map(String::from));
     let serial = argv.iter().position(|word| word == "stdio").expect("serial");
     argv[serial] = "file:serial.log".into();
     let mut qemu =
         std::process::Command::new(&argv[0]).args(&argv[1..]).current_dir(testbed.dir()).spawn().expect("QEMU starts");
     let socket = testbed.dir().join("theirs.sock").display().to_string();
+    let user = vmferry_qemu::Qmp::connect(&testbed.dir().join("user.sock"), Duration::from_secs(5)).await;
+    let rng = serde_json::json!({ "driver": "virtio-rng-pci", "id": "rng1", "bus": "rp1" });
+    user.expect("connects").execute_raw("device_add", rng).await.expect("plugged in");
     let mut adopted = None;
     for _ in 0..50 {
         let output = testbed.alpha().vmferry(&["adopt", VM, "--qmp", &socket]).await.expect("runs");
@@ -225,11 +248,14 @@ async fn a_guest_that_was_adopted_moves_too() {
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     let adopted = adopted.expect("tried");
-    assert!(adopted.status.success(), "{}", text(&adopted));
+    let said = text(&adopted);
+    assert!(adopted.status.success() && said.contains("virtio-rng-pci rng1 was plugged in"), "{said}");
+    assert!(said.contains("Not known: properties of its devices"), "{said}");
     let to = testbed.beta().address.to_string();
     let output = testbed.alpha().vmferry(&["migrate", VM, "--to", &to]).await.expect("runs");
     assert!(output.status.success(), "{}\n{}", text(&output), testbed.beta().agent_log());
     let there = testbed.beta().show(VM).await.expect("answers").expect("is there");
     assert_eq!((there.state.as_str(), there.adopted), ("running", true));
+    assert!(there.argv.join(" ").contains("virtio-rng-pci,id=rng1"), "{:?}", there.argv);
     assert!(qemu.wait().expect("it ended").success(), "the source's QEMU was told to quit");
 }

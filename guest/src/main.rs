@@ -3,7 +3,8 @@
 //! A migration is measured from outside, by what this guest says on its serial port: a heartbeat every 5 ms (a gap in
 //! it is time that the guest lost), how long each 64 MiB of rewriting took, and `CORRUPT` for every page that does not
 //! hold what was last written to it. If it is to, it does the same with a disk ([`disk`]). It is told what to do on the
-//! kernel's command line ([`settings`]) and, while it runs, by lines on its serial port: `verify`, `hardware` and `poweroff`.
+//! kernel's command line ([`settings`]) and, while it runs, by lines on its serial port: `verify`, `hardware`, `suspend` and
+//! `poweroff`.
 //!
 //! Nothing but the standard library, and the C library linked in: it is the whole of an initrd.
 
@@ -111,6 +112,7 @@ fn obey(console: &Console, commands: console::Commands, verifications: &mpsc::Se
         match command.as_str() {
             "verify" => verifications.send(()).expect("the verifying thread never ends"),
             "hardware" => console.say(&hardware::in_words()),
+            "suspend" => power::suspend(console),
             "poweroff" => power::off(console),
             "" => {}
             unknown => {

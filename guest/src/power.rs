@@ -22,6 +22,13 @@ pub(crate) fn off(console: &Console) -> ! {
     kernel::power_off()
 }
 
+/// Suspends the guest to RAM; it goes on when QEMU wakes it.
+pub(crate) fn suspend(console: &Console) {
+    if let Err(error) = fs::write("/sys/power/state", "mem") {
+        console.say(&format!(r#"{{"error":"cannot be suspended: {error}"}}"#));
+    }
+}
+
 /// Turns the guest off when its power button is pressed. A machine without one (microvm) just has no button.
 pub(crate) fn watch_button(console: Arc<Console>) {
     let Ok(fadt) = fs::read("/sys/firmware/acpi/tables/FACP") else { return };

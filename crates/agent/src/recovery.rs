@@ -66,7 +66,8 @@ fn find_by_process(agent: &Arc<Agent>) {
         let Ok(command) = CommandLine::parse(&words) else { continue };
         let (argv, shared_ram) = without_ours(&command);
         let cwd = vmferry_qemu::process_cwd(pid).unwrap_or_else(|| "/".into());
-        let spec = VmSpec { name: name.clone(), argv, cwd, shared_ram, adopted: false, measuring: false };
+        let spec =
+            VmSpec { name: name.clone(), argv, cwd, shared_ram, adopted: false, measuring: false, io_limits: None };
         let record = VmRecord {
             spec,
             instance: Instance::now(pid, start_time),

@@ -1,10 +1,12 @@
 //! A VM: starting, taking over, looking at and stopping it.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
+use vmferry_qemu::IoLimits;
 
 /// A VM as its user defined it, and what was decided about it when it started: enough to start the same hardware
 /// again on another host.
@@ -25,6 +27,11 @@ pub struct VmSpec {
     /// goes along with it.
     #[serde(default)]
     pub measuring: bool,
+    /// What the host lets the guest do with its disks, by disk, of which QEMU is told when it has started; none to leave
+    /// that to the command line.
+    #[serde(default)]
+    #[schema(value_type = Option<Object>)]
+    pub io_limits: Option<BTreeMap<String, IoLimits>>,
 }
 
 /// Start a VM.

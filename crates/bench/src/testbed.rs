@@ -80,6 +80,8 @@ pub struct TestbedOptions {
     pub vmferry: PathBuf,
     /// Hosts in namespaces; needs root.
     pub namespaces: bool,
+    /// Hosts in namespaces with no other addresses than link-local ones of IPv6.
+    pub link_local: bool,
     /// What the link between the namespaces carries, in bits a second; as fast as it can when absent.
     pub link_bits: Option<u64>,
     /// A folder searched for QEMU before `PATH`, for each host.
@@ -100,6 +102,7 @@ impl TestbedOptions {
         Self {
             vmferry: vmferry.into(),
             namespaces: false,
+            link_local: false,
             link_bits: None,
             qemu_dirs: [None, None],
             engine: None,
@@ -145,7 +148,7 @@ impl Testbed {
     pub async fn start(options: TestbedOptions) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix("vmferry-").tempdir()?;
         std::fs::write(dir.path().join("initrd.gz"), INITRD)?;
-        let network = Network::set_up(options.namespaces, options.link_bits)?;
+        let network = Network::set_up(options.namespaces, options.link_local, options.link_bits)?;
         let host = |index: usize, name: &'static str| Host::new(index, name, dir.path(), &options, &network);
         let hosts = [host(0, "alpha")?, host(1, "beta")?];
         let small = hosts.iter().filter(|_| options.small_state);

@@ -134,10 +134,18 @@ impl CommandOption {
         }
     }
 
+    /// The port of the host at which it asks for a SPICE display, plain or with TLS, if it does.
+    pub(crate) fn spice_port(&self, key: &str) -> Option<u16> {
+        self.properties().get(key)?.parse().ok().filter(|port| self.name == "spice" && *port != 0)
+    }
+
     pub(crate) fn properties(&self) -> Properties {
         Properties::parse(self.value(), implied_key(&self.name))
     }
 }
+
+/// What the ports of a SPICE display are called, here and by QEMU's monitor.
+pub const SPICE_PORTS: [&str; 2] = ["port", "tls-port"];
 
 /// The key of an argument's first part when it has none.
 fn implied_key(option: &str) -> Option<&'static str> {
@@ -290,12 +298,19 @@ impl CommandLine {
         self.all("vnc").chain(self.all("display")).filter_map(CommandOption::vnc_display).last()
     }
 
-    /// A password that is set while it runs opens its VNC display: nobody can ask for that.
-    pub fn vnc_password_is_set_later(&self) -> bool {
-        self.all("vnc").chain(self.all("display")).any(|option| {
-            let words = option.properties();
-            words.is_on("password") && words.get("password-secret").is_none()
-        })
+    /// The port of the host at which it asks for a SPICE display, plain or with TLS, if it does.
+    pub fn spice_port(&self, key: &str) -> Option<u16> {
+        self.all("spice").find_map(|option| option.spice_port(key))
+    }
+
+    /// The kinds of its displays that a password opens which is set while it runs: nobody can ask for that.
+    pub fn passwords_set_later(&self) -> Vec<&'static str> {
+        let is_given = |words: &Properties| ["password", "password-secret"].iter().any(|key| words.get(key).is_some());
+        let vnc = self.all("vnc").chain(self.all("display")).map(CommandOption::properties);
+        let vnc = vnc.filter(|words| words.is_on("password") && words.get("password-secret").is_none()).map(|_| "VNC");
+        let spice = self.all("spice").map(CommandOption::properties);
+        let spice = spice.filter(|words| !words.is_on("disable-ticketing") && !is_given(words)).map(|_| "SPICE");
+        vnc.chain(spice).collect()
     }
 
     /// The accelerators that may be used, the most wanted first; empty when QEMU may choose.

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::command_line::{CommandLine, CommandOption, Properties};
 use crate::host::SetByMachine;
 use crate::inventory::Inventory;
+use crate::io_limits::IoLimits;
 use crate::qmp::commands::Drive;
 use crate::qmp::{Qmp, QmpError};
 use parts::{Device, Given, Parts, given_to_device, given_to_object, known_ids, place_of};
@@ -25,9 +26,15 @@ use parts::{Device, Given, Parts, given_to_device, given_to_object, known_ids, p
 pub struct Drift {
     /// The command line of the machine as it is, as far as words can tell.
     pub argv: Vec<String>,
-    /// What was changed and is in it, one sentence each; empty when nothing was.
+    /// What the host lets the guest do with its disks, which its QEMU is told when it has started.
+    #[serde(default)]
+    pub io_limits: Option<BTreeMap<String, IoLimits>>,
+    /// What was changed and is in these, one sentence each; empty when nothing was.
     pub carried: Vec<String>,
-    /// What is not in it, and why, one sentence each.
+    /// What of that QEMU does not tell, so that it becomes what it is by default, one sentence each.
+    #[serde(default)]
+    pub untold: Vec<String>,
+    /// What is not in them, and why, one sentence each.
     pub obstacles: Vec<String>,
 }
 
@@ -39,7 +46,7 @@ impl Drift {
 
     /// All that was changed, one sentence each.
     pub fn sentences(&self) -> impl Iterator<Item = &str> {
-        self.carried.iter().chain(&self.obstacles).map(String::as_str)
+        self.carried.iter().chain(&self.untold).chain(&self.obstacles).map(String::as_str)
     }
 
     /// Compares a machine with the words that it was started with, and with what it was made of then, where that is known.
@@ -81,6 +88,7 @@ impl Drift {
         words.keep_networks();
         words.keep_defaults();
         words.drop_what_is_gone();
+        words.follow_limits();
         Ok(words.finish())
     }
 }
@@ -132,6 +140,7 @@ struct Words<'a> {
     options: Vec<(CommandOption, Option<CommandOption>)>,
     more: Vec<CommandOption>,
     carried: Vec<String>,
+    untold: Vec<String>,
     obstacles: Vec<String>,
 }
 
@@ -144,8 +153,8 @@ impl<'a> Words<'a> {
         objects: &'a BTreeMap<String, Given>,
     ) -> Self {
         let options = command.options().iter().map(|it| (it.clone(), Some(it.clone()))).collect();
-        let (more, carried, obstacles) = (Vec::new(), Vec::new(), Vec::new());
-        Self { command, first, now, parts, objects, options, more, carried, obstacles }
+        let (more, carried, untold, obstacles) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        Self { command, first, now, parts, objects, options, more, carried, untold, obstacles }
     }
 
     fn finish(mut self) -> Drift {
@@ -153,7 +162,8 @@ impl<'a> Words<'a> {
         let options = self.options.into_iter().filter_map(|(_, now)| now).chain(json).chain(self.more);
         let words = options.flat_map(|option| option.words);
         let argv = std::iter::once(self.command.binary().to_owned()).chain(words).collect();
-        Drift { argv, carried: self.carried, obstacles: self.obstacles }
+        let io_limits = Some(self.now.io_limits().clone());
+        Drift { argv, io_limits, carried: self.carried, untold: self.untold, obstacles: self.obstacles }
     }
 
     /// QEMU makes devices that are said in JSON after all that are said otherwise: where some are ours, which are said
@@ -239,6 +249,17 @@ impl<'a> Words<'a> {
             self.carried.push(format!("{what} was taken out"));
         }
         if gone.is_empty() { Vec::new() } else { stay }
+    }
+
+    /// Says which limits of disks are others than at first.
+    fn follow_limits(&mut self) {
+        let Some(first) = self.first else { return };
+        let (before, now) = (first.io_limits(), self.now.io_limits());
+        let names: BTreeSet<&String> = before.keys().chain(now.keys()).collect();
+        for name in names.into_iter().filter(|name| before.get(*name) != now.get(*name)) {
+            let what = now.get(name).map_or_else(|| "not limited any more".into(), IoLimits::to_string);
+            self.carried.push(format!("{name} is {what}"));
+        }
     }
 
     /// Has a device be where it is.

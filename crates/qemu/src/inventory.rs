@@ -6,6 +6,7 @@
 //! the sizes of RAM blocks (`info ramblock`); see QEMU's hmp-commands-info.hx.
 
 mod compare;
+mod cpuid;
 mod qtree;
 
 use std::collections::BTreeMap;
@@ -13,6 +14,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::io_limits::IoLimits;
 use crate::qmp::commands::{
     BlockImage, Drive, QomGet, QueryBlock, QueryCpusFast, QueryHotpluggableCpus, QueryMemoryDevices,
 };
@@ -34,6 +36,9 @@ pub struct Inventory {
     memory_devices: BTreeMap<String, String>,
     /// The files that each disk and drive consists of, the one that the guest writes first; none in an empty drive.
     disks: BTreeMap<String, Vec<Layer>>,
+    /// What the host lets the guest do with those of them that it limits.
+    #[serde(default)]
+    io_limits: BTreeMap<String, IoLimits>,
     /// The devices that words ask for, or the monitor: where QEMU has each, and what it is.
     #[serde(default)]
     peripherals: BTreeMap<String, String>,
@@ -66,14 +71,14 @@ pub struct Layer {
 /// The part of a machine that its users change while it runs, which is asked in no time: to see whether anything was.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Glimpse {
-    disks: BTreeMap<String, Vec<Layer>>,
+    disks: Disks,
     peripherals: BTreeMap<String, String>,
 }
 
 impl Glimpse {
     /// Asks a QEMU.
     pub async fn of(qmp: &Qmp) -> Result<Self, QmpError> {
-        Ok(Self { disks: disks(qmp).await?, peripherals: peripherals(qmp).await? })
+        Ok(Self { disks: Disks::of(qmp).await?, peripherals: peripherals(qmp).await? })
     }
 }
 
@@ -86,13 +91,15 @@ impl Inventory {
         let plugged = or_none(qmp, QueryHotpluggableCpus {}).await?;
         let networks = net_clients(&ask_if_known(qmp, "info network").await?);
         let cpus = plugged.into_iter().filter(|it| it.qom_path.is_some()).map(|it| (it.props.to_string(), it.kind));
+        let Disks { layers, io_limits } = Disks::of(qmp).await?;
         Ok(Self {
             devices: qtree::devices(&ask_if_known(qmp, "info qtree").await?),
             ram: ram.collect(),
             cpu_features: cpu_features(qmp).await?,
             cpus: cpus.collect(),
             memory_devices: memory_devices(qmp).await?,
-            disks: disks(qmp).await?,
+            disks: layers,
+            io_limits,
             peripherals: peripherals(qmp).await?,
             user_networks: networks.iter().filter(|it| it.kind == "user").count(),
         })
@@ -121,6 +128,11 @@ impl Inventory {
     /// The files that this disk or drive consists of; none when there is no such.
     pub(crate) fn disk(&self, name: &str) -> Option<&[Layer]> {
         self.disks.get(name).map(Vec::as_slice)
+    }
+
+    /// What the host lets the guest do with those of its disks that it limits, by disk.
+    pub fn io_limits(&self) -> &BTreeMap<String, IoLimits> {
+        &self.io_limits
     }
 
     /// The local files that have what the guest reads of its disks and has not written: what is behind those that it
@@ -185,19 +197,35 @@ async fn memory_devices(qmp: &Qmp) -> Result<BTreeMap<String, String>, QmpError>
     Ok(devices.into_iter().enumerate().map(one).collect())
 }
 
-async fn disks(qmp: &Qmp) -> Result<BTreeMap<String, Vec<Layer>>, QmpError> {
-    let mut disks = BTreeMap::new();
-    for (n, it) in qmp.execute(QueryBlock {}).await?.into_iter().enumerate() {
-        let name = name_of(&it).unwrap_or_else(|| format!("drive {n}"));
-        let mut layers = Vec::new();
-        let mut image: Option<Box<BlockImage>> = it.inserted.map(|inserted| Box::new(inserted.image));
-        while let Some(layer) = image {
-            layers.push(Layer { file: layer.filename, format: layer.format });
-            image = layer.backing_image;
+/// Disks and drives, by name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Disks {
+    layers: BTreeMap<String, Vec<Layer>>,
+    io_limits: BTreeMap<String, IoLimits>,
+}
+
+impl Disks {
+    async fn of(qmp: &Qmp) -> Result<Self, QmpError> {
+        let (mut layers, mut io_limits) = (BTreeMap::new(), BTreeMap::new());
+        for (n, it) in qmp.execute(QueryBlock {}).await?.into_iter().enumerate() {
+            let name = name_of(&it).unwrap_or_else(|| format!("drive {n}"));
+            if let Some(limits) = IoLimits::of(&it) {
+                io_limits.insert(name.clone(), limits);
+            }
+            layers.insert(name, layers_of(it));
         }
-        disks.insert(name, layers);
+        Ok(Self { layers, io_limits })
     }
-    Ok(disks)
+}
+
+fn layers_of(drive: Drive) -> Vec<Layer> {
+    let mut layers = Vec::new();
+    let mut image: Option<Box<BlockImage>> = drive.inserted.map(|inserted| Box::new(inserted.image));
+    while let Some(layer) = image {
+        layers.push(Layer { file: layer.filename, format: layer.format });
+        image = layer.backing_image;
+    }
+    layers
 }
 
 /// What a disk or drive is called. A device that has no id is told apart by its number, which says nothing elsewhere; its
@@ -209,6 +237,11 @@ pub(crate) fn name_of(drive: &Drive) -> Option<String> {
         true => node.or(device),
         false => device,
     };
+    // Of a virtio disk, the part that is no PCI device is told.
+    let device = device.map(|it| match it.strip_suffix("/virtio-backend") {
+        Some(of) => of.strip_prefix("/machine/peripheral/").unwrap_or(it),
+        None => it,
+    });
     [Some(drive.device.as_str()), device].into_iter().flatten().find(|name| !name.is_empty()).map(str::to_owned)
 }
 

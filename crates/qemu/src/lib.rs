@@ -7,6 +7,7 @@ pub mod command_line;
 pub mod drift;
 pub mod host;
 pub mod inventory;
+pub mod io_limits;
 pub mod launch;
 pub mod log;
 pub mod migration;
@@ -21,6 +22,7 @@ pub use command_line::{CommandLine, CommandLineError, FileKind, FileUse, Network
 pub use drift::Drift;
 pub use host::{Accel, CpuModel, Machine, ProbeError, QemuInfo, SetByMachine, find_binary, probe_qemu, try_kvm};
 pub use inventory::{Inventory, Layer};
+pub use io_limits::IoLimits;
 pub use launch::{
     Incoming, LaunchError, LaunchPlan, LaunchSettings, Launched, launch, plan_launch, ram_memfd, wants_shared_ram,
     without_ours,

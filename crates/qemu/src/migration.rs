@@ -43,6 +43,12 @@ pub async fn reset_capabilities(qmp: &Qmp) -> Result<(), QmpError> {
     Ok(())
 }
 
+/// Whether a guest that is suspended to RAM goes on sleeping where a QEMU with these capabilities moves it, or has it
+/// arrive. Before 9.0, which brought `mapped-ram`, too, its clock stands there, so that it does not wake up.
+pub fn carries_sleep(has_capability: impl Fn(&str) -> bool) -> bool {
+    has_capability("mapped-ram")
+}
+
 /// Whether this QEMU would crash while it copies RAM that lies in blocks of these sizes, in bytes.
 ///
 /// Under TCG, since 9.0: it clears its dirty bitmap in pieces of 1 GiB, and fails an assertion of its own

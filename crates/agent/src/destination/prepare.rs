@@ -7,6 +7,7 @@ use std::sync::Arc;
 use vmferry_api::{Security, in_one_line};
 use vmferry_custody::InStep;
 use vmferry_custody::destination::{Event, Qemu};
+use vmferry_qemu::command_line::SPICE_PORTS;
 use vmferry_qemu::migration::set_capabilities;
 use vmferry_qemu::qmp::commands;
 use vmferry_qemu::{CommandLine, Endpoint, Incoming as IncomingLaunch, protect_streams, tls_priority};
@@ -132,9 +133,17 @@ async fn display_notes(vm: &Vm, command: &CommandLine) -> Vec<String> {
     {
         notes.push(format!("Its VNC display is at port {port} there: {} is taken.", 5900 + number));
     }
-    if command.vnc_password_is_set_later() {
-        notes.push("Its VNC password cannot be asked for: set it again there (`set_password` in its monitor).".into());
+    for key in SPICE_PORTS {
+        if let Some(asked) = command.spice_port(key)
+            && let Ok(Some(port)) = vm.qmp.execute(commands::QuerySpice {}).await.map(|it| it[key].as_u64())
+            && port != u64::from(asked)
+        {
+            notes.push(format!("The {key} of its SPICE display is {port} there: {asked} is taken."));
+        }
     }
+    notes.extend(command.passwords_set_later().into_iter().map(|display| {
+        format!("Its {display} password cannot be asked for: set it again there (`set_password` in its monitor).")
+    }));
     notes
 }
 

@@ -18,14 +18,13 @@ use tokio_util::task::AbortOnDropHandle;
 use vmferry_api::in_one_line;
 use vmferry_link::{Cipher, Fingerprint, Identity, Link, LinkOptions, TcpDialer};
 use vmferry_policy::{Action, Bytes, BytesPerSec, Limits, Observation, Percent, Phase};
-use vmferry_qemu::inventory::Glimpse;
 use vmferry_qemu::migration::{IGNORE_SHARED, PAUSE_BEFORE_SWITCHOVER, reset_capabilities};
 use vmferry_qemu::qmp::commands::{self, MigrationParameters};
 use vmferry_qemu::{EventStream, MigrationStatus, Qmp, RunState};
 use vmferry_ram::{Backend, GuestRam, Progress, RamError, Source};
 
 use super::journey;
-use super::movable::came_up;
+use super::movable::{Planned, came_up};
 use super::qemu::{UNLIMITED, stop_copying};
 use super::{EngineError, NewConnection, NewSession, RamEngine, Seen, Totals};
 use crate::host::bind_anew;
@@ -102,7 +101,7 @@ pub struct Wishes {
     /// It must be paused before QEMU copies anything, as QEMU would lose what it writes.
     pub stops_first: bool,
     /// What users change of it while it runs, as it was planned; none of one that has left already.
-    pub seen: Option<Glimpse>,
+    pub planned: Option<Planned>,
 }
 
 /// Where the destination's agent takes streams, and how they are protected.
@@ -262,8 +261,8 @@ impl ExternalEngine {
 
     /// Nothing has come up since the plan: to be asked while the guest still runs.
     async fn as_planned(&self) -> Result<(), EngineError> {
-        let Some(seen) = &self.wishes.seen else { return Ok(()) };
-        match came_up(&self.qmp, seen, true).await? {
+        let Some(planned) = &self.wishes.planned else { return Ok(()) };
+        match came_up(&self.qmp, planned, true).await? {
             None => Ok(()),
             Some(reason) => Err(EngineError::Failed { reason }),
         }

@@ -3,7 +3,7 @@
 use vmferry_api::in_one_line;
 use vmferry_qemu::inventory::Glimpse;
 use vmferry_qemu::qmp::commands;
-use vmferry_qemu::{Qmp, QmpError, RamBackend, RamLayout};
+use vmferry_qemu::{Qmp, QmpError, RamBackend, RamLayout, RunState};
 use vmferry_ram::Backend;
 
 use crate::error::AgentError;
@@ -17,19 +17,33 @@ pub(crate) async fn movable(host: &Host, vm: &Vm) -> Result<Result<Vec<Backend>,
     Ok(obstacle(&vm.qmp).await?.map(backends))
 }
 
+/// What of a VM a migration was planned for, and may be otherwise meanwhile.
+#[derive(Clone, Debug)]
+pub struct Planned {
+    /// What users change while it runs.
+    pub seen: Glimpse,
+    /// A guest that is suspended to RAM arrives so.
+    pub carries_sleep: bool,
+}
+
 /// What has come up since the plan that keeps a guest from being moved, as somebody who may do so plugs something in, or
 /// its guest mounts a folder that is passed through; to be asked before it is paused. In words.
-pub(crate) async fn came_up(qmp: &Qmp, seen: &Glimpse, by_agents: bool) -> Result<Option<String>, QmpError> {
+pub(crate) async fn came_up(qmp: &Qmp, planned: &Planned, by_agents: bool) -> Result<Option<String>, QmpError> {
     let info = qmp.execute(commands::QueryMigrate {}).await?;
     if let Some(reasons) = info.blocked_reasons.filter(|reasons| !reasons.is_empty()) {
         return Ok(Some(format!("since it was planned, QEMU says: {}", reasons.join("; "))));
     }
-    if Glimpse::of(qmp).await? != *seen {
+    if Glimpse::of(qmp).await? != planned.seen {
         return Ok(Some("its disks or devices were changed while it was moved".into()));
+    }
+    if !planned.carries_sleep && qmp.execute(commands::QueryStatus {}).await?.status == RunState::Suspended {
+        return Ok(Some(FALLEN_ASLEEP.into()));
     }
     let why = if by_agents { obstacle(qmp).await?.err() } else { None };
     Ok(why.map(|why| format!("the agents cannot move its RAM any more: {why}")))
 }
+
+const FALLEN_ASLEEP: &str = "since it was planned, it was suspended to RAM, and would not wake up there";
 
 /// What there is to move of its RAM from outside; or why that cannot be.
 async fn obstacle(qmp: &Qmp) -> Result<Result<RamLayout, String>, QmpError> {

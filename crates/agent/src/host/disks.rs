@@ -137,6 +137,7 @@ mod tests {
             shared_ram: false,
             adopted: false,
             measuring: false,
+            io_limits: None,
         };
         let behind = ["base/b.raw".into()];
         fs::create_dir(dir.path().join("base")).unwrap();

@@ -62,7 +62,7 @@ pub(super) async fn follow(host: Arc<Host>, vm: Arc<Vm>) {
 
 async fn keep_unknown(host: &Host, vm: &Vm, why: &str) {
     let obstacles = vec![format!("it was changed, and how could not be told: {why}")];
-    let unknown = Drift { argv: vm.spec.argv.clone(), carried: Vec::new(), obstacles };
+    let unknown = Drift { argv: vm.spec.argv.clone(), obstacles, ..Drift::default() };
     if let Err(error) = keep(host, vm, Some(unknown)).await {
         tracing::warn!(vm = vm.name(), error = in_one_line(&error), "cannot record that");
     }

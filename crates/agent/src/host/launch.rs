@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use uuid::Uuid;
 use vmferry_api::{VmSpec, in_one_line};
-use vmferry_qemu::{Accel, CommandLine, EventStream, Incoming, Inventory, LaunchSettings, Qmp, plan_launch};
+use vmferry_qemu::{Accel, CommandLine, EventStream, Incoming, Inventory, IoLimits, LaunchSettings, Qmp, plan_launch};
 
 use super::drift::follow;
 use super::folders::{make_private_dir, remove_dir};
@@ -58,6 +58,9 @@ impl Host {
             let launched = vmferry_qemu::launch(&binary, &plan, ram, &spec.cwd, &dir, START_PATIENCE).await?;
             record.instance = Instance::now(launched.pid, launched.start_time);
             self.journal.put_vm(&record).await?;
+            if let Some(limits) = &spec.io_limits {
+                IoLimits::set(&launched.qmp, limits).await?;
+            }
             let vm = self.take(&record, launched.qmp, stage).await?;
             // Whoever has one wait for a guest asks for that, too.
             if id.is_none() {

@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use vmferry_api::{AdoptRequest, RunRequest, Started, StopRequest, VmSpec};
 use vmferry_qemu::qmp::commands;
-use vmferry_qemu::{CommandLine, Qmp, RunState, wants_shared_ram, without_ours};
+use vmferry_qemu::{CommandLine, Inventory, Qmp, RunState, wants_shared_ram, without_ours};
 
+use super::drift::drift_of;
 use super::host::Host;
 use super::idle::{Idle, IdleVm};
 use super::launch::describe;
@@ -43,6 +44,7 @@ pub(crate) async fn run(host: &Arc<Host>, request: RunRequest) -> Result<Started
         shared_ram: wants_shared_ram(&command),
         adopted: false,
         measuring: request.measuring,
+        io_limits: None,
     };
     let (vm, notes) = host.launch(&spec, &command, accel, request.autostart, None).await?;
     tracing::info!(vm = vm.name(), pid = vm.pid, "runs");
@@ -77,7 +79,7 @@ pub(crate) async fn adopt(host: &Arc<Host>, request: AdoptRequest) -> Result<Sta
         _ => "tcg",
     };
     let record = VmRecord {
-        spec: VmSpec { name: request.name, argv, cwd, shared_ram, adopted: true, measuring: false },
+        spec: VmSpec { name: request.name, argv, cwd, shared_ram, adopted: true, measuring: false, io_limits: None },
         instance: Instance::now(pid, start_time),
         qmp: request.qmp.to_string_lossy().into_owned(),
         accelerator: accelerator.into(),
@@ -94,9 +96,27 @@ pub(crate) async fn adopt(host: &Arc<Host>, request: AdoptRequest) -> Result<Sta
             return Err(error);
         }
     };
-    describe(&vm).await;
+    let notes = match describe(&vm).await {
+        Some(now) => what_is_known(host, &vm, &now).await?,
+        None => vec!["Its QEMU does not tell what it is made of: whether it was changed is not known.".into()],
+    };
     tracing::info!(vm = vm.name(), pid, "adopted");
-    Ok(Started { vm: vm.view(host.config.engine).await, notes: Vec::new() })
+    Ok(Started { vm: vm.view(host.config.engine).await, notes })
+}
+
+/// What its user should know of one that was adopted: how it was changed before, and what nobody tells of it.
+async fn what_is_known(host: &Host, vm: &Vm, now: &Inventory) -> Result<Vec<String>, AgentError> {
+    let drift = drift_of(host, vm, now).await?.unwrap_or_default();
+    let carried = drift.carried.iter().map(|change| format!("Changed since its start, and goes along: {change}."));
+    let obstacles = drift.obstacles.iter().map(|change| format!("Keeps it on this host: {change}."));
+    let mut untold = drift.untold;
+    for display in CommandLine::parse(&vm.spec.argv)?.passwords_set_later() {
+        untold.push(format!("its {display} password, to be set again where it goes"));
+    }
+    untold
+        .push("properties of its devices that were set by its monitor, in place of what its command line says".into());
+    let untold = untold.into_iter().map(|what| format!("Not known: {what}."));
+    Ok(carried.chain(obstacles).chain(untold).collect())
 }
 
 /// Starts a VM again whose QEMU has ended, or whose host was restarted.
@@ -118,6 +138,7 @@ pub(crate) async fn start(host: &Arc<Host>, name: &str) -> Result<Started, Agent
             return Err(AgentError::Changed { name: name.into(), changes: changed.obstacles.clone() });
         }
         spec.argv.clone_from(&changed.argv);
+        spec.io_limits.clone_from(&changed.io_limits);
     }
     let _name = host.reserve_name(name)?;
     let command = CommandLine::parse(&spec.argv)?;
@@ -144,7 +165,8 @@ pub(crate) async fn set_autostart(host: &Host, name: &str, autostart: bool) -> R
         return Ok(());
     }
     let vm = host.vm(name)?;
-    host.journal.put_vm(&VmRecord { autostart, ..vm.record() }).await?;
+    // That alone: the rest may be being recorded at this moment.
+    host.journal.vm_autostarts(name, &vm.instance(), autostart).await?;
     vm.autostart.store(autostart, Ordering::Relaxed);
     Ok(())
 }

@@ -43,6 +43,7 @@ fn vm(pid: u32) -> VmRecord {
         shared_ram: false,
         adopted: false,
         measuring: false,
+        io_limits: None,
     };
     VmRecord {
         spec,

@@ -1,6 +1,6 @@
 //! The VMs of this host.
 
-use rusqlite::{Row, params};
+use rusqlite::{Row, ToSql, params};
 use uuid::Uuid;
 use vmferry_api::VmSpec;
 use vmferry_qemu::Drift;
@@ -71,7 +71,18 @@ impl Journal {
         self.set("changed", drift.map(as_json), name, instance).await
     }
 
-    async fn set(&self, column: &'static str, to: Option<String>, name: &str, instance: &Instance) -> Result<()> {
+    /// Records whether a VM is started when the host is, if its QEMU is still this one.
+    pub async fn vm_autostarts(&self, name: &str, instance: &Instance, autostart: bool) -> Result<()> {
+        self.set("autostart", Some(autostart), name, instance).await
+    }
+
+    async fn set(
+        &self,
+        column: &'static str,
+        to: Option<impl ToSql + Send + 'static>,
+        name: &str,
+        instance: &Instance,
+    ) -> Result<()> {
         let (name, it) = (name.to_owned(), instance.clone());
         self.call(move |db| {
             db.execute(

@@ -15,7 +15,7 @@ use crate::measuring::scripts::policy_of;
 impl Run {
     /// Nothing has come up since the plan that keeps the guest from being moved as planned.
     async fn as_planned(&self) -> Result<(), AgentError> {
-        match came_up(&self.vm.qmp, &self.plan.seen, false).await? {
+        match came_up(&self.vm.qmp, &self.plan.planned, false).await? {
             None => Ok(()),
             Some(reason) => Err(AgentError::NotMigratable {
                 name: self.vm.name().into(),

@@ -12,9 +12,10 @@ use vmferry_link::{Fingerprint, fastest_cipher};
 use vmferry_policy::Limits;
 use vmferry_qemu::inventory::Glimpse;
 use vmferry_qemu::qmp::commands;
-use vmferry_qemu::{CommandLine, Drift, Features, Inventory, MigrationStatus, QmpError, RunState};
+use vmferry_qemu::{CommandLine, Drift, Features, Inventory, MigrationStatus, QmpError, RunState, migration};
 
 use super::mover::{ByAgents, ByQemu, Guest, Mover, Protect};
+use crate::engine::movable::Planned;
 use crate::engine::{Protection, Setup, movable};
 use crate::error::AgentError;
 use crate::host::{Claim, Content, Host, Markers, Stage, Vm, drift_of, plugs, resident_memory};
@@ -43,8 +44,8 @@ pub(super) struct Plan {
     pub(super) markers: Option<Markers>,
     /// It was changed since its start.
     pub(super) changed: bool,
-    /// What users change while it runs, as it is when it is planned.
-    pub(super) seen: Glimpse,
+    /// What may be otherwise when it is moved.
+    pub(super) planned: Planned,
     /// Who moves the RAM.
     pub(super) mover: Arc<dyn Mover>,
 }
@@ -83,20 +84,25 @@ pub(super) fn limits(request: &MigrateRequest) -> Result<Limits, AgentError> {
 /// are brought to where it is to go.
 pub(super) async fn plan(host: &Host, vm: &Vm, id: Uuid, request: &MigrateRequest) -> Result<Plan, AgentError> {
     let run_state = movable(vm).await?;
+    // One that sleeps goes on sleeping when it is set running.
+    let running = matches!(run_state, RunState::Running | RunState::Suspended);
     let seen = Glimpse::of(&vm.qmp).await?;
     if !request.disks_are_shared {
         flushes(vm).await?;
     }
     let (now, drift) = as_it_is(host, vm).await?;
     let ram_bytes = vm.ram_bytes().await?;
-    let behind = now.map(|now| now.backing_files()).unwrap_or_default();
+    let behind = now.as_ref().map(Inventory::backing_files).unwrap_or_default();
     let changed = drift.is_some();
     let mut spec = vm.spec.clone();
     let mut notes = Vec::new();
     if let Some(drift) = drift {
         notes.extend(drift.carried.iter().map(|change| format!("Changed since its start, and goes along: {change}.")));
+        notes.extend(drift.untold.iter().map(|what| format!("Not known: {what}.")));
         spec.argv = drift.argv;
     }
+    // Those that were set before anybody looked, too.
+    spec.io_limits = now.map(|now| now.io_limits().clone());
     let found = trust::find_peer(host, &request.to).await?;
     let met = found.hello().await?;
     let (peer, remote) = (found.pinned_to(&met), met.ip());
@@ -112,7 +118,7 @@ pub(super) async fn plan(host: &Host, vm: &Vm, id: Uuid, request: &MigrateReques
         ram_bytes,
         machine: vm.facts.machine.clone(),
         accelerator: vm.accelerator.clone(),
-        running: run_state == RunState::Running,
+        running,
         disks: markers.disks(),
         read_only: markers.read_only(),
         contents: BTreeMap::new(),
@@ -131,7 +137,17 @@ pub(super) async fn plan(host: &Host, vm: &Vm, id: Uuid, request: &MigrateReques
         there = peer.check(&offer).await?;
     }
     let (features, can_tls) = host.qemus.features_of(vm).await?;
-    let running = run_state == RunState::Running;
+    let carries_sleep = migration::carries_sleep(|name| features.has_capability(name))
+        && migration::carries_sleep(|name| there.capabilities.contains(name));
+    if run_state == RunState::Suspended && !carries_sleep {
+        let reason = "it is suspended to RAM, and would not wake up there: that takes QEMU 9.0 on both hosts";
+        let hint = "wake it first (`system_wakeup` in its monitor)";
+        return Err(AgentError::NotMigratable {
+            name: vm.name().into(),
+            reason: reason.into(),
+            hint: Some(hint.into()),
+        });
+    }
     let mover: Arc<dyn Mover> = match agents_can(host, vm, request, &there).await? {
         Ok(by_agents) => Arc::new(by_agents),
         Err(why) => {
@@ -155,6 +171,7 @@ pub(super) async fn plan(host: &Host, vm: &Vm, id: Uuid, request: &MigrateReques
     notes.extend(mover.notes());
     match run_state {
         RunState::Running => {}
+        RunState::Suspended => notes.push("The guest is suspended to RAM, and will be there.".into()),
         RunState::IoError => notes.push(
             "The guest waits since its disk failed, and will be paused there: `vmferry resume` has it try again."
                 .into(),
@@ -190,7 +207,7 @@ pub(super) async fn plan(host: &Host, vm: &Vm, id: Uuid, request: &MigrateReques
         rate,
         markers: Some(markers),
         changed,
-        seen,
+        planned: Planned { seen, carries_sleep },
         mover,
     })
 }
@@ -313,14 +330,9 @@ async fn movable(vm: &Vm) -> Result<RunState, AgentError> {
     }
     match vm.run_state().await? {
         // One that waits for its disk may find it well where it goes.
-        state @ (RunState::Running | RunState::Paused | RunState::IoError) => Ok(state),
+        state @ (RunState::Running | RunState::Suspended | RunState::Paused | RunState::IoError) => Ok(state),
         // A guest that was started with -S: paused, with all its state.
         RunState::Prelaunch => Ok(RunState::Paused),
-        // QEMU before 9.0 has one that arrives run on instead, and we could not tell it to sleep again.
-        RunState::Suspended => Err(refuse(
-            "it is suspended to RAM, and would not arrive so".into(),
-            "wake it first (`system_wakeup` in its monitor)",
-        )),
         RunState::PostMigrate => Err(refuse(
             "it is paused since a migration that was undone, and QEMU moves such a guest only after it ran".into(),
             "let it run for a moment (`cont` in its monitor)",

@@ -69,7 +69,7 @@ impl Run {
             peer: &plan.peer,
             peer_key: plan.peer_key,
             remote: plan.remote,
-            seen: &plan.seen,
+            planned: &plan.planned,
             there: &plan.there,
             offer: &mut plan.offer,
             protect: &mut plan.protect,

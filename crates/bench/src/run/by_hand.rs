@@ -140,7 +140,7 @@ impl Qemu {
 impl Pair {
     async fn start(options: &RunOptions, accel: &Accel) -> Result<Self, RunError> {
         let dir = tempfile::Builder::new().prefix("vmferry-bench-").tempdir()?;
-        let network = Network::set_up(options.transport == Transport::Link, options.link_bits)?;
+        let network = Network::set_up(options.transport == Transport::Link, false, options.link_bits)?;
         let source = Qemu::start(options, accel, &network, dir.path(), 0).await?;
         let mut watch = GuestWatch::new();
         watch.follow_socket(0, &dir.path().join("source.console")).await?;

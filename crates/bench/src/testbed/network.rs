@@ -1,6 +1,6 @@
 //! The network between two hosts of a testbed: two namespaces and a veth pair, or the loopback address.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -9,7 +9,12 @@ use super::{Result, TestbedError};
 
 /// Addresses reserved for documentation: they exist only inside our namespaces.
 const ADDRESSES: [[u8; 4]; 2] = [[192, 0, 2, 1], [192, 0, 2, 2]];
+/// Those that mean something on their link only.
+const LINK_LOCAL: [Ipv6Addr; 2] =
+    [Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1), Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 2)];
 const PORT: u16 = 7420;
+/// The number of `link0` in either namespace, which tells on which link a link-local address is.
+const LINK: u32 = 7;
 
 /// Testbeds of one process, told apart.
 static COUNT: AtomicU32 = AtomicU32::new(0);
@@ -17,26 +22,32 @@ static COUNT: AtomicU32 = AtomicU32::new(0);
 pub(crate) struct Network {
     /// Empty on the loopback address.
     namespaces: Vec<String>,
+    /// The hosts have no other addresses than link-local ones of IPv6.
+    link_local: bool,
 }
 
 impl Network {
-    pub(crate) fn set_up(namespaces: bool, bits: Option<u64>) -> Result<Self> {
+    pub(crate) fn set_up(namespaces: bool, link_local: bool, bits: Option<u64>) -> Result<Self> {
         if !namespaces {
-            return Ok(Self { namespaces: Vec::new() });
+            return Ok(Self { namespaces: Vec::new(), link_local: false });
         }
         remove_orphans();
         let id = format!("{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
         // Kept from the first namespace on, so that a failure half-way removes what there is.
-        let mut network = Self { namespaces: Vec::new() };
+        let mut network = Self { namespaces: Vec::new(), link_local };
         for host in ["a", "b"] {
             let name = format!("vmferry-{id}-{host}");
             ip(&format!("netns add {name}"))?;
             network.namespaces.push(name);
         }
         let [a, b] = [&network.namespaces[0], &network.namespaces[1]];
-        ip(&format!("-n {a} link add link0 type veth peer name link0 netns {b}"))?;
-        for (name, address) in network.namespaces.iter().zip(ADDRESSES) {
-            ip(&format!("-n {name} address add {}/24 dev link0", IpAddr::from(address)))?;
+        ip(&format!("-n {a} link add link0 index {LINK} type veth peer name link0 index {LINK} netns {b}"))?;
+        for (index, name) in network.namespaces.iter().enumerate() {
+            let address = match link_local {
+                true => format!("{}/64 dev link0 nodad", LINK_LOCAL[index]),
+                false => format!("{}/24 dev link0", IpAddr::from(ADDRESSES[index])),
+            };
+            ip(&format!("-n {name} address add {address}"))?;
             ip(&format!("-n {name} link set lo up"))?;
             ip(&format!("-n {name} link set link0 up"))?;
             if let Some(bits) = bits {
@@ -47,6 +58,9 @@ impl Network {
     }
 
     pub(crate) fn address(&self, index: usize) -> Result<SocketAddr> {
+        if self.link_local {
+            return Ok(SocketAddrV6::new(LINK_LOCAL[index], PORT, 0, LINK).into());
+        }
         if !self.namespaces.is_empty() {
             return Ok(SocketAddr::from((ADDRESSES[index], PORT)));
         }

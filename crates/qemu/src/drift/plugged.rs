@@ -56,7 +56,11 @@ impl Words<'_> {
         for (key, value) in &given.properties {
             let mut value = value.clone();
             match key.as_str() {
-                "drive" => value = self.drive(&value, device.id.as_deref())?,
+                "drive" => {
+                    value = self.drive(&value, device.id.as_deref())?;
+                    let disk = device.id.as_deref().unwrap_or(&value);
+                    self.untold.push(format!("aio and discard of {disk}, which become what they are by default"));
+                }
                 "netdev" => self.network(&value)?,
                 "chardev" => self.chardev(&value)?,
                 _ if parts.objects.contains_key(&value) => self.object(&value)?,

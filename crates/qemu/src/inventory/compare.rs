@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use super::{Inventory, Layer, RamSize};
+use super::{Inventory, Layer, RamSize, cpuid};
+use crate::io_limits::IoLimits;
 
 /// Bits of CPUID that do not tell what a processor can do there. QEMU had PCOMMIT for a while, as no real processor ever
 /// did, so that nothing uses it; and whether a package has several processors (HTT, CMP-LEGACY) follows from their places,
@@ -47,12 +48,16 @@ impl Inventory {
         for (block, ours, theirs) in both(&self.ram, &other.ram).filter(|(_, ours, theirs)| !fits(**ours, **theirs)) {
             say(format!("{block} has {} {here} and {} {there}", kib(ours.used), kib(theirs.used)));
         }
-        for (word, bits) in &self.cpu_features {
-            let passed_over = NOT_COMPARED.iter().find(|(it, _)| it == word).map_or(0, |(_, bits)| *bits);
-            let lacks = bits & !passed_over & !other.cpu_features.get(word).copied().unwrap_or(0);
-            if lacks != 0 && !other.cpu_features.is_empty() {
-                say(format!("the processor {there} lacks features of the one {here} (CPUID {word}: {lacks:#x})"));
-            }
+        let lacks: Vec<String> = self
+            .cpu_features
+            .iter()
+            .flat_map(|(word, bits)| {
+                let passed_over = NOT_COMPARED.iter().find(|(it, _)| it == word).map_or(0, |(_, bits)| *bits);
+                cpuid::names(word, bits & !passed_over & !other.cpu_features.get(word).copied().unwrap_or(0))
+            })
+            .collect();
+        if !lacks.is_empty() && !other.cpu_features.is_empty() {
+            say(format!("the processor {there} lacks what the one {here} has: {}", lacks.join(", ")));
         }
         for (what, ours, theirs) in
             [("processor", &self.cpus, &other.cpus), ("memory device", &self.memory_devices, &other.memory_devices)]
@@ -75,6 +80,12 @@ impl Inventory {
         }
         for (disk, ours, theirs) in both(&self.disks, &other.disks).filter(|(_, ours, theirs)| ours != theirs) {
             say(format!("{disk} is {} {here} and {} {there}", in_words(ours), in_words(theirs)));
+        }
+        for (disk, ..) in both(&self.disks, &other.disks) {
+            let [ours, theirs] = [self, other].map(|it| limits_in_words(it.io_limits.get(disk)));
+            if ours != theirs {
+                say(format!("{disk} is {ours} {here} and {theirs} {there}"));
+            }
         }
         differences
     }
@@ -115,6 +126,10 @@ fn in_words(layers: &[Layer]) -> String {
     }
 }
 
+fn limits_in_words(limits: Option<&IoLimits>) -> String {
+    limits.map_or_else(|| "not limited".into(), IoLimits::to_string)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -138,6 +153,7 @@ mod tests {
             cpus: [("core 0".into(), "max".into())].into(),
             memory_devices: BTreeMap::new(),
             disks: [("d0".into(), vec![layer("a.qcow2")])].into(),
+            io_limits: BTreeMap::new(),
             peripherals: BTreeMap::new(),
             user_networks: 0,
         }
@@ -160,8 +176,8 @@ mod tests {
         assert_eq!(ghost, ["there is a device only there: disk on pci.0 addr 04.0"]);
         let rom = differences(|it| *it.ram.get_mut("pc.ram").unwrap() = RamSize { used: 2 << 20, most: 2 << 20 });
         assert_eq!(rom, ["pc.ram has 1024 KiB here and 2048 KiB there"]);
-        let lacks = differences(|it| *it.cpu_features.get_mut("0x7.0 EBX").unwrap() = 0b101);
-        assert_eq!(lacks, ["the processor there lacks features of the one here (CPUID 0x7.0 EBX: 0x2)"]);
+        let lacks = differences(|it| *it.cpu_features.get_mut("0x7.0 EBX").unwrap() = 0b10);
+        assert_eq!(lacks, ["the processor there lacks what the one here has: fsgsbase, sgx"]);
         let plugged = differences(|it| {
             it.cpus.insert("core 1".into(), "max".into());
         });

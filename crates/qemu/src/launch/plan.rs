@@ -1,10 +1,11 @@
 //! From a VM's own command line to the one that is run: what we need is added, what would tie QEMU to a terminal is led
 //! to a socket, and everything else stays as it was written.
 
+use std::net::TcpListener;
 use std::os::fd::RawFd;
 use std::path::Path;
 
-use crate::command_line::{CommandLine, CommandLineError, CommandOption, Properties, escape_commas};
+use crate::command_line::{CommandLine, CommandLineError, CommandOption, Properties, SPICE_PORTS, escape_commas};
 use crate::host::Accel;
 
 /// The ids of what we add.
@@ -14,7 +15,7 @@ const RAM: &str = "vmferry-ram";
 /// And a number.
 const LOG: &str = "vmferry-log-";
 
-/// So many VNC displays after the one that was asked for are tried.
+/// So many displays after the one that was asked for are tried.
 const OTHER_DISPLAYS: u16 = 99;
 /// Ports of the guest that may write to a file.
 const LOGGED: [&str; 3] = ["serial", "parallel", "debugcon"];
@@ -261,6 +262,8 @@ impl Planner<'_> {
                     None => self.argv.extend(option.words.iter().cloned()),
                 }
             }
+            // Which QEMU does by itself for VNC only.
+            "spice" if incoming => self.take_spice(option),
             name if incoming && LOGGED.contains(&name) && option.value().starts_with("file:") => {
                 let path = escape_commas(option.value().trim_start_matches("file:"));
                 let id = format!("{LOG}{}", self.logs);
@@ -270,6 +273,21 @@ impl Planner<'_> {
             }
             _ => self.argv.extend(option.words.iter().cloned()),
         }
+    }
+
+    fn take_spice(&mut self, option: &CommandOption) {
+        let mut spice = option.properties();
+        let address = spice.get_some("addr").unwrap_or("0.0.0.0").to_owned();
+        for key in SPICE_PORTS {
+            let is_free = |port: &u16| TcpListener::bind((address.as_str(), *port)).is_ok();
+            if let Some(asked) = option.spice_port(key)
+                && let Some(port) = (asked..=asked.saturating_add(OTHER_DISPLAYS)).find(is_free)
+            {
+                spice.remove(key);
+                spice.push(key, &port.to_string());
+            }
+        }
+        self.add("-spice", &spice.to_string());
     }
 
     fn take_machine(&mut self, option: &CommandOption) {

@@ -76,12 +76,29 @@ commands! {
     QueryMemoryDevices {} = "query-memory-devices" -> Vec<MemoryDevice>;
     /// The disks and drives that the guest has.
     QueryBlock {} = "query-block" -> Vec<Drive>;
+    /// Limits what the guest may do with a disk; see QEMU's `BlockIOThrottle`.
+    BlockSetIoThrottle {
+        /// What the drive is called, where it has a name.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        device: Option<String>,
+        /// The device that has it, where the drive has no name.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        id: Option<String>,
+        /// Those of one group share their limits.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        group: Option<String>,
+        /// The limits.
+        #[serde(flatten)]
+        numbers: std::collections::BTreeMap<String, u64>,
+    } = "block_set_io_throttle" -> Nothing;
     /// What is being done to disks in the background: mirrors, backups, commits.
     QueryBlockJobs {} = "query-block-jobs" -> Vec<BlockJob>;
     /// How block nodes hang together, for debugging.
     XDebugQueryBlockGraph {} = "x-debug-query-block-graph" -> BlockGraph;
     /// The VNC display.
     QueryVnc {} = "query-vnc" -> Vnc;
+    /// The SPICE display.
+    QuerySpice {} = "query-spice" -> Value;
     /// The character devices.
     QueryChardev {} = "query-chardev" -> Vec<ChardevInfo>;
     /// Everything that this QEMU's QMP has.
@@ -274,6 +291,9 @@ pub struct Inserted {
     /// The node that the guest reads and writes.
     #[serde(default)]
     pub node_name: String,
+    /// The rest of what QEMU says of it.
+    #[serde(flatten)]
+    pub more: std::collections::BTreeMap<String, Value>,
 }
 
 /// A file of a disk.

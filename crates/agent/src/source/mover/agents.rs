@@ -74,7 +74,7 @@ impl Mover for ByAgents {
             delta_cache: task.host.config.delta_cache.as_u64(),
             runs: task.offer.running,
             stops_first: stops_first(task),
-            seen: Some(task.seen.clone()),
+            planned: Some(task.planned.clone()),
         };
         Ok(Box::new(ExternalEngine::new(task.vm.qmp.clone(), wishes, session)))
     }

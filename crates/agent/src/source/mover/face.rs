@@ -3,13 +3,13 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use crate::engine::movable::Planned;
 use async_trait::async_trait;
 use uuid::Uuid;
 use vmferry_api::EngineName;
 use vmferry_link::{Cipher, Fingerprint};
 use vmferry_policy::Limits;
 use vmferry_qemu::Features;
-use vmferry_qemu::inventory::Glimpse;
 
 use crate::engine::RamEngine;
 use crate::error::AgentError;
@@ -51,7 +51,7 @@ pub(crate) struct Task<'a> {
     pub(crate) peer_key: Fingerprint,
     /// Where its QEMU will be.
     pub(crate) remote: IpAddr,
-    pub(crate) seen: &'a Glimpse,
+    pub(crate) planned: &'a Planned,
     pub(crate) there: &'a CheckReply,
     /// What the destination is asked to get ready for.
     pub(crate) offer: &'a mut Offer,
