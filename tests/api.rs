@@ -63,6 +63,7 @@ pub(crate) async fn offer_with_disk(bed: &Bed, disk: &std::path::Path) -> Offer 
         machine: view.machine.expect("known"),
         accelerator: view.accelerator.expect("known"),
         running: true,
+        cpu_features: std::collections::BTreeSet::new(),
         disks: vec![disk.into()],
         read_only: vec![],
         networks: vec![],

@@ -318,6 +318,9 @@ async fn try_machines(first: u64, count: u64) {
     let (mut refused, mut failed) = (BTreeMap::<String, u32>::new(), Vec::new());
     // The older and the newer QEMU, and both ways between them.
     for (n, (alpha, beta)) in [(0, 1), (1, 0), (1, 1), (0, 0)].into_iter().enumerate() {
+        if !(first..first + count).any(|seed| seed % 4 == n as u64) {
+            continue;
+        }
         let bed = Testbed::start(external(alpha, beta)).await.expect("a testbed");
         for seed in (first..first + count).filter(|seed| seed % 4 == n as u64) {
             let (moved, machine) = there_and_back(&bed, seed).await;
@@ -339,6 +342,10 @@ async fn try_machines(first: u64, count: u64) {
 #[tokio::test(flavor = "multi_thread")]
 async fn random_machines_that_were_changed_arrive_equal_or_are_refused_before_they_move() {
     try_machines(1000, 8).await;
+    // Those have shown faults.
+    for seed in [5012, 5160] {
+        try_machines(seed, 1).await;
+    }
 }
 
 /// See the module's text: `make soak`.

@@ -186,7 +186,7 @@ impl RunOptions {
     fn guest_arguments(&self, kernel: &str, initrd: &str, accel: &Accel) -> Vec<String> {
         let dirty_limit = |means: &Means| means.capabilities.iter().any(|it| it == "dirty-limit");
         let accelerator = match accel {
-            Accel::Kvm if self.scenario.qemu.iter().any(dirty_limit) => "kvm,dirty-ring-size=4096",
+            Accel::Kvm(_) if self.scenario.qemu.iter().any(dirty_limit) => "kvm,dirty-ring-size=4096",
             accel => accel.name(),
         };
         let words = format!(

@@ -29,7 +29,7 @@ const PROBE_TIMEOUT: Duration = Duration::from_secs(10);
 #[serde(rename_all = "kebab-case", tag = "name")]
 pub enum Accel {
     /// The processor itself.
-    Kvm,
+    Kvm(Kvm),
     /// QEMU, in software.
     Tcg {
         /// Why it is not KVM, in words that fit into a sentence.
@@ -37,34 +37,58 @@ pub enum Accel {
     },
 }
 
+/// How KVM works on this host.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Kvm {
+    /// What `-cpu host` ends with here, as it does not start otherwise, such as `,-arch-capabilities`; empty as a rule.
+    pub host_cpu: String,
+    /// A guest's kernel is emulated, and only its programs run on the processor itself: an ordinary guest gets nowhere.
+    pub emulates_kernels: bool,
+}
+
 impl Accel {
+    /// KVM as it should be.
+    pub fn kvm() -> Self {
+        Self::Kvm(Kvm::default())
+    }
+
+    /// It is KVM, for whatever guests.
+    pub fn is_kvm(&self) -> bool {
+        matches!(self, Self::Kvm(_))
+    }
+
     /// QEMU's word for it.
     pub fn name(&self) -> &'static str {
         match self {
-            Self::Kvm => "kvm",
+            Self::Kvm(_) => "kvm",
             Self::Tcg { .. } => "tcg",
         }
     }
 
-    /// What whoever wanted KVM should know, in a sentence; nothing when they get it.
-    pub fn in_place_of_kvm(&self) -> Option<String> {
-        match self {
-            Self::Kvm => None,
-            Self::Tcg { why } => {
-                Some(format!("KVM does not work here ({why}): running under TCG, software emulation, much slower."))
-            }
-        }
+    /// What whoever wanted KVM and does not get it should know, in a sentence.
+    pub fn in_place_of_kvm(&self) -> String {
+        let why = match self {
+            Self::Kvm(_) => format!("KVM does not work for ordinary guests here ({EMULATES})"),
+            Self::Tcg { why } => format!("KVM does not work here ({why})"),
+        };
+        format!("{why}: running under TCG, software emulation, much slower.")
     }
 }
 
 impl std::fmt::Display for Accel {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Kvm => f.write_str("KVM"),
+            Self::Kvm(kvm) if kvm.emulates_kernels => {
+                write!(f, "KVM for guests that ask for it, else TCG ({EMULATES})")
+            }
+            Self::Kvm(_) => f.write_str("KVM"),
             Self::Tcg { why } => write!(f, "TCG, software emulation ({why})"),
         }
     }
 }
+
+/// See [`Kvm::emulates_kernels`].
+const EMULATES: &str = "it emulates their kernels, instruction by instruction";
 
 /// One machine type.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -288,7 +312,7 @@ mod tests {
 
     #[test]
     fn an_accelerator_survives_json() {
-        for accel in [Accel::Kvm, Accel::Tcg { why: "there is no /dev/kvm".into() }] {
+        for accel in [Accel::kvm(), Accel::Tcg { why: "there is no /dev/kvm".into() }] {
             let json = serde_json::to_string(&accel).unwrap();
             assert_eq!(serde_json::from_str::<Accel>(&json).unwrap(), accel, "{json}");
         }

@@ -9,7 +9,7 @@ mod compare;
 mod cpuid;
 mod qtree;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -133,6 +133,11 @@ impl Inventory {
     /// What the host lets the guest do with those of its disks that it limits, by disk.
     pub fn io_limits(&self) -> &BTreeMap<String, IoLimits> {
         &self.io_limits
+    }
+
+    /// The features of the guest's processor, by QEMU's names.
+    pub fn cpu_features(&self) -> BTreeSet<String> {
+        self.cpu_features.iter().flat_map(|(word, bits)| cpuid::names(word, *bits)).collect()
     }
 
     /// The local files that have what the guest reads of its disks and has not written: what is behind those that it

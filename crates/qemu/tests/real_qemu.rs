@@ -320,7 +320,8 @@ async fn old_words_in_the_log_are_not_quoted() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("qemu.log"), "old words\n").unwrap();
     std::fs::write(dir.path().join("qmp.sock"), "no socket at all").unwrap();
-    let plan = LaunchPlan { argv: vec!["x".into(), "-bad".into()], notes: vec![], console: false };
+    let plan =
+        LaunchPlan { argv: vec!["x".into(), "-bad".into()], notes: vec![], console: false, accelerator: "tcg".into() };
     let error = launch(&qemus()[0], &plan, None, Path::new("/"), dir.path(), SOON).await.unwrap_err();
     assert!(!error.to_string().contains("old words") && error.to_string().contains("-bad"), "{error}");
     assert!(std::fs::read_to_string(dir.path().join("qemu.log")).unwrap().starts_with("old words\n"));
@@ -349,7 +350,7 @@ async fn ends(pid: u32, what: &str) {
 
 #[tokio::test]
 async fn a_qemu_that_does_not_answer_is_killed_whether_we_wait_or_not() {
-    let plan = LaunchPlan { argv: vec!["deaf".into()], notes: vec![], console: false };
+    let plan = LaunchPlan { argv: vec!["deaf".into()], notes: vec![], console: false, accelerator: "tcg".into() };
     for patience in [Duration::from_millis(300), SOON] {
         let dir = tempfile::tempdir().unwrap();
         let program = deaf_program(dir.path());
@@ -597,7 +598,7 @@ async fn a_probe_that_fails_names_the_binary_and_the_reason() {
     let error = probe_qemu(Path::new("/bin/false"), &tcg()).await.unwrap_err();
     assert!(error.to_string().contains("/bin/false") && error.to_string().contains("exit code 1"), "{error}");
     // A QEMU that is only asked does well with a KVM in which no guest runs.
-    if let Err(error) = probe_qemu(&qemus()[0], &Accel::Kvm).await {
+    if let Err(error) = probe_qemu(&qemus()[0], &Accel::kvm()).await {
         assert!(error.to_string().contains("/dev/kvm") || error.to_string().contains("KVM"), "{error}");
     }
 }
@@ -609,7 +610,7 @@ async fn kvm_is_only_believed_in_when_a_guest_ran_in_it() {
         let accel = try_kvm(&qemu).await;
         assert!(begun.elapsed() < Duration::from_secs(5));
         match accel {
-            Accel::Kvm => assert!(Path::new("/dev/kvm").exists()),
+            Accel::Kvm(_) => assert!(Path::new("/dev/kvm").exists()),
             Accel::Tcg { why } => assert!(!why.is_empty()),
         }
     })

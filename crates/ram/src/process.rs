@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{self, ErrorKind};
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::path::Path;
 use std::str::SplitAsciiWhitespace;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -47,6 +48,11 @@ impl Process {
     pub(crate) fn mappings(&self) -> io::Result<Vec<Mapping>> {
         let text = fs::read(format!("/proc/{}/maps", self.pid))?;
         Ok(String::from_utf8_lossy(&text).lines().filter_map(Mapping::parse).collect())
+    }
+
+    /// It is one of its threads.
+    pub(crate) fn has_thread(&self, thread: u32) -> bool {
+        Path::new(&format!("/proc/{}/task/{thread}", self.pid)).exists()
     }
 
     /// The threads by their ids, the main thread first.

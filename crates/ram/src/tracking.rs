@@ -130,7 +130,10 @@ impl Tracking {
 
     /// Adds what was written since it was protected, in order, with neighbours merged. It counts as written afterwards.
     pub fn written(&self, block: usize, range: Range<u64>, written: &mut Vec<Range<u64>>) -> io::Result<()> {
-        self.scan(block, &range, false, written)
+        for (_, part, _) in self.parts(block, range) {
+            self.found(block, written, |written| self.pagemap.written(self.blocks[block].of(&part), written))?;
+        }
+        Ok(())
     }
 
     /// Prepares for writers to wait. None does yet.
@@ -162,22 +165,32 @@ impl Tracking {
 
     /// As [`written`](Tracking::written), and protects it again. Read it after this, not before.
     pub fn take_written(&self, block: usize, range: Range<u64>, written: &mut Vec<Range<u64>>) -> io::Result<()> {
-        self.scan(block, &range, true, written)
+        for (userfaultfd, part, waits) in self.parts(block, range) {
+            let addresses = self.blocks[block].of(&part);
+            self.found(block, written, |written| {
+                if !waits {
+                    return self.pagemap.take_written(addresses, written);
+                }
+                // What is written between the two is read after this, as are all of these pages.
+                let begun = written.len();
+                self.pagemap.written(addresses, written)?;
+                written[begun..].iter().try_for_each(|range| userfaultfd.write_protect(range.clone()))
+            })?;
+        }
+        Ok(())
     }
 
-    fn scan(&self, block: usize, range: &Range<u64>, protect: bool, written: &mut Vec<Range<u64>>) -> io::Result<()> {
-        let addresses = &self.blocks[block];
-        let begun = written.len();
-        for (userfaultfd, range, waits) in self.parts(block, range.clone()) {
-            let found = written.len();
-            self.pagemap.written(addresses.of(&range), protect && !waits, written)?;
-            if protect && waits {
-                // What is written between the two is read after this, as are all of these pages.
-                written[found..].iter().try_for_each(|range| userfaultfd.write_protect(range.clone()))?;
-            }
-        }
+    /// Turns the addresses that a scan adds into offsets.
+    fn found(
+        &self,
+        block: usize,
+        written: &mut Vec<Range<u64>>,
+        scan: impl FnOnce(&mut Vec<Range<u64>>) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let (begun, first) = (written.len(), self.blocks[block].all().start);
+        scan(written)?;
         for range in &mut written[begun..] {
-            *range = range.start - addresses.all().start..range.end - addresses.all().start;
+            *range = range.start - first..range.end - first;
         }
         Ok(())
     }

@@ -34,7 +34,7 @@ pub(super) struct Host<'a> {
 pub(super) fn judge(offer: &Offer, command: &CommandLine, host: &Host<'_>) -> Result<Vec<PathBuf>, AgentError> {
     machine(offer, host)
         .and_then(|()| accelerator(offer, host))
-        .and_then(|()| cpu(command, host))
+        .and_then(|()| cpu(offer, command, host))
         .and_then(|()| files(offer, command))
         .and_then(|()| networks(offer))
         .and_then(|()| disks(offer, command))
@@ -99,7 +99,7 @@ fn accelerator(offer: &Offer, host: &Host<'_>) -> Result<(), Refusal> {
     }
 }
 
-fn cpu(command: &CommandLine, host: &Host<'_>) -> Result<(), Refusal> {
+fn cpu(offer: &Offer, command: &CommandLine, host: &Host<'_>) -> Result<(), Refusal> {
     let Some(model) = command.cpu_model() else { return Ok(()) };
     let Some(known) = host.qemu.cpus.iter().find(|cpu| cpu.name == model) else {
         return refuse(
@@ -108,10 +108,14 @@ fn cpu(command: &CommandLine, host: &Host<'_>) -> Result<(), Refusal> {
             "use a QEMU there that is at least as new, or a CPU model that both have",
         );
     };
-    if matches!(host.accel, Accel::Kvm) && !known.unavailable.is_empty() {
+    // What the guest does not have either, as it is taken away from the model or was lacking at the source, it does not
+    // miss.
+    let has = |feature: &&String| offer.cpu_features.contains(*feature);
+    let lacks: Vec<&str> = known.unavailable.iter().filter(has).map(String::as_str).collect();
+    if host.accel.is_kvm() && !lacks.is_empty() {
         return refuse(
             Code::NoCpu,
-            format!("its processor lacks features of the CPU model {model}: {}", known.unavailable.join(", ")),
+            format!("its processor lacks features of the CPU model {model} that the guest has: {}", lacks.join(", ")),
             "start the VM with a CPU model that all hosts have",
         );
     }

@@ -32,7 +32,6 @@ impl Host {
         let binary = self.qemus.find_qemu(command)?;
         let dir = self.config.vm_dir(&spec.name);
         make_private_dir(&dir)?;
-        let accelerator = if matches!(accel, Accel::Kvm) { "kvm" } else { "tcg" };
         let (id, incoming) = incoming.unzip();
         let ram = match spec.shared_ram {
             true => Some(vmferry_qemu::ram_memfd().map_err(AgentError::io("memfd"))?),
@@ -46,7 +45,7 @@ impl Host {
             spec: spec.clone(),
             instance: Instance::now(0, 0),
             qmp: dir.join("qmp.sock").to_string_lossy().into_owned(),
-            accelerator: accelerator.into(),
+            accelerator: plan.accelerator.clone(),
             incoming: id,
             autostart,
             ended: None,

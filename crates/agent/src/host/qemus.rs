@@ -85,7 +85,7 @@ impl Qemus {
     pub(crate) async fn accelerator(&self, binary: &Path) -> Accel {
         let mut probed = self.probed.lock().await;
         if let Some((known, tried)) = probed.accelerators.get(binary)
-            && (*known == Accel::Kvm || tried.elapsed() < TRY_KVM_AGAIN)
+            && (known.is_kvm() || tried.elapsed() < TRY_KVM_AGAIN)
         {
             return known.clone();
         }
@@ -98,7 +98,7 @@ impl Qemus {
     /// What this QEMU can do, asked once a version.
     pub(crate) async fn qemu_info(&self, binary: &Path, accel: &Accel) -> Result<QemuInfo, AgentError> {
         let changed = std::fs::metadata(binary).and_then(|it| it.modified()).ok();
-        let key = (binary.to_owned(), changed, matches!(accel, Accel::Kvm));
+        let key = (binary.to_owned(), changed, accel.is_kvm());
         let mut probed = self.probed.lock().await;
         if let Some(known) = probed.infos.get(&key) {
             return Ok(known.clone());

@@ -42,6 +42,9 @@ pub struct Offer {
     pub accelerator: String,
     /// The guest runs; otherwise it stays paused.
     pub running: bool,
+    /// The features of the guest's processor, by QEMU's names, as far as they are known.
+    #[serde(default)]
+    pub cpu_features: BTreeSet<String>,
     /// The writable disks, as absolute paths. Beside each, the source has put a marker named after the migration.
     #[schema(value_type = Vec<String>)]
     pub disks: Vec<PathBuf>,

@@ -101,6 +101,7 @@ pub(super) async fn plan(host: &Host, vm: &Vm, id: Uuid, request: &MigrateReques
         notes.extend(drift.untold.iter().map(|what| format!("Not known: {what}.")));
         spec.argv = drift.argv;
     }
+    let cpu_features = now.as_ref().map(Inventory::cpu_features).unwrap_or_default();
     // Those that were set before anybody looked, too.
     spec.io_limits = now.map(|now| now.io_limits().clone());
     let found = trust::find_peer(host, &request.to).await?;
@@ -119,6 +120,7 @@ pub(super) async fn plan(host: &Host, vm: &Vm, id: Uuid, request: &MigrateReques
         machine: vm.facts.machine.clone(),
         accelerator: vm.accelerator.clone(),
         running,
+        cpu_features,
         disks: markers.disks(),
         read_only: markers.read_only(),
         contents: BTreeMap::new(),

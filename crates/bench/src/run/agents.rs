@@ -38,7 +38,7 @@ pub(super) async fn run(options: &RunOptions, tell: impl Fn(&str)) -> Result<Run
     tell("starting two agents and the guest");
     let bed = Testbed::start(bed_options).await?;
     let mut argv = vec!["qemu-system-x86_64".to_owned()];
-    argv.extend(options.qemu_arguments(bed.dir(), &Accel::Kvm)?);
+    argv.extend(options.qemu_arguments(bed.dir(), &Accel::kvm())?);
     argv.extend(["-serial", "stdio"].map(str::to_owned));
     let (watch, notes) = bed.start_guest_and_hear(VM, argv).await?;
     let client = bed.alpha().client()?;

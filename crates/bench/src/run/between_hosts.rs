@@ -31,7 +31,7 @@ pub(super) async fn run(options: &RunOptions, to: &OtherHost, tell: impl Fn(&str
         std::fs::write(dir.path().join(name), content)?;
     }
     let mut argv = vec![options.qemu().display().to_string()];
-    argv.extend(options.guest_arguments(&kernel.0, &initrd.0, &Accel::Kvm));
+    argv.extend(options.guest_arguments(&kernel.0, &initrd.0, &Accel::kvm()));
     argv.extend(["-serial", "stdio"].map(str::to_owned));
     let name = format!("bench-{:08x}", fastrand::u32(..));
     let guest = RunRequest { name: name.clone(), argv, cwd: dir.path().into(), measuring: true, autostart: false };

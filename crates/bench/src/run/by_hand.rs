@@ -54,7 +54,9 @@ pub(super) async fn run(options: &RunOptions, tell: impl Fn(&str)) -> Result<Run
     let accel = try_kvm(&options.qemu()).await;
     let pair = Pair::start(options, &accel).await?;
     let mut report = new_report(Origin::Bench, options.settings());
-    report.notes.extend(accel.in_place_of_kvm());
+    if !accel.is_kvm() {
+        report.notes.push(accel.in_place_of_kvm());
+    }
     report.versions.source_qemu = Some(pair.source.qmp.execute(QueryVersion {}).await?.to_string());
     report.versions.destination_qemu = Some(pair.destination.qmp.execute(QueryVersion {}).await?.to_string());
     let kvm = pair.source.qmp.execute(QueryKvm {}).await?.enabled;

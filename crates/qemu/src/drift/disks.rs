@@ -55,7 +55,8 @@ impl Words<'_> {
     fn follow_drive(&mut self, drive: &Drive) -> Result<(), String> {
         let at = self.option_of(drive);
         let mut words = match at {
-            Some(at) => as_drive(&self.options[at].0),
+            // As it is to be by now: where it is may have been said.
+            Some(at) => as_drive(self.options[at].1.as_ref().unwrap_or(&self.options[at].0)),
             None => by_name(&drive.device).ok_or("which words it had cannot be told")?,
         };
         let old = words.clone();

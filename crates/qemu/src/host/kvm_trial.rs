@@ -3,7 +3,8 @@
 //! `/dev/kvm` can be there and openable and still be of no use: in nested virtualisation and in some clouds QEMU starts
 //! and then hangs, or ends over a model-specific register that the host refuses. So a trial guest does what every
 //! guest's firmware does first: it switches to protected mode, asks `cpuid`, reads and writes such a register, writes to
-//! memory and to a port.
+//! memory and to a port. Some KVMs emulate all that a guest's kernel does (PVM, which takes no hardware), and no ordinary
+//! guest gets anywhere in them: so it also looks how long it takes for some instructions.
 
 use std::fs::File;
 use std::io::Write;
@@ -14,7 +15,7 @@ use std::time::Duration;
 
 use tokio::process::Command;
 
-use super::Accel;
+use super::{Accel, Kvm};
 use crate::launch::{in_words, last_lines};
 use crate::process::end_with_us;
 
@@ -22,20 +23,24 @@ use crate::process::end_with_us;
 const PATIENCE: Duration = Duration::from_secs(3);
 const ROM_SIZE: usize = 64 << 10;
 /// Where the code is in the ROM, which the processor sees at `0xFFFF_0000`.
-const CODE_AT: usize = 0xff00;
+const CODE_AT: usize = 0xfe00;
 /// What the guest writes when all went well, and what `isa-debug-exit` makes of it.
 const SUCCESS: u8 = 0x2a;
 const SUCCESS_EXIT: i32 = (SUCCESS as i32) << 1 | 1;
 
-/// Runs in real mode at `0xFFFF_FF00`, then in protected mode with flat segments.
+/// What it writes when only its speed was not as it should be.
+const SLOW: u8 = 0x2b;
+const SLOW_EXIT: i32 = (SLOW as i32) << 1 | 1;
+
+/// Runs in real mode at `0xFFFF_FE00`, then in protected mode with flat segments.
 #[rustfmt::skip]
-const CODE: [u8; 84] = [
+const CODE: [u8; 119] = [
     0xfa,                                           // 00  cli
-    0x2e, 0x66, 0x0f, 0x01, 0x16, 0x4e, 0xff,       // 01  lgdt cs:[0xff4e]      (GDT_POINTER below)
+    0x2e, 0x66, 0x0f, 0x01, 0x16, 0x78, 0xff,       // 01  lgdt cs:[0xff78]      (GDT_POINTER)
     0x0f, 0x20, 0xc0,                               // 08  mov eax, cr0
     0x0c, 0x01,                                     // 0b  or al, 1              (protected mode)
     0x0f, 0x22, 0xc0,                               // 0d  mov cr0, eax
-    0x66, 0xea, 0x18, 0xff, 0xff, 0xff, 0x08, 0x00, // 10  jmp 0x08:0xffffff18
+    0x66, 0xea, 0x18, 0xfe, 0xff, 0xff, 0x08, 0x00, // 10  jmp 0x08:0xfffffe18
     // From here on in 32 bits.
     0x66, 0xb8, 0x10, 0x00,                         // 18  mov ax, 0x10
     0x8e, 0xd8,                                     // 1c  mov ds, ax
@@ -50,21 +55,44 @@ const CODE: [u8; 84] = [
     0xa3, 0x00, 0x10, 0x00, 0x00,                   // 32  mov [0x1000], eax
     0xb0, 0x01,                                     // 37  mov al, 1             (failure)
     0xf6, 0x05, 0x01, 0x10, 0x00, 0x00, 0x01,       // 39  test byte [0x1001], 1
-    0x74, 0x02,                                     // 40  jz +2
-    0xb0, SUCCESS,                                  // 42  mov al, SUCCESS
-    0xe6, 0xf4,                                     // 44  out 0xf4, al
-    0xf4,                                           // 46  hlt
-    0xeb, 0xfd,                                     // 47  jmp -3
-    0x90, 0x90, 0x90, 0x90, 0x90,                   // 49  nop                   (to keep GDT_POINTER where it is)
-    0x17, 0x00, 0x80, 0xff, 0xff, 0xff,             // 4e  GDT_POINTER: limit 23, at 0xffffff80
+    0x74, 0x30,                                     // 40  jz 72
+    // Some loops: one of them is not interrupted by whatever else the host does.
+    0xbb, 0x08, 0x00, 0x00, 0x00,                   // 42  mov ebx, 8
+    0x0f, 0x31,                                     // 47  rdtsc
+    0x89, 0xc6,                                     // 49  mov esi, eax
+    0xb9, 0x20, 0x4e, 0x00, 0x00,                   // 4b  mov ecx, 20000
+    0x49,                                           // 50  dec ecx
+    0x75, 0xfd,                                     // 51  jnz 50
+    0x0f, 0x31,                                     // 53  rdtsc
+    0x29, 0xf0,                                     // 55  sub eax, esi
+    0x3d, 0x00, 0x20, 0x4e, 0x00,                   // 57  cmp eax, 5120000      (256 cycles for two instructions)
+    0x72, 0x07,                                     // 5c  jb 65
+    0x4b,                                           // 5e  dec ebx
+    0x75, 0xe6,                                     // 5f  jnz 47
+    0xb0, SLOW,                                     // 61  mov al, SLOW
+    0xeb, 0x0d,                                     // 63  jmp 72
+    0xb0, SUCCESS,                                  // 65  mov al, SUCCESS
+    0xeb, 0x09,                                     // 67  jmp 72
+    0x90, 0x90, 0x90, 0x90, 0x90, 0x90, 0x90, 0x90, // 69  nop
+    0x90,                                           // 71  nop
+    0xe6, 0xf4,                                     // 72  out 0xf4, al
+    0xf4,                                           // 74  hlt
+    0xeb, 0xfd,                                     // 75  jmp 74
 ];
 
-/// No segment; code and data from 0 to 4 GiB, in 32 bits.
+/// No segment; code and data from 0 to 4 GiB, in 32 bits. They have been accessed already, as nothing can be noted in a
+/// ROM: who emulates that would try for ever.
 const GDT_AT: usize = 0xff80;
-const GDT: [u64; 3] = [0, 0x00cf_9a00_0000_ffff, 0x00cf_9200_0000_ffff];
+const GDT: [u64; 3] = [0, 0x00cf_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
+/// Its size less one, and where it is.
+const GDT_POINTER_AT: usize = 0xff78;
+const GDT_POINTER: [u8; 6] = [0x17, 0x00, 0x80, 0xff, 0xff, 0xff];
 /// Where the processor starts: `jmp CODE_AT`, in 16 bits.
 const RESET_AT: usize = 0xfff0;
-const RESET: [u8; 3] = [0xe9, 0x0d, 0xff];
+const RESET: [u8; 3] = [0xe9, 0x0d, 0xfe];
+
+/// What `-cpu host` may have to do without: in some nested virtualisation QEMU aborts over the register behind it.
+const HOST_CPUS: [&str; 2] = ["", ",-arch-capabilities"];
 
 /// What the host can run guests with, found out by trying. Takes a fraction of a second, at most three.
 pub async fn try_kvm(binary: &Path) -> Accel {
@@ -75,14 +103,27 @@ pub async fn try_kvm(binary: &Path) -> Accel {
             _ => format!("/dev/kvm cannot be used: {error}"),
         });
     }
-    match run_trial(binary, "kvm", "host").await {
-        Ok(()) => Accel::Kvm,
-        Err(why) => tcg(why),
+    let mut failures = Vec::new();
+    for host_cpu in HOST_CPUS {
+        match run_trial(binary, "kvm", &format!("host{host_cpu}")).await {
+            Ok(speed) => {
+                return Accel::Kvm(Kvm { host_cpu: host_cpu.into(), emulates_kernels: speed == Speed::Emulated });
+            }
+            Err(why) => failures.push(why),
+        }
     }
+    tcg(failures.swap_remove(0))
+}
+
+/// How fast a guest's kernel runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Speed {
+    Usual,
+    Emulated,
 }
 
 /// Runs the trial guest with this accelerator and CPU model, or tells why it could not.
-async fn run_trial(binary: &Path, accel: &str, cpu: &str) -> Result<(), String> {
+async fn run_trial(binary: &Path, accel: &str, cpu: &str) -> Result<Speed, String> {
     let cannot = |error: std::io::Error| format!("{} cannot be tried: {error}", binary.display());
     // In no folder: whoever ends in the middle of this leaves nothing.
     let mut rom = tempfile::tempfile().map_err(cannot)?;
@@ -102,9 +143,11 @@ async fn run_trial(binary: &Path, accel: &str, cpu: &str) -> Result<(), String> 
     }
 }
 
-fn judge(output: &Output) -> Result<(), String> {
-    if output.status.code() == Some(SUCCESS_EXIT) {
-        return Ok(());
+fn judge(output: &Output) -> Result<Speed, String> {
+    match output.status.code() {
+        Some(SUCCESS_EXIT) => return Ok(Speed::Usual),
+        Some(SLOW_EXIT) => return Ok(Speed::Emulated),
+        _ => {}
     }
     let said = last_lines(&String::from_utf8_lossy(&output.stderr));
     Err(match (said.lines().last(), output.status.signal()) {
@@ -120,6 +163,7 @@ fn rom_image() -> Vec<u8> {
     for (number, descriptor) in GDT.iter().enumerate() {
         put(GDT_AT + number * 8, &descriptor.to_le_bytes());
     }
+    put(GDT_POINTER_AT, &GDT_POINTER);
     put(RESET_AT, &RESET);
     rom
 }
@@ -140,7 +184,7 @@ mod tests {
     async fn the_trial_guest_says_success_where_guests_can_run() {
         assert!(!qemus().is_empty(), "no QEMU: run scripts/setup.sh");
         for qemu in qemus() {
-            assert_eq!(run_trial(&qemu, "tcg", "max").await, Ok(()), "{}", qemu.display());
+            assert_eq!(run_trial(&qemu, "tcg", "max").await, Ok(Speed::Usual), "{}", qemu.display());
         }
     }
 

@@ -4,7 +4,7 @@
 const NAMES: [(&str, &str); 25] = [
     (
         "0x1.0 ECX",
-        "sse3 pclmulqdq dtes64 monitor ds-cpl vmx smx est tm2 ssse3 cid - fma cx16 xtpr pdcm - pcid dca \
+        "pni pclmulqdq dtes64 monitor ds-cpl vmx smx est tm2 ssse3 cid - fma cx16 xtpr pdcm - pcid dca \
          sse4.1 sse4.2 x2apic movbe popcnt tsc-deadline aes - - avx f16c rdrand hypervisor",
     ),
     (
@@ -55,7 +55,7 @@ const NAMES: [(&str, &str); 25] = [
     ),
     (
         "0x80000001.0 EDX",
-        "- - - - - - - - - - - syscall - - - - - - - - nx - mmxext - - ffxsr pdpe1gb rdtscp - lm 3dnowext \
+        "- - - - - - - - - - - syscall - - - - - - - - nx - mmxext - - fxsr-opt pdpe1gb rdtscp - lm 3dnowext \
          3dnow",
     ),
     ("0x80000007.0 EBX", "overflow-recov succor"),

@@ -29,6 +29,8 @@ pub struct LaunchPlan {
     pub notes: Vec<String>,
     /// A serial port of the guest is on `console.sock`.
     pub console: bool,
+    /// The guest's accelerator, by QEMU's word.
+    pub accelerator: String,
 }
 
 /// What a launch is planned for.
@@ -126,7 +128,8 @@ pub fn plan_launch(command: &CommandLine, settings: &LaunchSettings<'_>) -> Resu
         planner.take(option);
     }
     planner.add_ours(command)?;
-    Ok(LaunchPlan { argv: planner.argv, notes: planner.notes, console: planner.placed })
+    let accelerator = planner.accelerator.name;
+    Ok(LaunchPlan { argv: planner.argv, notes: planner.notes, console: planner.placed, accelerator })
 }
 
 /// Who gets the console's socket. One only: a socket has one user inside QEMU.
@@ -171,19 +174,27 @@ struct Accelerator {
     option: Option<String>,
     /// KVM was wanted, or nothing was, and it does not work: `-cpu host` cannot be had then.
     without_kvm: bool,
+    /// By QEMU's word.
+    name: String,
 }
 
 impl Accelerator {
     fn choose(command: &CommandLine, host: &Accel) -> Self {
         let wanted = command.accelerators();
-        let kvm_works = matches!(host, Accel::Kvm);
+        // Where KVM emulates kernels, it is for those who want nothing else.
+        let kvm_works = match host {
+            Accel::Kvm(kvm) => !kvm.emulates_kernels || !wanted.is_empty() && wanted.iter().all(|name| *name == "kvm"),
+            Accel::Tcg { .. } => false,
+        };
         let usable = |name: &&&str| **name == "tcg" || (**name == "kvm" && kvm_works);
         let known = |name: &&str| matches!(*name, "tcg" | "kvm");
         let (chosen, without_kvm) = match wanted.first() {
             None if kvm_works => ("kvm", false),
             None => ("tcg", true),
             // Something else than KVM or TCG first: for QEMU to judge.
-            Some(first) if !known(first) => return Self { option: None, without_kvm: false },
+            Some(first) if !known(first) => {
+                return Self { option: None, without_kvm: false, name: (*first).to_owned() };
+            }
             Some(first) => match wanted.iter().find(usable) {
                 Some(name) => (*name, *first == "kvm" && *name == "tcg"),
                 None => ("tcg", true),
@@ -193,7 +204,7 @@ impl Accelerator {
             let name = Properties::parse(value, Some("accel"));
             name.get("accel") == Some(chosen)
         });
-        Self { option: Some(given.unwrap_or(chosen).to_owned()), without_kvm }
+        Self { option: Some(given.unwrap_or(chosen).to_owned()), without_kvm, name: chosen.to_owned() }
     }
 }
 
@@ -307,9 +318,13 @@ impl Planner<'_> {
     }
 
     fn take_cpu(&mut self, option: &CommandOption) {
-        match option.value().strip_prefix("host") {
-            Some(features) if self.accelerator.without_kvm && (features.is_empty() || features.starts_with(',')) => {
-                self.add("-cpu", &format!("max{features}"));
+        let (model, features) =
+            option.value().split_once(',').map_or((option.value(), ""), |(model, rest)| (model, rest));
+        let features = if features.is_empty() { String::new() } else { format!(",{features}") };
+        match (model, &self.settings.accel) {
+            ("host", _) if self.accelerator.without_kvm => self.add("-cpu", &format!("max{features}")),
+            ("host" | "max", Accel::Kvm(kvm)) if self.accelerator.name == "kvm" && !kvm.host_cpu.is_empty() => {
+                self.add("-cpu", &format!("{}{features}{}", model, kvm.host_cpu));
             }
             _ => self.argv.extend(option.words.iter().cloned()),
         }
@@ -350,7 +365,7 @@ impl Planner<'_> {
             self.add("-accel", &option);
         }
         if self.accelerator.without_kvm {
-            self.notes.extend(self.settings.accel.in_place_of_kvm());
+            self.notes.push(self.settings.accel.in_place_of_kvm());
         }
         if !command.has("name") {
             self.add("-name", &format!("guest={}", escape_commas(self.settings.name)));

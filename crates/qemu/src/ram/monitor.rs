@@ -53,10 +53,14 @@ pub(crate) fn ram_blocks(text: &str) -> Vec<RamBlock> {
     blocks
 }
 
-/// Name and page size, which is two words, come first; the columns are those after them.
+/// Name and page size, which is two words, come first; the columns are those after them. What has no name is a backend's
+/// that no device has, and is moved by nobody.
 fn ram_block(line: &str, columns: &[&str]) -> Option<RamBlock> {
     let mut words = line.split_whitespace();
     let (name, number, unit) = (words.next()?, words.next()?, words.next()?);
+    if bytes(name, number).is_some() {
+        return None;
+    }
     let words: Vec<&str> = words.collect();
     let column = |name: &str| hex(words.get(columns.iter().position(|it| *it == name)?)?);
     Some(RamBlock {
@@ -225,6 +229,8 @@ hub 0\r
                 block("pc.bios", 4096, None, Some(0x4_0000)),
             ]
         );
+        let nameless = "Block Name PSize Offset\n            4 KiB  0x0000000007380000 0x08000000\n";
+        assert_eq!(ram_blocks(nameless), []);
         // A column more, and columns in another order.
         let newer = "Block Name PSize HVA Colour Total\n a 1 GiB 0x1000 blue 0x0\nnonsense\n\n b x y 0x2000 red\n";
         let b = RamBlock { name: "b".into(), page_size: None, address: Some(0x2000), used: None, total: None };

@@ -11,6 +11,16 @@ use crate::PAGE;
 /// How many regions are asked for at once: 96 KiB, which stay in the processor's cache.
 const REGIONS: usize = 4096;
 
+/// Runs of pages that are no further apart than so many are protected by one call.
+const NEAR: u64 = 8;
+
+/// What becomes of the pages that a scan finds.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Then {
+    Leave,
+    Protect,
+}
+
 /// See the module's text.
 #[derive(Debug)]
 pub(crate) struct Pagemap(File);
@@ -20,12 +30,33 @@ impl Pagemap {
         File::open(format!("/proc/{pid}/pagemap")).map(Self)
     }
 
-    /// Adds the addresses of what was written, in order and with neighbours merged. With `protect` each page is
-    /// protected again in the instant in which it is looked at, so that no write is lost between the two; this fails
-    /// where nothing is registered for tracking.
+    /// Adds the addresses of what was written, in order and with neighbours merged. What was never protected counts as
+    /// written.
+    pub(crate) fn written(&self, range: Range<u64>, found: &mut Vec<Range<u64>>) -> io::Result<()> {
+        self.scan(range, Then::Leave, found)
+    }
+
+    /// The same, and protects each of these pages again in the instant in which it is scanned, so that no write is lost
+    /// between the two. Fails where nothing is registered for tracking.
     ///
-    /// What was never protected counts as written.
-    pub(crate) fn written(&self, range: Range<u64>, protect: bool, found: &mut Vec<Range<u64>>) -> io::Result<()> {
+    /// The kernel takes all of a range that it is to protect out of KVM's page tables, what was not written as well
+    /// (`mmu_notifier_invalidate_range_start` in its `do_pagemap_scan`), and the guest would pay for each page that it
+    /// merely reads. So it is scanned first, and protected only around what was found.
+    pub(crate) fn take_written(&self, range: Range<u64>, found: &mut Vec<Range<u64>>) -> io::Result<()> {
+        let mut seen = Vec::new();
+        self.scan(range, Then::Leave, &mut seen)?;
+        let mut seen = seen.into_iter().peekable();
+        while let Some(mut near) = seen.next() {
+            while let Some(next) = seen.next_if(|next| next.start - near.end <= NEAR * PAGE) {
+                near.end = next.end;
+            }
+            self.scan(near, Then::Protect, found)?;
+        }
+        Ok(())
+    }
+
+    fn scan(&self, range: Range<u64>, then: Then, found: &mut Vec<Range<u64>>) -> io::Result<()> {
+        let protect = then == Then::Protect;
         let pages = (range.end - range.start) / PAGE;
         // Between any two regions is a page that was not written.
         let most = pages.div_ceil(2).min(REGIONS as u64) as usize;

@@ -81,7 +81,7 @@ pub fn support() -> Result<(), Unsupported> {
     let mut written = Vec::new();
     let us = std::process::id();
     let pagemap = Pagemap::open(us).map_err(tracking)?;
-    pagemap.written(pages.range(), true, &mut written).map_err(|source| match Errno::from_io_error(&source) {
+    pagemap.take_written(pages.range(), &mut written).map_err(|source| match Errno::from_io_error(&source) {
         Some(Errno::NOTTY | Errno::INVAL) => Unsupported::Lacks(vec!["PAGEMAP_SCAN"]),
         _ => tracking(source),
     })?;
@@ -173,14 +173,19 @@ mod tests {
         let pages = Pages::map().unwrap();
         let pagemap = Pagemap::open(std::process::id()).unwrap();
         userfaultfd.register(pages.range(), Mode::WriteProtect).unwrap();
-        let written = |protect| {
+        let written = || {
             let mut found = Vec::new();
-            pagemap.written(pages.range(), protect, &mut found).unwrap();
+            pagemap.written(pages.range(), &mut found).unwrap();
             found
         };
-        assert_eq!(written(false), [pages.range()], "what was never protected counts as written");
+        let take_written = || {
+            let mut found = Vec::new();
+            pagemap.take_written(pages.range(), &mut found).unwrap();
+            found
+        };
+        assert_eq!(written(), [pages.range()], "what was never protected counts as written");
         userfaultfd.write_protect(pages.range()).unwrap();
-        assert_eq!(written(false), []);
+        assert_eq!(written(), []);
 
         let second = pages.0.cast::<u8>().wrapping_add(PAGE as usize);
         // SAFETY: inside the mapping, and nothing else refers to it.
@@ -189,9 +194,9 @@ mod tests {
             second.write_volatile(7);
         }
         let expected = [pages.range().start + PAGE..pages.range().end];
-        assert_eq!(written(false), expected);
-        assert_eq!(written(true), expected);
-        assert_eq!(written(false), [], "it was protected again");
+        assert_eq!(written(), expected);
+        assert_eq!(take_written(), expected);
+        assert_eq!(written(), [], "it was protected again");
 
         // Also when the kernel writes for us, although this userfaultfd is for our own accesses only.
         let (end, other) = std::io::pipe().unwrap();
@@ -200,10 +205,10 @@ mod tests {
         #[expect(unsafe_code)]
         let into = unsafe { std::slice::from_raw_parts_mut(pages.0.cast::<u8>(), 1) };
         assert_eq!(rustix::io::read(&end, into).unwrap(), 1);
-        assert_eq!(written(true), [pages.range().start..pages.range().start + PAGE]);
+        assert_eq!(take_written(), [pages.range().start..pages.range().start + PAGE]);
         drop(userfaultfd);
         let mut found = Vec::new();
-        assert!(pagemap.written(pages.range(), true, &mut found).is_err(), "nothing is registered any more");
+        assert!(pagemap.take_written(pages.range(), &mut found).is_err(), "nothing is registered any more");
     }
 
     #[test]
@@ -234,7 +239,7 @@ mod tests {
         }
         let pagemap = Pagemap::open(std::process::id()).unwrap();
         let mut found = Vec::new();
-        pagemap.written(start..start + size, true, &mut found).unwrap();
+        pagemap.take_written(start..start + size, &mut found).unwrap();
         assert_eq!(found.len() as u64, count);
         assert!(
             found
@@ -247,7 +252,7 @@ mod tests {
         let before = found.len();
         userfaultfd.unregister(start..start + size).unwrap();
         userfaultfd.register(start..start + size, Mode::WriteProtect).unwrap();
-        pagemap.written(start..start + size, false, &mut found).unwrap();
+        pagemap.written(start..start + size, &mut found).unwrap();
         assert_eq!(found.split_off(before), [start..start + size]);
     }
 }

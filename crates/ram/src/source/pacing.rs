@@ -2,7 +2,8 @@
 //!
 //! A processor of the guest that writes to a page which the destination has waits until that page's turn comes. Whoever
 //! only reads, or writes to what must be sent anyway, does not wait; nor do QEMU's other threads, which may hold locks
-//! that all of the guest needs.
+//! that all of the guest needs. Whoever is no thread of QEMU writes for a processor: under KVM a worker of the kernel
+//! brings the page to one that goes on with something else meanwhile (Linux' virt/kvm/async_pf.c).
 
 use std::collections::VecDeque;
 use std::io;
@@ -151,7 +152,8 @@ impl Inner {
             let now = Instant::now();
             for fault in found.drain(..) {
                 let is_stale = self.pending[fault.block].contains(fault.page);
-                if is_stale || !processors.contains(&fault.thread) {
+                let is_qemus = !processors.contains(&fault.thread) && self.ram.process().has_thread(fault.thread);
+                if is_stale || is_qemus {
                     faults.let_go(fault.block, fault.page).map_err(RamError::io)?;
                 } else {
                     waiting.push_back((fault, now));

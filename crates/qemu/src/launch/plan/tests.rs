@@ -1,6 +1,7 @@
 //! Launches as they are planned; `tests/real_qemu.rs` starts them.
 
 use super::*;
+use crate::host::Kvm;
 
 const RUN_DIR: &str = "/run/v,m";
 
@@ -18,7 +19,7 @@ fn plan_with(line: &str, settings: &LaunchSettings<'_>) -> LaunchPlan {
 }
 
 fn plan(line: &str) -> LaunchPlan {
-    plan_with(line, &settings(Accel::Kvm))
+    plan_with(line, &settings(Accel::kvm()))
 }
 
 fn text(plan: &LaunchPlan) -> String {
@@ -134,12 +135,32 @@ fn the_accelerator_is_the_best_of_those_that_are_wanted_and_work() {
         ("-cpu hostess", "-cpu hostess -accel kvm", "-cpu hostess -accel tcg"),
     ] {
         let rest = "-name a -nodefaults -display none";
-        for (accel, expected) in [(Accel::Kvm, with_kvm), (no_kvm(), without)] {
+        for (accel, expected) in [(Accel::kvm(), with_kvm), (no_kvm(), without)] {
             let plan = plan_with(&format!("{line} {rest}"), &settings(accel));
             let got = before_qmp(&plan).replace(rest, "");
             let got = got.split_whitespace().collect::<Vec<_>>().join(" ");
             assert_eq!(got, expected, "{line}");
         }
+    }
+}
+
+#[test]
+fn kvm_that_emulates_kernels_is_for_those_who_want_nothing_else() {
+    let accel = Accel::Kvm(Kvm { host_cpu: ",-arch-capabilities".into(), emulates_kernels: true });
+    for (line, expected, accelerator, is_told) in [
+        ("-M q35", "-M q35 -accel tcg", "tcg", true),
+        ("-accel kvm:tcg", "-accel tcg", "tcg", true),
+        ("-accel tcg", "-accel tcg", "tcg", false),
+        ("-cpu host -accel kvm", "-cpu host,-arch-capabilities -accel kvm", "kvm", false),
+        ("-enable-kvm -cpu max,-avx", "-cpu max,-avx,-arch-capabilities -accel kvm", "kvm", false),
+        ("-enable-kvm -cpu qemu64", "-cpu qemu64 -accel kvm", "kvm", false),
+        ("-cpu host", "-cpu max -accel tcg", "tcg", true),
+    ] {
+        let rest = "-name a -nodefaults -display none";
+        let plan = plan_with(&format!("{line} {rest}"), &settings(accel.clone()));
+        let got = before_qmp(&plan).replace(rest, "");
+        let got = got.split_whitespace().collect::<Vec<_>>().join(" ");
+        assert_eq!((got.as_str(), plan.accelerator.as_str(), !plan.notes.is_empty()), (expected, accelerator, is_told));
     }
 }
 
@@ -158,7 +179,7 @@ fn the_loss_of_kvm_is_told_once_and_with_its_reason() {
 
 #[test]
 fn ram_becomes_shared_where_the_command_line_leaves_it_open() {
-    let shared = LaunchSettings { shared_ram: Some(37), ..settings(Accel::Kvm) };
+    let shared = LaunchSettings { shared_ram: Some(37), ..settings(Accel::kvm()) };
     let with_a_dimm = "-m 64,slots=1,maxmem=1G -object memory-backend-ram,id=m,size=64M -device pc-dimm,memdev=m";
     for line in ["-m 64", "", "-m 4G,slots=2,maxmem=8G -M q35", with_a_dimm] {
         let plan = plan_with(line, &shared);
@@ -167,7 +188,7 @@ fn ram_becomes_shared_where_the_command_line_leaves_it_open() {
             "-object memory-backend-file,id=vmferry-ram,mem-path=/proc/self/fd/37,size={size},share=on -machine memory-backend=vmferry-ram"
         );
         assert!(text(&plan).contains(&wanted), "{line}: {}", text(&plan));
-        assert!(!text(&plan_with(line, &settings(Accel::Kvm))).contains("vmferry-ram"));
+        assert!(!text(&plan_with(line, &settings(Accel::kvm()))).contains("vmferry-ram"));
     }
     for line in ["-mem-path /x", "-numa node,memdev=m", "-M q35,memory-backend=m"] {
         assert!(!text(&plan_with(line, &shared)).contains("vmferry-ram"), "{line}");
@@ -186,7 +207,7 @@ fn a_waiting_qemu_has_the_sources_machine_and_nothing_of_its_past() {
         let incoming = Some(Incoming { machine_type: "pc-q35-7.2".into() });
         let plan = plan_with(
             &format!("{line} -nodefaults -name a -display none"),
-            &LaunchSettings { incoming, ..settings(Accel::Kvm) },
+            &LaunchSettings { incoming, ..settings(Accel::kvm()) },
         );
         let all = text(&plan);
         assert!(all.starts_with(&format!("qemu {expected}-nodefaults")), "{line}: {all}");
@@ -198,7 +219,7 @@ fn a_waiting_qemu_has_the_sources_machine_and_nothing_of_its_past() {
 #[test]
 fn a_waiting_qemu_goes_on_with_the_guests_logs() {
     let incoming = Some(Incoming { machine_type: "pc-q35-7.2".into() });
-    let waiting = LaunchSettings { incoming, ..settings(Accel::Kvm) };
+    let waiting = LaunchSettings { incoming, ..settings(Accel::kvm()) };
     let line = "-nodefaults -serial file:/l,1 -parallel file:/p -chardev file,id=o,path=/o,append=off -serial null";
     let planned = plan_with(line, &waiting);
     let expected = "qemu -nodefaults -chardev file,id=vmferry-log-0,path=/l,,1,append=on -serial chardev:vmferry-log-0 \
@@ -214,14 +235,14 @@ fn a_waiting_qemu_goes_on_with_the_guests_logs() {
 #[test]
 fn a_planned_command_line_can_be_planned_again() {
     let first = plan("-nographic -m 64 -M q35,accel=kvm");
-    let again = plan_launch(&CommandLine::parse(&first.argv).unwrap(), &settings(Accel::Kvm));
+    let again = plan_launch(&CommandLine::parse(&first.argv).unwrap(), &settings(Accel::kvm()));
     assert!(again.is_ok());
 }
 
 #[test]
 fn what_a_plan_added_is_taken_out_again_and_planned_anew() {
     let taken_out = |argv: &[String]| without_ours(&CommandLine::parse(argv).unwrap());
-    let shared = LaunchSettings { shared_ram: Some(37), ..settings(Accel::Kvm) };
+    let shared = LaunchSettings { shared_ram: Some(37), ..settings(Accel::kvm()) };
     for line in ["-m 64 -vnc :7", "-m 64 -serial stdio", "-m 64 -chardev stdio,id=c,mux=on -serial chardev:c"] {
         let planned = plan_with(line, &shared);
         let (argv, shared_ram) = taken_out(&planned.argv);
