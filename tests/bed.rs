@@ -107,14 +107,19 @@ async fn start_changed(
     let testbed = Testbed::start(options).await.expect("the testbed starts");
     let mut argv = testbed.guest_command_line(&guest, ram_mib, 1).expect("the guest's kernel is there");
     change(&mut argv);
-    let watch = match testbed.start_guest(VM, argv).await {
-        Ok(watch) => watch,
-        Err(error) => panic!("{error}\nthe agent's log:\n{}", testbed.alpha().agent_log()),
-    };
-    Bed { testbed, watch, begun: Instant::now() }
+    Bed::of(testbed, argv).await
 }
 
 impl Bed {
+    /// With a guest of this command line.
+    pub(crate) async fn of(testbed: Testbed, argv: Vec<String>) -> Self {
+        let watch = match testbed.start_guest(VM, argv).await {
+            Ok(watch) => watch,
+            Err(error) => panic!("{error}\nthe agent's log:\n{}", testbed.alpha().agent_log()),
+        };
+        Self { testbed, watch, begun: Instant::now() }
+    }
+
     pub(crate) fn to(&self) -> String {
         self.beta().address.to_string()
     }

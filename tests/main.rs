@@ -13,6 +13,7 @@ mod docs;
 mod external;
 mod external_faults;
 mod generator;
+mod kvm;
 mod machines;
 mod many_vms;
 mod migrate;

@@ -15,6 +15,8 @@ pub(crate) enum Mode {
     HotCold,
     /// As `Write` by every other thread; those between only read.
     Mixed,
+    /// None, and all are read in order, again and again.
+    Read,
 }
 
 /// What the pages hold.
@@ -49,6 +51,7 @@ impl Mode {
             Mode::Random => "random",
             Mode::HotCold => "hotcold",
             Mode::Mixed => "mixed",
+            Mode::Read => "read",
         }
     }
 }
@@ -73,10 +76,10 @@ impl Settings {
                         .ok_or_else(|| refused("a number from 1 to 256"))?;
                 }
                 "mode" => {
-                    settings.mode = [Mode::Idle, Mode::Write, Mode::Random, Mode::HotCold, Mode::Mixed]
+                    settings.mode = [Mode::Idle, Mode::Write, Mode::Random, Mode::HotCold, Mode::Mixed, Mode::Read]
                         .into_iter()
                         .find(|mode| mode.name() == value)
-                        .ok_or_else(|| refused("idle, write, random, hotcold or mixed"))?;
+                        .ok_or_else(|| refused("idle, write, random, hotcold, mixed or read"))?;
                 }
                 "rate" => settings.rate = Some(size(value).ok_or_else(|| refused("a size a second such as 100M"))?),
                 "disk" => settings.disk = Some(size(value).ok_or_else(|| refused("a size such as 16M"))?),

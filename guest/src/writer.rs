@@ -158,6 +158,7 @@ impl Writer {
                 self.shared.wait_for_round_after(self.round, None);
                 self.verify_if_asked();
             },
+            Mode::Read => self.read(),
             Mode::Mixed if self.thread % 2 == 1 => self.read(),
             Mode::Write | Mode::Mixed => Order::InTurn { next: 0 },
             Mode::Random => Order::Random { random: Random::new(self.first), hot: None },

@@ -15,7 +15,7 @@ use vmferry_api::EngineName;
 use crate::report::{self, ReadError, RunReport};
 use crate::run::{OtherHost, RunError, RunOptions, Transport, run};
 use crate::scenario::{Scenario, ScenarioError, parse_bits};
-use crate::{Fill, Mode};
+use crate::{Fill, GuestKind, Mode};
 
 /// No batch is larger.
 const MOST_RUNS: usize = 10_000;
@@ -230,6 +230,7 @@ impl Matrix {
             self.transport.0.iter().map(|it| it.parse()).collect::<Result<_, _>>().map_err(senseless)?;
         let watched = Duration::from_millis(self.watched_ms);
         let base = RunOptions {
+            kind: GuestKind::Linux,
             vmferry: place.vmferry.clone(),
             scenario: Scenario::find("pre-copy")?,
             engine: EngineName::Qemu,

@@ -20,6 +20,16 @@ pub struct GuestOptions {
     pub fill: Fill,
 }
 
+/// What the measuring guest is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum GuestKind {
+    /// Linux with one program (`guest/src`): under KVM where that works for ordinary guests, else under TCG.
+    #[default]
+    Linux,
+    /// No kernel at all (`guest/bare`): for any KVM, and for nothing but KVM. It has one processor.
+    Bare,
+}
+
 /// Which pages are rewritten, and in which order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
@@ -33,6 +43,8 @@ pub enum Mode {
     HotCold,
     /// As `Write` by every other thread; those between only read.
     Mixed,
+    /// None, and all are read in order, again and again.
+    Read,
 }
 
 /// What the pages hold.
@@ -53,15 +65,36 @@ pub struct ParseError {
 }
 
 impl GuestOptions {
-    /// For QEMU's `-append`. Works on the machine types `q35` and `pc`.
+    /// The words of QEMU's command line that make this guest, from these files in its folder; on any machine type of a PC.
+    /// `kernel` and `initrd` are of [`GuestKind::Linux`]; the other one is `initrd` alone.
+    pub fn boot_words(&self, kind: GuestKind, kernel: &str, initrd: &str) -> Vec<String> {
+        let words = match kind {
+            GuestKind::Linux => vec!["-kernel", kernel, "-initrd", initrd],
+            // The usual firmware would be emulated for seconds.
+            GuestKind::Bare => vec!["-bios", "qboot.rom", "-kernel", initrd],
+        };
+        let line = match kind {
+            GuestKind::Linux => self.kernel_command_line(),
+            GuestKind::Bare => self.words(),
+        };
+        words.into_iter().map(str::to_owned).chain(["-append".into(), line]).collect()
+    }
+
+    /// For the `-append` of [`GuestKind::Linux`]. Works on the machine types `q35` and `pc`.
     pub fn kernel_command_line(&self) -> String {
         // loglevel=1: the kernel's lines share the serial port with the guest's, so only its last words may be there.
         // no_timer_check to cryptomgr: nothing of use here, and under emulation each costs time.
         // clearcpuid: has the kernel clear memory with plain stores; emulated string instructions go byte by byte.
-        let mut line = format!(
+        format!(
             "console=ttyS0 quiet loglevel=1 panic=-1 no_timer_check mitigations=off i8042.nokbd i8042.noaux \
-             cryptomgr.notests clearcpuid=erms,rep_good,fsrm \
-             vmferry.mem={} vmferry.threads={} vmferry.mode={} vmferry.fill={}",
+             cryptomgr.notests clearcpuid=erms,rep_good,fsrm {}",
+            self.words()
+        )
+    }
+
+    fn words(&self) -> String {
+        let mut line = format!(
+            "vmferry.mem={} vmferry.threads={} vmferry.mode={} vmferry.fill={}",
             self.mem, self.threads, self.mode, self.fill
         );
         if let Some(rate) = self.rate {
@@ -80,6 +113,7 @@ impl fmt::Display for Mode {
             Mode::Random => "random",
             Mode::HotCold => "hotcold",
             Mode::Mixed => "mixed",
+            Mode::Read => "read",
         })
     }
 }
@@ -88,10 +122,10 @@ impl FromStr for Mode {
     type Err = ParseError;
 
     fn from_str(given: &str) -> Result<Mode, ParseError> {
-        [Mode::Idle, Mode::Write, Mode::Random, Mode::HotCold, Mode::Mixed]
+        [Mode::Idle, Mode::Write, Mode::Random, Mode::HotCold, Mode::Mixed, Mode::Read]
             .into_iter()
             .find(|mode| mode.to_string() == given)
-            .ok_or_else(|| ParseError { given: given.to_owned(), allowed: "idle, write, random, hotcold, mixed" })
+            .ok_or_else(|| ParseError { given: given.to_owned(), allowed: "idle, write, random, hotcold, mixed, read" })
     }
 }
 
@@ -140,7 +174,7 @@ mod tests {
 
     #[test]
     fn modes_and_fills_are_read_as_they_are_printed() {
-        for mode in [Mode::Idle, Mode::Write, Mode::Random, Mode::HotCold, Mode::Mixed] {
+        for mode in [Mode::Idle, Mode::Write, Mode::Random, Mode::HotCold, Mode::Mixed, Mode::Read] {
             assert_eq!(mode.to_string().parse(), Ok(mode));
         }
         for fill in [Fill::Random, Fill::Text] {
@@ -148,7 +182,7 @@ mod tests {
         }
         assert_eq!(
             "lazy".parse::<Mode>().unwrap_err().to_string(),
-            "`lazy` is none of idle, write, random, hotcold, mixed"
+            "`lazy` is none of idle, write, random, hotcold, mixed, read"
         );
     }
 }

@@ -21,11 +21,14 @@ pub mod scenario;
 pub mod testbed;
 mod tracking;
 
-pub use guest::{Fill, GuestOptions, Mode, ParseError};
+pub use guest::{Fill, GuestKind, GuestOptions, Mode, ParseError};
 pub use log::{Beat, Gap, GuestLog, Hardware, PERIOD, Ready, Switchover, Verified, Written};
 
 /// The measuring guest's first root file system, for `-initrd`: gzipped, with nothing in it but its static `/init`.
 pub const INITRD: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/initrd.gz"));
+
+/// The measuring guest that needs no kernel: an ELF file for `-kernel`.
+pub const BARE_GUEST: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/bare.elf"));
 
 /// What a table says where there is no figure.
 const NO_FIGURE: &str = "-";

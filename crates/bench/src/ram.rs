@@ -9,11 +9,12 @@ use std::time::Duration;
 
 use serde::Serialize;
 use vmferry_api::{EngineName, Step};
+use vmferry_qemu::{Accel, try_kvm};
 
 use crate::migration::{Measured, measure};
 use crate::testbed::{Testbed, TestbedError, TestbedOptions, two_qemus};
 use crate::tracking::{Tracked, track};
-use crate::{Fill, GuestOptions, Mode, in_words, median};
+use crate::{Fill, GuestKind, GuestOptions, Mode, in_words, median};
 
 const RAM_MIB: u64 = 1024;
 const WRITTEN: u64 = 512 << 20;
@@ -21,8 +22,9 @@ const GIGABIT: u64 = 1_000_000_000;
 /// What a guest that converges may write a second.
 const LEISURELY: u64 = 48 << 20;
 const VM: &str = "bench";
-/// What the last figure is called.
-const TRACKING: &str = "writing, tracked and nothing else";
+/// What the last figures are called.
+const TRACKING: [(&str, Mode); 2] =
+    [("writing, tracked and nothing else", Mode::Write), ("reading, tracked and nothing else", Mode::Read)];
 const LOOKS: [Duration; 3] = [Duration::from_millis(250), Duration::from_millis(500), Duration::from_secs(1)];
 
 /// What to measure.
@@ -34,6 +36,8 @@ pub struct RamBenchOptions {
     pub rounds: u32,
     /// Only set-ups whose names contain this.
     pub only: String,
+    /// What is moved.
+    pub kind: GuestKind,
 }
 
 /// A guest, a link and an engine.
@@ -121,15 +125,19 @@ struct Row {
 pub struct RamReport {
     qemu: String,
     processors: usize,
+    /// What runs the guest.
+    accelerator: String,
     rows: Vec<Row>,
-    /// What tracking alone costs a guest; none when only other set-ups were asked for.
-    tracking: Option<Tracked>,
+    /// What tracking alone costs guests, of those that were asked for.
+    tracking: Vec<Tracked>,
 }
 
 /// Measures; needs root, for the namespaces. `tell` hears what is under way.
 pub async fn bench_ram(options: &RamBenchOptions, tell: impl Fn(&str)) -> Result<RamReport, TestbedError> {
     let newer = two_qemus().ok().and_then(|[_, newer]| newer);
-    let set_ups: Vec<SetUp> = set_ups().into_iter().filter(|it| it.name().contains(&options.only)).collect();
+    let accelerator = accelerator(options, newer.clone()).await?;
+    let set_ups = set_ups().into_iter().filter(|it| options.kind == GuestKind::Linux || it.processors == 1);
+    let set_ups: Vec<SetUp> = set_ups.filter(|it| it.name().contains(&options.only)).collect();
     let mut measured: Vec<Vec<Measured>> = set_ups.iter().map(|_| Vec::new()).collect();
     for round in 1..=options.rounds {
         for (set_up, runs) in set_ups.iter().zip(&mut measured) {
@@ -142,26 +150,51 @@ pub async fn bench_ram(options: &RamBenchOptions, tell: impl Fn(&str)) -> Result
     let qemu = newer.as_ref().map_or_else(|| "the system's".into(), |dir| dir.display().to_string());
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     let rows = rows.collect();
-    let tracking = match TRACKING.contains(&options.only) {
-        true => Some(tracking(options, newer.clone(), &tell).await?),
-        false => None,
-    };
-    Ok(RamReport { qemu, processors, rows, tracking })
+    let mut tracking = Vec::new();
+    for (what, mode) in TRACKING.into_iter().filter(|(what, _)| what.contains(&options.only)) {
+        tell(what);
+        tracking.push(track_one(options, newer.clone(), what, mode).await?);
+    }
+    Ok(RamReport { qemu, processors, accelerator, rows, tracking })
 }
 
-async fn tracking(
+/// What the guest will get.
+async fn accelerator(options: &RamBenchOptions, qemu: Option<PathBuf>) -> Result<String, TestbedError> {
+    let accel = try_kvm(&qemu.unwrap_or_default().join("qemu-system-x86_64")).await;
+    match (options.kind, accel) {
+        (GuestKind::Linux, accel) => Ok(accel.for_ordinary_guests().name().into()),
+        (GuestKind::Bare, Accel::Kvm(_)) => Ok("kvm".into()),
+        (GuestKind::Bare, Accel::Tcg { why }) => {
+            Err(TestbedError::Missing { what: format!("KVM ({why})"), hint: "measure under TCG, without --accel kvm" })
+        }
+    }
+}
+
+fn command_line(
+    options: &RamBenchOptions,
+    bed: &Testbed,
+    guest: &GuestOptions,
+    processors: u32,
+) -> Result<Vec<String>, TestbedError> {
+    match options.kind {
+        GuestKind::Linux => bed.guest_command_line(guest, RAM_MIB, processors),
+        GuestKind::Bare => Ok(bed.bare_guest_command_line(guest, RAM_MIB)),
+    }
+}
+
+async fn track_one(
     options: &RamBenchOptions,
     qemu: Option<PathBuf>,
-    tell: impl Fn(&str),
+    what: &'static str,
+    mode: Mode,
 ) -> Result<Tracked, TestbedError> {
-    tell(TRACKING);
     let bed =
         Testbed::start(TestbedOptions { qemu_dirs: [qemu.clone(), qemu], ..TestbedOptions::new(&options.vmferry) })
             .await?;
-    let guest = GuestOptions { mem: WRITTEN, threads: 1, mode: Mode::Write, rate: None, fill: Fill::Random };
-    let watch = bed.start_guest(VM, bed.guest_command_line(&guest, RAM_MIB, 1)?).await?;
+    let guest = GuestOptions { mem: WRITTEN, threads: 1, mode, rate: None, fill: Fill::Random };
+    let watch = bed.start_guest(VM, command_line(options, &bed, &guest, 1)?).await?;
     let pid = bed.alpha().show(VM).await?.map_or(0, |vm| vm.pid);
-    track(&watch, pid, RAM_MIB << 20, &LOOKS).await
+    track(&watch, pid, RAM_MIB << 20, what, &LOOKS).await
 }
 
 async fn run(options: &RamBenchOptions, set_up: &SetUp, qemu: Option<PathBuf>) -> Result<Measured, TestbedError> {
@@ -183,7 +216,7 @@ async fn run(options: &RamBenchOptions, set_up: &SetUp, qemu: Option<PathBuf>) -
         rate: set_up.rate,
         fill: Fill::Random,
     };
-    let watch = bed.start_guest(VM, bed.guest_command_line(&guest, RAM_MIB, set_up.processors)?).await?;
+    let watch = bed.start_guest(VM, command_line(options, &bed, &guest, set_up.processors)?).await?;
     measure(&bed, &watch, VM, set_up.arguments).await
 }
 
@@ -227,10 +260,11 @@ impl RamReport {
     /// A table to be read.
     pub fn to_text(&self) -> String {
         let mut text = format!(
-            "guest of {RAM_MIB} MiB, {} MiB of it in use, {} processors, QEMU in {}; medians\n\n",
+            "guest of {RAM_MIB} MiB, {} MiB of it in use, {} processors, QEMU in {}, {}; medians\n\n",
             WRITTEN >> 20,
             self.processors,
-            self.qemu
+            self.qemu,
+            self.accelerator
         );
         let head = [
             "total s",
@@ -279,9 +313,9 @@ impl RamReport {
             }
             text.push('\n');
         }
-        if let Some(Tracked { before, looks, after }) = &self.tracking {
+        for Tracked { what, before, looks, after } in &self.tracking {
             let told = |speed: f64| format!("{speed:.0} MiB/s, {}", number(Some(speed / before), 2));
-            let _ = writeln!(text, "\n{TRACKING}: {before:.0} MiB/s before");
+            let _ = writeln!(text, "\n{what}: {before:.0} MiB/s before");
             for (every, speed) in looks {
                 let _ = writeln!(text, "  a look each {every} ms: {}", told(*speed));
             }
@@ -305,8 +339,9 @@ mod tests {
         let report = RamReport {
             qemu: "nowhere".into(),
             processors: 2,
+            accelerator: "tcg".into(),
             rows: vec![row(&set_ups()[0], &[])],
-            tracking: Some(Tracked { before: 0.0, looks: vec![(250, 0.0)], after: 0.0 }),
+            tracking: vec![Tracked { what: "writing", before: 0.0, looks: vec![(250, 0.0)], after: 0.0 }],
         };
         let text = report.to_text();
         assert!(!text.contains("NaN") && !text.contains("inf"), "{text}");

@@ -20,7 +20,7 @@ use processors::Sampler;
 use vmferry_api::EngineName;
 use vmferry_api::client::Client;
 use vmferry_api::witness::HostFacts;
-use vmferry_qemu::Accel;
+use vmferry_qemu::{Accel, try_kvm};
 
 use crate::report::{
     GuestRecord, Hardware, Lever, MarkKind, Origin, Outcome, PageCheck, Recorder, RunReport, Settings, Stall, ms_since,
@@ -28,7 +28,7 @@ use crate::report::{
 use crate::scenario::{Means, Scenario};
 use crate::testbed::network::Network;
 use crate::testbed::{GUEST_START, GuestWatch, TestbedError, kernel};
-use crate::{Fill, GuestOptions, INITRD, Mode, PERIOD};
+use crate::{BARE_GUEST, Fill, GuestKind, GuestOptions, INITRD, Mode, PERIOD};
 
 /// What the guest's kernel needs beside what is rewritten, in bytes and in parts of a hundred.
 const KERNEL: u64 = 192 << 20;
@@ -95,6 +95,8 @@ pub struct RunOptions {
     pub scenario: Scenario,
     /// Who moves the RAM.
     pub engine: EngineName,
+    /// What it is measured with.
+    pub kind: GuestKind,
     /// The guest's processors; each has a thread that rewrites memory.
     pub vcpus: u32,
     /// What the guest rewrites, in bytes; its RAM is larger by what its kernel needs.
@@ -171,6 +173,17 @@ impl RunOptions {
         self.qemu_dir.clone().unwrap_or_default().join("qemu-system-x86_64")
     }
 
+    /// What the guest gets here; none for one that is for KVM alone where that does not work.
+    async fn accelerator(&self) -> Result<Accel, RunError> {
+        match (try_kvm(&self.qemu()).await, self.kind) {
+            (accel, GuestKind::Linux) => Ok(accel.for_ordinary_guests()),
+            (Accel::Tcg { why }, GuestKind::Bare) => {
+                Err(RunError::CannotHere { reason: format!("KVM does not work here: {why}") })
+            }
+            (accel, GuestKind::Bare) => Ok(accel),
+        }
+    }
+
     fn kernel(&self) -> Result<PathBuf, TestbedError> {
         self.kernel.clone().map_or_else(kernel, Ok)
     }
@@ -178,26 +191,38 @@ impl RunOptions {
     /// The words after QEMU's own name that make the guest, but for its console; with what it boots from in this folder.
     /// Agents are asked for KVM: they try it themselves, and tell when it must be TCG.
     fn qemu_arguments(&self, dir: &Path, accel: &Accel) -> Result<Vec<String>, TestbedError> {
-        let (kernel, initrd) = (self.kernel()?, dir.join("initrd.gz"));
-        std::fs::write(&initrd, INITRD)?;
-        Ok(self.guest_arguments(&kernel.display().to_string(), &initrd.display().to_string(), accel))
+        let (kernel, name, content) = match self.kind {
+            GuestKind::Linux => (self.kernel()?.display().to_string(), "initrd.gz", INITRD),
+            GuestKind::Bare => (String::new(), "bare.elf", BARE_GUEST),
+        };
+        let file = dir.join(name);
+        std::fs::write(&file, content)?;
+        Ok(self.guest_arguments(&kernel, &file.display().to_string(), accel))
     }
 
     fn guest_arguments(&self, kernel: &str, initrd: &str, accel: &Accel) -> Vec<String> {
         let dirty_limit = |means: &Means| means.capabilities.iter().any(|it| it == "dirty-limit");
-        let accelerator = match accel {
-            Accel::Kvm(_) if self.scenario.qemu.iter().any(dirty_limit) => "kvm,dirty-ring-size=4096",
-            accel => accel.name(),
+        let kvm = match self.scenario.qemu.iter().any(dirty_limit) {
+            true => "kvm,dirty-ring-size=4096",
+            false => "kvm",
+        };
+        let accelerators = match (accel, self.kind) {
+            (Accel::Kvm(_), GuestKind::Bare) => vec![kvm],
+            (Accel::Kvm(_), GuestKind::Linux) => vec![kvm, "tcg"],
+            (Accel::Tcg { .. }, _) => vec!["tcg"],
+        };
+        let cpu: &[&str] = match self.kind {
+            GuestKind::Linux => &["-cpu", "max"],
+            GuestKind::Bare => &[],
         };
         let words = format!(
-            "-machine q35 -accel {accelerator} -cpu max -smp {} -m {} -nodefaults -vga none -display none \
-             -name {VM},debug-threads=on",
+            "-machine q35 -smp {} -m {} -nodefaults -vga none -display none -name {VM},debug-threads=on",
             self.vcpus,
             self.ram() >> 20
         );
-        let files = ["-kernel", kernel, "-initrd", initrd].map(str::to_owned);
-        let append = ["-append".into(), self.guest().kernel_command_line()];
-        words.split(' ').map(str::to_owned).chain(files).chain(append).collect()
+        let accelerators = accelerators.into_iter().flat_map(|name| ["-accel", name]);
+        let words = words.split(' ').chain(accelerators).chain(cpu.iter().copied()).map(str::to_owned);
+        words.chain(self.guest().boot_words(self.kind, kernel, initrd)).collect()
     }
 }
 

@@ -18,7 +18,7 @@ use tokio::process::{Child, Command};
 use vmferry_api::client::{Client, ClientError, vm_path};
 use vmferry_api::{EngineName, PairRequest, PeerView, RunRequest, Started, TokenRequest, TokenView, VmView};
 
-use crate::{GuestLog, GuestOptions, Hardware, INITRD};
+use crate::{BARE_GUEST, GuestKind, GuestLog, GuestOptions, Hardware, INITRD};
 use small_folder::SmallFolder;
 
 /// How long an agent may take to be ready.
@@ -148,6 +148,7 @@ impl Testbed {
     pub async fn start(options: TestbedOptions) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix("vmferry-").tempdir()?;
         std::fs::write(dir.path().join("initrd.gz"), INITRD)?;
+        std::fs::write(dir.path().join("bare.elf"), BARE_GUEST)?;
         let network = Network::set_up(options.namespaces, options.link_local, options.link_bits)?;
         let host = |index: usize, name: &'static str| Host::new(index, name, dir.path(), &options, &network);
         let hosts = [host(0, "alpha")?, host(1, "beta")?];
@@ -211,6 +212,14 @@ impl Testbed {
             initrd.display()
         );
         Ok(words.split(' ').map(str::to_owned).chain([guest.kernel_command_line()]).collect())
+    }
+
+    /// A QEMU command line for the measuring guest that needs no kernel, under KVM.
+    pub fn bare_guest_command_line(&self, guest: &GuestOptions, ram_mib: u64) -> Vec<String> {
+        let words =
+            format!("qemu-system-x86_64 -machine q35 -accel kvm -m {ram_mib} -vga none -nic none -serial stdio");
+        let elf = self.dir.path().join("bare.elf").display().to_string();
+        words.split(' ').map(str::to_owned).chain(guest.boot_words(GuestKind::Bare, "", &elf)).collect()
     }
 
     /// Starts a measuring guest on the first host and waits until it writes.

@@ -10,9 +10,11 @@ use crate::testbed::{GuestWatch, TestbedError};
 /// How long the guest's speed is measured each time.
 const WINDOW: Duration = Duration::from_secs(3);
 
-/// How fast a guest rewrote its memory, in MiB/s.
+/// How fast a guest rewrote its memory, or read it, in MiB/s.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Tracked {
+    /// What it does.
+    pub(crate) what: &'static str,
     /// Before, untouched.
     pub(crate) before: f64,
     /// While all its RAM was tracked: how often it was looked what was written, in ms, and the speed.
@@ -26,11 +28,13 @@ pub(crate) async fn track(
     watch: &GuestWatch,
     pid: u32,
     ram_bytes: u64,
+    what: &'static str,
     every: &[Duration],
 ) -> Result<Tracked, TestbedError> {
     let speed = || {
         let now = Instant::now();
-        watch.log().rewritten_per_second(now.checked_sub(WINDOW).unwrap_or(now), now) / f64::from(1 << 20)
+        let (since, log) = (now.checked_sub(WINDOW).unwrap_or(now), watch.log());
+        (log.rewritten_per_second(since, now) + log.read_per_second(since, now)) / f64::from(1 << 20)
     };
     tokio::time::sleep(WINDOW).await;
     let before = speed();
@@ -41,7 +45,7 @@ pub(crate) async fn track(
         looks.push((every.as_millis() as u64, speed()));
     }
     tokio::time::sleep(WINDOW).await;
-    Ok(Tracked { before, looks, after: speed() })
+    Ok(Tracked { what, before, looks, after: speed() })
 }
 
 fn look_for(pid: u32, ram_bytes: u64, every: Duration) -> Result<(), TrackingError> {

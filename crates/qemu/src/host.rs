@@ -52,6 +52,15 @@ impl Accel {
         Self::Kvm(Kvm::default())
     }
 
+    /// What an ordinary guest gets, which has a kernel.
+    #[must_use]
+    pub fn for_ordinary_guests(self) -> Self {
+        match self {
+            Self::Kvm(kvm) if kvm.emulates_kernels => Self::Tcg { why: EMULATES.into() },
+            other => other,
+        }
+    }
+
     /// It is KVM, for whatever guests.
     pub fn is_kvm(&self) -> bool {
         matches!(self, Self::Kvm(_))

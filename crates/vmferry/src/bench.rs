@@ -31,6 +31,7 @@ pub(crate) async fn run(
         vmferry: std::env::current_exe().map_err(Failure::NoFolder)?,
         scenario: Scenario::find(&options.scenario)?,
         engine: options.engine,
+        kind: guest.accel.guest(),
         vcpus: guest.vcpus,
         mem: scaled(guest.mem, guest.scale),
         mode: guest.guest,
@@ -213,7 +214,7 @@ pub(crate) async fn link(
 
 pub(crate) async fn ram(options: BenchRamOptions) -> Result<(), Failure> {
     let vmferry = std::env::current_exe().map_err(Failure::NoFolder)?;
-    let wanted = RamBenchOptions { vmferry, rounds: options.rounds, only: options.only };
+    let wanted = RamBenchOptions { vmferry, rounds: options.rounds, only: options.only, kind: options.accel.guest() };
     let report = bench_ram(&wanted, |what| eprintln!("{what}")).await?;
     print!("{}", report.to_text());
     write(options.json.as_deref(), &report.to_json())

@@ -12,6 +12,7 @@ use vmferry_qemu::Accel;
 
 use super::processors::Sampler;
 use super::{Driven, RunError, RunOptions, Transport, VM, conclude, measure_link, new_report};
+use crate::GuestKind;
 use crate::report::{Lever, MarkKind, Origin, Outcome, Recorder, RunReport, Summary, Versions};
 use crate::scenario::Means;
 use crate::testbed::{Host, Testbed, TestbedOptions};
@@ -35,6 +36,9 @@ pub(super) async fn run(options: &RunOptions, tell: impl Fn(&str)) -> Result<Run
         config: [config.clone(), config],
         ..TestbedOptions::new(&options.vmferry)
     };
+    if options.kind == GuestKind::Bare {
+        options.accelerator().await?;
+    }
     tell("starting two agents and the guest");
     let bed = Testbed::start(bed_options).await?;
     let mut argv = vec!["qemu-system-x86_64".to_owned()];

@@ -14,7 +14,6 @@ use vmferry_qemu::qmp::commands::{
 };
 use vmferry_qemu::{
     Accel, Endpoint, Features, MigrationStatus, Qmp, QmpError, StreamKey, end_with_us, protect_streams, tls_priority,
-    try_kvm,
 };
 
 use super::processors::Sampler;
@@ -51,7 +50,7 @@ struct Qemu {
 
 pub(super) async fn run(options: &RunOptions, tell: impl Fn(&str)) -> Result<RunReport, RunError> {
     tell("starting the guest");
-    let accel = try_kvm(&options.qemu()).await;
+    let accel = options.accelerator().await?;
     let pair = Pair::start(options, &accel).await?;
     let mut report = new_report(Origin::Bench, options.settings());
     if !accel.is_kvm() {

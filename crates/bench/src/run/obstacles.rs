@@ -1,6 +1,7 @@
 //! What keeps a measurement from being run at all, found out before anything is started.
 
 use super::{RunError, RunOptions, Transport};
+use crate::GuestKind;
 use crate::report::size;
 
 /// For QEMU itself and what else runs, in bytes.
@@ -17,6 +18,10 @@ pub(super) fn look_for_obstacles(options: &RunOptions) -> Result<(), RunError> {
     if !scenario.engines.contains(&options.engine) {
         let others: Vec<String> = scenario.engines.iter().map(ToString::to_string).collect();
         return skip(format!("{} is for the engine {}, not {}", scenario.name, others.join(" or "), options.engine));
+    }
+    if options.kind == GuestKind::Bare && (options.vcpus > 1 || options.to.is_some()) {
+        let why = "the guest that needs no kernel has one processor, and goes between two hosts on this one".into();
+        return Err(RunError::Senseless { why });
     }
     match options.transport {
         _ if options.to.is_some() => {

@@ -3,7 +3,7 @@
 //! A processor of the guest that writes to a page which the destination has waits until that page's turn comes. Whoever
 //! only reads, or writes to what must be sent anyway, does not wait; nor do QEMU's other threads, which may hold locks
 //! that all of the guest needs. Whoever is no thread of QEMU writes for a processor: under KVM a worker of the kernel
-//! brings the page to one that goes on with something else meanwhile (Linux' virt/kvm/async_pf.c).
+//! brings the page to one that goes on with something else meanwhile (Linux' `virt/kvm/async_pf.c`).
 
 use std::collections::VecDeque;
 use std::io;

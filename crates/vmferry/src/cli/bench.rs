@@ -3,11 +3,11 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 use vmferry_api::{EngineName, Rate};
 use vmferry_bench::run::Transport;
 use vmferry_bench::scenario::parse_bits;
-use vmferry_bench::{Fill, Mode};
+use vmferry_bench::{Fill, GuestKind, Mode};
 
 use super::duration;
 
@@ -74,6 +74,9 @@ pub(crate) struct BenchRamOptions {
     /// Only set-ups whose names contain this
     #[arg(long, value_name = "TEXT", default_value = "")]
     pub only: String,
+    /// kvm: a guest that needs no kernel, under any KVM; auto: Linux, under KVM where that works for it, else under TCG
+    #[arg(long, value_name = "WHICH", default_value = "auto")]
+    pub accel: Accelerator,
     /// Write the report there, as JSON
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
@@ -134,9 +137,28 @@ pub(crate) struct BenchRunOptions {
     pub kernel: Option<PathBuf>,
 }
 
+/// What is to run the measuring guest.
+#[derive(Clone, Copy, ValueEnum)]
+pub(crate) enum Accelerator {
+    Auto,
+    Kvm,
+}
+
+impl Accelerator {
+    pub(crate) fn guest(self) -> GuestKind {
+        match self {
+            Self::Auto => GuestKind::Linux,
+            Self::Kvm => GuestKind::Bare,
+        }
+    }
+}
+
 /// The measuring guest.
 #[derive(Args)]
 pub(crate) struct GuestOptions {
+    /// kvm: a guest that needs no kernel, under any KVM; auto: Linux, under KVM where that works for it, else under TCG
+    #[arg(long, value_name = "WHICH", default_value = "auto")]
+    pub accel: Accelerator,
     /// The guest's processors, each with a thread that rewrites memory
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub vcpus: u32,
@@ -146,7 +168,8 @@ pub(crate) struct GuestOptions {
     /// Only so much of it: 0.25 makes 256 MiB of 1 GiB
     #[arg(long, value_name = "SHARE", default_value_t = 1.0, value_parser = scale)]
     pub scale: f64,
-    /// How it rewrites: write (in order), random, hotcold (a tenth of the pages nine times of ten) or idle
+    /// How it rewrites: write (in order), random, hotcold (a tenth of the pages nine times of ten), read
+    /// or idle
     #[arg(long, value_name = "HOW", default_value = "write")]
     pub guest: Mode,
     /// How fast at most, such as 50MiB/s [default: as fast as it goes]
