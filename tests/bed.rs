@@ -90,10 +90,21 @@ pub(crate) async fn start_with_disk_and(
     const BYTES: u64 = 16 << 20;
     std::fs::File::create(disk).and_then(|file| file.set_len(BYTES)).expect("written");
     let drive = format!("file={},format=raw,if=virtio", disk.display());
+    let more: Vec<&str> = ["-smp", "2", "-drive", &drive].iter().chain(more).copied().collect();
+    start_with_kernel_words(options, guest, &format!("vmferry.disk={BYTES}"), &more).await
+}
+
+/// With more words for its kernel, and at the end of QEMU's command line.
+pub(crate) async fn start_with_kernel_words(
+    options: TestbedOptions,
+    guest: GuestOptions,
+    words: &str,
+    more: &[&str],
+) -> Bed {
     start_changed(options, guest, RAM_MIB, |argv| {
         let kernels = argv.iter_mut().find(|word| word.starts_with("console=")).expect("the kernel has a command line");
-        *kernels = format!("{kernels} vmferry.disk={BYTES}");
-        argv.extend(["-smp", "2", "-drive", &drive].iter().chain(more).map(ToString::to_string));
+        *kernels = format!("{kernels} {words}");
+        argv.extend(more.iter().map(ToString::to_string));
     })
     .await
 }

@@ -9,6 +9,7 @@ mod bench;
 mod crashes;
 mod decisions;
 mod demo;
+mod direct_io;
 mod docs;
 mod external;
 mod external_faults;

@@ -2,7 +2,8 @@
 //!
 //! What is read from the disk is put into memory by the hypervisor's threads, and so is the note that a request is done.
 //! A migration that misses either shows here: as content that is old, or as a disk that does nothing any more. Requests
-//! are kept in flight all the time, so that the guest is never paused between them.
+//! are kept in flight all the time, so that the guest is never paused between them. What was read is looked at when it is
+//! there, and again when its place is needed, which may be on another host.
 //!
 //! The guest's kernel has no driver for virtio (it would be a module), so there is one here, for virtio's old interface
 //! by I/O ports, with one queue that is polled. See "Virtual I/O Device (VIRTIO)", sections on split virtqueues, the block
@@ -26,6 +27,8 @@ const BLOCK_WORDS: usize = (BLOCK / 8) as usize;
 const SECTOR: u64 = 512;
 /// Requests in flight.
 const SLOTS: u64 = 8;
+/// Blocks that were read are kept, so many of them.
+const KEPT: u64 = 52;
 /// So many requests are reported together.
 const REPORT: u64 = 500;
 
@@ -129,19 +132,29 @@ struct Queue {
 
 /// A block of the disk that is being written or read.
 struct Slot {
+    content: Content,
+    writes: bool,
+    /// Where it is read into.
+    place: u64,
+}
+
+/// What a block of the disk holds.
+#[derive(Clone, Copy)]
+struct Content {
     block: u64,
     sequence: u64,
-    writes: bool,
 }
 
 impl Queue {
     /// Comes back with what went wrong.
     fn run(&mut self, blocks: u64, console: &Console) -> String {
-        let mut slots: Vec<Slot> = (0..SLOTS).map(|slot| Slot { block: slot, sequence: 1, writes: true }).collect();
+        let first = |block| Slot { content: Content { block, sequence: 1 }, writes: true, place: 0 };
+        let mut slots: Vec<Slot> = (0..SLOTS).map(first).collect();
+        let mut kept = [None::<Content>; KEPT as usize];
         for (index, slot) in (0..).zip(&slots) {
             self.submit(index, slot);
         }
-        let mut checked = 0;
+        let (mut checked, mut place) = (0, 0);
         loop {
             let Some(index) = self.take_done() else {
                 kernel::sleep_until(kernel::monotonic_ns() + 500_000);
@@ -152,19 +165,40 @@ impl Queue {
             if status != 0 {
                 return format!("the disk failed with status {status}");
             }
-            if !slot.writes {
-                if let Some(word) = self.first_difference(index, slot) {
-                    console.say(&format!("CORRUPT disk block={} sequence={} word={word}", slot.block, slot.sequence));
+            if slot.writes {
+                // What is written is read next, into the place that was left alone for longest.
+                loop {
+                    place = (place + 1) % KEPT;
+                    if !slots.iter().any(|slot| !slot.writes && slot.place == place) {
+                        break;
+                    }
                 }
+                if let Some(content) = kept[place as usize].take() {
+                    self.check(place, content, "kept", console);
+                }
+                slots[index as usize].place = place;
+            } else {
+                self.check(slot.place, slot.content, "read", console);
+                kept[slot.place as usize] = Some(slot.content);
                 checked += 1;
                 if checked % REPORT == 0 {
                     console.say(&format!(r#"{{"disk":{checked}}}"#));
                 }
-                slot.block = (slot.block + SLOTS) % (blocks - blocks % SLOTS);
-                slot.sequence += 1;
+                slot.content.block = (slot.content.block + SLOTS) % (blocks - blocks % SLOTS);
+                slot.content.sequence += 1;
             }
+            let slot = &mut slots[index as usize];
             slot.writes = !slot.writes;
-            self.submit(index, slot);
+            self.submit(index, &slots[index as usize]);
+        }
+    }
+
+    fn check(&self, place: u64, content: Content, how: &str, console: &Console) {
+        let words = &self.memory.words[(read_into(place) / 8) as usize..][..BLOCK_WORDS];
+        let wrong = (0..).zip(words).find(|(at, word)| word.load(Ordering::Relaxed) != content.word(*at));
+        if let Some((at, _)) = wrong {
+            let Content { block, sequence } = content;
+            console.say(&format!("CORRUPT disk block={block} sequence={sequence} word={at} {how}"));
         }
     }
 
@@ -172,20 +206,15 @@ impl Queue {
         &self.memory.words[(offset / 8) as usize]
     }
 
-    /// A slot has a block to write from and one to read into.
-    fn data(index: u64, writes: bool) -> u64 {
-        BLOCKS + (2 * index + u64::from(writes)) * BLOCK
-    }
-
     fn submit(&mut self, index: u64, slot: &Slot) {
-        let data = Self::data(index, slot.writes);
+        let data = if slot.writes { written_from(index) } else { read_into(slot.place) };
         if slot.writes {
             let words = &self.memory.words[(data / 8) as usize..][..BLOCK_WORDS];
-            (0..).zip(words).for_each(|(at, word)| word.store(slot.content(at), Ordering::Relaxed));
+            (0..).zip(words).for_each(|(at, word)| word.store(slot.content.word(at), Ordering::Relaxed));
         }
         let head = HEADS + index * 64;
         self.word(head).store(if slot.writes { OUT } else { IN }, Ordering::Relaxed);
-        self.word(head + 8).store(slot.block * (BLOCK / SECTOR), Ordering::Relaxed);
+        self.word(head + 8).store(slot.content.block * (BLOCK / SECTOR), Ordering::Relaxed);
         self.word(head + 16).store(PENDING, Ordering::Relaxed);
         let parts = [
             (head, 16, NEXT),
@@ -230,16 +259,20 @@ impl Queue {
         self.taken = self.taken.wrapping_add(1);
         Some((self.word(self.used + 8 * place).load(Ordering::Acquire) >> 32) / 3)
     }
-
-    fn first_difference(&self, index: u64, slot: &Slot) -> Option<u64> {
-        let words = &self.memory.words[(Self::data(index, false) / 8) as usize..][..BLOCK_WORDS];
-        (0..).zip(words).find(|(at, word)| word.load(Ordering::Relaxed) != slot.content(*at)).map(|(at, _)| at)
-    }
 }
 
-impl Slot {
+/// Each slot has a block to write from.
+fn written_from(index: u64) -> u64 {
+    BLOCKS + index * BLOCK
+}
+
+fn read_into(place: u64) -> u64 {
+    BLOCKS + (SLOTS + place) * BLOCK
+}
+
+impl Content {
     /// Different in each word, block and turn.
-    fn content(&self, word: u64) -> u64 {
+    fn word(self, word: u64) -> u64 {
         mix(self.block << 40 ^ self.sequence << 16 ^ word)
     }
 }

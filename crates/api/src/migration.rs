@@ -242,6 +242,12 @@ pub struct Report {
     pub deltas: u64,
     /// How much that has saved, in bytes.
     pub saved_by_deltas: u64,
+    /// How often the guest's disks were drained, where they go around the host's cache.
+    #[serde(default)]
+    pub drains: u32,
+    /// How long that took at most, in ms.
+    #[serde(default)]
+    pub longest_drain_ms: f64,
     /// Pre-copy rounds.
     pub rounds: u32,
     /// The highest dirty rate of a round, in bytes a second; 0 when it is not known.

@@ -1,7 +1,9 @@
 //! What QEMU can do on this host: which binary, with which accelerator, which machines and CPU models.
 
+mod drain_trial;
 mod kvm_trial;
 
+pub use drain_trial::transaction_drains;
 pub use kvm_trial::try_kvm;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -190,6 +192,15 @@ pub enum ProbeError {
 
 /// Asks a QEMU what it can do. Starts it without a guest; takes some tenths of a second, at most ten.
 pub async fn probe_qemu(binary: &Path, accel: &Accel) -> Result<QemuInfo, ProbeError> {
+    with_probe(binary, accel, async |qmp, dir| ask(binary, &qmp, dir).await).await
+}
+
+/// Starts a QEMU without a guest, and does this with it and a folder.
+async fn with_probe<T>(
+    binary: &Path,
+    accel: &Accel,
+    ask: impl AsyncFnOnce(Qmp, &Path) -> Result<T, QmpError>,
+) -> Result<T, ProbeError> {
     let start_error = |source| ProbeError::Start { binary: binary.into(), source };
     let dir = tempfile::tempdir().map_err(start_error)?;
     let socket = dir.path().join("qmp.sock");
@@ -207,9 +218,16 @@ pub async fn probe_qemu(binary: &Path, accel: &Accel) -> Result<QemuInfo, ProbeE
         .spawn()
         .map_err(start_error)?;
     let stderr = child.stderr.take().expect("it was asked for");
+    let asking = async {
+        let qmp = Qmp::connect(&socket, PROBE_TIMEOUT).await?;
+        let answer = ask(qmp.clone(), dir.path()).await?;
+        // It may be gone before its answer is read.
+        let _ = qmp.execute(Quit {}).await;
+        Ok(answer)
+    };
     let asked = async {
         let answer = tokio::select! {
-            answer = ask(binary, &socket) => answer.map(Some),
+            answer = asking => answer.map(Some),
             _ = child.wait() => Ok(None),
         };
         let source = match answer {
@@ -229,10 +247,9 @@ pub async fn probe_qemu(binary: &Path, accel: &Accel) -> Result<QemuInfo, ProbeE
         .unwrap_or_else(|_| Err(ProbeError::Timeout { binary: binary.into(), after: PROBE_TIMEOUT }))
 }
 
-async fn ask(binary: &Path, socket: &Path) -> Result<QemuInfo, QmpError> {
-    let qmp = Qmp::connect(socket, PROBE_TIMEOUT).await?;
+async fn ask(binary: &Path, qmp: &Qmp, dir: &Path) -> Result<QemuInfo, QmpError> {
     let version = qmp.execute(QueryVersion {}).await?;
-    let features = Features::probe(&qmp).await?;
+    let features = Features::probe(qmp).await?;
     let machines = match qmp.execute(QueryMachines { compat_props: Some(true) }).await {
         Err(QmpError::Command { .. }) => qmp.execute(QueryMachines { compat_props: None }).await?,
         answer => answer?,
@@ -249,9 +266,8 @@ async fn ask(binary: &Path, socket: &Path) -> Result<QemuInfo, QmpError> {
     let set_by_machines = Arc::new(machines.iter().map(set_by).collect());
     let cpus = qmp.execute(QueryCpuDefinitions {}).await?;
     // Its types and schema are the same without TLS; only a trial tells.
-    let dir = socket.parent().unwrap_or(Path::new("/")).join("tls");
-    let tls = protect_streams(&qmp, &dir, &StreamKey::new(&[0; 32]), Endpoint::Server, "NORMAL").await;
-    let info = QemuInfo {
+    let tls = protect_streams(qmp, &dir.join("tls"), &StreamKey::new(&[0; 32]), Endpoint::Server, "NORMAL").await;
+    Ok(QemuInfo {
         binary: binary.into(),
         version: version.to_string(),
         build: version.build(),
@@ -272,10 +288,7 @@ async fn ask(binary: &Path, socket: &Path) -> Result<QemuInfo, QmpError> {
         features,
         tls: tls.is_ok(),
         set_by_machines,
-    };
-    // It may be gone before its answer is read.
-    let _ = qmp.execute(Quit {}).await;
-    Ok(info)
+    })
 }
 
 /// What a QEMU that has ended wrote to its standard error.

@@ -20,7 +20,10 @@ mod stream_tls;
 
 pub use command_line::{CommandLine, CommandLineError, FileKind, FileUse, Network};
 pub use drift::Drift;
-pub use host::{Accel, CpuModel, Kvm, Machine, ProbeError, QemuInfo, SetByMachine, find_binary, probe_qemu, try_kvm};
+pub use host::{
+    Accel, CpuModel, Kvm, Machine, ProbeError, QemuInfo, SetByMachine, find_binary, probe_qemu, transaction_drains,
+    try_kvm,
+};
 pub use inventory::{Inventory, Layer};
 pub use io_limits::IoLimits;
 pub use launch::{

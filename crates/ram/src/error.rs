@@ -46,6 +46,9 @@ pub enum RamError {
     /// The guest's RAM cannot be read or written.
     #[error("cannot read or write the guest's RAM")]
     Io(#[source] Arc<io::Error>),
+    /// What writes into the guest's RAM by itself does not come to rest.
+    #[error("cannot drain the I/O of the guest's disks")]
+    Drain(#[source] Arc<io::Error>),
     /// What is stale cannot be taken away.
     #[error("cannot make room for the guest's RAM")]
     Punch(#[source] Arc<PunchError>),

@@ -78,7 +78,7 @@ pub use destination::{Ended, Landing, serve};
 pub use error::RamError;
 pub use kernel::{InjectError, Unsupported, support, trace_by, trace_qemu};
 pub use memory::{Backend, Block, GuestRam, MemoryError, PunchError};
-pub use source::{Progress, Source};
+pub use source::{Drain, Progress, Source};
 pub use tracking::{Tracking, TrackingError, WriteFault, WriteFaults, can_pace};
 pub use wire::Malformed;
 

@@ -2,7 +2,11 @@
 //!
 //! In pre-copy ([`rounds`]) all RAM is sent once and then, round by round, what was written meanwhile. A page is
 //! protected before it is read: a write that comes later is seen by the next look, so that what was read is either
-//! still true or will be sent again. When the guest is paused, either the rest is sent ([`Source::finish`]), or the
+//! still true or will be sent again.
+//!
+//! A disk that goes around the host's cache (`O_DIRECT`) writes into pages some time after the kernel took them to be
+//! written. Where there is one, its I/O is drained between protecting pages and reading them ([`Drain`]): what was under
+//! way when a page was protected is over when that is read, and what began later is seen by the next look. When the guest is paused, either the rest is sent ([`Source::finish`]), or the
 //! destination is told what it does not have and fetches it ([`Source::post_copy`], [`serving`]).
 //!
 //! In post-copy the source is a server with nothing to remember: its guest's RAM does not change any more, and the
@@ -39,6 +43,9 @@ const ANSWER: Duration = Duration::from_secs(30);
 const STATE_PIECE: usize = 64 << 10;
 /// More threads than these are not needed to keep a link busy.
 const MOST_WORKERS: usize = 8;
+
+/// Waits until all I/O of the guest's disks is over that is under way; more may begin meanwhile.
+pub type Drain = Box<dyn Fn() -> io::Result<()> + Send + Sync>;
 
 /// Tells which pages a guest writes. Bytes of a block, whole pages.
 pub(crate) trait WriteLog: Send + Sync {
@@ -121,6 +128,8 @@ struct Inner {
     ram: GuestRam,
     /// None in post-copy that is resumed, and when tracking has ended.
     log: RwLock<Option<Box<dyn WriteLog>>>,
+    /// Where something writes into pages after they count as written.
+    drain: Option<Drain>,
     resumed: bool,
     downtime: Duration,
     shipping: Shipping,
@@ -173,16 +182,22 @@ struct State {
 impl Source {
     /// Begins to send the RAM of a guest, which may run. Its pages are tracked from here until this is dropped. What is
     /// sent while the guest is paused should take no longer than `downtime`. With `delta_cache` bytes of memory it
-    /// remembers what it has sent, so that pages that have changed a little go as differences. Fails when the
-    /// destination's RAM is another one.
-    pub fn begin(ram: GuestRam, link: Link, downtime: Duration, delta_cache: u64) -> Result<Self, RamError> {
+    /// remembers what it has sent, so that pages that have changed a little go as differences. Guests whose disks go
+    /// around the host's cache need a `drain`. Fails when the destination's RAM is another one.
+    pub fn begin(
+        ram: GuestRam,
+        link: Link,
+        downtime: Duration,
+        delta_cache: u64,
+        drain: Option<Drain>,
+    ) -> Result<Self, RamError> {
         let log: Box<dyn WriteLog> = Box::new(Tracking::begin(&ram)?);
-        Self::begin_with(ram, Some(log), link, downtime, delta_cache)
+        Self::begin_with(ram, Some(log), link, downtime, delta_cache, drain)
     }
 
     /// Post-copy goes on over a new link; the guest stays paused.
     pub fn resume(ram: GuestRam, link: Link) -> Result<Self, RamError> {
-        Self::begin_with(ram, None, link, Duration::ZERO, 0)
+        Self::begin_with(ram, None, link, Duration::ZERO, 0, None)
     }
 
     pub(crate) fn begin_with(
@@ -191,6 +206,7 @@ impl Source {
         link: Link,
         downtime: Duration,
         delta_cache: u64,
+        drain: Option<Drain>,
     ) -> Result<Self, RamError> {
         let link = Arc::new(link);
         let blocks: Vec<u64> = ram.blocks().iter().map(|block| block.size() / PAGE).collect();
@@ -205,6 +221,7 @@ impl Source {
             link,
             ram,
             log: RwLock::new(log),
+            drain,
             resumed: resume,
             downtime,
             pacing: Pacing::default(),

@@ -147,7 +147,7 @@ fn a_guest_that_writes_meanwhile_arrives_as_it_was_when_it_was_paused() {
     }
     let (landing, taking) = arriving(there, &sizes);
     let writer = GuestRam::same(&ram);
-    let source = Source::begin_with(ram, Some(Box::new(Arc::clone(&log))), here, DOWNTIME, 0).unwrap();
+    let source = Source::begin_with(ram, Some(Box::new(Arc::clone(&log))), here, DOWNTIME, 0, None).unwrap();
     let pause = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -178,7 +178,7 @@ fn device_state_waits_for_the_ram_that_it_refers_to_and_what_comes_before_it_doe
     let landing = Landing::new(GuestRam::of_our_own(&[MIB]), &dir.path().join("record"));
     let taking = std::thread::spawn(move || serve(&there, &landing, &socket));
     let ram = GuestRam::of_our_own(&[MIB]);
-    let source = Source::begin_with(ram, Some(Box::new(Arc::<Log>::default())), here, DOWNTIME, 0).unwrap();
+    let source = Source::begin_with(ram, Some(Box::new(Arc::<Log>::default())), here, DOWNTIME, 0, None).unwrap();
     let (mut qemu_here, to_source) = UnixStream::pair().unwrap();
     let is_due = AtomicBool::new(false);
     let mut buffer = [0; 16];
@@ -213,7 +213,7 @@ fn an_idle_guest_is_sent_once_and_what_is_empty_not_at_all() {
     }
     let (landing, taking) = arriving(there, &sizes);
     let same = GuestRam::same(&ram);
-    let source = Source::begin_with(ram, Some(Box::new(log)), here, DOWNTIME, 0).unwrap();
+    let source = Source::begin_with(ram, Some(Box::new(log)), here, DOWNTIME, 0, None).unwrap();
     assert!(until_converged(&source, Duration::from_secs(10)));
     source.finish().unwrap();
     assert_same(&same, landing.ram());
@@ -232,7 +232,7 @@ fn pages_that_are_written_all_the_time_are_not_sent_all_the_time() {
     (0..sizes[0] / PAGE).for_each(|page| write(&ram, page));
     let (_landing, taking) = arriving(there, &sizes);
     let writer = GuestRam::same(&ram);
-    let source = Source::begin_with(ram, Some(Box::new(Arc::clone(&log))), here, DOWNTIME, 0).unwrap();
+    let source = Source::begin_with(ram, Some(Box::new(Arc::clone(&log))), here, DOWNTIME, 0, None).unwrap();
     let pause = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -262,7 +262,7 @@ fn a_guest_that_leaves_by_post_copy_within_the_first_round_was_seen_to_write() {
         (0..sizes[0] / PAGE).for_each(|page| write(&ram, page));
         let (_landing, taking) = arriving(there, &sizes);
         let writer = GuestRam::same(&ram);
-        let source = Source::begin_with(ram, Some(Box::new(Arc::clone(&log))), here, DOWNTIME, 0).unwrap();
+        let source = Source::begin_with(ram, Some(Box::new(Arc::clone(&log))), here, DOWNTIME, 0, None).unwrap();
         let (pause, passes) = (AtomicBool::new(false), AtomicU64::new(0));
         let wait_until = |enough: &dyn Fn(&Progress) -> bool| {
             while !enough(&source.wait(Duration::from_millis(5)).unwrap()) {}
@@ -300,7 +300,7 @@ fn other_ram_is_refused_in_words_on_both_sides() {
     let (here, there) = links(None);
     let (_landing, taking) = arriving(there, &[4 * MIB]);
     let log = Box::new(Arc::new(Log::default()));
-    let error = Source::begin_with(GuestRam::of_our_own(&[8 * MIB]), Some(log), here, DOWNTIME, 0).err().unwrap();
+    let error = Source::begin_with(GuestRam::of_our_own(&[8 * MIB]), Some(log), here, DOWNTIME, 0, None).err().unwrap();
     assert!(error.to_string().contains("ram0: 8388608 at the source, ram0: 4194304 at the destination"), "{error}");
     assert!(matches!(taking.join().unwrap(), Err(RamError::Layout { .. })));
 }
@@ -312,7 +312,7 @@ fn a_destination_that_goes_away_is_an_error_and_ends_no_thread_late() {
     let log = Arc::new(Log::default());
     (0..16_384).for_each(|page| log.write(&ram, 0, page, page + 1));
     let (_landing, taking) = arriving(there, &[64 * MIB]);
-    let source = Source::begin_with(ram, Some(Box::new(log)), here, DOWNTIME, 0).unwrap();
+    let source = Source::begin_with(ram, Some(Box::new(log)), here, DOWNTIME, 0, None).unwrap();
     std::thread::sleep(Duration::from_millis(100));
     let begun = Instant::now();
     source.abandon();
@@ -342,7 +342,7 @@ fn moves(rate: u64, delta_cache: u64, at_most: Duration, write: impl Fn(&Log, &G
     }
     let (landing, taking) = arriving(there, &sizes);
     let (writer, begun) = (GuestRam::same(&ram), Instant::now());
-    let source = Source::begin_with(ram, Some(Box::new(Arc::clone(&log))), here, DOWNTIME, delta_cache).unwrap();
+    let source = Source::begin_with(ram, Some(Box::new(Arc::clone(&log))), here, DOWNTIME, delta_cache, None).unwrap();
     let (pause, mut was_off) = (AtomicBool::new(false), false);
     let converged = std::thread::scope(|scope| {
         scope.spawn(|| {

@@ -162,6 +162,12 @@ fn tell_report(report: &Report) {
     if report.deltas > 0 {
         println!("  differences  of {} pages, which saved {}", report.deltas, memory(report.saved_by_deltas));
     }
+    if report.drains > 0 {
+        println!(
+            "  drained      the guest's disks {} times, for {:.0} ms at most",
+            report.drains, report.longest_drain_ms
+        );
+    }
     println!(
         "  how          {}, {} {}",
         report.method(),

@@ -8,8 +8,8 @@
 //! move (firmware, video), is no downtime then. It pauses the guest itself, and waits for our word before the devices.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
@@ -21,7 +21,7 @@ use vmferry_policy::{Action, Bytes, BytesPerSec, Limits, Observation, Percent, P
 use vmferry_qemu::migration::{IGNORE_SHARED, PAUSE_BEFORE_SWITCHOVER, reset_capabilities};
 use vmferry_qemu::qmp::commands::{self, MigrationParameters};
 use vmferry_qemu::{EventStream, MigrationStatus, Qmp, RunState};
-use vmferry_ram::{Backend, GuestRam, Progress, RamError, Source};
+use vmferry_ram::{Backend, Drain, GuestRam, Progress, RamError, Source};
 
 use super::journey;
 use super::movable::{Planned, came_up};
@@ -49,6 +49,8 @@ const BETWEEN: Duration = Duration::from_millis(300);
 const PACED_PAUSE: Duration = Duration::from_millis(50);
 /// How long QEMU may take to begin with the device state, or to be done with it.
 const STATE_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long the guest's disks may take to be drained.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// See the module's text.
 pub struct ExternalEngine {
@@ -76,6 +78,27 @@ pub struct ExternalEngine {
     sent: u64,
     /// Pages that went as differences, and bytes that this saved.
     deltas: (u64, u64),
+    drained: Arc<Mutex<Drained>>,
+}
+
+/// How often the guest's disks were drained, and how long that took at most.
+#[derive(Clone, Copy, Default)]
+struct Drained {
+    times: u32,
+    longest: Duration,
+}
+
+/// Drains the I/O of a guest's disks, from any thread.
+fn drain(qmp: Qmp, drained: Arc<Mutex<Drained>>) -> Drain {
+    let runtime = tokio::runtime::Handle::current();
+    Box::new(move || {
+        let begun = Instant::now();
+        let asked = qmp.execute_within(commands::Transaction { actions: Vec::new() }, DRAIN_TIMEOUT);
+        runtime.block_on(asked).map_err(std::io::Error::other)?;
+        let mut drained = drained.lock().expect("no holder of this lock panics");
+        *drained = Drained { times: drained.times + 1, longest: drained.longest.max(begun.elapsed()) };
+        Ok(())
+    })
 }
 
 /// What one migration with this engine is started with.
@@ -100,6 +123,8 @@ pub struct Wishes {
     pub runs: bool,
     /// It must be paused before QEMU copies anything, as QEMU would lose what it writes.
     pub stops_first: bool,
+    /// Its disks' I/O is drained at each scan.
+    pub drains: bool,
     /// What users change of it while it runs, as it was planned; none of one that has left already.
     pub planned: Option<Planned>,
 }
@@ -161,6 +186,7 @@ impl ExternalEngine {
             dirty_rate: 0,
             sent: 0,
             deltas: (0, 0),
+            drained: Arc::default(),
         }
     }
 
@@ -435,7 +461,8 @@ impl RamEngine for ExternalEngine {
         self.started = Instant::now();
         let (allowed, delta_cache) = (self.wishes.limits.downtime, self.wishes.delta_cache);
         let downtime = allowed.saturating_sub(self.wishes.besides).max(allowed / LEAST_FOR_PAGES);
-        self.connect(session, move |ram, link| Source::begin(ram, link, downtime, delta_cache)).await
+        let drain = self.wishes.drains.then(|| drain(self.qmp.clone(), Arc::clone(&self.drained)));
+        self.connect(session, move |ram, link| Source::begin(ram, link, downtime, delta_cache, drain)).await
     }
 
     async fn observe(&mut self) -> Result<Seen, EngineError> {
@@ -510,7 +537,10 @@ impl RamEngine for ExternalEngine {
 
     fn totals(&self) -> Totals {
         let (deltas, saved_by_deltas) = self.deltas;
+        let drained = *self.drained.lock().expect("no holder of this lock panics");
         Totals {
+            drains: drained.times,
+            longest_drain: drained.longest,
             sent: self.sent,
             deltas,
             saved_by_deltas,

@@ -96,6 +96,10 @@ pub struct Totals {
     pub deltas: u64,
     /// How many bytes that has saved.
     pub saved_by_deltas: u64,
+    /// How often the guest's disks were drained.
+    pub drains: u32,
+    /// How long that took at most.
+    pub longest_drain: Duration,
     /// Pre-copy rounds.
     pub rounds: u32,
     /// The highest dirty rate of a round, in bytes a second; 0 when it is not known.

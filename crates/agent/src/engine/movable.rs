@@ -9,12 +9,27 @@ use vmferry_ram::Backend;
 use crate::error::AgentError;
 use crate::host::{Host, Vm};
 
+/// What the agents would move of a VM.
+pub(crate) struct Movable {
+    /// Its RAM.
+    pub(crate) backends: Vec<Backend>,
+    /// Its disks' I/O is to be drained at each scan.
+    pub(crate) drains: bool,
+}
+
 /// What the agents would move of this VM; or why they cannot.
-pub(crate) async fn movable(host: &Host, vm: &Vm) -> Result<Result<Vec<Backend>, String>, AgentError> {
+pub(crate) async fn movable(host: &Host, vm: &Vm) -> Result<Result<Movable, String>, AgentError> {
     if let Some(why) = host.external_obstacle() {
         return Ok(Err(why));
     }
-    Ok(obstacle(&vm.qmp).await?.map(backends))
+    let (layout, drains) = match obstacle(&vm.qmp).await? {
+        Ok(found) => found,
+        Err(why) => return Ok(Err(why)),
+    };
+    if drains && !host.qemus.drains(vm).await {
+        return Ok(Err(DIRECT_IO.into()));
+    }
+    Ok(Ok(Movable { backends: backends(layout), drains }))
 }
 
 /// What of a VM a migration was planned for, and may be otherwise meanwhile.
@@ -24,6 +39,8 @@ pub struct Planned {
     pub seen: Glimpse,
     /// A guest that is suspended to RAM arrives so.
     pub carries_sleep: bool,
+    /// Its disks' I/O is drained at each scan.
+    pub drains: bool,
 }
 
 /// What has come up since the plan that keeps a guest from being moved, as somebody who may do so plugs something in, or
@@ -39,22 +56,26 @@ pub(crate) async fn came_up(qmp: &Qmp, planned: &Planned, by_agents: bool) -> Re
     if !planned.carries_sleep && qmp.execute(commands::QueryStatus {}).await?.status == RunState::Suspended {
         return Ok(Some(FALLEN_ASLEEP.into()));
     }
-    let why = if by_agents { obstacle(qmp).await?.err() } else { None };
+    let why = match by_agents {
+        true => match obstacle(qmp).await? {
+            Ok((_, drains)) => (drains && !planned.drains).then(|| DIRECT_IO.to_owned()),
+            Err(why) => Some(why),
+        },
+        false => None,
+    };
     Ok(why.map(|why| format!("the agents cannot move its RAM any more: {why}")))
 }
 
 const FALLEN_ASLEEP: &str = "since it was planned, it was suspended to RAM, and would not wake up there";
 
-/// What there is to move of its RAM from outside; or why that cannot be.
-async fn obstacle(qmp: &Qmp) -> Result<Result<RamLayout, String>, QmpError> {
+/// What there is to move of its RAM from outside, and whether that takes to drain its disks' I/O; or why it cannot be.
+async fn obstacle(qmp: &Qmp) -> Result<Result<(RamLayout, bool), String>, QmpError> {
     let layout = vmferry_qemu::ram_backends(qmp).await?;
     if let Some(first) = vmferry_qemu::external_obstacles(qmp, &layout).await?.into_iter().next() {
         return Ok(Err(first.to_string()));
     }
-    match vmferry_qemu::uses_direct_io(qmp).await? {
-        true => Ok(Err(DIRECT_IO.into())),
-        false => Ok(Ok(layout)),
-    }
+    let drains = vmferry_qemu::uses_direct_io(qmp).await?;
+    Ok(Ok((layout, drains)))
 }
 
 /// Whether the agents have the means to bring this VM's migration to an end whatever the guest writes; or why not.
@@ -68,7 +89,7 @@ pub(crate) async fn ends(vm: &Vm, post_copy: bool) -> Result<(), String> {
 }
 
 /// A disk's controller writes into RAM when it is done, and only the beginning is noticed.
-const DIRECT_IO: &str = "a disk goes around the host's cache (cache=none), and what is read from it cannot be tracked";
+const DIRECT_IO: &str = "a disk goes around the host's cache (cache=none), and its I/O cannot be drained";
 
 /// What there is to move.
 pub(crate) async fn backends_of(vm: &Vm) -> Result<Vec<Backend>, QmpError> {

@@ -29,6 +29,7 @@ pub(crate) struct Qemus {
 struct Probed {
     accelerators: HashMap<PathBuf, (Accel, Instant)>,
     infos: HashMap<(PathBuf, Option<SystemTime>, bool), QemuInfo>,
+    drain: HashMap<(PathBuf, Option<SystemTime>), bool>,
 }
 
 impl Qemus {
@@ -72,6 +73,22 @@ impl Qemus {
     /// What the machine types of a VM's QEMU set; none where that is not known.
     pub(super) async fn set_by_machines(&self, vm: &Vm) -> Option<Arc<BTreeMap<String, SetByMachine>>> {
         Some(self.info_of(vm).await?.set_by_machines)
+    }
+
+    /// A VM's QEMU drains its disks' I/O without pausing its guest; false where its binary was replaced, too.
+    pub(crate) async fn drains(&self, vm: &Vm) -> bool {
+        let Some(info) = self.info_of(vm).await else { return false };
+        let key = (info.binary.clone(), std::fs::metadata(&info.binary).and_then(|it| it.modified()).ok());
+        let mut probed = self.probed.lock().await;
+        if let Some(known) = probed.drain.get(&key) {
+            return *known;
+        }
+        let tried = vmferry_qemu::transaction_drains(&info.binary).await.unwrap_or_else(|error| {
+            tracing::warn!(binary = %info.binary.display(), error = in_one_line(&error), "cannot try whether it drains");
+            false
+        });
+        probed.drain.insert(key, tried);
+        tried
     }
 
     /// Of the binary that a VM's QEMU was started from, unless it was replaced since.

@@ -61,6 +61,8 @@ impl Run {
             sent: totals.sent,
             deltas: totals.deltas,
             saved_by_deltas: totals.saved_by_deltas,
+            drains: totals.drains,
+            longest_drain_ms: totals.longest_drain.as_secs_f64() * 1e3,
             rounds: totals.rounds,
             dirty_rate: totals.dirty_rate,
             throttle: book.throttle,

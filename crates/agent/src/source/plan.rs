@@ -15,7 +15,7 @@ use vmferry_qemu::qmp::commands;
 use vmferry_qemu::{CommandLine, Drift, Features, Inventory, MigrationStatus, QmpError, RunState, migration};
 
 use super::mover::{ByAgents, ByQemu, Guest, Mover, Protect};
-use crate::engine::movable::Planned;
+use crate::engine::movable::{Movable, Planned};
 use crate::engine::{Protection, Setup, movable};
 use crate::error::AgentError;
 use crate::host::{Claim, Content, Host, Markers, Stage, Vm, drift_of, plugs, resident_memory};
@@ -150,8 +150,12 @@ pub(super) async fn plan(host: &Host, vm: &Vm, id: Uuid, request: &MigrateReques
             hint: Some(hint.into()),
         });
     }
+    let mut planned = Planned { seen, carries_sleep, drains: false };
     let mover: Arc<dyn Mover> = match agents_can(host, vm, request, &there).await? {
-        Ok(by_agents) => Arc::new(by_agents),
+        Ok(by_agents) => {
+            planned.drains = by_agents.drains;
+            Arc::new(by_agents)
+        }
         Err(why) => {
             notes.extend(why.map(|why| format!("QEMU moves the memory itself, as the agents cannot: {why}.")));
             let blocks = vm.qmp.execute(commands::QueryMemdev {}).await?.into_iter().map(|it| it.size);
@@ -209,7 +213,7 @@ pub(super) async fn plan(host: &Host, vm: &Vm, id: Uuid, request: &MigrateReques
         rate,
         markers: Some(markers),
         changed,
-        planned: Planned { seen, carries_sleep },
+        planned,
         mover,
     })
 }
@@ -249,8 +253,8 @@ async fn agents_can(
     let why = match (movable::movable(host, vm).await?, &there.external_obstacle) {
         (Err(why), _) => why,
         (Ok(_), Some(why)) => format!("at {}: {why}", there.host),
-        (Ok(backends), None) => match movable::ends(vm, request.post_copy).await {
-            Ok(()) => return Ok(Ok(ByAgents { backends })),
+        (Ok(Movable { backends, drains }), None) => match movable::ends(vm, request.post_copy).await {
+            Ok(()) => return Ok(Ok(ByAgents { backends, drains })),
             Err(why) => why,
         },
     };

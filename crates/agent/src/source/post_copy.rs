@@ -207,6 +207,7 @@ async fn resumed_external(host: &Host, vm: &Vm, record: &OutRecord) -> Result<Bo
         delta_cache: 0,
         runs: record.running,
         stops_first: true,
+        drains: false,
         planned: None,
     };
     Ok(Box::new(ExternalEngine::in_post_copy(vm.qmp.clone(), wishes)))

@@ -169,11 +169,11 @@ fn rom_image() -> Vec<u8> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use std::path::PathBuf;
 
-    fn qemus() -> Vec<PathBuf> {
+    pub(in crate::host) fn qemus() -> Vec<PathBuf> {
         let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
         let second = workspace.join("target/qemu-second/bin/qemu-system-x86_64");
         let first = crate::find_binary("qemu-system-x86_64", &[], &std::env::var_os("PATH").unwrap());

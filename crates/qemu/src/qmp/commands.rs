@@ -91,6 +91,12 @@ commands! {
         #[serde(flatten)]
         numbers: std::collections::BTreeMap<String, u64>,
     } = "block_set_io_throttle" -> Nothing;
+    /// Does several things to disks at once; with nothing to do, it drains their I/O (see
+    /// [`transaction_drains`](crate::transaction_drains)).
+    Transaction {
+        /// What.
+        actions: Vec<Value>,
+    } = "transaction" -> Nothing;
     /// What is being done to disks in the background: mirrors, backups, commits.
     QueryBlockJobs {} = "query-block-jobs" -> Vec<BlockJob>;
     /// How block nodes hang together, for debugging.

@@ -112,7 +112,8 @@ pub async fn external_obstacles(qmp: &Qmp, layout: &RamLayout) -> Result<Vec<Obs
 }
 
 /// Whether disks are read straight into the guest's RAM, by `O_DIRECT` or what amounts to it: the host's hardware writes
-/// a page some time after the kernel took it to be written, so that a page that is copied in between is stale.
+/// a page some time after the kernel took it to be written, so that a page that is copied in between is stale, unless
+/// I/O is drained in between.
 pub async fn uses_direct_io(qmp: &Qmp) -> Result<bool, QmpError> {
     let nodes = qmp.execute(QueryNamedBlockNodes { flat: true }).await?;
     Ok(nodes.iter().any(|node| node.cache.direct) || devices(qmp).await?.iter().any(Device::passes_commands))
@@ -128,7 +129,7 @@ struct Device {
 impl Device {
     /// The host's disk is given the guest's SCSI commands with the guest's buffers, whatever the cache.
     fn passes_commands(&self) -> bool {
-        self.kind == "scsi-block" || self.kind.starts_with("vhost-scsi")
+        self.kind == "scsi-block"
     }
 }
 
@@ -168,7 +169,7 @@ fn of_device(device: &Device) -> Option<Obstacle> {
     let what = device.to_string();
     if is("vfio-user") || is("vhost-user") || is("ivshmem") || is("x-pci-proxy-dev") {
         Some(Obstacle::OtherProcess { what })
-    } else if is("vfio-") || is("vhost-vdpa") || is("pvrdma") {
+    } else if is("vfio-") || is("vhost-vdpa") || is("vhost-scsi") || is("pvrdma") {
         Some(Obstacle::Assigned { what })
     } else if is("virtio-mem") {
         Some(Obstacle::Resized { what })
@@ -206,15 +207,13 @@ mod tests {
     #[test]
     fn an_obstacle_says_what_and_why() {
         let device = |kind: &str| of_device(&Device { id: Some("x0".into()), kind: kind.into() });
-        for kind in ["vfio-pci", "vfio-pci-nohotplug", "vfio-ccw", "vhost-vdpa-device-pci"] {
+        for kind in ["vfio-pci", "vfio-pci-nohotplug", "vfio-ccw", "vhost-vdpa-device-pci", "vhost-scsi-pci"] {
             assert_eq!(device(kind), Some(Obstacle::Assigned { what: format!("x0 ({kind})") }));
         }
         for kind in ["vhost-user-blk-pci", "vhost-user-fs-pci", "vfio-user-pci", "ivshmem-plain"] {
             assert_eq!(device(kind), Some(Obstacle::OtherProcess { what: format!("x0 ({kind})") }));
         }
-        for kind in
-            ["virtio-net-pci", "vhost-vsock-pci", "vhost-scsi-pci", "pc-dimm", "nvdimm", "nvme", "pcie-root-port"]
-        {
+        for kind in ["virtio-net-pci", "vhost-vsock-pci", "pc-dimm", "nvdimm", "nvme", "pcie-root-port"] {
             assert_eq!(device(kind), None, "{kind}");
         }
         let words = of_device(&Device { id: None, kind: "vfio-pci".into() }).unwrap().to_string();
@@ -259,6 +258,6 @@ mod tests {
         assert!(of_block_driver("nvme").is_some() && of_block_driver("virtio-blk-vhost-user").is_some());
         assert!(of_block_driver("qcow2").is_none() && of_block_driver("host_device").is_none());
         let passes = |kind: &str| Device { id: None, kind: kind.into() }.passes_commands();
-        assert!(passes("scsi-block") && passes("vhost-scsi-pci") && !passes("scsi-hd") && !passes("scsi-generic"));
+        assert!(passes("scsi-block") && !passes("scsi-hd") && !passes("scsi-generic"));
     }
 }

@@ -6,8 +6,8 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::shipping::{CHUNK, Filling, Shipping, There};
@@ -137,6 +137,12 @@ impl Inner {
             set.insert(0..set.pages());
         }
         let glanced = Mutex::new(Instant::now());
+        if self.drain.is_some() {
+            for (block, set) in self.pending.iter().enumerate() {
+                self.tracked(|log| log.protect(block, 0..set.pages() * PAGE))?;
+            }
+            self.drain()?;
+        }
         self.each_chunk(&chunks, true, |chunk, frame| {
             self.first_time(chunk, frame)?;
             match glanced.try_lock() {
@@ -157,9 +163,12 @@ impl Inner {
             // what is written to all the time is not told from what waits to be sent.
             let paced = self.pacing.is_on();
             let written = match paced {
+                // What is to be read after a drain has to be protected before it.
+                true if self.drain.is_some() => self.look(true, |_, _| ())?,
                 true => self.look_on()?,
                 false => self.look(true, |span, runs| heat.look(span, runs))?,
             };
+            self.drain()?;
             let below = if paced { u8::MAX } else { HOT };
             let look = looked.elapsed();
             let left = self.recount();
@@ -207,6 +216,11 @@ impl Inner {
     fn time_for(&self, pages: u64) -> Option<Duration> {
         let rate = self.shipping.rate();
         (rate > 0).then(|| Duration::from_secs_f64(pages as f64 * PAGE as f64 / rate as f64))
+    }
+
+    /// What was protected by now is read after this.
+    fn drain(&self) -> Result<(), RamError> {
+        self.drain.as_ref().map_or(Ok(()), |drain| drain()).map_err(|error| RamError::Drain(Arc::new(error)))
     }
 
     /// Looks which pages were written and tells of each part. Gives back how many there were. When they are not
@@ -285,7 +299,9 @@ impl Inner {
     fn first_time(&self, chunk: Chunk, frame: &mut Filling) -> Result<(), RamError> {
         let pages = self.pages_of(chunk);
         let bytes = pages.start * PAGE..pages.end * PAGE;
-        self.tracked(|log| log.protect(chunk.block, bytes.clone()))?;
+        if self.drain.is_none() {
+            self.tracked(|log| log.protect(chunk.block, bytes.clone()))?;
+        }
         self.untouched[chunk.block].remove(chunk.index..chunk.index + 1);
         self.remaining.fetch_sub(self.pending[chunk.block].remove(pages), Ordering::Relaxed);
         match self.ram.blocks()[chunk.block].first_data(bytes.clone()).map_err(RamError::io)? {
@@ -302,12 +318,15 @@ impl Inner {
         if !self.any_below(chunk, heat, below) {
             return Ok(());
         }
-        let mut written = Vec::new();
-        let bytes = pages.start * PAGE..pages.end * PAGE;
-        self.tracked(|log| log.take_written(chunk.block, bytes, &mut written))?;
-        for run in written {
-            let new = pending.insert(run.start / PAGE..run.end / PAGE);
-            self.remaining.fetch_add(new, Ordering::Relaxed);
+        // What a disk may still be writing is not protected and read at once: it is as the round's scan has left it.
+        if self.drain.is_none() {
+            let mut written = Vec::new();
+            let bytes = pages.start * PAGE..pages.end * PAGE;
+            self.tracked(|log| log.take_written(chunk.block, bytes, &mut written))?;
+            for run in written {
+                let new = pending.insert(run.start / PAGE..run.end / PAGE);
+                self.remaining.fetch_add(new, Ordering::Relaxed);
+            }
         }
         let mut from = pages.start;
         while let Some(run) = pending.next_run(from..pages.end) {

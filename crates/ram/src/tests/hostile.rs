@@ -192,7 +192,7 @@ fn sent_to(said: Vec<Said>, resume: bool) -> RamError {
     let (here, there) = links(None);
     let taking = saying(there, said);
     let log = (!resume).then(|| Box::new(std::sync::Arc::new(Log::default())) as Box<dyn crate::source::WriteLog>);
-    let error = match Source::begin_with(GuestRam::of_our_own(&SIZES), log, here, DOWNTIME, 0) {
+    let error = match Source::begin_with(GuestRam::of_our_own(&SIZES), log, here, DOWNTIME, 0, None) {
         Err(error) => error,
         Ok(source) => until_failed(&source),
     };
@@ -243,7 +243,7 @@ fn a_source_reads_nothing_beyond_its_ram_whatever_is_missing() {
     // The last word has bits for 28 pages that are not there.
     let said = vec![urgent(MISSING, missing(0, 0, &[0, u64::MAX])), urgent(READY, [])];
     let taking = saying(there, said);
-    let source = Source::begin_with(GuestRam::of_our_own(&SIZES), None, here, DOWNTIME, 0).unwrap();
+    let source = Source::begin_with(GuestRam::of_our_own(&SIZES), None, here, DOWNTIME, 0, None).unwrap();
     let until = std::time::Instant::now() + PATIENCE;
     while source.wait(Duration::from_millis(5)).unwrap().remaining > 0 {
         assert!(std::time::Instant::now() < until, "it does not get to the end");

@@ -21,6 +21,8 @@ use crate::source::post_copy::Way;
 pub(crate) struct ByAgents {
     /// What there is to move.
     pub(crate) backends: Vec<Backend>,
+    /// Its disks' I/O is drained at each scan.
+    pub(crate) drains: bool,
 }
 
 #[async_trait]
@@ -34,7 +36,8 @@ impl Mover for ByAgents {
     }
 
     fn notes(&self) -> Vec<String> {
-        Vec::new()
+        let drains = "A disk goes around the host's cache (cache=none): the guest's disks are drained at each scan.";
+        self.drains.then(|| drains.into()).into_iter().collect()
     }
 
     fn protection(&self, cipher: Option<Cipher>) -> Protect {
@@ -74,6 +77,7 @@ impl Mover for ByAgents {
             delta_cache: task.host.config.delta_cache.as_u64(),
             runs: task.offer.running,
             stops_first: stops_first(task),
+            drains: self.drains,
             planned: Some(task.planned.clone()),
         };
         Ok(Box::new(ExternalEngine::new(task.vm.qmp.clone(), wishes, session)))
