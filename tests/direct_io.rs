@@ -64,7 +64,7 @@ async fn start(qemu: usize, guest: GuestOptions, drive: &str) -> Bed {
 async fn what_a_slow_disk_around_the_hosts_cache_brings_into_ram_arrives() {
     // More when asked: `VMFERRY_TEST_MIGRATIONS=50`.
     let asked = std::env::var("VMFERRY_TEST_MIGRATIONS").ok();
-    let migrations: usize = asked.map_or(3, |asked| asked.parse().expect("a number"));
+    let migrations: usize = asked.map_or(2, |asked| asked.parse().expect("a number"));
     for (qemu, aio) in [(0, "native"), (1, "io_uring"), (1, "threads")] {
         let dir = tempfile::tempdir().expect("a folder");
         let Some(slow) = SlowDevice::over(&dir.path().join("disk.raw")) else {

@@ -258,3 +258,37 @@ async fn a_guest_moves_back_and_forth_many_times_and_nothing_is_left_behind() {
     })
     .await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_whose_qemu_is_in_a_sandbox_is_moved_by_agents_too() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("not run: a sandbox is suspended by root only");
+        return;
+    }
+    let all = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
+    for (qemu, mode, more) in [(0, Mode::Write, &[][..]), (1, Mode::Write, &["--no-post-copy"])] {
+        let bed = bed::start_with(external(qemu, qemu), guest(mode), &["-sandbox", all]).await;
+        let report = report(&bed, &[&["--bandwidth", "60MiB/s"], more].concat()).await;
+        assert_eq!((report.engine.as_str(), report.post_copy), ("external", more.is_empty()), "{report:?}");
+        bed.assert_runs_only_on(1).await;
+        bed.assert_intact(1).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_qemu_of_a_user_without_rights_is_moved_by_agents_too() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("not run: only root can start one");
+        return;
+    }
+    for (mode, more) in [(Mode::Idle, &[][..]), (Mode::Write, &[]), (Mode::Write, &["--no-post-copy"])] {
+        // Newer QEMUs say it otherwise.
+        let bed = bed::start_with(external(0, 0), guest(mode), &["-runas", "nobody"]).await;
+        let report = report(&bed, &[&["--bandwidth", "60MiB/s"], more].concat()).await;
+        let post_copy = mode == Mode::Write && more.is_empty();
+        assert_eq!((report.engine.as_str(), report.post_copy), ("external", post_copy), "{report:?}");
+        bed.assert_runs_only_on(1).await;
+        bed.assert_intact(1).await;
+        assert_eq!(traces_in_qemu(&bed, 1).await, (0, 0));
+    }
+}

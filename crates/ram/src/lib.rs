@@ -78,8 +78,9 @@ pub use destination::{Ended, Landing, serve};
 pub use error::RamError;
 pub use kernel::{InjectError, Unsupported, support, trace_by, trace_qemu};
 pub use memory::{Backend, Block, GuestRam, MemoryError, PunchError};
+pub use process::USERFAULTFD_DEVICE;
 pub use source::{Drain, Progress, Source};
-pub use tracking::{Tracking, TrackingError, WriteFault, WriteFaults, can_pace};
+pub use tracking::{Tracking, TrackingError, WriteFault, WriteFaults, can_pace, can_track};
 pub use wire::Malformed;
 
 /// What memory is mapped, tracked and placed by, in bytes.

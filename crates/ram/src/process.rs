@@ -12,6 +12,8 @@ use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open}
 
 /// What the link of a userfaultfd in `/proc/PID/fd` says.
 const USERFAULTFD: &str = "anon_inode:[userfaultfd]";
+/// The device that makes them for whoever may open it.
+pub const USERFAULTFD_DEVICE: &str = "/dev/userfaultfd";
 
 /// Holds on to a process: its pid may be given to another one, its descriptor never is.
 #[derive(Debug)]
@@ -42,6 +44,14 @@ impl Process {
     /// This descriptor of the process is a userfaultfd.
     pub(crate) fn has_userfaultfd(&self, number: RawFd) -> bool {
         fs::read_link(format!("/proc/{}/fd/{number}", self.pid)).is_ok_and(|link| link.as_os_str() == USERFAULTFD)
+    }
+
+    /// A descriptor of the process for the device that makes userfaultfds.
+    pub(crate) fn userfaultfd_device(&self) -> Option<RawFd> {
+        let descriptors = fs::read_dir(format!("/proc/{}/fd", self.pid)).ok()?.flatten();
+        let is_it = |path: &Path| fs::read_link(path).is_ok_and(|link| link.as_os_str() == USERFAULTFD_DEVICE);
+        let found = descriptors.map(|it| it.path()).find(|path| is_it(path))?;
+        found.file_name()?.to_str()?.parse().ok()
     }
 
     /// In the order of their addresses.

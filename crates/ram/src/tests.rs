@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::io::{self, Read, Write};
 use std::net::TcpListener;
 use std::ops::Range;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -112,7 +112,7 @@ fn arriving(link: Link, sizes: &[u64]) -> (Arc<Landing>, std::thread::JoinHandle
     let dir = tempfile::tempdir().unwrap();
     let landing = Arc::new(Landing::new(GuestRam::of_our_own(sizes), &dir.path().join("record")));
     let taking = Arc::clone(&landing);
-    (landing, std::thread::spawn(move || serve(&link, &taking, &dir.path().join("state.sock"))))
+    (landing, std::thread::spawn(move || serve(&link, &taking, None)))
 }
 
 fn assert_same(one: &GuestRam, other: &GuestRam) {
@@ -173,10 +173,9 @@ fn a_guest_that_writes_meanwhile_arrives_as_it_was_when_it_was_paused() {
 fn device_state_waits_for_the_ram_that_it_refers_to_and_what_comes_before_it_does_not() {
     let (here, there) = links(None);
     let dir = tempfile::tempdir().unwrap();
-    let socket = dir.path().join("state.sock");
-    let qemu = UnixListener::bind(&socket).unwrap();
+    let (for_qemu, mut arrived) = UnixStream::pair().unwrap();
     let landing = Landing::new(GuestRam::of_our_own(&[MIB]), &dir.path().join("record"));
-    let taking = std::thread::spawn(move || serve(&there, &landing, &socket));
+    let taking = std::thread::spawn(move || serve(&there, &landing, Some(&for_qemu)));
     let ram = GuestRam::of_our_own(&[MIB]);
     let source = Source::begin_with(ram, Some(Box::new(Arc::<Log>::default())), here, DOWNTIME, 0, None).unwrap();
     let (mut qemu_here, to_source) = UnixStream::pair().unwrap();
@@ -185,7 +184,6 @@ fn device_state_waits_for_the_ram_that_it_refers_to_and_what_comes_before_it_doe
     std::thread::scope(|scope| {
         let sending = scope.spawn(|| source.send_state(to_source, &is_due));
         qemu_here.write_all(b"firmware").unwrap();
-        let (mut arrived, _) = qemu.accept().unwrap();
         arrived.read_exact(&mut buffer[..8]).unwrap();
         is_due.store(true, Ordering::Release);
         qemu_here.write_all(b"devices").unwrap();

@@ -24,7 +24,7 @@ use crate::kernel::make_in;
 use crate::kernel::{
     EnableError, Fault, Feature, InjectError, Inside, Keep, Mode, Pagemap, Reach, Userfaultfd, Waited,
 };
-use crate::memory::{Addresses, GuestRam, MemoryError};
+use crate::memory::{Addresses, Backend, GuestRam, MemoryError};
 use crate::process::Process;
 
 const FEATURES: [Feature; 3] = [Feature::WpAsync, Feature::WpUnpopulated, Feature::WpHugetlbfsShmem];
@@ -80,6 +80,18 @@ struct Paced {
     userfaultfd: Arc<Userfaultfd>,
     /// How much of each block, from its beginning, in bytes.
     up_to: Vec<u64>,
+}
+
+/// Whether writes of this QEMU to its RAM can be tracked, tried out on a page of each block, and undone.
+pub fn can_track(pid: u32, backends: &[Backend]) -> Result<(), TrackingError> {
+    let ram = GuestRam::open(pid, backends)?;
+    let tracking = Tracking::begin(&ram)?;
+    for (block, about) in ram.blocks().iter().enumerate() {
+        let page = 0..PAGE.min(about.size());
+        tracking.protect(block, page.clone())?;
+        tracking.take_written(block, page, &mut Vec::new())?;
+    }
+    Ok(())
 }
 
 /// Whether writes of this QEMU could be made to wait, tried out.

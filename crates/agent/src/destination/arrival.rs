@@ -1,10 +1,12 @@
 //! RAM that the source's agent sends: where it lands, and over which link.
 //!
-//! What belongs to a VM's arrival is in a folder of it, so that a new agent can tell: the socket where QEMU waits for
-//! the device state, and, in post-copy, the record of what is missing. There the guest may run and QEMU need not answer
+//! What belongs to a VM's arrival is in a folder of it, so that a new agent can tell: in post-copy the record of what is
+//! missing. QEMU gets the device state by a descriptor, whoever its user is. In post-copy the guest may run and QEMU need not answer
 //! before its pages come, so that nothing here asks QEMU for anything once it began.
 
 use std::collections::{BTreeSet, HashMap};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -19,12 +21,13 @@ use vmferry_ram::{GuestRam, Landing, serve};
 use crate::engine::NewSession;
 use crate::engine::external::link_options;
 use crate::engine::journey::{is_plain, make_folder};
+use crate::engine::lending::with_userfaultfd_device;
 use crate::engine::movable::backends_of;
 use crate::error::AgentError;
 use crate::host::{Host, Vm};
 
-/// Where QEMU waits for the device state.
-const STATE: &str = "state.sock";
+/// What QEMU calls the descriptor from which it reads the device state.
+const STATE: &str = "vmferry-state";
 /// What is missing in post-copy.
 const RECORD: &str = "post-copy";
 
@@ -85,16 +88,26 @@ pub(crate) async fn begin(
     let dir = folder(&vm.dir);
     make_folder(&dir, expected.plain)?;
     set_capabilities(&vm.qmp, known, &[IGNORE_SHARED]).await?;
-    let uri = format!("unix:{}", dir.join(STATE).display());
-    vm.qmp.execute(commands::MigrateIncoming { uri }).await?;
+    let (ours, theirs) = UnixStream::pair().map_err(AgentError::io("a socket"))?;
+    vm.qmp.execute_with_fds(commands::Getfd { fdname: STATE.into() }, &[theirs.as_fd()]).await?;
+    vm.qmp.execute(commands::MigrateIncoming { uri: format!("fd:{STATE}") }).await?;
+    let ours = Arc::new(ours);
+    // It ends when whoever waits for it is told to, and not when it hears no more.
+    let (kept, qmp) = (Arc::clone(&ours), vm.qmp.clone());
+    tokio::spawn(async move {
+        qmp.closed().await;
+        drop(kept);
+    });
     let (pid, backends, record) = (vm.pid, backends_of(vm).await?, dir.join(RECORD));
-    let opened = tokio::task::spawn_blocking(move || {
+    let open = move || {
         let landing = Landing::new(GuestRam::open(pid, &backends)?, &record);
         let post_copy = landing.prepare_post_copy();
         Ok((landing, post_copy))
-    });
-    let (landing, post_copy) = opened.await.expect("opening RAM does not panic").map_err(AgentError::Ram)?;
-    expect(host, arrivals, id, dir, Arc::new(landing), expected)?;
+    };
+    let opened = async { tokio::task::spawn_blocking(open).await };
+    let opened = with_userfaultfd_device(&vm.qmp, vm.pid, opened).await;
+    let (landing, post_copy) = opened.expect("opening RAM does not panic").map_err(AgentError::Ram)?;
+    expect(host, arrivals, id, Arc::new(landing), expected, Some(ours))?;
     Ok(post_copy.err().map(|why| in_one_line(&why)))
 }
 
@@ -110,9 +123,9 @@ fn expect(
     host: &Host,
     arrivals: &Arc<Arrivals>,
     id: Uuid,
-    dir: PathBuf,
     landing: Arc<Landing>,
     expected: Expected,
+    qemu: Option<Arc<UnixStream>>,
 ) -> Result<(), AgentError> {
     let protection = match expected.plain {
         true => Protection::Plain,
@@ -127,7 +140,7 @@ fn expect(
     let take = move || {
         // Also when it panics.
         let _over = over.drop_guard();
-        match serve(&link, &landing, &dir.join(STATE)) {
+        match serve(&link, &landing, qemu.as_deref()) {
             Ok(ended) => {
                 tracing::debug!(migration = %id, ?ended, "its RAM has arrived");
                 there.take(id);
@@ -182,6 +195,6 @@ pub(crate) async fn again(
         return Ok(Standing::Complete);
     };
     let (session, plain) = (NewSession::random(), is_plain(&dir));
-    expect(host, arrivals, id, dir, landing, Expected { session: session.clone(), source, plain })?;
+    expect(host, arrivals, id, landing, Expected { session: session.clone(), source, plain }, None)?;
     Ok(Standing::Awaited(session))
 }

@@ -7,13 +7,14 @@
 //! QEMU's migration begins while the guest still runs: what it takes to set that up, and the memory that is not ours to
 //! move (firmware, video), is no downtime then. It pauses the guest itself, and waits for our word before the devices.
 
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use tokio::net::UnixListener;
 use tokio_util::task::AbortOnDropHandle;
 use vmferry_api::in_one_line;
 use vmferry_link::{Cipher, Fingerprint, Identity, Link, LinkOptions, TcpDialer};
@@ -24,10 +25,10 @@ use vmferry_qemu::{EventStream, MigrationStatus, Qmp, RunState};
 use vmferry_ram::{Backend, Drain, GuestRam, Progress, RamError, Source};
 
 use super::journey;
+use super::lending::with_userfaultfd_device;
 use super::movable::{Planned, came_up};
 use super::qemu::{UNLIMITED, stop_copying};
 use super::{EngineError, NewConnection, NewSession, RamEngine, Seen, Totals};
-use crate::host::bind_anew;
 
 /// What the source's QEMU is set to, for a guest that is paused before QEMU copies anything or not.
 pub(crate) fn capabilities(stops_first: bool) -> &'static [&'static str] {
@@ -47,6 +48,8 @@ const TAKE_OVER: u32 = 2;
 const BETWEEN: Duration = Duration::from_millis(300);
 /// A guest whose writes are paced can be paused too, as each processor's turn comes; but not when that takes so long.
 const PACED_PAUSE: Duration = Duration::from_millis(50);
+/// What QEMU calls the descriptor to which it writes the device state.
+const STATE: &str = "vmferry-state";
 /// How long QEMU may take to begin with the device state, or to be done with it.
 const STATE_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long the guest's disks may take to be drained.
@@ -256,7 +259,8 @@ impl ExternalEngine {
             false => Vec::new(),
         };
         let pacing = Arc::clone(&source);
-        blocking(move || pacing.pace(share.0, &processors)).await?;
+        let begin = blocking(move || pacing.pace(share.0, &processors));
+        with_userfaultfd_device(&self.qmp, self.wishes.pid, begin).await?;
         let at_most = self.wishes.limits.downtime / TAKE_OVER;
         let mut all = !begins;
         while !all {
@@ -322,20 +326,14 @@ impl ExternalEngine {
         source: &Arc<Source>,
         is_due: &Arc<AtomicBool>,
     ) -> Result<AbortOnDropHandle<Result<u64, EngineError>>, EngineError> {
-        let socket = self.wishes.dir.join("state.sock");
-        let uri = format!("unix:{}", socket.display());
-        let bound = bind_anew(&socket);
-        let refused =
-            move |error: std::io::Error| EngineError::Failed { reason: format!("{}: {error}", socket.display()) };
-        let listener: UnixListener = bound.map_err(&refused)?;
-        self.qmp.execute(commands::Migrate { uri, resume: None }).await?;
+        let refused = |error: std::io::Error| EngineError::Failed { reason: format!("a socket: {error}") };
+        let (ours, theirs) = UnixStream::pair().map_err(refused)?;
+        // By a descriptor: whoever QEMU's user is, it need not reach a folder of ours.
+        self.qmp.execute_with_fds(commands::Getfd { fdname: STATE.into() }, &[theirs.as_fd()]).await?;
+        drop(theirs);
+        self.qmp.execute(commands::Migrate { uri: format!("fd:{STATE}"), resume: None }).await?;
         let (source, is_due) = (Arc::clone(source), Arc::clone(is_due));
-        Ok(AbortOnDropHandle::new(tokio::spawn(async move {
-            let (from_qemu, _) = listener.accept().await.map_err(&refused)?;
-            let from_qemu = from_qemu.into_std().map_err(&refused)?;
-            from_qemu.set_nonblocking(false).map_err(&refused)?;
-            blocking(move || source.send_state(from_qemu, &is_due)).await
-        })))
+        Ok(AbortOnDropHandle::new(tokio::spawn(blocking(move || source.send_state(ours, &is_due)))))
     }
 
     /// Waits until QEMU has paused the guest.

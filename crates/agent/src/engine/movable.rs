@@ -4,8 +4,9 @@ use vmferry_api::in_one_line;
 use vmferry_qemu::inventory::Glimpse;
 use vmferry_qemu::qmp::commands;
 use vmferry_qemu::{Qmp, QmpError, RamBackend, RamLayout, RunState};
-use vmferry_ram::Backend;
+use vmferry_ram::{Backend, TrackingError};
 
+use super::lending::with_userfaultfd_device;
 use crate::error::AgentError;
 use crate::host::{Host, Vm};
 
@@ -78,14 +79,21 @@ async fn obstacle(qmp: &Qmp) -> Result<Result<(RamLayout, bool), String>, QmpErr
     Ok(Ok((layout, drains)))
 }
 
-/// Whether the agents have the means to bring this VM's migration to an end whatever the guest writes; or why not.
-pub(crate) async fn ends(vm: &Vm, post_copy: bool) -> Result<(), String> {
-    if post_copy {
-        return Ok(());
+/// What moving this RAM takes, tried out and undone. Tells whether the guest's writes can be paced, without which a
+/// migration that may not use post-copy does not end whatever the guest writes; or why it cannot be moved.
+pub(crate) async fn try_out(vm: &Vm, movable: &Movable, post_copy: bool) -> Result<bool, String> {
+    let (pid, backends) = (vm.pid, movable.backends.clone());
+    let trial = move || {
+        vmferry_ram::can_track(pid, &backends)?;
+        Ok::<_, TrackingError>(vmferry_ram::can_pace(pid))
+    };
+    let tried = async { tokio::task::spawn_blocking(trial).await };
+    match with_userfaultfd_device(&vm.qmp, pid, tried).await.expect("trying does not panic") {
+        Ok(Ok(())) => Ok(true),
+        Ok(Err(_)) if post_copy => Ok(false),
+        Ok(Err(error)) => Err(format!("without post-copy its writes must be paced: {}", in_one_line(&error))),
+        Err(error) => Err(in_one_line(&error)),
     }
-    let pid = vm.pid;
-    let tried = tokio::task::spawn_blocking(move || vmferry_ram::can_pace(pid)).await.expect("trying does not panic");
-    tried.map_err(|error| format!("without post-copy its writes must be paced: {}", in_one_line(&error)))
 }
 
 /// A disk's controller writes into RAM when it is done, and only the beginning is noticed.

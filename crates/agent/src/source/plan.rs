@@ -15,7 +15,7 @@ use vmferry_qemu::qmp::commands;
 use vmferry_qemu::{CommandLine, Drift, Features, Inventory, MigrationStatus, QmpError, RunState, migration};
 
 use super::mover::{ByAgents, ByQemu, Guest, Mover, Protect};
-use crate::engine::movable::{Movable, Planned};
+use crate::engine::movable::Planned;
 use crate::engine::{Protection, Setup, movable};
 use crate::error::AgentError;
 use crate::host::{Claim, Content, Host, Markers, Stage, Vm, drift_of, plugs, resident_memory};
@@ -253,8 +253,8 @@ async fn agents_can(
     let why = match (movable::movable(host, vm).await?, &there.external_obstacle) {
         (Err(why), _) => why,
         (Ok(_), Some(why)) => format!("at {}: {why}", there.host),
-        (Ok(Movable { backends, drains }), None) => match movable::ends(vm, request.post_copy).await {
-            Ok(()) => return Ok(Ok(ByAgents { backends, drains })),
+        (Ok(movable), None) => match movable::try_out(vm, &movable, request.post_copy).await {
+            Ok(paces) => return Ok(Ok(ByAgents { backends: movable.backends, drains: movable.drains, paces })),
             Err(why) => why,
         },
     };

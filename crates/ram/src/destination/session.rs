@@ -4,7 +4,6 @@ use std::collections::BTreeSet;
 use std::io::Write;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Condvar, Mutex, MutexGuard};
@@ -45,9 +44,9 @@ pub enum Ended {
     Complete,
 }
 
-/// Takes what a source sends over this link, until that is over. `state_socket` is where QEMU waits for the device
-/// state. Blocks. In post-copy an error leaves the guest waiting for what is missing: another link goes on.
-pub fn serve(link: &Link, landing: &Landing, state_socket: &Path) -> Result<Ended, RamError> {
+/// Takes what a source sends over this link, until that is over. `qemu` waits for the device state, where that is still to
+/// come. Blocks. In post-copy an error leaves the guest waiting for what is missing: another link goes on.
+pub fn serve(link: &Link, landing: &Landing, qemu: Option<&UnixStream>) -> Result<Ended, RamError> {
     let session = Session {
         link,
         landing,
@@ -66,7 +65,7 @@ pub fn serve(link: &Link, landing: &Landing, state_socket: &Path) -> Result<Ende
         }
         scope.spawn(|| session.part(Session::tell_placed));
         scope.spawn(|| session.part(Session::take_faults));
-        scope.spawn(|| session.part(|session| session.hand_over_state(to_qemu, state_socket)));
+        scope.spawn(|| session.part(|session| session.hand_over_state(to_qemu, qemu)));
         session.part(|session| session.take_urgent(pieces));
         session.end();
     });
@@ -370,26 +369,21 @@ impl Session<'_> {
     }
 
     /// Writes the device state to QEMU when it may have it. QEMU may take it only as fast as its pages come.
-    fn hand_over_state(&self, pieces: Receiver<(Bytes, When)>, socket: &Path) -> Result<(), RamError> {
-        let mut qemu = None;
+    fn hand_over_state(&self, pieces: Receiver<(Bytes, When)>, qemu: Option<&UnixStream>) -> Result<(), RamError> {
+        let mut written = false;
         for (piece, when) in pieces {
             if when == When::Told && !self.state_may_go() {
                 return Ok(());
             }
-            let mut write = || {
-                let qemu = match &mut qemu {
-                    Some(qemu) => qemu,
-                    None => qemu.insert(UnixStream::connect(socket)?),
-                };
-                qemu.write_all(&piece)
-            };
-            write().map_err(RamError::device_state)?;
+            let nobody = || std::io::Error::other("nobody waits for it");
+            qemu.ok_or_else(nobody).and_then(|mut qemu| qemu.write_all(&piece)).map_err(RamError::device_state)?;
+            written = true;
         }
         // QEMU must not take what was cut short for whole.
-        if !self.state_may_go() {
-            return Ok(());
+        match qemu.filter(|_| written && self.state_may_go()) {
+            Some(qemu) => qemu.shutdown(Shutdown::Write).map_err(RamError::device_state),
+            None => Ok(()),
         }
-        qemu.map_or(Ok(()), |qemu| qemu.shutdown(Shutdown::Write)).map_err(RamError::device_state)
     }
 
     /// Waits until QEMU may have the device state. False when it is over before.

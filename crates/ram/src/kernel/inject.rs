@@ -14,6 +14,8 @@
 //!   the signal is passed on, and we begin anew at the handler's first instruction.
 //! - A thread that has our registers is waited for as long as it takes, on a host however busy: let go there, it would go
 //!   on behind our system call instead of where it was. Only before that is it given up when it does not stop.
+//! - A seccomp filter may end a process for a call that it does not know (`-sandbox on`, a container's). It is suspended
+//!   for the thread as long as that is traced, which the kernel grants to who has `CAP_SYS_ADMIN`.
 //! - `ptrace` belongs to an operating system's thread, and what it holds is let go when that thread ends. One is started
 //!   for each call, so nothing that goes wrong here leaves QEMU stopped.
 //! - A tracer that is killed in the middle leaves the thread astray, so it is a process of its own where there can be one
@@ -57,10 +59,14 @@ const SELDOM: Duration = Duration::from_millis(1);
 const STRANGE_STOPS: usize = 1000;
 /// The most of a mapping that is searched for an instruction.
 const CODE: u64 = 4 << 20;
+/// `USERFAULTFD_IOC_NEW` of the device.
+const NEW: u64 = 0xaa00;
 /// `UFFD_USER_MODE_ONLY`
 const USER_MODE_ONLY: u64 = 1;
 /// `PTRACE_EVENT_STOP`, in the second byte of a stop's code.
 const EVENT_STOP: i32 = 128;
+/// `PTRACE_O_SUSPEND_SECCOMP`
+const SUSPEND_SECCOMP: ptrace::Options = ptrace::Options::from_bits_retain(1 << 21);
 /// The code of a stop at the beginning or the end of a system call.
 const CALL_STOP: i32 = libc::SIGTRAP | 0x80;
 
@@ -77,7 +83,9 @@ pub enum InjectError {
         tracer: u32,
     },
     /// A filter says which system calls it may make, and could kill it for ours.
-    #[error("QEMU runs in a seccomp sandbox (`-sandbox on`, or a container's), which does not allow userfaultfd")]
+    #[error(
+        "QEMU runs in a seccomp sandbox (`-sandbox on`, or a container's), and this agent may not suspend that for a moment: it takes CAP_SYS_ADMIN and a kernel with CONFIG_CHECKPOINT_RESTORE"
+    )]
     Sandboxed,
     /// We may not touch it.
     #[error(
@@ -99,7 +107,7 @@ pub enum InjectError {
     Foreign,
     /// QEMU's user may not have the kernel wait for missing pages.
     #[error(
-        "QEMU's user may not make a userfaultfd: set the sysctl vm.unprivileged_userfaultfd=1, or run QEMU as root"
+        "QEMU's user may not make a userfaultfd: the agent needs /dev/userfaultfd to lend it, or set the sysctl vm.unprivileged_userfaultfd=1"
     )]
     QemuNotAllowed,
     /// Our system call failed.
@@ -143,7 +151,8 @@ pub(crate) enum Keep {
 pub(crate) enum Reach {
     /// The process's own; system calls that meet such a page fail. Any process may have this.
     User,
-    /// Also the kernel's, for the process. It takes `CAP_SYS_PTRACE` or `vm.unprivileged_userfaultfd=1`.
+    /// Also the kernel's, for the process. It takes `CAP_SYS_PTRACE`, `vm.unprivileged_userfaultfd=1`, or a descriptor of
+    /// `/dev/userfaultfd` that the process was lent.
     Kernel,
 }
 
@@ -167,10 +176,10 @@ fn make_here(process: &Process, reach: Reach, keep: Keep) -> Result<Inside, Inje
     let flags = u64::from((OFlags::CLOEXEC | OFlags::NONBLOCK).bits());
     let flags = if reach == Reach::User { flags | USER_MODE_ONLY } else { flags };
     let ((descriptor, number), stood_still) = with_a_thread(process, |thread| {
-        let number = thread.call("userfaultfd", machine::USERFAULTFD, flags)? as RawFd;
+        let number = thread.make_userfaultfd(process, flags)? as RawFd;
         let descriptor = process.take(number);
         if keep == Keep::Ours || descriptor.is_err() {
-            thread.call("close", machine::CLOSE, number as u64)?;
+            thread.call("close", machine::CLOSE, [number as u64, 0, 0])?;
         }
         Ok((descriptor.map_err(|source| InjectError::Io { doing: "take a descriptor from QEMU", source })?, number))
     })?;
@@ -187,7 +196,7 @@ fn close_here(process: &Process, number: RawFd) -> Result<(), InjectError> {
     if !process.has_userfaultfd(number) {
         return Err(InjectError::NotOurs { number });
     }
-    with_a_thread(process, |thread| thread.call("close", machine::CLOSE, number as u64))?;
+    with_a_thread(process, |thread| thread.call("close", machine::CLOSE, [number as u64, 0, 0]))?;
     Ok(())
 }
 
@@ -272,17 +281,21 @@ struct Stopped {
 
 impl Stopped {
     fn stop(process: &Process, thread: u32, instruction: u64) -> Result<Self, InjectError> {
-        match process.thread_status(thread) {
+        let mut options = ptrace::Options::PTRACE_O_TRACESYSGOOD;
+        let sandboxed = match process.thread_status(thread) {
             None | Some(ThreadStatus { ended: true, .. }) => return Err(InjectError::Gone),
             Some(ThreadStatus { tracer: Some(tracer), .. }) => {
                 return Err(InjectError::AlreadyTraced { tracer: process_of(tracer) });
             }
-            Some(ThreadStatus { sandboxed: true, .. }) => return Err(InjectError::Sandboxed),
-            Some(_) => {}
+            Some(status) => status.sandboxed,
+        };
+        if sandboxed {
+            options |= SUSPEND_SECCOMP;
         }
         let thread = Pid::from_raw(thread as i32);
-        ptrace::seize(thread, ptrace::Options::PTRACE_O_TRACESYSGOOD).map_err(|errno| match errno {
+        ptrace::seize(thread, options).map_err(|errno| match errno {
             Errno::ESRCH => InjectError::Gone,
+            Errno::EPERM | Errno::EINVAL if sandboxed && !has_ended(thread) => InjectError::Sandboxed,
             // It is also what the kernel says of a thread that has ended since we looked.
             Errno::EPERM if has_ended(thread) => InjectError::Gone,
             Errno::EPERM => InjectError::NotAllowed { source: errno.into() },
@@ -299,9 +312,20 @@ impl Stopped {
         Ok(stopped)
     }
 
+    /// What a process may not make by the system call, it may by the device, if it was lent that.
+    fn make_userfaultfd(&mut self, process: &Process, flags: u64) -> Result<i64, InjectError> {
+        match self.call("userfaultfd", machine::USERFAULTFD, [flags, 0, 0]) {
+            Err(InjectError::QemuNotAllowed) => {
+                let device = process.userfaultfd_device().ok_or(InjectError::QemuNotAllowed)?;
+                self.call("ioctl", machine::IOCTL, [device as u64, NEW, flags])
+            }
+            made => made,
+        }
+    }
+
     /// Makes a system call and gives back what that did.
-    fn call(&mut self, name: &'static str, call: u64, argument: u64) -> Result<i64, InjectError> {
-        self.begin_call(call, argument)?;
+    fn call(&mut self, name: &'static str, call: u64, arguments: [u64; 3]) -> Result<i64, InjectError> {
+        self.begin_call(call, arguments)?;
         // A thread in a system call takes no signals.
         resume(libc::PTRACE_SYSCALL, self.thread, 0)?;
         if wait(self.thread, None)? != Stop::Call {
@@ -318,12 +342,12 @@ impl Stopped {
     }
 
     /// Brings the thread to the beginning of a system call.
-    fn begin_call(&mut self, call: u64, argument: u64) -> Result<(), InjectError> {
+    fn begin_call(&mut self, call: u64, arguments: [u64; 3]) -> Result<(), InjectError> {
         let mut ready = false;
         for _ in 0..STRANGE_STOPS {
             if !ready {
                 self.changed = true;
-                self.set(machine::calling(&self.registers, self.instruction, call, argument))?;
+                self.set(machine::calling(&self.registers, self.instruction, call, arguments))?;
                 ready = true;
             }
             resume(libc::PTRACE_SYSCALL, self.thread, 0)?;

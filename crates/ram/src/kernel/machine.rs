@@ -11,17 +11,25 @@ mod here {
     /// Instructions begin at multiples of this.
     pub(in crate::kernel) const ALIGNMENT: usize = 1;
     pub(in crate::kernel) const CLOSE: u64 = 3;
+    pub(in crate::kernel) const IOCTL: u64 = 16;
     pub(in crate::kernel) const USERFAULTFD: u64 = 323;
 
     /// The code segment of 64-bit programs.
     const CODE_64_BITS: u64 = 0x33;
 
     /// The registers of a thread that is about to make a system call with the instruction at this address.
-    pub(in crate::kernel) fn calling(thread: &Registers, instruction: u64, call: u64, argument: u64) -> Registers {
+    pub(in crate::kernel) fn calling(
+        thread: &Registers,
+        instruction: u64,
+        call: u64,
+        arguments: [u64; 3],
+    ) -> Registers {
         Registers {
             rip: instruction,
             rax: call,
-            rdi: argument,
+            rdi: arguments[0],
+            rsi: arguments[1],
+            rdx: arguments[2],
             // The thread may have been stopped in a system call, which the kernel is not to begin again here.
             orig_rax: u64::MAX,
             ..*thread
@@ -48,6 +56,7 @@ mod here {
     /// Instructions begin at multiples of this.
     pub(in crate::kernel) const ALIGNMENT: usize = 4;
     pub(in crate::kernel) const CLOSE: u64 = 57;
+    pub(in crate::kernel) const IOCTL: u64 = 29;
     pub(in crate::kernel) const USERFAULTFD: u64 = 282;
 
     /// The thread runs a 32-bit program.
@@ -59,11 +68,16 @@ mod here {
     ///
     /// If the thread was stopped in a system call, the kernel has already set its registers so that it begins again,
     /// and leaves alone a thread that continues elsewhere.
-    pub(in crate::kernel) fn calling(thread: &Registers, instruction: u64, call: u64, argument: u64) -> Registers {
+    pub(in crate::kernel) fn calling(
+        thread: &Registers,
+        instruction: u64,
+        call: u64,
+        arguments: [u64; 3],
+    ) -> Registers {
         let mut calling = *thread;
         calling.pc = instruction;
         calling.regs[8] = call;
-        calling.regs[0] = argument;
+        calling.regs[..3].copy_from_slice(&arguments);
         calling.pstate &= !BRANCH_TYPE;
         calling
     }

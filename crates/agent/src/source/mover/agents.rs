@@ -23,6 +23,8 @@ pub(crate) struct ByAgents {
     pub(crate) backends: Vec<Backend>,
     /// Its disks' I/O is drained at each scan.
     pub(crate) drains: bool,
+    /// The guest's writes can be paced.
+    pub(crate) paces: bool,
 }
 
 #[async_trait]
@@ -55,7 +57,16 @@ impl Mover for ByAgents {
         Ok(())
     }
 
-    async fn engine(&self, task: &mut Task<'_>, _: &Prepared) -> Result<Box<dyn RamEngine>, AgentError> {
+    async fn engine(&self, task: &mut Task<'_>, prepared: &Prepared) -> Result<Box<dyn RamEngine>, AgentError> {
+        if let Some(why) = prepared.post_copy_obstacle.as_ref().filter(|_| !self.paces) {
+            return Err(AgentError::NotMigratable {
+                name: task.vm.name().into(),
+                reason: format!(
+                    "its writes can neither be paced here, nor can it run there before its RAM is there: {why}"
+                ),
+                hint: Some("let QEMU move its RAM: --engine qemu".into()),
+            });
+        }
         let session = task.offer.external.clone().expect("it was offered");
         let way = WayThere {
             address: task.peer.address().into(),

@@ -171,9 +171,9 @@ fn a_program_that_notices_everything() {
 fn make_and_close(program: &Program, thread: &str) -> Duration {
     let flags = u64::from((OFlags::CLOEXEC | OFlags::NONBLOCK).bits()) | USER_MODE_ONLY;
     let work = |stopped: &mut Stopped| {
-        let number = stopped.call("userfaultfd", machine::USERFAULTFD, flags)?;
+        let number = stopped.call("userfaultfd", machine::USERFAULTFD, [flags, 0, 0])?;
         assert!(program.process.has_userfaultfd(number as RawFd));
-        stopped.call("close", machine::CLOSE, number as u64)
+        stopped.call("close", machine::CLOSE, [number as u64, 0, 0])
     };
     with_one_of(&program.process, &[program.threads[thread]], work).unwrap().1
 }
@@ -239,7 +239,7 @@ fn a_signal_that_comes_before_the_call_finds_the_threads_own_registers() {
             let thread = program.threads[thread];
             let work = |stopped: &mut Stopped| {
                 signal(program.process.pid, thread);
-                stopped.call("close", machine::CLOSE, u64::MAX)
+                stopped.call("close", machine::CLOSE, [u64::MAX, 0, 0])
             };
             let error = with_one_of(&program.process, &[thread], work).unwrap_err();
             assert!(matches!(error, InjectError::Refused { call: "close", .. }), "{error:?}");
@@ -262,7 +262,7 @@ fn a_thread_that_has_our_registers_is_waited_for_as_long_as_it_takes() {
             signal(program.process.pid, thread);
         });
         // It ends with the signal.
-        let work = |stopped: &mut Stopped| stopped.call("pause", libc::SYS_pause as u64, 0);
+        let work = |stopped: &mut Stopped| stopped.call("pause", libc::SYS_pause as u64, [0; 3]);
         with_one_of(&program.process, &[thread], work).unwrap_err()
     });
     assert!(matches!(error, InjectError::Refused { call: "pause", .. }), "{error:?}");
