@@ -5,7 +5,7 @@
 # make lint   formatting, clippy, licences
 # make bench  the figures of docs/FIGURES.md
 # make torture  hundreds of migrations with faults in them; SEEDS=, MINUTES=, or SEED= for one
-# make soak   what takes too long for make test: the protocol explored further, 200 random machines, the torture
+# make soak   what takes too long for make test: the protocol explored further, 200 random machines, a slow disk, the torture
 # make study  the 2016 study's tables again, small: docs/study/
 
 .PHONY: demo test model machines lint bench torture soak study build install
@@ -25,6 +25,7 @@ model:
 
 lint:
 	cargo fmt --all --check
+	rustfmt --edition 2024 --check guest/bare/main.rs
 	cargo clippy --workspace --all-targets -- -D warnings
 	cargo deny check --hide-inclusion-graph bans licenses sources
 
@@ -50,7 +51,14 @@ machines:
 	scripts/setup.sh --for-tests
 	cargo test --workspace --test system -- --ignored --exact generator::hundreds_of_random_machines_arrive_equal_or_are_refused_before_they_move --nocapture
 
-soak: model machines torture
+# A disk that takes its time, around the host's cache: 50 migrations with each QEMU.
+.PHONY: slow-disk
+slow-disk: export VMFERRY_TEST_MIGRATIONS := 50
+slow-disk:
+	scripts/setup.sh --for-tests
+	cargo test --workspace --test system -- --exact direct_io::what_a_slow_disk_around_the_hosts_cache_brings_into_ram_arrives --nocapture
+
+soak: model machines slow-disk torture
 
 # Goes on where it was interrupted; MINUTES=10 make study runs as much as fits.
 study:
