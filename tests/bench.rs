@@ -47,7 +47,7 @@ fn assert_lever(report: &RunReport, name: &str) {
 
 /// In one line, and only where TCG had to take KVM's place.
 fn assert_tells_why_it_has_no_kvm(report: &RunReport) {
-    let told = report.notes.iter().filter(|note| note.starts_with("KVM does not work here (")).count();
+    let told = report.notes.iter().filter(|note| note.starts_with("KVM does not work")).count();
     let lines = usize::from(report.versions.accelerator.as_deref() == Some("tcg"));
     assert_eq!(told, lines, "{:?}, {:?}", report.versions, report.notes);
 }

@@ -89,10 +89,7 @@ impl Guest {
             }
             let (pages, total) = (self.pages.count(), self.pages.corrupt);
             let corrupt = total - before;
-            let _ = writeln!(
-                self.serial,
-                r#"{{"verified":{{"pages":{pages},"corrupt":{corrupt},"total":{total}}}}}"#
-            );
+            let _ = writeln!(self.serial, r#"{{"verified":{{"pages":{pages},"corrupt":{corrupt},"total":{total}}}}}"#);
         }
         if self.serial.wants.off {
             self.serial.drain();

@@ -2,7 +2,8 @@
 //! sessions on the way.
 //!
 //! Anybody can open connections and then say nothing. So handshakes run side by side, in bounded number and time; when
-//! there are too many, the oldest makes room: a peer's handshake takes milliseconds and is over long before.
+//! there are too many, the oldest makes room: a peer's handshake takes milliseconds and is over long before. A stream of
+//! somebody whom no session expects is refused in a few places of its own, and a plain one is dropped.
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
@@ -24,6 +25,8 @@ const MOST_HANDSHAKES: usize = 64;
 const MOST_WAITING: usize = 16;
 /// How many streams may be about to join a session. Each takes a thread meanwhile.
 const MOST_JOINING: usize = 64;
+/// How many streams that no session expects may be about to be told so.
+const MOST_REFUSED: usize = 8;
 /// When the system has no descriptors left, so much later it may.
 const AGAIN: Duration = Duration::from_millis(100);
 
@@ -39,7 +42,8 @@ impl Incoming {
     pub fn new(listener: TcpListener, acceptor: Acceptor, sessions: Sessions) -> std::io::Result<Self> {
         let local = listener.local_addr()?;
         let (sender, ready) = mpsc::channel(MOST_WAITING);
-        let arrivals = Arrivals { acceptor, ready: sender, sessions, joining: Arc::new(Semaphore::new(MOST_JOINING)) };
+        let [joining, refused] = [MOST_JOINING, MOST_REFUSED].map(|most| Arc::new(Semaphore::new(most)));
+        let arrivals = Arrivals { acceptor, ready: sender, sessions, joining, refused };
         let accepting = tokio::spawn(accept(listener, arrivals)).abort_handle();
         Ok(Self { ready, local, accepting })
     }
@@ -71,6 +75,7 @@ struct Arrivals {
     ready: mpsc::Sender<Stream>,
     sessions: Sessions,
     joining: Arc<Semaphore>,
+    refused: Arc<Semaphore>,
 }
 
 async fn accept(listener: TcpListener, arrivals: Arrivals) {
@@ -104,7 +109,13 @@ impl Arrivals {
 
     /// In a thread of its own, for at most some seconds. Streams come back by themselves when there was no room.
     fn join(self, stream: Unattached) {
-        let Ok(room) = self.joining.try_acquire_owned() else { return };
+        let rooms = match (self.sessions.expect_from(stream.peer()), stream.peer()) {
+            (true, _) => self.joining,
+            (false, Some(_)) => self.refused,
+            // Nobody proved anything, and nobody is waited for.
+            (false, None) => return,
+        };
+        let Ok(room) = rooms.try_acquire_owned() else { return };
         tokio::task::spawn_blocking(move || {
             let _room = room;
             // A refusal is logged, and told to whoever was refused.
@@ -116,7 +127,9 @@ impl Arrivals {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Identity, connect};
+    use crate::dial::Dialer;
+    use crate::{Identity, Link, LinkOptions, Protection, SessionId, SessionKey, SessionOptions, TcpDialer, connect};
+    use std::io::Write;
     use tokio::io::AsyncReadExt;
 
     const SOON: Duration = Duration::from_secs(5);
@@ -140,6 +153,38 @@ mod tests {
         let (stream, taken) = tokio::join!(connect(&address, &alpha, &expected, None, SOON), incoming.next());
         assert!(stream.is_ok() && begun.elapsed() < HANDSHAKE / 2);
         assert_eq!(taken.peer, alpha.fingerprint());
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn strangers_who_hold_on_to_streams_keep_none_from_joining() {
+        let dir = tempfile::tempdir().unwrap();
+        let identity = |name: &str| Identity::load_or_make(&dir.path().join(format!("{name}.pem")), name).unwrap();
+        let [alpha, beta, stranger] = ["alpha", "beta", "stranger"].map(identity);
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let sessions = Sessions::new();
+        let incoming = Incoming::new(listener, Acceptor::new(&beta, None), sessions.clone()).unwrap();
+        let (address, expected) = (incoming.local_addr().to_string(), beta.fingerprint());
+        let link = LinkOptions::new(SessionId::random(), SessionKey::random());
+        let options = SessionOptions { link: link.clone(), protection: Protection::Tls(alpha.fingerprint()) };
+        let waiting = sessions.expect(options).unwrap();
+        let joined = tokio::task::spawn_blocking(move || {
+            let (mut plain, mut protected) = (Vec::new(), Vec::new());
+            for _ in 0..2 * MOST_JOINING {
+                let mut tcp = std::net::TcpStream::connect(&address).unwrap();
+                tcp.write_all(b"V").unwrap();
+                plain.push(tcp);
+                let dialer = TcpDialer::tls(&address, &stranger, expected, None);
+                protected.push(dialer.dial(SOON).unwrap());
+            }
+            let begun = std::time::Instant::now();
+            let link = Link::connect(TcpDialer::tls(&address, &alpha, expected, None), link).unwrap();
+            link.send_urgent(1, b"hello".to_vec()).unwrap();
+            let taken = waiting.recv_urgent().unwrap();
+            drop((plain, protected));
+            (begun.elapsed(), taken.is_some())
+        });
+        let (took, taken) = joined.await.unwrap();
+        assert!(taken && took < HANDSHAKE / 2, "{took:?}");
     }
 
     #[tokio::test]

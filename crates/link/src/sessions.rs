@@ -45,6 +45,11 @@ impl Unattached {
     pub fn protected(tcp: TcpStream, tls: rustls::ServerConnection, peer: Fingerprint) -> Self {
         Self { tcp, tls: Some((tls, peer)) }
     }
+
+    /// Who the other side proved to be; nobody, of a plain one.
+    pub(crate) fn peer(&self) -> Option<Fingerprint> {
+        self.tls.as_ref().map(|(_, peer)| *peer)
+    }
 }
 
 /// See the module's text. Cheap to clone.
@@ -81,6 +86,12 @@ impl Sessions {
         sessions.retain(|_, session| session.link.strong_count() > 0);
         sessions.insert(id, Registered { link: Arc::downgrade(&link.0), peer });
         Ok(link)
+    }
+
+    /// Some session expects streams of this agent, or plain ones.
+    pub(crate) fn expect_from(&self, peer: Option<Fingerprint>) -> bool {
+        let sessions = self.0.lock().expect("no holder of this lock panics");
+        sessions.values().any(|session| session.peer == peer && session.link.strong_count() > 0)
     }
 
     /// Finds out to which session a stream belongs and gives it to its link; takes at most a few seconds, and blocks.

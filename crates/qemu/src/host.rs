@@ -220,10 +220,7 @@ async fn with_probe<T>(
     let stderr = child.stderr.take().expect("it was asked for");
     let asking = async {
         let qmp = Qmp::connect(&socket, PROBE_TIMEOUT).await?;
-        let answer = ask(qmp.clone(), dir.path()).await?;
-        // It may be gone before its answer is read.
-        let _ = qmp.execute(Quit {}).await;
-        Ok(answer)
+        Ok((ask(qmp.clone(), dir.path()).await?, qmp))
     };
     let asked = async {
         let answer = tokio::select! {
@@ -231,7 +228,11 @@ async fn with_probe<T>(
             _ = child.wait() => Ok(None),
         };
         let source = match answer {
-            Ok(Some(info)) => return Ok(info),
+            Ok(Some((told, qmp))) => {
+                // It may be gone before its answer is read.
+                let _ = qmp.execute(Quit {}).await;
+                return Ok(told);
+            }
             Ok(None) => QmpError::Closed,
             Err(source) => source,
         };
