@@ -89,6 +89,14 @@ pub async fn serve(config: Config, end: CancellationToken) -> Result<(), ServeEr
     let acceptor = Acceptor::new(&identity, authority.as_ref());
     let peers = listen_peers(config.listen, acceptor, &sessions).await?;
     let trusts = Trusts { identity: Arc::new(identity), authority };
+    if let Some((aside, why)) = set_aside {
+        tracing::error!(
+            kept = %aside.display(),
+            why,
+            "THE JOURNAL COULD NOT BE READ: a new one is begun, peers must be paired again, and VMs that run are found by \
+             their processes; `vmferry resolve` says whose they are"
+        );
+    }
     let agent = Agent::new(config, journal, trusts, peers.as_ref().map(Incoming::local_addr), sessions);
     recovery::recover(&agent).await.map_err(ServeError::Recover)?;
 
@@ -108,14 +116,6 @@ pub async fn serve(config: Config, end: CancellationToken) -> Result<(), ServeEr
     tracing::info!(listens, fingerprint = %agent.host.trusts.identity.fingerprint(), "known to other agents");
     tracing::info!(name = agent.host.config.name, socket = %socket.display(), version = env!("CARGO_PKG_VERSION"), "ready");
     tell_systemd(&[sd_notify::NotifyState::Ready]);
-    if let Some((aside, why)) = set_aside {
-        tracing::error!(
-            kept = %aside.display(),
-            why,
-            "THE JOURNAL COULD NOT BE READ: a new one is begun, peers must be paired again, and VMs that run are found by \
-             their processes; `vmferry resolve` says whose they are"
-        );
-    }
     tokio::spawn(recovery::see_to_the_ended(Arc::clone(&agent)));
     tokio::spawn(source::keep_fences(Arc::clone(&agent.host)));
     tokio::spawn(host::bound_logs(Arc::clone(&agent.host)));

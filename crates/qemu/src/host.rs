@@ -146,6 +146,9 @@ pub struct QemuInfo {
     pub set_by_machines: Arc<BTreeMap<String, SetByMachine>>,
 }
 
+/// What the folders of probes begin with, which whoever is killed in the middle of one leaves.
+pub const PROBE: &str = "probe-";
+
 /// Properties of devices that a machine type sets, each with what it is.
 pub type SetByMachine = BTreeSet<(String, String)>;
 
@@ -190,19 +193,21 @@ pub enum ProbeError {
     },
 }
 
-/// Asks a QEMU what it can do. Starts it without a guest; takes some tenths of a second, at most ten.
-pub async fn probe_qemu(binary: &Path, accel: &Accel) -> Result<QemuInfo, ProbeError> {
-    with_probe(binary, accel, async |qmp, dir| ask(binary, &qmp, dir).await).await
+/// Asks a QEMU what it can do. Starts it without a guest; takes some tenths of a second, at most ten. Meanwhile there is a
+/// folder in that folder, whose name begins with [`PROBE`].
+pub async fn probe_qemu(binary: &Path, accel: &Accel, within: &Path) -> Result<QemuInfo, ProbeError> {
+    with_probe(binary, accel, within, async |qmp, dir| ask(binary, &qmp, dir).await).await
 }
 
 /// Starts a QEMU without a guest, and does this with it and a folder.
 async fn with_probe<T>(
     binary: &Path,
     accel: &Accel,
+    within: &Path,
     ask: impl AsyncFnOnce(Qmp, &Path) -> Result<T, QmpError>,
 ) -> Result<T, ProbeError> {
     let start_error = |source| ProbeError::Start { binary: binary.into(), source };
-    let dir = tempfile::tempdir().map_err(start_error)?;
+    let dir = tempfile::Builder::new().prefix(PROBE).tempdir_in(within).map_err(start_error)?;
     let socket = dir.path().join("qmp.sock");
     let mut command = Command::new(binary);
     end_with_us(&mut command);

@@ -140,6 +140,11 @@ impl Inventory {
         self.cpu_features.iter().flat_map(|(word, bits)| cpuid::names(word, *bits)).collect()
     }
 
+    /// Whether a processor that is told to have these features, by QEMU's names, lacks this one for sure.
+    pub fn lacks_for_sure(features: &BTreeSet<String>, feature: &str) -> bool {
+        !features.is_empty() && cpuid::tells(feature) && !features.contains(feature)
+    }
+
     /// The local files that have what the guest reads of its disks and has not written: what is behind those that it
     /// writes. As they were given; relative to the folder that QEMU was started in.
     pub fn backing_files(&self) -> Vec<PathBuf> {

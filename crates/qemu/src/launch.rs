@@ -5,7 +5,7 @@
 
 mod plan;
 
-pub use plan::{Incoming, LaunchPlan, LaunchSettings, plan_launch, wants_shared_ram, without_ours};
+pub use plan::{Incoming, LaunchPlan, LaunchSettings, chosen_accelerator, plan_launch, wants_shared_ram, without_ours};
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom};

@@ -21,14 +21,14 @@ mod stream_tls;
 pub use command_line::{CommandLine, CommandLineError, FileKind, FileUse, Network};
 pub use drift::Drift;
 pub use host::{
-    Accel, CpuModel, Kvm, Machine, ProbeError, QemuInfo, SetByMachine, find_binary, probe_qemu, transaction_drains,
-    try_kvm,
+    Accel, CpuModel, Kvm, Machine, PROBE, ProbeError, QemuInfo, SetByMachine, find_binary, probe_qemu,
+    transaction_drains, try_kvm,
 };
 pub use inventory::{Inventory, Layer};
 pub use io_limits::IoLimits;
 pub use launch::{
-    Incoming, LaunchError, LaunchPlan, LaunchSettings, Launched, launch, plan_launch, ram_memfd, wants_shared_ram,
-    without_ours,
+    Incoming, LaunchError, LaunchPlan, LaunchSettings, Launched, chosen_accelerator, launch, plan_launch, ram_memfd,
+    wants_shared_ram, without_ours,
 };
 pub use process::{end_with_us, is_same_process, kill_process, process_command_line, process_cwd, process_start_time};
 pub use qmp::{Command, Event, EventStream, Features, MigrationStatus, Qmp, QmpError, RunState, pid_of_socket_peer};

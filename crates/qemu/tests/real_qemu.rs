@@ -578,7 +578,7 @@ async fn what_qemus_with_a_key_say_is_understood_by_nobody_else() {
 #[tokio::test]
 async fn a_probe_tells_machines_cpus_and_means_of_migration() {
     with_each_qemu(|qemu| async move {
-        let info = probe_qemu(&qemu, &tcg()).await.unwrap();
+        let info = probe_qemu(&qemu, &tcg(), &std::env::temp_dir()).await.unwrap();
         let q35 = info.machines.iter().find(|machine| machine.alias.as_deref() == Some("q35")).unwrap();
         assert!(q35.name.starts_with("pc-q35-") && q35.cpu_max >= 255);
         assert_eq!(info.machines.iter().filter(|machine| machine.is_default).count(), 1);
@@ -593,12 +593,12 @@ async fn a_probe_tells_machines_cpus_and_means_of_migration() {
 
 #[tokio::test]
 async fn a_probe_that_fails_names_the_binary_and_the_reason() {
-    let error = probe_qemu(Path::new("/no/such/qemu"), &tcg()).await.unwrap_err();
+    let error = probe_qemu(Path::new("/no/such/qemu"), &tcg(), &std::env::temp_dir()).await.unwrap_err();
     assert!(error.to_string().contains("/no/such/qemu"), "{error}");
-    let error = probe_qemu(Path::new("/bin/false"), &tcg()).await.unwrap_err();
+    let error = probe_qemu(Path::new("/bin/false"), &tcg(), &std::env::temp_dir()).await.unwrap_err();
     assert!(error.to_string().contains("/bin/false") && error.to_string().contains("exit code 1"), "{error}");
     // A QEMU that is only asked does well with a KVM in which no guest runs.
-    if let Err(error) = probe_qemu(&qemus()[0], &Accel::kvm()).await {
+    if let Err(error) = probe_qemu(&qemus()[0], &Accel::kvm(), &std::env::temp_dir()).await {
         assert!(error.to_string().contains("/dev/kvm") || error.to_string().contains("KVM"), "{error}");
     }
 }

@@ -60,8 +60,13 @@ impl Process {
         Ok(String::from_utf8_lossy(&text).lines().filter_map(Mapping::parse).collect())
     }
 
-    /// It is one of its threads.
+    /// It is one of its threads, by the number that it has for itself; of one in another namespace that cannot be told, and
+    /// counts as one.
     pub(crate) fn has_thread(&self, thread: u32) -> bool {
+        let namespace = |process: &str| fs::read_link(format!("/proc/{process}/ns/pid")).ok();
+        if namespace("self") != namespace(&self.pid.to_string()) {
+            return true;
+        }
         Path::new(&format!("/proc/{}/task/{thread}", self.pid)).exists()
     }
 

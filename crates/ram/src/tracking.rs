@@ -85,7 +85,8 @@ struct Paced {
 /// Whether writes of this QEMU to its RAM can be tracked, tried out on a page of each block, and undone.
 pub fn can_track(pid: u32, backends: &[Backend]) -> Result<(), TrackingError> {
     let ram = GuestRam::open(pid, backends)?;
-    let tracking = Tracking::begin(&ram)?;
+    let pages = ram.addresses().into_iter().map(|block| block.of(&(0..PAGE.min(block.all().end - block.all().start))));
+    let tracking = Tracking::begin_with(&ram, pages)?;
     for (block, about) in ram.blocks().iter().enumerate() {
         let page = 0..PAGE.min(about.size());
         tracking.protect(block, page.clone())?;
@@ -110,13 +111,18 @@ fn userfaultfd_for_pacing(process: &Process) -> Result<Userfaultfd, TrackingErro
 impl Tracking {
     /// From here on pages can be protected; none is yet.
     pub fn begin(ram: &GuestRam) -> Result<Self, TrackingError> {
+        Self::begin_with(ram, ram.addresses().iter().map(Addresses::all))
+    }
+
+    /// The same of a part of each block: of the others nothing is done, now or at the end.
+    fn begin_with(ram: &GuestRam, parts: impl Iterator<Item = Range<u64>>) -> Result<Self, TrackingError> {
         // Whoever meets a protected page does not wait, so it need not be allowed to.
         let Inside { descriptor, stood_still, .. } = make_in(ram.process(), Reach::User, Keep::Ours)?;
         let userfaultfd = Userfaultfd::over(descriptor);
         userfaultfd.enable(&FEATURES)?;
         let blocks = ram.addresses();
-        for (block, addresses) in ram.blocks().iter().zip(&blocks) {
-            userfaultfd.register(addresses.all(), Mode::WriteProtect).map_err(|error| match error.kind() {
+        for (block, part) in ram.blocks().iter().zip(parts) {
+            userfaultfd.register(part, Mode::WriteProtect).map_err(|error| match error.kind() {
                 io::ErrorKind::ResourceBusy => TrackingError::Taken { id: block.id().to_owned() },
                 _ => TrackingError::Io(error),
             })?;

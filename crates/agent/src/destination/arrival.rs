@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use vmferry_api::in_one_line;
 use vmferry_link::{Fingerprint, Link, Protection, SessionOptions};
+use vmferry_qemu::Qmp;
 use vmferry_qemu::migration::{IGNORE_SHARED, set_capabilities};
 use vmferry_qemu::qmp::commands;
 use vmferry_ram::{GuestRam, Landing, serve};
@@ -91,13 +92,6 @@ pub(crate) async fn begin(
     let (ours, theirs) = UnixStream::pair().map_err(AgentError::io("a socket"))?;
     vm.qmp.execute_with_fds(commands::Getfd { fdname: STATE.into() }, &[theirs.as_fd()]).await?;
     vm.qmp.execute(commands::MigrateIncoming { uri: format!("fd:{STATE}") }).await?;
-    let ours = Arc::new(ours);
-    // It ends when whoever waits for it is told to, and not when it hears no more.
-    let (kept, qmp) = (Arc::clone(&ours), vm.qmp.clone());
-    tokio::spawn(async move {
-        qmp.closed().await;
-        drop(kept);
-    });
     let (pid, backends, record) = (vm.pid, backends_of(vm).await?, dir.join(RECORD));
     let open = move || {
         let landing = Landing::new(GuestRam::open(pid, &backends)?, &record);
@@ -107,7 +101,7 @@ pub(crate) async fn begin(
     let opened = async { tokio::task::spawn_blocking(open).await };
     let opened = with_userfaultfd_device(&vm.qmp, vm.pid, opened).await;
     let (landing, post_copy) = opened.expect("opening RAM does not panic").map_err(AgentError::Ram)?;
-    expect(host, arrivals, id, Arc::new(landing), expected, Some(ours))?;
+    expect(host, arrivals, id, Arc::new(landing), expected, Some((ours, vm.qmp.clone())))?;
     Ok(post_copy.err().map(|why| in_one_line(&why)))
 }
 
@@ -125,7 +119,7 @@ fn expect(
     id: Uuid,
     landing: Arc<Landing>,
     expected: Expected,
-    qemu: Option<Arc<UnixStream>>,
+    qemu: Option<(UnixStream, Qmp)>,
 ) -> Result<(), AgentError> {
     let protection = match expected.plain {
         true => Protection::Plain,
@@ -137,16 +131,24 @@ fn expect(
     let over = arrival.over.clone();
     arrivals.lock().insert(id, arrival);
     let there = Arc::clone(arrivals);
+    let runtime = tokio::runtime::Handle::current();
     let take = move || {
         // Also when it panics.
         let _over = over.drop_guard();
-        match serve(&link, &landing, qemu.as_deref()) {
+        match serve(&link, &landing, qemu.as_ref().map(|(state, _)| state)) {
             Ok(ended) => {
                 tracing::debug!(migration = %id, ?ended, "its RAM has arrived");
                 there.take(id);
             }
             Err(error) => {
                 tracing::warn!(migration = %id, error = in_one_line(&error), "its RAM does not arrive");
+                // QEMU ends when it is told to, and not when it hears no more.
+                if let Some((state, qmp)) = qemu {
+                    runtime.spawn(async move {
+                        qmp.closed().await;
+                        drop(state);
+                    });
+                }
                 if landing.missing().is_none() {
                     there.take(id);
                 }

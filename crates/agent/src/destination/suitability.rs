@@ -4,7 +4,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use vmferry_api::Code;
-use vmferry_qemu::{Accel, CommandLine, FileKind, QemuInfo};
+use vmferry_qemu::{Accel, CommandLine, FileKind, Inventory, QemuInfo, chosen_accelerator};
 
 use crate::error::AgentError;
 use crate::host::{Contents, Short, marker_beside, obstacle};
@@ -33,7 +33,7 @@ pub(super) struct Host<'a> {
 /// it is to be known what is in them.
 pub(super) fn judge(offer: &Offer, command: &CommandLine, host: &Host<'_>) -> Result<Vec<PathBuf>, AgentError> {
     machine(offer, host)
-        .and_then(|()| accelerator(offer, host))
+        .and_then(|()| accelerator(offer, command, host))
         .and_then(|()| cpu(offer, command, host))
         .and_then(|()| files(offer, command))
         .and_then(|()| networks(offer))
@@ -88,11 +88,16 @@ fn machine(offer: &Offer, host: &Host<'_>) -> Result<(), Refusal> {
     )
 }
 
-fn accelerator(offer: &Offer, host: &Host<'_>) -> Result<(), Refusal> {
+fn accelerator(offer: &Offer, command: &CommandLine, host: &Host<'_>) -> Result<(), Refusal> {
     match (offer.accelerator.as_str(), host.accel) {
         ("kvm", Accel::Tcg { why }) => refuse(
             Code::NoAccelerator,
             format!("the guest runs under KVM, which does not work there ({why})"),
+            "a running guest cannot change its accelerator",
+        ),
+        ("kvm", Accel::Kvm(_)) if chosen_accelerator(command, host.accel) != "kvm" => refuse(
+            Code::NoAccelerator,
+            "the guest runs under KVM, which emulates guests' kernels there, and its command line does not ask for that",
             "a running guest cannot change its accelerator",
         ),
         _ => Ok(()),
@@ -110,8 +115,8 @@ fn cpu(offer: &Offer, command: &CommandLine, host: &Host<'_>) -> Result<(), Refu
     };
     // What the guest does not have either, as it is taken away from the model or was lacking at the source, it does not
     // miss.
-    let has = |feature: &&String| offer.cpu_features.contains(*feature);
-    let lacks: Vec<&str> = known.unavailable.iter().filter(has).map(String::as_str).collect();
+    let may_have = |feature: &&String| !Inventory::lacks_for_sure(&offer.cpu_features, feature);
+    let lacks: Vec<&str> = known.unavailable.iter().filter(may_have).map(String::as_str).collect();
     if host.accel.is_kvm() && !lacks.is_empty() {
         return refuse(
             Code::NoCpu,

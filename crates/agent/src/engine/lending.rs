@@ -10,6 +10,8 @@ use vmferry_ram::USERFAULTFD_DEVICE;
 
 /// What QEMU calls it.
 const NAME: &str = "vmferry-userfaultfd";
+/// `CAP_SYS_PTRACE`, which may make one without it.
+const MAY_TRACE: u64 = 1 << 19;
 
 /// Does this while the QEMU of this process has what it takes to have the kernel wait for pages, which its user may not be
 /// allowed to make by itself (`vm.unprivileged_userfaultfd`).
@@ -23,10 +25,10 @@ pub(crate) async fn with_userfaultfd_device<T>(qmp: &Qmp, pid: u32, work: impl F
 }
 
 async fn lend(qmp: &Qmp, pid: u32) -> bool {
-    // Real, effective, saved and file system's.
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let user = status.lines().find_map(|line| line.strip_prefix("Uid:")?.split_whitespace().nth(1));
-    if user == Some("0") {
+    let field = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let capabilities = field.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok()).unwrap_or(0);
+    if capabilities & MAY_TRACE != 0 {
         return false;
     }
     let lent = async {

@@ -116,7 +116,7 @@ impl Host {
         sessions: Sessions,
     ) -> Arc<Self> {
         Arc::new(Self {
-            qemus: Qemus::new(&config.name, &config.qemu_dirs),
+            qemus: Qemus::new(&config.name, &config.qemu_dirs, &config.run_dir),
             config,
             journal,
             contents: Arc::default(),

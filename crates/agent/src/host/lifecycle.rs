@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use vmferry_api::{AdoptRequest, RunRequest, Started, StopRequest, VmSpec};
+use vmferry_api::{AdoptRequest, RunRequest, Started, StopRequest, VmSpec, in_one_line};
 use vmferry_qemu::qmp::commands;
 use vmferry_qemu::{CommandLine, Inventory, Qmp, RunState, wants_shared_ram, without_ours};
 
@@ -97,7 +97,9 @@ pub(crate) async fn adopt(host: &Arc<Host>, request: AdoptRequest) -> Result<Sta
         }
     };
     let notes = match describe(&vm).await {
-        Some(now) => what_is_known(host, &vm, &now).await?,
+        Some(now) => what_is_known(host, &vm, &now)
+            .await
+            .unwrap_or_else(|error| vec![format!("Whether it was changed is not known: {}.", in_one_line(&error))]),
         None => vec!["Its QEMU does not tell what it is made of: whether it was changed is not known.".into()],
     };
     tracing::info!(vm = vm.name(), pid, "adopted");

@@ -1,13 +1,13 @@
 //! The QEMU binaries of this host, and what they turned out to be able to do.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use vmferry_api::in_one_line;
-use vmferry_qemu::{Accel, CommandLine, Features, QemuInfo, SetByMachine};
+use vmferry_qemu::{Accel, CommandLine, Features, PROBE, QemuInfo, SetByMachine};
 
 use super::vm::Vm;
 use crate::error::AgentError;
@@ -21,6 +21,8 @@ pub(crate) struct Qemus {
     host: String,
     /// Searched before `PATH`.
     dirs: Vec<PathBuf>,
+    /// Where probes have their folders.
+    probes: PathBuf,
     probed: tokio::sync::Mutex<Probed>,
 }
 
@@ -29,13 +31,18 @@ pub(crate) struct Qemus {
 struct Probed {
     accelerators: HashMap<PathBuf, (Accel, Instant)>,
     infos: HashMap<(PathBuf, Option<SystemTime>, bool), QemuInfo>,
-    drain: HashMap<(PathBuf, Option<SystemTime>), bool>,
+    drains: HashSet<(PathBuf, Option<SystemTime>)>,
 }
 
 impl Qemus {
     /// Of the host of this name; nothing is asked yet.
-    pub(super) fn new(host: &str, dirs: &[PathBuf]) -> Self {
-        Self { host: host.into(), dirs: dirs.to_vec(), probed: tokio::sync::Mutex::default() }
+    pub(super) fn new(host: &str, dirs: &[PathBuf], probes: &Path) -> Self {
+        // Those of an agent that was killed.
+        let left = std::fs::read_dir(probes).into_iter().flatten().flatten();
+        for left in left.filter(|it| it.file_name().to_string_lossy().starts_with(PROBE)) {
+            let _ = std::fs::remove_dir_all(left.path());
+        }
+        Self { host: host.into(), dirs: dirs.to_vec(), probes: probes.into(), probed: tokio::sync::Mutex::default() }
     }
 
     pub(crate) fn find_qemu(&self, command: &CommandLine) -> Result<PathBuf, AgentError> {
@@ -80,14 +87,17 @@ impl Qemus {
         let Some(info) = self.info_of(vm).await else { return false };
         let key = (info.binary.clone(), std::fs::metadata(&info.binary).and_then(|it| it.modified()).ok());
         let mut probed = self.probed.lock().await;
-        if let Some(known) = probed.drain.get(&key) {
-            return *known;
+        if probed.drains.contains(&key) {
+            return true;
         }
-        let tried = vmferry_qemu::transaction_drains(&info.binary).await.unwrap_or_else(|error| {
+        let tried = vmferry_qemu::transaction_drains(&info.binary, &self.probes).await.unwrap_or_else(|error| {
             tracing::warn!(binary = %info.binary.display(), error = in_one_line(&error), "cannot try whether it drains");
             false
         });
-        probed.drain.insert(key, tried);
+        // What did not work may have been the host's fault, and is tried again.
+        if tried {
+            probed.drains.insert(key);
+        }
         tried
     }
 
@@ -120,7 +130,7 @@ impl Qemus {
         if let Some(known) = probed.infos.get(&key) {
             return Ok(known.clone());
         }
-        let info = vmferry_qemu::probe_qemu(binary, accel).await?;
+        let info = vmferry_qemu::probe_qemu(binary, accel, &self.probes).await?;
         probed.infos.insert(key, info.clone());
         Ok(info)
     }

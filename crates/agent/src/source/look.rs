@@ -27,7 +27,8 @@ pub(super) async fn look(vm: &Vm) -> Qemu {
             | MigrationStatus::Completed
             | MigrationStatus::Failed
             | MigrationStatus::Cancelled => match status {
-                RunState::Running => Qemu::Runs,
+                // Whatever wakes it has it run.
+                RunState::Running | RunState::Suspended => Qemu::Runs,
                 RunState::Paused
                 | RunState::PostMigrate
                 | RunState::FinishMigrate

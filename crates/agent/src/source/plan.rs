@@ -103,7 +103,9 @@ pub(super) async fn plan(host: &Host, vm: &Vm, id: Uuid, request: &MigrateReques
     }
     let cpu_features = now.as_ref().map(Inventory::cpu_features).unwrap_or_default();
     // Those that were set before anybody looked, too.
-    spec.io_limits = now.map(|now| now.io_limits().clone());
+    if let Some(now) = now {
+        spec.io_limits = Some(now.io_limits().clone());
+    }
     let found = trust::find_peer(host, &request.to).await?;
     let met = found.hello().await?;
     let (peer, remote) = (found.pinned_to(&met), met.ip());

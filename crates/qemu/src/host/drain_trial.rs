@@ -10,15 +10,15 @@ use super::{Accel, ProbeError, with_probe};
 use crate::qmp::commands::Transaction;
 
 /// How long each read takes.
-const LATENCY: Duration = Duration::from_millis(100);
+const LATENCY: Duration = Duration::from_millis(400);
 /// After this some are under way.
 const BEGUN: Duration = Duration::from_millis(20);
 
 /// Whether it does, of disks that QEMU's main loop serves. (Those of I/O threads are counted alike; the trial of these is
 /// a job in an I/O thread, over which 10.0.2 aborts.)
-pub async fn transaction_drains(binary: &Path) -> Result<bool, ProbeError> {
+pub async fn transaction_drains(binary: &Path, within: &Path) -> Result<bool, ProbeError> {
     let accel = Accel::Tcg { why: "no guest runs".into() };
-    with_probe(binary, &accel, async |qmp, _| {
+    with_probe(binary, &accel, within, async |qmp, _| {
         for (node, latency) in [("from", LATENCY), ("to", Duration::ZERO)] {
             let latency = latency.as_nanos() as u64;
             let about = json!({ "driver": "null-co", "node-name": node, "size": 8 << 20, "latency-ns": latency });
@@ -41,7 +41,7 @@ mod tests {
     #[tokio::test]
     async fn the_trial_tells_what_the_known_versions_do() {
         for qemu in crate::host::kvm_trial::tests::qemus() {
-            assert!(transaction_drains(&qemu).await.unwrap(), "{}", qemu.display());
+            assert!(transaction_drains(&qemu, &std::env::temp_dir()).await.unwrap(), "{}", qemu.display());
         }
     }
 }

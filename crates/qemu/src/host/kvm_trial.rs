@@ -94,7 +94,7 @@ const RESET: [u8; 3] = [0xe9, 0x0d, 0xfe];
 /// What `-cpu host` may have to do without: in some nested virtualisation QEMU aborts over the register behind it.
 const HOST_CPUS: [&str; 2] = ["", ",-arch-capabilities"];
 
-/// What the host can run guests with, found out by trying. Takes a fraction of a second, at most three.
+/// What the host can run guests with, found out by trying. Takes a fraction of a second, at most six.
 pub async fn try_kvm(binary: &Path) -> Accel {
     let tcg = |why: String| Accel::Tcg { why };
     if let Err(error) = File::options().read(true).write(true).open("/dev/kvm") {

@@ -5,7 +5,7 @@ const NAMES: [(&str, &str); 25] = [
     (
         "0x1.0 ECX",
         "pni pclmulqdq dtes64 monitor ds-cpl vmx smx est tm2 ssse3 cid - fma cx16 xtpr pdcm - pcid dca \
-         sse4.1 sse4.2 x2apic movbe popcnt tsc-deadline aes - - avx f16c rdrand hypervisor",
+         sse4.1 sse4.2 x2apic movbe popcnt tsc-deadline aes xsave - avx f16c rdrand hypervisor",
     ),
     (
         "0x1.0 EDX",
@@ -86,4 +86,9 @@ pub(super) fn names(word: &str, bits: u64) -> Vec<String> {
     let named = (0..u64::BITS).map(|bit| (bit, known.next().filter(|name| *name != "-")));
     let set = named.filter(|(bit, _)| bits & 1 << bit != 0);
     set.map(|(bit, name)| name.map_or_else(|| format!("bit {bit} of CPUID {word}"), str::to_owned)).collect()
+}
+
+/// This is a feature that CPUID tells, so that who is said not to have it has it not; not one of a model-specific register.
+pub(super) fn tells(feature: &str) -> bool {
+    NAMES.iter().any(|(_, names)| names.split_whitespace().any(|name| name == feature))
 }

@@ -109,6 +109,11 @@ pub fn without_ours(command: &CommandLine) -> (Vec<String>, bool) {
     (argv, shared_ram)
 }
 
+/// The accelerator that a VM with this command line gets on a host that can do this, by QEMU's word.
+pub fn chosen_accelerator(command: &CommandLine, host: &Accel) -> String {
+    Accelerator::choose(command, host).name
+}
+
 /// Plans a launch.
 pub fn plan_launch(command: &CommandLine, settings: &LaunchSettings<'_>) -> Result<LaunchPlan, CommandLineError> {
     match settings.incoming {
@@ -289,10 +294,12 @@ impl Planner<'_> {
     fn take_spice(&mut self, option: &CommandOption) {
         let mut spice = option.properties();
         let address = spice.get_some("addr").unwrap_or("0.0.0.0").to_owned();
+        // Until all are chosen.
+        let mut held = Vec::new();
         for key in SPICE_PORTS {
-            let is_free = |port: &u16| TcpListener::bind((address.as_str(), *port)).is_ok();
+            let mut is_free = |port: &u16| TcpListener::bind((address.as_str(), *port)).map(|it| held.push(it)).is_ok();
             if let Some(asked) = option.spice_port(key)
-                && let Some(port) = (asked..=asked.saturating_add(OTHER_DISPLAYS)).find(is_free)
+                && let Some(port) = (asked..=asked.saturating_add(OTHER_DISPLAYS)).find(&mut is_free)
             {
                 spice.remove(key);
                 spice.push(key, &port.to_string());

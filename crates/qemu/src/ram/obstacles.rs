@@ -4,7 +4,7 @@
 //! The kernel's own vhost writes through QEMU's page tables, and is none of this.
 
 use super::{BackendKind, OBJECTS, RamLayout, ask, children, monitor};
-use crate::qmp::commands::{QueryKvm, QueryMigrateCapabilities, QueryNamedBlockNodes};
+use crate::qmp::commands::{BlockNode, QueryKvm, QueryMigrateCapabilities, QueryNamedBlockNodes};
 use crate::qmp::{Qmp, QmpError};
 
 /// The capability without which QEMU sends shared RAM along with the device state.
@@ -113,10 +113,28 @@ pub async fn external_obstacles(qmp: &Qmp, layout: &RamLayout) -> Result<Vec<Obs
 
 /// Whether disks are read straight into the guest's RAM, by `O_DIRECT` or what amounts to it: the host's hardware writes
 /// a page some time after the kernel took it to be written, so that a page that is copied in between is stale, unless
-/// I/O is drained in between.
+/// I/O is drained in between. So do file systems that a program or another host serves, which may not use a cache either.
 pub async fn uses_direct_io(qmp: &Qmp) -> Result<bool, QmpError> {
     let nodes = qmp.execute(QueryNamedBlockNodes { flat: true }).await?;
-    Ok(nodes.iter().any(|node| node.cache.direct) || devices(qmp).await?.iter().any(Device::passes_commands))
+    if nodes.iter().any(|node| node.cache.direct) || devices(qmp).await?.iter().any(Device::passes_commands) {
+        return Ok(true);
+    }
+    let is_here = |node: &BlockNode| LOCAL.contains(&node.drv.as_str());
+    let files: Vec<String> = nodes.into_iter().filter(is_here).map(|node| node.file).collect();
+    // Their storage may not answer.
+    let served = tokio::task::spawn_blocking(move || files.iter().any(|file| is_served(file)));
+    Ok(served.await.expect("asking for a file system does not panic"))
+}
+
+/// Drivers of files and devices of this host.
+const LOCAL: [&str; 3] = ["file", "host_device", "host_cdrom"];
+/// FUSE, 9p, CIFS and SMB: `statfs(2)`.
+const SERVED: [u32; 4] = [0x6573_5546, 0x0102_1997, 0xff53_4d42, 0xfe53_4d42];
+
+/// It lies on one of those, or where cannot be told.
+fn is_served(file: &str) -> bool {
+    let kind = file.starts_with('/').then(|| rustix::fs::statfs(file).ok()).flatten().map(|it| it.f_type as u32);
+    kind.is_none_or(|kind| SERVED.contains(&kind))
 }
 
 /// A device that the user gave to the guest, on whatever bus.

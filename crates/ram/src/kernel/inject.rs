@@ -84,7 +84,7 @@ pub enum InjectError {
     },
     /// A filter says which system calls it may make, and could kill it for ours.
     #[error(
-        "QEMU runs in a seccomp sandbox (`-sandbox on`, or a container's), and this agent may not suspend that for a moment: it takes CAP_SYS_ADMIN and a kernel with CONFIG_CHECKPOINT_RESTORE"
+        "QEMU runs in a seccomp sandbox (`-sandbox on`, or a container's), and this agent may not suspend that for a moment: it takes CAP_SYS_ADMIN, no sandbox around the agent, and a kernel with CONFIG_CHECKPOINT_RESTORE"
     )]
     Sandboxed,
     /// We may not touch it.

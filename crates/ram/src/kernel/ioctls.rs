@@ -199,17 +199,32 @@ pub(super) fn write_protect(userfaultfd: impl AsFd, range: Range<u64>, protect: 
     Ok(())
 }
 
+/// What a scan is to do beside finding written pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Scan {
+    /// Nothing.
+    Find,
+    /// Fail where nothing is tracked.
+    Check,
+    /// The same, and protect what it finds.
+    Protect,
+}
+
 /// Finds written pages until the range ends or there is no room for more. Gives back how many regions were found and
 /// the address at which it stopped.
 pub(super) fn scan(
     pagemap: impl AsFd,
     range: Range<u64>,
-    protect: bool,
+    scan: Scan,
     regions: &mut [PageRegion],
 ) -> Result<(usize, u64)> {
     let mut argument = PmScan {
         size: size_of::<PmScan>() as u64,
-        flags: if protect { SCAN_PROTECTS | SCAN_CHECKS } else { 0 },
+        flags: match scan {
+            Scan::Find => 0,
+            Scan::Check => SCAN_CHECKS,
+            Scan::Protect => SCAN_PROTECTS | SCAN_CHECKS,
+        },
         start: range.start,
         end: range.end,
         walk_end: 0,

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 
-use super::ioctls::{self, PageRegion};
+use super::ioctls::{self, PageRegion, Scan};
 use crate::PAGE;
 
 /// How many regions are asked for at once: 96 KiB, which stay in the processor's cache.
@@ -13,13 +13,6 @@ const REGIONS: usize = 4096;
 
 /// Runs of pages that are no further apart than so many are protected by one call.
 const NEAR: u64 = 8;
-
-/// What becomes of the pages that a scan finds.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Then {
-    Leave,
-    Protect,
-}
 
 /// See the module's text.
 #[derive(Debug)]
@@ -33,7 +26,7 @@ impl Pagemap {
     /// Adds the addresses of what was written, in order and with neighbours merged. What was never protected counts as
     /// written.
     pub(crate) fn written(&self, range: Range<u64>, found: &mut Vec<Range<u64>>) -> io::Result<()> {
-        self.scan(range, Then::Leave, found)
+        self.scan(range, Scan::Find, found)
     }
 
     /// The same, and protects each of these pages again in the instant in which it is scanned, so that no write is lost
@@ -44,19 +37,18 @@ impl Pagemap {
     /// merely reads. So it is scanned first, and protected only around what was found.
     pub(crate) fn take_written(&self, range: Range<u64>, found: &mut Vec<Range<u64>>) -> io::Result<()> {
         let mut seen = Vec::new();
-        self.scan(range, Then::Leave, &mut seen)?;
+        self.scan(range, Scan::Check, &mut seen)?;
         let mut seen = seen.into_iter().peekable();
         while let Some(mut near) = seen.next() {
             while let Some(next) = seen.next_if(|next| next.start - near.end <= NEAR * PAGE) {
                 near.end = next.end;
             }
-            self.scan(near, Then::Protect, found)?;
+            self.scan(near, Scan::Protect, found)?;
         }
         Ok(())
     }
 
-    fn scan(&self, range: Range<u64>, then: Then, found: &mut Vec<Range<u64>>) -> io::Result<()> {
-        let protect = then == Then::Protect;
+    fn scan(&self, range: Range<u64>, scan: Scan, found: &mut Vec<Range<u64>>) -> io::Result<()> {
         let pages = (range.end - range.start) / PAGE;
         // Between any two regions is a page that was not written.
         let most = pages.div_ceil(2).min(REGIONS as u64) as usize;
@@ -64,7 +56,7 @@ impl Pagemap {
         let mut start = range.start;
         let begun = found.len();
         while start < range.end {
-            let (count, walked) = ioctls::scan(&self.0, start..range.end, protect, &mut regions)?;
+            let (count, walked) = ioctls::scan(&self.0, start..range.end, scan, &mut regions)?;
             for region in &regions[..count] {
                 match found[begun..].last_mut() {
                     Some(last) if last.end == region.start => last.end = region.end,

@@ -133,7 +133,11 @@ impl Inner {
         for run in written {
             self.pending[block].insert(run.start / PAGE..run.end / PAGE);
         }
-        log.pace(block, bytes)?;
+        log.pace(block, bytes.clone())?;
+        if self.drain.is_some() {
+            // What is sent for the first time from here on is not protected then.
+            return log.protect(block, bytes);
+        }
         // Of what was never sent, nothing needs protection.
         self.sent_once(block, pages).try_for_each(|sent| log.protect(block, sent))
     }
