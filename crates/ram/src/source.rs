@@ -455,6 +455,12 @@ impl Inner {
         self.news.notify_all();
     }
 
+    /// So many pages are not to be sent any more. More may be, while they are counted anew.
+    fn fewer(&self, pages: u64) {
+        let less = |remaining: u64| Some(remaining.saturating_sub(pages));
+        let _ = self.remaining.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
+    }
+
     /// Counts what is to be sent anew.
     fn recount(&self) -> u64 {
         let left = self.pending.iter().map(PageSet::len).sum();

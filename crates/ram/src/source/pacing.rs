@@ -131,7 +131,8 @@ impl Inner {
         let (bytes, mut written) = (pages.start * PAGE..pages.end * PAGE, Vec::new());
         log.written(block, bytes.clone(), &mut written)?;
         for run in written {
-            self.pending[block].insert(run.start / PAGE..run.end / PAGE);
+            let new = self.pending[block].insert(run.start / PAGE..run.end / PAGE);
+            self.remaining.fetch_add(new, Ordering::Relaxed);
         }
         log.pace(block, bytes.clone())?;
         if self.drain.is_some() {

@@ -303,7 +303,7 @@ impl Inner {
             self.tracked(|log| log.protect(chunk.block, bytes.clone()))?;
         }
         self.untouched[chunk.block].remove(chunk.index..chunk.index + 1);
-        self.remaining.fetch_sub(self.pending[chunk.block].remove(pages), Ordering::Relaxed);
+        self.fewer(self.pending[chunk.block].remove(pages));
         match self.ram.blocks()[chunk.block].first_data(bytes.clone()).map_err(RamError::io)? {
             // The destination's RAM is all zero when it is new: holes and zeroes are not told.
             Some(data) => self.read(frame, chunk.block, data / PAGE..bytes.end / PAGE, There::Zeroes, Shipping::ship),
@@ -336,7 +336,7 @@ impl Inner {
                 let is_cold = |page: &u64| heat.of(chunk.block, *page) < below;
                 let cold = (page..run.end).take_while(is_cold).count() as u64;
                 if cold > 0 {
-                    self.remaining.fetch_sub(pending.remove(page..page + cold), Ordering::Relaxed);
+                    self.fewer(pending.remove(page..page + cold));
                     self.read(frame, chunk.block, page..page + cold, self.last_sent(), Shipping::ship)?;
                 }
                 page += cold + 1;
@@ -411,7 +411,7 @@ impl Inner {
         self.each_chunk(&self.all_chunks(), false, |chunk, frame| {
             let pages = self.pages_of(chunk);
             while let Some(run) = self.pending[chunk.block].take_run(pages.clone(), CHUNK) {
-                self.remaining.fetch_sub(run.end - run.start, Ordering::Relaxed);
+                self.fewer(run.end - run.start);
                 self.read(frame, chunk.block, run, self.last_sent(), Shipping::ship)?;
             }
             Ok(())

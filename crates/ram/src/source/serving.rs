@@ -48,7 +48,7 @@ impl Inner {
         self.lock().cursor = (want.block, want.pages.end);
         let mut frame = self.shipping.filling();
         while let Some(run) = set.take_run(want.pages.clone(), MOST_DATA) {
-            self.remaining.fetch_sub(run.end - run.start, Ordering::Relaxed);
+            self.fewer(run.end - run.start);
             self.read(&mut frame, want.block, run, There::Something, Shipping::ship_urgently)?;
         }
         Ok(self.shipping.ship_urgently(frame)?)
@@ -61,7 +61,7 @@ impl Inner {
             while frame.room() > 0
                 && let Some((block, run)) = self.next_to_push(frame.room())
             {
-                self.remaining.fetch_sub(run.end - run.start, Ordering::Relaxed);
+                self.fewer(run.end - run.start);
                 frame.read(&self.ram, block, run, There::Something).map_err(RamError::io)?;
             }
             if frame.is_empty() {
