@@ -104,6 +104,7 @@ async fn a_destination_that_cannot_do_post_copy_says_so_before_anything_moves() 
     let dir = tempfile::tempdir().expect("a folder");
     let mut options = external(1, 1);
     options.qemu_dirs[1] = Some(qemu_that_first(dir.path(), WITHOUT_RIGHTS));
+    options.config[1] = "lend_userfaultfd = false".into();
     let writing = GuestOptions { rate: Some(32 << 20), ..guest(Mode::Random) };
     let bed = bed::start(options, writing).await;
     // Post-copy would make this end.

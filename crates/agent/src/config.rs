@@ -97,6 +97,9 @@ pub struct Config {
     /// Memory in which the `external` engine keeps what it has sent, for each migration, so that pages that change a
     /// little go as differences; 0 to do without.
     pub delta_cache: ByteSize,
+    /// A QEMU whose user may not have the kernel wait for pages is lent `/dev/userfaultfd` while that is set up. Without
+    /// it such guests can neither leave nor arrive by post-copy, nor be paced.
+    pub lend_userfaultfd: bool,
     /// How log lines are written.
     pub log_format: LogFormat,
 }
@@ -116,6 +119,7 @@ impl Default for Config {
             qemu_dirs: Vec::new(),
             engine: EngineName::default(),
             delta_cache: ByteSize::mib(64),
+            lend_userfaultfd: true,
             log_format: LogFormat::Text,
         }
     }
@@ -231,6 +235,7 @@ mod tests {
             "reserved_memory",
             "qemu_dirs",
             "delta_cache",
+            "lend_userfaultfd",
             "log_format",
         ] {
             assert!(uncommented.contains(&format!("{key} =")), "{key} is not shown");

@@ -99,7 +99,7 @@ pub(crate) async fn begin(
         Ok((landing, post_copy))
     };
     let opened = async { tokio::task::spawn_blocking(open).await };
-    let opened = with_userfaultfd_device(&vm.qmp, vm.pid, opened).await;
+    let opened = with_userfaultfd_device(host.config.lend_userfaultfd, &vm.qmp, vm.pid, opened).await;
     let (landing, post_copy) = opened.expect("opening RAM does not panic").map_err(AgentError::Ram)?;
     expect(host, arrivals, id, Arc::new(landing), expected, Some((ours, vm.qmp.clone())))?;
     Ok(post_copy.err().map(|why| in_one_line(&why)))

@@ -128,6 +128,8 @@ pub struct Wishes {
     pub stops_first: bool,
     /// Its disks' I/O is drained at each scan.
     pub drains: bool,
+    /// QEMU may be lent what it takes to have its writers wait.
+    pub lends: bool,
     /// What users change of it while it runs, as it was planned; none of one that has left already.
     pub planned: Option<Planned>,
 }
@@ -260,7 +262,7 @@ impl ExternalEngine {
         };
         let pacing = Arc::clone(&source);
         let begin = blocking(move || pacing.pace(share.0, &processors));
-        with_userfaultfd_device(&self.qmp, self.wishes.pid, begin).await?;
+        with_userfaultfd_device(self.wishes.lends, &self.qmp, self.wishes.pid, begin).await?;
         let at_most = self.wishes.limits.downtime / TAKE_OVER;
         let mut all = !begins;
         while !all {

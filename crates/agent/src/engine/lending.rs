@@ -14,9 +14,9 @@ const NAME: &str = "vmferry-userfaultfd";
 const MAY_TRACE: u64 = 1 << 19;
 
 /// Does this while the QEMU of this process has what it takes to have the kernel wait for pages, which its user may not be
-/// allowed to make by itself (`vm.unprivileged_userfaultfd`).
-pub(crate) async fn with_userfaultfd_device<T>(qmp: &Qmp, pid: u32, work: impl Future<Output = T>) -> T {
-    let lent = lend(qmp, pid).await;
+/// allowed to make by itself (`vm.unprivileged_userfaultfd`); if this host `lends` that.
+pub(crate) async fn with_userfaultfd_device<T>(lends: bool, qmp: &Qmp, pid: u32, work: impl Future<Output = T>) -> T {
+    let lent = lends && lend(qmp, pid).await;
     let done = work.await;
     if lent && let Err(error) = qmp.execute(Closefd { fdname: NAME.into() }).await {
         tracing::warn!(pid, error = in_one_line(&error), "what QEMU was lent it cannot give back");

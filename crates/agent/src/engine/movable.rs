@@ -81,14 +81,15 @@ async fn obstacle(qmp: &Qmp) -> Result<Result<(RamLayout, bool), String>, QmpErr
 
 /// What moving this RAM takes, tried out and undone. Tells whether the guest's writes can be paced, without which a
 /// migration that may not use post-copy does not end whatever the guest writes; or why it cannot be moved.
-pub(crate) async fn try_out(vm: &Vm, movable: &Movable, post_copy: bool) -> Result<bool, String> {
+pub(crate) async fn try_out(host: &Host, vm: &Vm, movable: &Movable, post_copy: bool) -> Result<bool, String> {
+    let lends = host.config.lend_userfaultfd;
     let (pid, backends) = (vm.pid, movable.backends.clone());
     let trial = move || {
         vmferry_ram::can_track(pid, &backends)?;
         Ok::<_, TrackingError>(vmferry_ram::can_pace(pid))
     };
     let tried = async { tokio::task::spawn_blocking(trial).await };
-    match with_userfaultfd_device(&vm.qmp, pid, tried).await.expect("trying does not panic") {
+    match with_userfaultfd_device(lends, &vm.qmp, pid, tried).await.expect("trying does not panic") {
         Ok(Ok(())) => Ok(true),
         Ok(Err(_)) if post_copy => Ok(false),
         Ok(Err(error)) => Err(format!("without post-copy its writes must be paced: {}", in_one_line(&error))),

@@ -255,7 +255,7 @@ async fn agents_can(
     let why = match (movable::movable(host, vm).await?, &there.external_obstacle) {
         (Err(why), _) => why,
         (Ok(_), Some(why)) => format!("at {}: {why}", there.host),
-        (Ok(movable), None) => match movable::try_out(vm, &movable, request.post_copy).await {
+        (Ok(movable), None) => match movable::try_out(host, vm, &movable, request.post_copy).await {
             Ok(paces) => return Ok(Ok(ByAgents { backends: movable.backends, drains: movable.drains, paces })),
             Err(why) => why,
         },

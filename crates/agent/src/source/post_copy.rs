@@ -208,6 +208,7 @@ async fn resumed_external(host: &Host, vm: &Vm, record: &OutRecord) -> Result<Bo
         runs: record.running,
         stops_first: true,
         drains: false,
+        lends: false,
         planned: None,
     };
     Ok(Box::new(ExternalEngine::in_post_copy(vm.qmp.clone(), wishes)))

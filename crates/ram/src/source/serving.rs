@@ -1,7 +1,5 @@
 //! Post-copy at the source: pages that faults ask for at once, and all others one after the other.
 
-use std::sync::atomic::Ordering;
-
 use super::shipping::{Shipping, There};
 use super::{Inner, Phase, RamError};
 use crate::wire::{

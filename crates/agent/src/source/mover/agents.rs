@@ -89,6 +89,7 @@ impl Mover for ByAgents {
             runs: task.offer.running,
             stops_first: stops_first(task),
             drains: self.drains,
+            lends: task.host.config.lend_userfaultfd,
             planned: Some(task.planned.clone()),
         };
         Ok(Box::new(ExternalEngine::new(task.vm.qmp.clone(), wishes, session)))
