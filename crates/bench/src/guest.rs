@@ -3,7 +3,10 @@
 //! The guest's side of this is `guest/src/settings.rs`.
 
 use std::fmt;
+use std::path::Path;
 use std::str::FromStr;
+
+use vmferry_qemu::{Accel, try_kvm};
 
 /// What one measuring guest does.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,6 +31,17 @@ pub enum GuestKind {
     Linux,
     /// No kernel at all (`guest/bare`): for any KVM, and for nothing but KVM. It has one processor.
     Bare,
+}
+
+impl GuestKind {
+    /// What this QEMU gives such a guest here. Where that is not what it needs: why KVM does not work.
+    pub(crate) async fn accelerator(self, qemu: &Path) -> Result<Accel, String> {
+        match (self, try_kvm(qemu).await) {
+            (Self::Linux, accel) => Ok(accel.for_ordinary_guests()),
+            (Self::Bare, Accel::Tcg { why }) => Err(why),
+            (Self::Bare, accel) => Ok(accel),
+        }
+    }
 }
 
 /// Which pages are rewritten, and in which order.

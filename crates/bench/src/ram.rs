@@ -9,7 +9,6 @@ use std::time::Duration;
 
 use serde::Serialize;
 use vmferry_api::{EngineName, Step};
-use vmferry_qemu::{Accel, try_kvm};
 
 use crate::migration::{Measured, measure};
 use crate::testbed::{Testbed, TestbedError, TestbedOptions, two_qemus};
@@ -160,14 +159,11 @@ pub async fn bench_ram(options: &RamBenchOptions, tell: impl Fn(&str)) -> Result
 
 /// What the guest will get.
 async fn accelerator(options: &RamBenchOptions, qemu: Option<PathBuf>) -> Result<String, TestbedError> {
-    let accel = try_kvm(&qemu.unwrap_or_default().join("qemu-system-x86_64")).await;
-    match (options.kind, accel) {
-        (GuestKind::Linux, accel) => Ok(accel.for_ordinary_guests().name().into()),
-        (GuestKind::Bare, Accel::Kvm(_)) => Ok("kvm".into()),
-        (GuestKind::Bare, Accel::Tcg { why }) => {
-            Err(TestbedError::Missing { what: format!("KVM ({why})"), hint: "measure under TCG, without --accel kvm" })
-        }
-    }
+    let accel = options.kind.accelerator(&qemu.unwrap_or_default().join("qemu-system-x86_64")).await;
+    accel.map(|accel| accel.name().into()).map_err(|why| TestbedError::Missing {
+        what: format!("KVM ({why})"),
+        hint: "measure under TCG, without --accel kvm",
+    })
 }
 
 fn command_line(

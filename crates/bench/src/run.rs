@@ -20,7 +20,7 @@ use processors::Sampler;
 use vmferry_api::EngineName;
 use vmferry_api::client::Client;
 use vmferry_api::witness::HostFacts;
-use vmferry_qemu::{Accel, try_kvm};
+use vmferry_qemu::Accel;
 
 use crate::report::{
     GuestRecord, Hardware, Lever, MarkKind, Origin, Outcome, PageCheck, Recorder, RunReport, Settings, Stall, ms_since,
@@ -175,13 +175,8 @@ impl RunOptions {
 
     /// What the guest gets here; none for one that is for KVM alone where that does not work.
     async fn accelerator(&self) -> Result<Accel, RunError> {
-        match (try_kvm(&self.qemu()).await, self.kind) {
-            (accel, GuestKind::Linux) => Ok(accel.for_ordinary_guests()),
-            (Accel::Tcg { why }, GuestKind::Bare) => {
-                Err(RunError::CannotHere { reason: format!("KVM does not work here: {why}") })
-            }
-            (accel, GuestKind::Bare) => Ok(accel),
-        }
+        let accel = self.kind.accelerator(&self.qemu()).await;
+        accel.map_err(|why| RunError::CannotHere { reason: format!("KVM does not work here: {why}") })
     }
 
     fn kernel(&self) -> Result<PathBuf, TestbedError> {

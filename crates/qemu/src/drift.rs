@@ -49,6 +49,14 @@ impl Drift {
         self.carried.iter().chain(&self.untold).chain(&self.obstacles).map(String::as_str)
     }
 
+    /// The same for its user, with what becomes of each.
+    pub fn notes(&self) -> impl Iterator<Item = String> {
+        let carried = self.carried.iter().map(|change| format!("Changed since its start, and goes along: {change}."));
+        let obstacles = self.obstacles.iter().map(|change| format!("Keeps it on this host: {change}."));
+        let untold = self.untold.iter().map(|what| format!("Not known: {what}."));
+        carried.chain(obstacles).chain(untold)
+    }
+
     /// Compares a machine with the words that it was started with, and with what it was made of then, where that is known.
     /// What its machine type sets need not be said.
     pub async fn of(

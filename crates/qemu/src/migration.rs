@@ -44,8 +44,13 @@ pub async fn reset_capabilities(qmp: &Qmp) -> Result<(), QmpError> {
 }
 
 /// Whether a guest that is suspended to RAM goes on sleeping where a QEMU with these capabilities moves it, or has it
-/// arrive. Before 9.0, which brought `mapped-ram`, too, its clock stands there, so that it does not wake up.
+/// arrive. Before 9.0 its clock stands there, so that it does not wake up.
 pub fn carries_sleep(has_capability: impl Fn(&str) -> bool) -> bool {
+    is_since_9_0(has_capability)
+}
+
+/// Told by a capability that this release brought.
+fn is_since_9_0(has_capability: impl Fn(&str) -> bool) -> bool {
     has_capability("mapped-ram")
 }
 
@@ -56,16 +61,18 @@ pub fn carries_sleep(has_capability: impl Fn(&str) -> bool) -> bool {
 /// no multiples of that, some do and some do not, by where QEMU has put them.
 pub fn crashes_copying(features: &Features, accelerator: &str, blocks: &[u64]) -> bool {
     let fits = |bytes: &u64| bytes.is_multiple_of(1 << 30);
-    accelerator == "tcg" && features.has_capability("mapped-ram") && blocks.len() > 1 && !blocks.iter().all(fits)
+    accelerator == "tcg"
+        && is_since_9_0(|name| features.has_capability(name))
+        && blocks.len() > 1
+        && !blocks.iter().all(fits)
 }
 
 /// Whether this QEMU fails to notice some of what a running guest writes while its RAM is copied.
 ///
 /// Under TCG, before 9.0: reading the dirty bitmap left translations in place that write without marking the page, so
 /// from the second round on a destination can get stale pages, and its guest kernel crashes within a second (seen with
-/// 7.2.22; fixed upstream in March 2024, "Fix migration dirty bitmap coherency with TCG memory access"). The same
-/// release brought `mapped-ram`, which is how it is told apart. What does not run writes nothing: such a guest is paused
-/// first and moves by post-copy from the first byte.
+/// 7.2.22; fixed upstream in March 2024, "Fix migration dirty bitmap coherency with TCG memory access"). What does not
+/// run writes nothing: such a guest is paused first and moves by post-copy from the first byte.
 pub fn loses_writes(features: &Features, accelerator: &str) -> bool {
-    accelerator == "tcg" && !features.has_capability("mapped-ram")
+    accelerator == "tcg" && !is_since_9_0(|name| features.has_capability(name))
 }

@@ -14,6 +14,16 @@ use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open}
 const USERFAULTFD: &str = "anon_inode:[userfaultfd]";
 /// The device that makes them for whoever may open it.
 pub const USERFAULTFD_DEVICE: &str = "/dev/userfaultfd";
+/// `CAP_SYS_PTRACE`, a bit of `CapEff`.
+const CAP_SYS_PTRACE: u64 = 1 << 19;
+
+/// Whether this process has `CAP_SYS_PTRACE`: it may trace others, and make userfaultfds that wait for the kernel too. A
+/// process that cannot be read counts as one without.
+pub fn has_cap_sys_ptrace(pid: u32) -> bool {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let field = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    field.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok()).unwrap_or(0) & CAP_SYS_PTRACE != 0
+}
 
 /// Holds on to a process: its pid may be given to another one, its descriptor never is.
 #[derive(Debug)]

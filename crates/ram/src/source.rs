@@ -6,8 +6,10 @@
 //!
 //! A disk that goes around the host's cache (`O_DIRECT`) writes into pages some time after the kernel took them to be
 //! written. Where there is one, its I/O is drained between protecting pages and reading them ([`Drain`]): what was under
-//! way when a page was protected is over when that is read, and what began later is seen by the next look. When the guest is paused, either the rest is sent ([`Source::finish`]), or the
-//! destination is told what it does not have and fetches it ([`Source::post_copy`], [`serving`]).
+//! way when a page was protected is over when that is read, and what began later is seen by the next look.
+//!
+//! When the guest is paused, either the rest is sent ([`Source::finish`]), or the destination is told what it does not
+//! have and fetches it ([`Source::post_copy`], [`serving`]).
 //!
 //! In post-copy the source is a server with nothing to remember: its guest's RAM does not change any more, and the
 //! destination knows what it misses. So a new agent, or a new link, goes on by asking ([`Source::resume`]).
@@ -453,6 +455,14 @@ impl Inner {
         self.stop.store(true, Ordering::Relaxed);
         drop(state);
         self.news.notify_all();
+    }
+
+    /// What was written in a block, in bytes, is to be sent.
+    fn more(&self, block: usize, written: Vec<Range<u64>>) {
+        for run in written {
+            let new = self.pending[block].insert(run.start / PAGE..run.end / PAGE);
+            self.remaining.fetch_add(new, Ordering::Relaxed);
+        }
     }
 
     /// So many pages are not to be sent any more. More may be, while they are counted anew.

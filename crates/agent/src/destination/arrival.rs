@@ -1,11 +1,10 @@
 //! RAM that the source's agent sends: where it lands, and over which link.
 //!
 //! What belongs to a VM's arrival is in a folder of it, so that a new agent can tell: in post-copy the record of what is
-//! missing. QEMU gets the device state by a descriptor, whoever its user is. In post-copy the guest may run and QEMU need not answer
-//! before its pages come, so that nothing here asks QEMU for anything once it began.
+//! missing. QEMU gets the device state by a descriptor, whoever its user is. In post-copy the guest may run and QEMU need
+//! not answer before its pages come, so that nothing here asks QEMU for anything once it began.
 
 use std::collections::{BTreeSet, HashMap};
-use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -22,13 +21,11 @@ use vmferry_ram::{GuestRam, Landing, serve};
 use crate::engine::NewSession;
 use crate::engine::external::link_options;
 use crate::engine::journey::{is_plain, make_folder};
-use crate::engine::lending::with_userfaultfd_device;
+use crate::engine::lending::{give_state_socket, with_userfaultfd_device};
 use crate::engine::movable::backends_of;
 use crate::error::AgentError;
 use crate::host::{Host, Vm};
 
-/// What QEMU calls the descriptor from which it reads the device state.
-const STATE: &str = "vmferry-state";
 /// What is missing in post-copy.
 const RECORD: &str = "post-copy";
 
@@ -90,8 +87,8 @@ pub(crate) async fn begin(
     make_folder(&dir, expected.plain)?;
     set_capabilities(&vm.qmp, known, &[IGNORE_SHARED]).await?;
     let (ours, theirs) = UnixStream::pair().map_err(AgentError::io("a socket"))?;
-    vm.qmp.execute_with_fds(commands::Getfd { fdname: STATE.into() }, &[theirs.as_fd()]).await?;
-    vm.qmp.execute(commands::MigrateIncoming { uri: format!("fd:{STATE}") }).await?;
+    let uri = give_state_socket(&vm.qmp, theirs).await?;
+    vm.qmp.execute(commands::MigrateIncoming { uri }).await?;
     let (pid, backends, record) = (vm.pid, backends_of(vm).await?, dir.join(RECORD));
     let open = move || {
         let landing = Landing::new(GuestRam::open(pid, &backends)?, &record);

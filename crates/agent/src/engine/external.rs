@@ -7,7 +7,6 @@
 //! QEMU's migration begins while the guest still runs: what it takes to set that up, and the memory that is not ours to
 //! move (firmware, video), is no downtime then. It pauses the guest itself, and waits for our word before the devices.
 
-use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -25,7 +24,7 @@ use vmferry_qemu::{EventStream, MigrationStatus, Qmp, RunState};
 use vmferry_ram::{Backend, Drain, GuestRam, Progress, RamError, Source};
 
 use super::journey;
-use super::lending::with_userfaultfd_device;
+use super::lending::{give_state_socket, with_userfaultfd_device};
 use super::movable::{Planned, came_up};
 use super::qemu::{UNLIMITED, stop_copying};
 use super::{EngineError, NewConnection, NewSession, RamEngine, Seen, Totals};
@@ -48,8 +47,6 @@ const TAKE_OVER: u32 = 2;
 const BETWEEN: Duration = Duration::from_millis(300);
 /// A guest whose writes are paced can be paused too, as each processor's turn comes; but not when that takes so long.
 const PACED_PAUSE: Duration = Duration::from_millis(50);
-/// What QEMU calls the descriptor to which it writes the device state.
-const STATE: &str = "vmferry-state";
 /// How long QEMU may take to begin with the device state, or to be done with it.
 const STATE_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long the guest's disks may take to be drained.
@@ -330,10 +327,8 @@ impl ExternalEngine {
     ) -> Result<AbortOnDropHandle<Result<u64, EngineError>>, EngineError> {
         let refused = |error: std::io::Error| EngineError::Failed { reason: format!("a socket: {error}") };
         let (ours, theirs) = UnixStream::pair().map_err(refused)?;
-        // By a descriptor: whoever QEMU's user is, it need not reach a folder of ours.
-        self.qmp.execute_with_fds(commands::Getfd { fdname: STATE.into() }, &[theirs.as_fd()]).await?;
-        drop(theirs);
-        self.qmp.execute(commands::Migrate { uri: format!("fd:{STATE}"), resume: None }).await?;
+        let uri = give_state_socket(&self.qmp, theirs).await?;
+        self.qmp.execute(commands::Migrate { uri, resume: None }).await?;
         let (source, is_due) = (Arc::clone(source), Arc::clone(is_due));
         Ok(AbortOnDropHandle::new(tokio::spawn(blocking(move || source.send_state(ours, &is_due)))))
     }

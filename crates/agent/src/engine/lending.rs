@@ -2,16 +2,26 @@
 
 use std::fs::File;
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 
 use vmferry_api::in_one_line;
 use vmferry_qemu::Qmp;
+use vmferry_qemu::qmp::QmpError;
 use vmferry_qemu::qmp::commands::{Closefd, Getfd};
-use vmferry_ram::USERFAULTFD_DEVICE;
+use vmferry_ram::{USERFAULTFD_DEVICE, has_cap_sys_ptrace};
 
 /// What QEMU calls it.
 const NAME: &str = "vmferry-userfaultfd";
-/// `CAP_SYS_PTRACE`, which may make one without it.
-const MAY_TRACE: u64 = 1 << 19;
+
+/// What QEMU calls its end of the socket for the device state.
+const STATE: &str = "vmferry-state";
+
+/// Gives QEMU its end of a socket for the device state. Gives back where QEMU is told to send that, or to take it from.
+/// By a descriptor: whoever QEMU's user is, it need not reach a folder of ours.
+pub(crate) async fn give_state_socket(qmp: &Qmp, theirs: UnixStream) -> Result<String, QmpError> {
+    qmp.execute_with_fds(Getfd { fdname: STATE.into() }, &[theirs.as_fd()]).await?;
+    Ok(format!("fd:{STATE}"))
+}
 
 /// Does this while the QEMU of this process has what it takes to have the kernel wait for pages, which its user may not be
 /// allowed to make by itself (`vm.unprivileged_userfaultfd`); if this host `lends` that.
@@ -25,10 +35,8 @@ pub(crate) async fn with_userfaultfd_device<T>(lends: bool, qmp: &Qmp, pid: u32,
 }
 
 async fn lend(qmp: &Qmp, pid: u32) -> bool {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let field = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-    let capabilities = field.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok()).unwrap_or(0);
-    if capabilities & MAY_TRACE != 0 {
+    // It makes one by itself.
+    if has_cap_sys_ptrace(pid) {
         return false;
     }
     let lent = async {

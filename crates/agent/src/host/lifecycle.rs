@@ -108,17 +108,14 @@ pub(crate) async fn adopt(host: &Arc<Host>, request: AdoptRequest) -> Result<Sta
 
 /// What its user should know of one that was adopted: how it was changed before, and what nobody tells of it.
 async fn what_is_known(host: &Host, vm: &Vm, now: &Inventory) -> Result<Vec<String>, AgentError> {
-    let drift = drift_of(host, vm, now).await?.unwrap_or_default();
-    let carried = drift.carried.iter().map(|change| format!("Changed since its start, and goes along: {change}."));
-    let obstacles = drift.obstacles.iter().map(|change| format!("Keeps it on this host: {change}."));
-    let mut untold = drift.untold;
+    let mut drift = drift_of(host, vm, now).await?.unwrap_or_default();
     for display in CommandLine::parse(&vm.spec.argv)?.passwords_set_later() {
-        untold.push(format!("its {display} password, to be set again where it goes"));
+        drift.untold.push(format!("its {display} password, to be set again where it goes"));
     }
-    untold
+    drift
+        .untold
         .push("properties of its devices that were set by its monitor, in place of what its command line says".into());
-    let untold = untold.into_iter().map(|what| format!("Not known: {what}."));
-    Ok(carried.chain(obstacles).chain(untold).collect())
+    Ok(drift.notes().collect())
 }
 
 /// Starts a VM again whose QEMU has ended, or whose host was restarted.

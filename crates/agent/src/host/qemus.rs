@@ -85,7 +85,7 @@ impl Qemus {
     /// A VM's QEMU drains its disks' I/O without pausing its guest; false where its binary was replaced, too.
     pub(crate) async fn drains(&self, vm: &Vm) -> bool {
         let Some(info) = self.info_of(vm).await else { return false };
-        let key = (info.binary.clone(), std::fs::metadata(&info.binary).and_then(|it| it.modified()).ok());
+        let key = (info.binary.clone(), changed(&info.binary));
         let mut probed = self.probed.lock().await;
         if probed.drains.contains(&key) {
             return true;
@@ -124,8 +124,7 @@ impl Qemus {
 
     /// What this QEMU can do, asked once a version.
     pub(crate) async fn qemu_info(&self, binary: &Path, accel: &Accel) -> Result<QemuInfo, AgentError> {
-        let changed = std::fs::metadata(binary).and_then(|it| it.modified()).ok();
-        let key = (binary.to_owned(), changed, accel.is_kvm());
+        let key = (binary.to_owned(), changed(binary), accel.is_kvm());
         let mut probed = self.probed.lock().await;
         if let Some(known) = probed.infos.get(&key) {
             return Ok(known.clone());
@@ -134,4 +133,9 @@ impl Qemus {
         probed.infos.insert(key, info.clone());
         Ok(info)
     }
+}
+
+/// When this binary became another one the last time.
+fn changed(binary: &Path) -> Option<SystemTime> {
+    std::fs::metadata(binary).and_then(|it| it.modified()).ok()
 }

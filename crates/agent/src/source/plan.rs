@@ -97,8 +97,7 @@ pub(super) async fn plan(host: &Host, vm: &Vm, id: Uuid, request: &MigrateReques
     let mut spec = vm.spec.clone();
     let mut notes = Vec::new();
     if let Some(drift) = drift {
-        notes.extend(drift.carried.iter().map(|change| format!("Changed since its start, and goes along: {change}.")));
-        notes.extend(drift.untold.iter().map(|what| format!("Not known: {what}.")));
+        notes.extend(drift.notes());
         spec.argv = drift.argv;
     }
     let cpu_features = now.as_ref().map(Inventory::cpu_features).unwrap_or_default();

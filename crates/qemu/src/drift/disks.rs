@@ -11,7 +11,6 @@ use crate::qmp::commands::{BlockNode, Drive};
 
 /// Drivers whose nodes are all told: by their file, and by the nodes that they consist of.
 const TOLD_FORMATS: [&str; 6] = ["raw", "qcow2", "qed", "vmdk", "vdi", "vhdx"];
-const TOLD_FILES: [&str; 3] = ["file", "host_device", "host_cdrom"];
 
 impl Words<'_> {
     /// Has the words of disks and drives say what is in them.
@@ -66,7 +65,7 @@ impl Words<'_> {
         });
         if let Some(inserted) = &drive.inserted {
             let node = self.told(&inserted.node_name)?.clone();
-            if !TOLD_FORMATS.contains(&node.drv.as_str()) && !TOLD_FILES.contains(&node.drv.as_str()) {
+            if !TOLD_FORMATS.contains(&node.drv.as_str()) && !node.is_of_this_host() {
                 return Err(format!("not all of its block driver {} can be told from outside", node.drv));
             }
             words.push("file", &node.file);
@@ -215,7 +214,7 @@ impl Words<'_> {
                 put("discard", discard);
             }
         }
-        if TOLD_FILES.contains(&node.drv.as_str()) {
+        if node.is_of_this_host() {
             put("filename", &node.file);
             if let Some(aio) = like.and_then(|like| like.get("file.aio")) {
                 put("aio", aio);

@@ -325,8 +325,7 @@ impl Planner<'_> {
     }
 
     fn take_cpu(&mut self, option: &CommandOption) {
-        let (model, features) =
-            option.value().split_once(',').map_or((option.value(), ""), |(model, rest)| (model, rest));
+        let (model, features) = option.value().split_once(',').unwrap_or((option.value(), ""));
         let features = if features.is_empty() { String::new() } else { format!(",{features}") };
         match (model, &self.settings.accel) {
             ("host", _) if self.accelerator.without_kvm => self.add("-cpu", &format!("max{features}")),

@@ -6,6 +6,8 @@ mod migration;
 
 pub use migration::*;
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -89,7 +91,7 @@ commands! {
         group: Option<String>,
         /// The limits.
         #[serde(flatten)]
-        numbers: std::collections::BTreeMap<String, u64>,
+        numbers: BTreeMap<String, u64>,
     } = "block_set_io_throttle" -> Nothing;
     /// Does several things to disks at once; with nothing to do, it drains their I/O (see
     /// [`transaction_drains`](crate::transaction_drains)).
@@ -299,7 +301,7 @@ pub struct Inserted {
     pub node_name: String,
     /// The rest of what QEMU says of it.
     #[serde(flatten)]
-    pub more: std::collections::BTreeMap<String, Value>,
+    pub more: BTreeMap<String, Value>,
 }
 
 /// A file of a disk.
@@ -404,6 +406,13 @@ pub struct BlockNode {
     /// It needs a key.
     #[serde(default)]
     pub encrypted: bool,
+}
+
+impl BlockNode {
+    /// A file or a device of this host, by its driver.
+    pub fn is_of_this_host(&self) -> bool {
+        ["file", "host_device", "host_cdrom"].contains(&self.drv.as_str())
+    }
 }
 
 /// See [`BlockNode`].

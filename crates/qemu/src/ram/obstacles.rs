@@ -119,15 +119,12 @@ pub async fn uses_direct_io(qmp: &Qmp) -> Result<bool, QmpError> {
     if nodes.iter().any(|node| node.cache.direct) || devices(qmp).await?.iter().any(Device::passes_commands) {
         return Ok(true);
     }
-    let is_here = |node: &BlockNode| LOCAL.contains(&node.drv.as_str());
-    let files: Vec<String> = nodes.into_iter().filter(is_here).map(|node| node.file).collect();
+    let files: Vec<String> = nodes.into_iter().filter(BlockNode::is_of_this_host).map(|node| node.file).collect();
     // Their storage may not answer.
     let served = tokio::task::spawn_blocking(move || files.iter().any(|file| is_served(file)));
     Ok(served.await.expect("asking for a file system does not panic"))
 }
 
-/// Drivers of files and devices of this host.
-const LOCAL: [&str; 3] = ["file", "host_device", "host_cdrom"];
 /// FUSE, 9p, CIFS and SMB: `statfs(2)`.
 const SERVED: [u32; 4] = [0x6573_5546, 0x0102_1997, 0xff53_4d42, 0xfe53_4d42];
 

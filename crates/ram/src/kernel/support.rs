@@ -13,10 +13,8 @@ use rustix::param::page_size;
 
 use super::{EnableError, Feature, Mode, Pagemap, Userfaultfd};
 use crate::PAGE;
-use crate::process::Process;
+use crate::process::{Process, has_cap_sys_ptrace};
 
-/// `CAP_SYS_PTRACE`, a bit of `CapEff`.
-const MAY_TRACE: u64 = 1 << 19;
 /// `UFFD_USER_MODE_ONLY`, which anybody may have.
 const USER_MODE_ONLY: UserfaultfdFlags = UserfaultfdFlags::from_bits_retain(1);
 
@@ -114,13 +112,10 @@ fn may_take_descriptors(us: u32, ours: &Userfaultfd) -> Result<(), Unsupported> 
 /// See Documentation/admin-guide/LSM/Yama.rst.
 fn forbidding_yama() -> Option<String> {
     let scope = fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").ok()?.trim().to_owned();
-    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let field = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-    let capabilities = field.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok()).unwrap_or(0);
     let allowed = match scope.as_str() {
         "0" => true,
         "3" => false,
-        _ => capabilities & MAY_TRACE != 0,
+        _ => has_cap_sys_ptrace(std::process::id()),
     };
     (!allowed).then_some(scope)
 }

@@ -130,10 +130,7 @@ impl Inner {
     fn take_over(&self, log: &mut dyn WriteLog, block: usize, pages: Range<u64>) -> io::Result<()> {
         let (bytes, mut written) = (pages.start * PAGE..pages.end * PAGE, Vec::new());
         log.written(block, bytes.clone(), &mut written)?;
-        for run in written {
-            let new = self.pending[block].insert(run.start / PAGE..run.end / PAGE);
-            self.remaining.fetch_add(new, Ordering::Relaxed);
-        }
+        self.more(block, written);
         log.pace(block, bytes.clone())?;
         if self.drain.is_some() {
             // What is sent for the first time from here on is not protected then.

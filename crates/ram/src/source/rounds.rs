@@ -323,10 +323,7 @@ impl Inner {
             let mut written = Vec::new();
             let bytes = pages.start * PAGE..pages.end * PAGE;
             self.tracked(|log| log.take_written(chunk.block, bytes, &mut written))?;
-            for run in written {
-                let new = pending.insert(run.start / PAGE..run.end / PAGE);
-                self.remaining.fetch_add(new, Ordering::Relaxed);
-            }
+            self.more(chunk.block, written);
         }
         let mut from = pages.start;
         while let Some(run) = pending.next_run(from..pages.end) {

@@ -3,7 +3,6 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use crate::engine::movable::Planned;
 use async_trait::async_trait;
 use uuid::Uuid;
 use vmferry_api::EngineName;
@@ -12,6 +11,7 @@ use vmferry_policy::Limits;
 use vmferry_qemu::Features;
 
 use crate::engine::RamEngine;
+use crate::engine::movable::Planned;
 use crate::error::AgentError;
 use crate::host::{Host, Vm};
 use crate::peers::relay::Relay;
