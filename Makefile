@@ -5,7 +5,8 @@
 # make lint   formatting, clippy, licences
 # make bench  the figures of docs/FIGURES.md
 # make torture  hundreds of migrations with faults in them; SEEDS=, MINUTES=, or SEED= for one
-# make soak   what takes too long for make test: the protocol explored further, 200 random machines, a slow disk, the torture
+# make soak   what takes too long for make test: the protocol explored further, 200 random machines, slow disks and own ones, the torture
+# make kvm-check  what a migration costs a guest under this host's KVM, in ten minutes: a report to send (as root)
 # make study  the 2016 study's tables again, small: docs/study/
 
 .PHONY: demo test model machines lint bench torture soak study build install
@@ -58,7 +59,44 @@ slow-disk:
 	scripts/setup.sh --for-tests
 	cargo test --workspace --test system -- --exact direct_io::what_a_slow_disk_around_the_hosts_cache_brings_into_ram_arrives --nocapture
 
-soak: model machines slow-disk torture
+# Guests with disks of their own: 30 migrations with each pair of QEMUs, and real file systems.
+.PHONY: own-disks
+own-disks:
+	scripts/setup.sh --for-tests
+	cargo test --workspace --test system -- --ignored --exact disks::whatever_was_written_is_there_after_thirty_migrations_with_each_pair_of_qemus --nocapture
+	cargo test --workspace --test system -- --ignored --exact filesystems::file_systems_move_with_their_guests_on_each_pair_of_qemus --nocapture
+
+# An image between two hosts, beside rsync, scp, nbdcopy and qemu-img; as root.
+.PHONY: bench-copy
+bench-copy:
+	scripts/setup.sh --for-tests
+	cargo build --release --package vmferry --bin vmferry
+	scripts/bench-copy.sh
+
+# A guest with a disk of its own over 1 Gbit/s, beside QEMU's mirror and NBD server; as root.
+.PHONY: bench-disks
+bench-disks:
+	scripts/setup.sh --for-tests
+	cargo test --workspace --test system -- --ignored --exact disk_figures::a_guest_moves_with_its_disk_beside_qemus_own_means --nocapture
+
+# Single tests that would make `make test` too long.
+.PHONY: long-tests
+long-tests:
+	scripts/setup.sh --for-tests
+	cargo test --workspace --test system -- --ignored --exact --test-threads 1 \
+	    bench::every_means_of_a_batch_really_acts_and_a_batch_goes_on_where_it_was_in_namespaces \
+	    disks::a_guest_that_writes_fast_takes_its_disk_along_paced \
+	    disks::a_guest_that_writes_to_its_disk_faster_than_it_is_copied_is_slowed_and_has_its_own_limits_afterwards \
+	    machines::a_qemu_that_takes_its_time_to_start_is_waited_for
+
+soak: model machines slow-disk own-disks long-tests torture
+
+# The ten minutes begin when all is built.
+.PHONY: kvm-check
+kvm-check:
+	scripts/setup.sh
+	cargo build --release --package vmferry --bin vmferry
+	scripts/kvm-check.sh
 
 # Goes on where it was interrupted; MINUTES=10 make study runs as much as fits.
 study:

@@ -5,6 +5,8 @@
 # only where a tool is missing; everything else it fetches goes under target/ and nowhere else:
 #
 #   target/guest/vmlinuz         the kernel of the measuring guest, out of Debian's own package, which is not installed
+#   target/guest/modules/        some of its modules
+#   target/guest/fio.gz          --for-tests: a guest that runs fio on a file system
 #   target/qemu-second/          --for-tests: a QEMU of another major version, to migrate between the two
 #   target/sshd/                 --for-tests: an sshd to measure the link beside, never started but by the measurement
 #   target/apt/                  --for-tests: apt's lists and downloads for that second QEMU, apart from the system's
@@ -122,7 +124,7 @@ install_nextest() {
 # --- the measuring guest's kernel -------------------------------------------------------------------------------------
 
 fetch_guest_kernel() {
-    [ ! -s target/guest/vmlinuz ] || return 0
+    [ ! -s target/guest/vmlinuz ] || [ ! -d target/guest/modules ] || return 0
     only_on_debian "target/guest/vmlinuz"
     [ "$(dpkg --print-architecture)" = amd64 ] || stop "the measuring guest is an x86-64 one; this is $(dpkg --print-architecture)"
     [ -n "$(version_apt_offers linux-image-cloud-amd64)" ] || refresh_lists
@@ -133,7 +135,12 @@ fetch_guest_kernel() {
         refresh_lists # The lists may be older than what the mirror still has.
         download_kernel_package "$work" || stop "Debian's cloud kernel cannot be downloaded (see above)"
     fi
-    dpkg-deb --fsys-tarfile "$work"/*.deb | tar --extract --directory "$work" --wildcards './boot/vmlinuz-*'
+    dpkg-deb --fsys-tarfile "$work"/*.deb | tar --extract --directory "$work" --wildcards './boot/vmlinuz-*' \
+        '*/drivers/virtio/*.ko' '*/virtio_blk.ko' '*/libcrc32c.ko' '*/xfs.ko'
+    mkdir "$work/modules"
+    find "$work/lib" -name '*.ko' -exec mv --target-directory "$work/modules" {} +
+    rm -rf target/guest/modules
+    mv "$work/modules" target/guest/modules
     mv "$work"/boot/vmlinuz-* target/guest/vmlinuz
     say "target/guest/vmlinuz is the kernel of $(basename "$work"/*.deb)"
     rm -rf "$work"
@@ -257,6 +264,35 @@ install_tpm() {
     has swtpm || (install_packages "a test moves a TPM" swtpm) || say "no swtpm: no test moves a TPM"
 }
 
+# What speaks NBD beside us: tests of crates/nbd skip those that are missing.
+install_nbd_peers() {
+    local missing=()
+    has qemu-img || missing+=(qemu-utils)
+    has nbdkit || missing+=(nbdkit)
+    has nbdcopy || missing+=(libnbd-bin)
+    [ -x /usr/sbin/nbd-client ] || missing+=(nbd-client)
+    has fio || missing+=(fio)
+    has rsync || missing+=(rsync)
+    [ ${#missing[@]} = 0 ] ||
+        (install_packages "tests talk to them, figures stand beside them" "${missing[@]}") ||
+        say "no ${missing[*]}: nothing is tried with them"
+}
+
+# A guest with a file system and fio on it.
+build_fio_guest() {
+    [ ! -s target/guest/fio.gz ] || return 0
+    local missing=()
+    has busybox || missing+=(busybox-static)
+    has fio || missing+=(fio)
+    has cpio || missing+=(cpio)
+    has mkfs.xfs || missing+=(xfsprogs)
+    has mkfs.ext4 || missing+=(e2fsprogs)
+    [ ${#missing[@]} = 0 ] ||
+        (install_packages "a test moves a guest with a file system" "${missing[@]}") ||
+        { say "no ${missing[*]}: no test moves a file system" && return 0; }
+    scripts/build-fio-guest.sh target/guest/fio.gz
+}
+
 # The mirror that this system takes Debian's own packages from.
 debian_mirror() {
     local codename
@@ -278,4 +314,6 @@ if [ "$for_tests" = yes ]; then
     fetch_sshd
     install_browser
     install_tpm
+    install_nbd_peers
+    build_fio_guest
 fi

@@ -102,8 +102,7 @@ pub(crate) async fn start_with_kernel_words(
     more: &[&str],
 ) -> Bed {
     start_changed(options, guest, RAM_MIB, |argv| {
-        let kernels = argv.iter_mut().find(|word| word.starts_with("console=")).expect("the kernel has a command line");
-        *kernels = format!("{kernels} {words}");
+        add_kernel_words(argv, words);
         argv.extend(more.iter().map(ToString::to_string));
     })
     .await
@@ -119,6 +118,18 @@ async fn start_changed(
     let mut argv = testbed.guest_command_line(&guest, ram_mib, 1).expect("the guest's kernel is there");
     change(&mut argv);
     Bed::of(testbed, argv).await
+}
+
+/// A command line of this guest, which writes so many bytes of its disk, and reads them, all the time.
+pub(crate) fn command_line_with_disk(testbed: &Testbed, guest: &GuestOptions, bytes: u64) -> Vec<String> {
+    let mut argv = testbed.guest_command_line(guest, RAM_MIB, 1).expect("the kernel is there");
+    add_kernel_words(&mut argv, &format!("vmferry.disk={bytes}"));
+    argv
+}
+
+fn add_kernel_words(argv: &mut [String], words: &str) {
+    let kernels = argv.iter_mut().find(|word| word.starts_with("console=")).expect("the kernel has a command line");
+    *kernels = format!("{kernels} {words}");
 }
 
 impl Bed {

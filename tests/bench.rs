@@ -59,6 +59,7 @@ fn namespaces_of_ours() -> Vec<PathBuf> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "make soak"]
 async fn every_means_of_a_batch_really_acts_and_a_batch_goes_on_where_it_was_in_namespaces() {
     let dir = tempfile::tempdir().expect("a folder");
     let (matrix, folder) = (dir.path().join("matrix.toml"), dir.path().join("runs"));
@@ -77,8 +78,9 @@ async fn every_means_of_a_batch_really_acts_and_a_batch_goes_on_where_it_was_in_
         let scenario = format!("about = \"{name}\"\nengines = [\"qemu\"]\nmost-rounds = {rounds}\n[[qemu]]\n{means}\n");
         std::fs::write(dir.path().join(format!("{name}.toml")), scenario).expect("written");
     }
-    let paced =
-        "about = \"paced\"\nengines = [\"external\"]\nautomatic = true\npost-copy = false\ndowntime = \"50ms\"\n";
+    // On a faster link it may be done before it is seen how fast this guest writes: its changes are small.
+    let paced = "about = \"paced\"\nengines = [\"external\"]\nautomatic = true\npost-copy = false\ndowntime = \"50ms\"\n\
+                 bandwidth = \"100mbit\"\n";
     std::fs::write(dir.path().join("paced.toml"), paced).expect("written");
     let text_of_matrix = format!(
         "scenarios = [\"pause-1-iters\", \"post-copy-1-iters\", \"post-copy-preempt\", \"packed.toml\", \"slowed.toml\", \"changes.toml\", \"paced.toml\", \"impossible.toml\"]\n\

@@ -521,6 +521,7 @@ async fn a_device_that_its_qemu_cannot_move_is_refused_by_its_name() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "make soak"]
 async fn a_qemu_that_takes_its_time_to_start_is_waited_for() {
     let dir = tempfile::tempdir().expect("a folder");
     let mut options = external(1, 1);

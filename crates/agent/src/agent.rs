@@ -6,11 +6,14 @@ use std::sync::{Arc, Weak};
 use vmferry_link::Sessions;
 
 use crate::config::Config;
+use crate::copying::Copies;
 use crate::destination::Incoming;
+use crate::disk_moves::DiskMoves;
 use crate::host::{Follower, Host, Trusts, Vm};
 use crate::journal::Journal;
 use crate::measuring::witness;
 use crate::source::Outgoing;
+use crate::vm_moves::VmMoves;
 
 /// See the module's text.
 pub(crate) struct Agent {
@@ -20,6 +23,12 @@ pub(crate) struct Agent {
     pub(crate) outgoing: Arc<Outgoing>,
     /// What comes to it.
     pub(crate) incoming: Arc<Incoming>,
+    /// Images that are copied.
+    pub(crate) copies: Arc<Copies>,
+    /// Which of its disks move.
+    pub(crate) disk_moves: Arc<DiskMoves>,
+    /// Which of its VMs move while they do not run.
+    pub(crate) vm_moves: Arc<VmMoves>,
 }
 
 impl Agent {
@@ -34,19 +43,27 @@ impl Agent {
         let host = Host::new(config, journal, trusts, listens, sessions);
         let (outgoing, incoming) = (Outgoing::new(Arc::clone(&host)), Incoming::new(Arc::clone(&host)));
         let (leaving, coming) = (Arc::downgrade(&outgoing), Arc::downgrade(&incoming));
-        host.tell(Box::new(Migrations { leaving, coming }));
-        Arc::new(Self { host, outgoing, incoming })
+        let copies = Copies::new(Arc::clone(&host));
+        let disk_moves = DiskMoves::new(Arc::clone(&host));
+        let vm_moves = VmMoves::new(Arc::clone(&host), Arc::clone(&copies));
+        let disks = Arc::downgrade(&disk_moves);
+        host.tell(Box::new(Followers { leaving, coming, disks }));
+        Arc::new(Self { host, outgoing, incoming, copies, disk_moves, vm_moves })
     }
 }
 
-/// What a host's VMs are to the migrations.
-struct Migrations {
+/// What a host's VMs are to the migrations, and to moves of their disks.
+struct Followers {
     leaving: Weak<Outgoing>,
     coming: Weak<Incoming>,
+    disks: Weak<DiskMoves>,
 }
 
-impl Follower for Migrations {
+impl Follower for Followers {
     fn taken(&self, host: &Arc<Host>, vm: &Arc<Vm>) {
+        if let Some(disks) = self.disks.upgrade() {
+            disks.taken(vm);
+        }
         if vm.spec.measuring {
             let leaving = Weak::clone(&self.leaving);
             let cancel = move |name: &str| {

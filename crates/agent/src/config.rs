@@ -92,6 +92,11 @@ pub struct Config {
     pub reserved_memory: ByteSize,
     /// Folders searched for QEMU before `PATH`.
     pub qemu_dirs: Vec<PathBuf>,
+    /// Folders in which other agents, and `vmferry copy` from other hosts, may have this one make and write images.
+    pub image_folders: Vec<PathBuf>,
+    /// Images in those folders are indexed when nobody needs the disk, and what they have is not sent here again. Other
+    /// hosts can find out whether a piece that they know is in one of them.
+    pub index_images: bool,
     /// Which RAM engine is used unless a user says otherwise.
     pub engine: EngineName,
     /// Memory in which the `external` engine keeps what it has sent, for each migration, so that pages that change a
@@ -117,6 +122,10 @@ impl Default for Config {
             authority: None,
             reserved_memory: ByteSize::mib(512),
             qemu_dirs: Vec::new(),
+            image_folders: ["/var/lib/vmferry/images", "/var/lib/libvirt/images", "/var/lib/vz/images"]
+                .map(PathBuf::from)
+                .into(),
+            index_images: true,
             engine: EngineName::default(),
             delta_cache: ByteSize::mib(64),
             lend_userfaultfd: true,
@@ -216,6 +225,8 @@ mod tests {
         let config: Config = toml::from_str(&uncommented).unwrap();
         assert_eq!(config.reserved_memory, Config::default().reserved_memory);
         assert_eq!(config.delta_cache, Config::default().delta_cache);
+        assert_eq!(config.image_folders, Config::default().image_folders);
+        assert_eq!(config.index_images, Config::default().index_images);
         assert_eq!(config.run_dir, Path::new("/run/vmferry"));
         assert_eq!(config.listen, Listen::default());
         assert_eq!(config.network.len(), 1);
@@ -234,6 +245,8 @@ mod tests {
             "key",
             "reserved_memory",
             "qemu_dirs",
+            "image_folders",
+            "index_images",
             "delta_cache",
             "lend_userfaultfd",
             "log_format",

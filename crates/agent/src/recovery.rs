@@ -15,7 +15,7 @@ use crate::agent::Agent;
 use crate::error::AgentError;
 use crate::host::{self, Host, Idle, IdleVm, Stage, pid_from_file};
 use crate::journal::{Instance, VmRecord};
-use crate::{destination, source};
+use crate::{destination, disk_moves, source};
 
 /// How long the monitor of a QEMU that lives may take to answer.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -30,6 +30,7 @@ pub(crate) async fn recover(agent: &Arc<Agent>) -> Result<(), AgentError> {
     for record in journal.open_out().await? {
         source::take_up(&agent.outgoing, record);
     }
+    disk_moves::sweep(&agent.host).await?;
     let vms = journal.vms().await?;
     let (specs, signature): (Vec<_>, _) =
         (vms.iter().map(|it| it.spec.clone()).collect(), agent.host.signature.clone());
@@ -42,8 +43,9 @@ pub(crate) async fn recover(agent: &Arc<Agent>) -> Result<(), AgentError> {
             tokio::spawn(find(agent, record));
         }
     }
+    agent.vm_moves.take_up().await?;
     find_by_process(agent);
-    Ok(())
+    destination::sweep_disks(&agent.host).await
 }
 
 /// QEMUs of ours that are not on record, as after the journal was lost, are found by their processes, and their users

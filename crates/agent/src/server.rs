@@ -20,7 +20,7 @@ use crate::host::{self, Trusts, bind_anew};
 use crate::journal::{Journal, Opened};
 use crate::peers::callers::Callers;
 use crate::peers::trust::Caller;
-use crate::{api, recovery, source};
+use crate::{api, known, recovery, source};
 
 /// How long requests under way may take when the agent is told to end.
 const FAREWELL: Duration = Duration::from_secs(2);
@@ -67,6 +67,9 @@ pub enum ServeError {
     /// The authority cannot be used.
     #[error("cannot tell for which agents the authority vouches")]
     Authority(#[from] AuthorityError),
+    /// There is no thread that indexes images.
+    #[error("cannot index images")]
+    Index(#[source] AgentError),
     /// What a predecessor left cannot be read.
     #[error("cannot go on where the last agent ended")]
     Recover(#[source] AgentError),
@@ -119,6 +122,7 @@ pub async fn serve(config: Config, end: CancellationToken) -> Result<(), ServeEr
     tokio::spawn(recovery::see_to_the_ended(Arc::clone(&agent)));
     tokio::spawn(source::keep_fences(Arc::clone(&agent.host)));
     tokio::spawn(host::bound_logs(Arc::clone(&agent.host)));
+    known::keep_indexes(&agent.host).map_err(ServeError::Index)?;
     let learning = Arc::clone(&agent.host);
     tokio::spawn(async move { learning.qemus.learn_qemu().await });
     end.cancelled().await;

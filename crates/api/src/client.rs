@@ -7,7 +7,6 @@ use reqwest::{Method, Response, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::migration::MigrationEvent;
 use crate::problem::{Code, Problem};
 
 /// What the console route upgrades to: raw bytes both ways.
@@ -30,8 +29,8 @@ pub enum ClientError {
     /// The connection broke, or what came over it made no sense.
     #[error("the connection to the agent broke")]
     Lost(#[source] Box<dyn std::error::Error + Send + Sync>),
-    /// The migration's events ended before the migration did.
-    #[error("lost sight of the migration: the agent went away")]
+    /// The events ended before what they are about did.
+    #[error("lost sight of it: the agent went away")]
     LostSight,
 }
 
@@ -93,11 +92,11 @@ impl Client {
         check(reply).await?.upgrade().await.map_err(|error| ClientError::Lost(error.into()))
     }
 
-    /// Follows a migration: hands each event to `take` until that returns something.
-    pub async fn follow<T>(
+    /// Follows a migration, or a copy: hands each event to `take` until that returns something.
+    pub async fn follow<E: DeserializeOwned, T>(
         &self,
         path: &str,
-        mut take: impl FnMut(MigrationEvent) -> Option<T>,
+        mut take: impl FnMut(E) -> Option<T>,
     ) -> Result<T, ClientError> {
         let mut stream = check(self.send(Method::GET, path, None::<&()>).await?).await?.bytes_stream();
         let mut buffer = Vec::new();
@@ -153,6 +152,15 @@ async fn check(reply: Response) -> Result<Response, ClientError> {
 
 async fn decode<R: DeserializeOwned>(reply: Response) -> Result<R, ClientError> {
     check(reply).await?.json().await.map_err(|error| ClientError::Lost(error.without_url().into()))
+}
+
+/// The path of the move of a disk: a disk's name may have any character.
+pub fn disk_move_path(vm: &str, disk: &str) -> String {
+    let encode = |byte: u8| match byte {
+        plain if plain.is_ascii_alphanumeric() || b"._-".contains(&plain) => char::from(plain).to_string(),
+        other => format!("%{other:02X}"),
+    };
+    format!("{}/disks/{}/move", vm_path(vm), disk.bytes().map(encode).collect::<String>())
 }
 
 /// A VM's name as a part of a path.

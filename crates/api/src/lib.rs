@@ -4,20 +4,26 @@
 //! Also what whoever measures needs on both ends of a connection: the words of a [`witness`], and a [`trial`] of a link.
 
 pub mod client;
+mod copy;
+mod disk;
 mod migration;
 mod peers;
 mod problem;
 mod settings;
 pub mod trial;
 mod vm;
+mod vm_move;
 pub mod witness;
 
+pub use copy::{CopyBegun, CopyEvent, CopyProgress, CopyReport, CopyRequest};
+pub use disk::{DiskMoveRequest, DiskMoveState, DiskMoveView, DiskView};
 pub use migration::{
-    Begun, EngineName, Means, MigrateRequest, MigrationEvent, MigrationView, PlanView, Progress, Report, Script, Step,
-    StepTime,
+    Begun, DiskMoved, EngineName, Faults, Means, MigrateRequest, MigrationEvent, MigrationView, PlanView, Progress,
+    Report, Script, Step, StepTime,
 };
 pub use peers::{Hello, PairRequest, PeerView, PeersView, TokenRequest, TokenView};
 pub use problem::{Code, Problem, in_one_line};
 pub use settings::{DEFAULT_PORT, Listen, Rate, Security};
 pub use trial::TrialRequest;
 pub use vm::{AdoptRequest, Autostart, Resolve, RunRequest, StartRequest, Started, StopRequest, VmSpec, VmView};
+pub use vm_move::{VmMoveDisk, VmMoveRequest, VmMoveState, VmMoveView};

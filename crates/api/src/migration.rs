@@ -1,5 +1,8 @@
 //! A migration: what is asked for, what it would do, what it tells while it runs, and what it did.
 
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
@@ -31,6 +34,17 @@ pub struct MigrateRequest {
     /// The user vouches that block devices of this VM are the same on both hosts.
     #[serde(default)]
     pub disks_are_shared: bool,
+    /// Disks that are not shared move with the guest; otherwise it is refused.
+    #[serde(default = "yes")]
+    pub copy_disks: bool,
+    /// Where disks are to be there, by their names: they are copied. What they have here is theirs there unless they are named.
+    #[serde(default)]
+    #[schema(value_type = Object)]
+    pub disks: BTreeMap<String, PathBuf>,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// What is done in a migration that is measured.
@@ -137,6 +151,8 @@ pub enum Step {
     Plan,
     /// The destination's QEMU waits.
     Prepare,
+    /// The guest's own disks are copied, and what it writes meanwhile.
+    CopyDisks,
     /// Rounds until the policy is content.
     CopyRam,
     /// The source is paused; the last pages and the device state move.
@@ -248,6 +264,9 @@ pub struct Report {
     /// How long that took at most, in ms.
     #[serde(default)]
     pub longest_drain_ms: f64,
+    /// The guest's faults in post-copy, where the agents served them.
+    #[serde(default)]
+    pub faults: Option<Faults>,
     /// Pre-copy rounds.
     pub rounds: u32,
     /// The highest dirty rate of a round, in bytes a second; 0 when it is not known.
@@ -256,6 +275,32 @@ pub struct Report {
     pub throttle: u8,
     /// How long each step took.
     pub steps: Vec<StepTime>,
+    /// The disks that moved with the guest.
+    #[serde(default)]
+    pub disks: Vec<DiskMoved>,
+}
+
+/// A disk that moved with its guest.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct DiskMoved {
+    /// The disk, as its user calls it.
+    pub disk: String,
+    /// Its size, in bytes.
+    pub size: u64,
+    /// What was sent of it, in bytes; zeroes and holes do not count.
+    pub sent: u64,
+}
+
+/// How long a guest waited for pages in post-copy, from when the destination's agent heard of a fault until the page was
+/// there.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Faults {
+    /// How often.
+    pub count: u64,
+    /// Half of them took no longer, in ms.
+    pub median_ms: f64,
+    /// 99 of 100 took no longer, in ms.
+    pub p99_ms: f64,
 }
 
 impl Report {

@@ -60,6 +60,8 @@ pub enum Code {
     QemuFailed,
     /// The migration failed; the guest runs on at the source.
     MigrationFailed,
+    /// A copy of an image failed; nothing new has its name.
+    CopyFailed,
     /// The limits did not allow it; the guest runs on at the source.
     GaveUp,
     /// The user cancelled; the guest runs on at the source.

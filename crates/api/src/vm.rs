@@ -67,6 +67,9 @@ pub struct AdoptRequest {
 pub struct StopRequest {
     /// Do not ask the guest: end its QEMU.
     pub force: bool,
+    /// It stays on the list, to be started again.
+    #[serde(default)]
+    pub keep: bool,
     /// How long the guest may take to shut down, in ms.
     pub timeout_ms: u64,
 }
@@ -92,7 +95,7 @@ pub struct Started {
 pub struct VmView {
     /// Its name.
     pub name: String,
-    /// `running`, `paused`, `migrating`, `incoming`, `leaving`, `in-doubt`, `stranded`, `unclear`, `silent`, `ended`, or
+    /// `running`, `paused`, `migrating`, `incoming`, `leaving`, `in-doubt`, `stranded`, `unclear`, `silent`, `ended`, `arriving`, or
     /// QEMU's own word.
     pub state: String,
     /// More about the state.

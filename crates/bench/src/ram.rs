@@ -109,6 +109,9 @@ struct Row {
     sent_mib: Option<f64>,
     rounds: Option<f64>,
     post_copy: Option<f64>,
+    /// From when the destination heard of a fault until the page was there, in post-copy by the agents.
+    fault_median_ms: Option<f64>,
+    fault_p99_ms: Option<f64>,
     source_rss_mib: Option<f64>,
     destination_rss_mib: Option<f64>,
     source_cpu_s: Option<f64>,
@@ -232,6 +235,8 @@ fn row(set_up: &SetUp, runs: &[Measured]) -> Row {
         sent_mib: median(&|it| Some(it.report.sent as f64 / f64::from(1 << 20))),
         rounds: median(&|it| Some(f64::from(it.report.rounds))),
         post_copy: Some(runs.iter().filter(|it| it.report.post_copy).count() as f64 / runs.len() as f64),
+        fault_median_ms: median(&|it| it.report.faults.as_ref().map(|faults| faults.median_ms)),
+        fault_p99_ms: median(&|it| it.report.faults.as_ref().map(|faults| faults.p99_ms)),
         source_rss_mib: median(&|it| it.most_rss_mib[0]),
         destination_rss_mib: median(&|it| it.most_rss_mib[1]),
         source_cpu_s: median(&|it| it.cpu_s[0]),
@@ -273,6 +278,7 @@ impl RamReport {
             "MiB sent",
             "rounds",
             "post-copy",
+            "fault ms",
             "RSS MiB",
             "agents' CPU s",
             "GiB/s",
@@ -298,6 +304,7 @@ impl RamReport {
                 number(row.sent_mib, 0),
                 number(row.rounds, 0),
                 with_unit(row.post_copy.map(|share| share * 100.0), "%"),
+                both(row.fault_median_ms, row.fault_p99_ms, 1),
                 both(row.source_rss_mib, row.destination_rss_mib, 0),
                 both(row.source_cpu_s, row.destination_cpu_s, 1),
                 number(row.gib_per_s, 2),
@@ -343,7 +350,7 @@ mod tests {
         assert!(!text.contains("NaN") && !text.contains("inf"), "{text}");
         let line = text.lines().find(|line| line.starts_with("idle")).unwrap();
         let dashes = line.split_whitespace().filter(|word| *word == "-").count();
-        assert_eq!(dashes, 14 + 3, "each of 14 columns, three of which have two sides: {line}");
+        assert_eq!(dashes, 15 + 4, "each of 15 columns, four of which have two sides: {line}");
         assert!(text.contains("a look each 250 ms: 0 MiB/s, -"), "{text}");
     }
 }

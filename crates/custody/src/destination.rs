@@ -53,8 +53,10 @@ pub enum Event {
     GiveUp,
     /// QEMU tells this.
     Told(Qemu),
-    /// QEMU is about to be told to set the guest running.
+    /// QEMU is about to be told to set the guest running; [`Event::Told`] or [`Event::Refused`] follows.
     Tries,
+    /// QEMU has refused that, for good as far as is known, and the guest has executed nothing.
+    Refused,
     /// This is in the journal.
     Wrote(InStep),
     /// This could not be written.
@@ -72,7 +74,8 @@ pub enum Deed {
     Look,
     /// Pause the guest, which must not run here.
     Pause,
-    /// Tell [`Event::Tries`] and set the guest running. Then tell what QEMU does.
+    /// Tell [`Event::Tries`] and set the guest running. Then tell what QEMU does, or [`Event::Refused`]. Nobody is
+    /// answered in between.
     Run,
     /// End QEMU.
     End,
@@ -88,26 +91,37 @@ enum Wish {
     Fence,
 }
 
+/// Whether it was tried to set the guest running.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Tried {
+    No,
+    /// QEMU has not answered yet.
+    UnderWay,
+    /// QEMU was told, and said no: it never will.
+    Refused,
+    /// As far as is known.
+    Yes,
+}
+
 /// See the module's and the crate's text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Destination {
     row: Option<InStep>,
     qemu: Qemu,
     wish: Wish,
-    /// It was tried to set the guest running, as far as is known.
-    tried: bool,
+    tried: Tried,
 }
 
 impl Destination {
     /// Of a migration that this host has not heard of.
     pub fn new() -> Self {
-        Self { row: None, qemu: Qemu::None, wish: Wish::None, tried: false }
+        Self { row: None, qemu: Qemu::None, wish: Wish::None, tried: Tried::No }
     }
 
     /// What a journal's row means, when nothing else is known.
     pub fn recover(row: InStep) -> Self {
         // Whoever wrote it may have tried since.
-        let tried = matches!(row, InStep::Committed { .. });
+        let tried = if matches!(row, InStep::Committed { .. }) { Tried::Yes } else { Tried::No };
         Self { row: Some(row), qemu: Qemu::Silent, wish: Wish::None, tried }
     }
 
@@ -121,13 +135,22 @@ impl Destination {
         self.qemu
     }
 
-    /// What is answered to the source, whatever it asked.
+    /// QEMU is being told to set the guest running: what is to be answered is known in a moment.
+    pub fn is_trying(self) -> bool {
+        self.tried == Tried::UnderWay
+    }
+
+    fn may_have_run(self) -> bool {
+        matches!(self.tried, Tried::UnderWay | Tried::Yes)
+    }
+
+    /// What is answered to the source, whatever it asked; not while it [is trying](Self::is_trying).
     pub fn answer(self) -> Answer {
         match self.row {
             Some(InStep::Committed { must_run }) if !must_run || self.qemu == Qemu::Runs => {
                 Answer::Committed(Start::Done)
             }
-            Some(InStep::Committed { .. }) if self.tried => Answer::Committed(Start::Tried),
+            Some(InStep::Committed { .. }) if self.may_have_run() => Answer::Committed(Start::Tried),
             Some(InStep::Committed { .. }) => Answer::Committed(Start::Due),
             Some(InStep::Abandoned) => Answer::Abandoned,
             Some(InStep::Prepared) | None => Answer::Prepared,
@@ -139,7 +162,7 @@ impl Destination {
         match self.row {
             None | Some(InStep::Prepared) => false,
             Some(InStep::Committed { must_run }) => {
-                (!must_run || self.qemu == Qemu::Ended && self.tried) && self.wish != Wish::Fence
+                (!must_run || self.qemu == Qemu::Ended && self.may_have_run()) && self.wish != Wish::Fence
             }
             Some(InStep::Abandoned) => matches!(self.qemu, Qemu::Ended | Qemu::None),
         }
@@ -166,8 +189,22 @@ impl Destination {
                 }
             }
             Event::Fence => self.wish = Wish::Fence,
-            Event::Told(qemu) => self.qemu = qemu,
-            Event::Tries => self.tried = true,
+            Event::Told(qemu) => {
+                self.qemu = qemu;
+                if self.tried == Tried::UnderWay {
+                    self.tried = Tried::Yes;
+                }
+            }
+            Event::Tries => {
+                if self.tried != Tried::Yes {
+                    self.tried = Tried::UnderWay;
+                }
+            }
+            Event::Refused => {
+                if self.tried == Tried::UnderWay {
+                    self.tried = Tried::Refused;
+                }
+            }
             Event::Wrote(row) => {
                 self.row = Some(row);
                 match (row, self.wish) {
@@ -194,9 +231,10 @@ impl Destination {
             Some(InStep::Committed { must_run: true }) => match self.qemu {
                 Qemu::Runs => vec![Deed::Write(InStep::Committed { must_run: false })],
                 // It may have run here, but never will again: nobody is told that it does.
-                Qemu::Ended if self.tried => vec![],
+                Qemu::Ended if self.may_have_run() => vec![],
                 // It never ran here: its source has it still.
                 Qemu::Ended => vec![Deed::Write(InStep::Abandoned)],
+                _ if self.tried == Tried::Refused => vec![Deed::Write(InStep::Abandoned)],
                 _ => vec![Deed::Run],
             },
             None | Some(InStep::Committed { must_run: false }) => vec![],

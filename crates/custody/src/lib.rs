@@ -14,8 +14,8 @@
 //! not know what came of it, owns nothing and gives up nothing: it asks until it knows.
 //!
 //! A guest that is committed may still be given back, while it is known that it has executed nothing there: its QEMU ended
-//! and nobody had tried to set it running ([`Start::Due`]). The destination abandons it then. So the source ends what it
-//! has only when it has heard that running was tried.
+//! and nobody had tried to set it running, or it refused to ([`Start::Due`]). The destination abandons it then. So the
+//! source ends what it has only when it has heard that running was tried.
 //!
 //! A row is written before what it allows is done, and a row that could not be written allows nothing. What the journal
 //! of the source says is never ahead of what is so, and where it lags behind, recovery from it comes to the same end.

@@ -30,7 +30,7 @@ pub struct InvalidFingerprint {
 
 impl Fingerprint {
     /// Of the key that a certificate is for; `None` when it is no certificate.
-    pub(crate) fn of_certificate(certificate: &CertificateDer<'_>) -> Option<Self> {
+    pub fn of_certificate(certificate: &CertificateDer<'_>) -> Option<Self> {
         let certificate = webpki::EndEntityCert::try_from(certificate).ok()?;
         Some(Self::of(&certificate.subject_public_key_info()))
     }

@@ -42,7 +42,7 @@ pub use ciphers::{Cipher, CipherSpeed, fastest_cipher, measure_ciphers};
 pub use compress::{Compression, Method};
 pub use dial::{Dialer, TcpDialer};
 pub use endpoint::{Listener, MOST_DESCRIPTORS};
-pub use hello::{Reason, Refusal};
+pub use hello::{MOST_STREAMS, Reason, Refusal};
 pub use identity::{Fingerprint, Identity, IdentityError, InvalidFingerprint};
 pub use incoming::Incoming;
 pub use link::buffers::{Buffer, Pool};
@@ -50,7 +50,7 @@ pub use link::{Frame, Link, LinkDown, LinkOptions, LinkStats, StreamStats, usual
 pub use session::{InvalidSession, SessionId, SessionKey};
 pub use sessions::{Protection, SessionOptions, Sessions, Unattached};
 pub use task::AsyncChannel;
-pub use tls::{Acceptor, Arrival, LinkError, Stream, connect};
+pub use tls::{Acceptor, Arrival, LinkError, Stream, client_by_identity, connect, server_by_identity};
 pub use token::{InvalidToken, JoinToken, Secret};
 
 /// The processor time of the calling thread until now.

@@ -15,6 +15,8 @@ use aws_lc_rs::aead::{
 };
 use rustls::{ConnectionTrafficSecrets, ExtractedSecrets};
 
+use crate::link::buffers::LINE;
+
 /// The most that a record carries.
 const MOST: usize = 16 << 10;
 /// What precedes a record: type, version, length.
@@ -189,15 +191,18 @@ pub(crate) enum Opened {
 
 impl Opener {
     fn new(key: Key) -> Self {
-        let arrived = vec![0; AT_ONCE * (HEADER + MOST + MOST_OVERHEAD)];
+        let arrived = vec![0; AT_ONCE * (HEADER + MOST + MOST_OVERHEAD) + LINE];
         Self { key, arrived, unopened: 0..0, plain: 0..0, ended: false }
     }
 
-    /// Where what arrives is put; to be asked for when [`Opened::Nothing`] was the answer.
+    /// Where what arrives is put; to be asked for when [`Opened::Nothing`] was the answer. It begins with a line of the
+    /// processor's cache, see [`buffers`](crate::link::buffers).
     pub(crate) fn room(&mut self) -> &mut [u8] {
-        self.arrived.copy_within(self.unopened.clone(), 0);
-        self.unopened = 0..self.unopened.len();
-        &mut self.arrived[self.unopened.end..]
+        let rest = self.unopened.len();
+        let start = self.arrived[rest..].as_ptr().align_offset(LINE).min(LINE);
+        self.arrived.copy_within(self.unopened.clone(), start);
+        self.unopened = start..start + rest;
+        &mut self.arrived[start + rest..]
     }
 
     /// So much arrived there.

@@ -135,6 +135,34 @@ pub async fn connect(
     tokio::time::timeout(deadline, connecting).await.unwrap_or_else(|_| Err(timed_out()))
 }
 
+/// The server's half of TLS in another protocol than ours: an agent proves who it is, and whoever comes does too. Who that
+/// is, the [`Fingerprint`] of its certificate tells; it is the caller's to look.
+pub fn server_by_identity(identity: &Identity) -> Arc<ServerConfig> {
+    Arc::new(server_config(identity))
+}
+
+/// Proves this identity, and has whoever connects prove one.
+fn server_config(identity: &Identity) -> ServerConfig {
+    let mut config = ServerConfig::builder_with_provider(crypto())
+        .with_protocol_versions(&VERSIONS)
+        .expect("the provider knows TLS 1.3")
+        .with_client_cert_verifier(Arc::new(AnyClient { crypto: crypto() }))
+        .with_single_cert(identity.chain.clone(), identity.key.clone_key())
+        .expect("an identity's key fits its certificate");
+    // Connections are few and long; a ticket would only be one more thing to protect.
+    config.send_tls13_tickets = 0;
+    config
+}
+
+/// The client's half, with the agent of this fingerprint and no other.
+pub fn client_by_identity(identity: &Identity, expected: Fingerprint) -> Arc<ClientConfig> {
+    let verifier =
+        ExpectedServer { crypto: crypto(), expected: vec![expected], authority: None, found: Mutex::new(None) };
+    let mut config = client_config(identity, Arc::new(verifier), crypto(), ALPN);
+    config.alpn_protocols.clear();
+    Arc::new(config)
+}
+
 /// Tries the addresses that a name has one after the other, each a little later than the one before, or at once when that
 /// fails: one that does not answer must not take the time of the others (RFC 8305, "Happy Eyeballs").
 async fn connect_to_any(address: &str) -> std::io::Result<TcpStream> {
@@ -221,15 +249,8 @@ pub struct Acceptor {
 impl Acceptor {
     /// Proves this identity to whoever connects.
     pub fn new(identity: &Identity, authority: Option<&Authority>) -> Self {
-        let mut config = ServerConfig::builder_with_provider(crypto())
-            .with_protocol_versions(&VERSIONS)
-            .expect("the provider knows TLS 1.3")
-            .with_client_cert_verifier(Arc::new(AnyClient { crypto: crypto() }))
-            .with_single_cert(identity.chain.clone(), identity.key.clone_key())
-            .expect("an identity's key fits its certificate");
+        let mut config = server_config(identity);
         config.alpn_protocols = vec![ALPN.to_vec(), ALPN_STREAM.to_vec()];
-        // Connections are few and long; a ticket would only be one more thing to protect.
-        config.send_tls13_tickets = 0;
         // Streams take the keys from rustls once the handshake is over: see `records`.
         config.enable_secret_extraction = true;
         Self { tls: tokio_rustls::TlsAcceptor::from(Arc::new(config)), authority: authority.cloned() }

@@ -3,10 +3,12 @@
 //! What QEMU understands and this does not is left as it is; QEMU will judge it.
 
 mod files;
+mod images;
 mod networks;
 mod properties;
 
 pub use files::{FileKind, FileUse};
+pub use images::ImageWords;
 pub use networks::Network;
 pub(crate) use properties::{Properties, escape_commas};
 
@@ -286,6 +288,11 @@ impl CommandLine {
             .find(|object| object.get_some("qom-type") == Some("memory-backend-memfd") && object.is_on("hugetlb"))?;
         // Without a size, the kernel's default; almost everywhere that is this.
         Some(huge.get_some("hugetlbsize").and_then(parse_size).unwrap_or(2 << 20))
+    }
+
+    /// The machine type, as it is given; none for the binary's default.
+    pub fn machine_type(&self) -> Option<&str> {
+        self.all("machine").filter_map(|option| first_or(option.value(), "type")).last()
     }
 
     /// The CPU model without its features; none for the machine's default.

@@ -1,9 +1,11 @@
 //! What QEMU can do on this host: which binary, with which accelerator, which machines and CPU models.
 
 mod drain_trial;
+mod image_writer;
 mod kvm_trial;
 
 pub use drain_trial::transaction_drains;
+pub use image_writer::{EXPORT, ImageWriter, NewImage};
 pub use kvm_trial::try_kvm;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -23,8 +25,9 @@ use crate::qmp::commands::{MachineInfo, QueryCpuDefinitions, QueryMachines, Quer
 use crate::qmp::{Features, Qmp, QmpError};
 use crate::stream_tls::{Endpoint, StreamKey, protect_streams};
 
-/// How long a QEMU may take to tell about itself.
-const PROBE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a QEMU may take to tell about itself: of some thousand one did not answer at all and the next one did at once,
+/// so that the first gets less time.
+const PROBE_TIMEOUTS: [Duration; 2] = [Duration::from_secs(4), Duration::from_secs(10)];
 
 /// What runs the guest's code.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -193,18 +196,35 @@ pub enum ProbeError {
     },
 }
 
-/// Asks a QEMU what it can do. Starts it without a guest; takes some tenths of a second, at most ten. Meanwhile there is a
+/// Asks a QEMU what it can do. Starts it without a guest; takes some tenths of a second, at most fourteen. Meanwhile there is a
 /// folder in that folder, whose name begins with [`PROBE`].
 pub async fn probe_qemu(binary: &Path, accel: &Accel, within: &Path) -> Result<QemuInfo, ProbeError> {
     with_probe(binary, accel, within, async |qmp, dir| ask(binary, &qmp, dir).await).await
 }
 
-/// Starts a QEMU without a guest, and does this with it and a folder.
+/// Starts a QEMU without a guest, and does this with it and a folder; with another one if it does not answer.
 async fn with_probe<T>(
     binary: &Path,
     accel: &Accel,
     within: &Path,
+    ask: impl AsyncFnOnce(Qmp, &Path) -> Result<T, QmpError> + Clone,
+) -> Result<T, ProbeError> {
+    let [first, second] = PROBE_TIMEOUTS;
+    match probe_once(binary, accel, within, ask.clone(), first).await {
+        Err(ProbeError::Timeout { .. }) => {
+            tracing::warn!(binary = %binary.display(), "a QEMU did not tell what it can do: another one is asked");
+            probe_once(binary, accel, within, ask, second).await
+        }
+        told => told,
+    }
+}
+
+async fn probe_once<T>(
+    binary: &Path,
+    accel: &Accel,
+    within: &Path,
     ask: impl AsyncFnOnce(Qmp, &Path) -> Result<T, QmpError>,
+    patience: Duration,
 ) -> Result<T, ProbeError> {
     let start_error = |source| ProbeError::Start { binary: binary.into(), source };
     let dir = tempfile::Builder::new().prefix(PROBE).tempdir_in(within).map_err(start_error)?;
@@ -224,7 +244,7 @@ async fn with_probe<T>(
         .map_err(start_error)?;
     let stderr = child.stderr.take().expect("it was asked for");
     let asking = async {
-        let qmp = Qmp::connect(&socket, PROBE_TIMEOUT).await?;
+        let qmp = Qmp::connect(&socket, PROBE_TIMEOUTS[1]).await?;
         Ok((ask(qmp.clone(), dir.path()).await?, qmp))
     };
     let asked = async {
@@ -248,9 +268,9 @@ async fn with_probe<T>(
             _ => Err(ProbeError::Qmp { binary: binary.into(), source }),
         }
     };
-    tokio::time::timeout(PROBE_TIMEOUT, asked)
+    tokio::time::timeout(patience, asked)
         .await
-        .unwrap_or_else(|_| Err(ProbeError::Timeout { binary: binary.into(), after: PROBE_TIMEOUT }))
+        .unwrap_or_else(|_| Err(ProbeError::Timeout { binary: binary.into(), after: patience }))
 }
 
 async fn ask(binary: &Path, qmp: &Qmp, dir: &Path) -> Result<QemuInfo, QmpError> {

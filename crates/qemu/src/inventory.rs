@@ -80,6 +80,13 @@ impl Glimpse {
     pub async fn of(qmp: &Qmp) -> Result<Self, QmpError> {
         Ok(Self { disks: Disks::of(qmp).await?, peripherals: peripherals(qmp).await? })
     }
+
+    /// The same, where these disks are limited so.
+    #[must_use]
+    pub fn with_io_limits(mut self, limits: &BTreeMap<String, IoLimits>) -> Self {
+        self.disks.io_limits.extend(limits.clone());
+        self
+    }
 }
 
 impl Inventory {
@@ -128,6 +135,13 @@ impl Inventory {
     /// The files that this disk or drive consists of; none when there is no such.
     pub(crate) fn disk(&self, name: &str) -> Option<&[Layer]> {
         self.disks.get(name).map(Vec::as_slice)
+    }
+
+    /// Says that the disk whose own file is this one has it at another place.
+    pub fn disk_is_at(&mut self, file: &str, place: &str) {
+        for own in self.disks.values_mut().filter_map(|layers| layers.first_mut()).filter(|own| own.file == file) {
+            own.file = place.into();
+        }
     }
 
     /// What the host lets the guest do with those of its disks that it limits, by disk.

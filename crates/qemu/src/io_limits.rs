@@ -35,6 +35,23 @@ impl IoLimits {
         (!numbers.is_empty()).then_some(Self { group, numbers })
     }
 
+    /// The same, with no more bytes written a second than this.
+    #[must_use]
+    pub fn with_writes_at_most(mut self, bytes: u64) -> Self {
+        // QEMU takes a limit for both ways or one for each, and what is allowed for moments counts for more.
+        let key = if self.numbers.contains_key("bps") { "bps" } else { "bps_wr" };
+        self.numbers.retain(|it, _| !it.starts_with(&format!("{key}_max")));
+        let limit = self.numbers.get(key).copied().unwrap_or(bytes).min(bytes).max(1);
+        self.numbers.insert(key.into(), limit);
+        self
+    }
+
+    /// Those of all disks that have some, by name.
+    pub async fn of_all(qmp: &Qmp) -> Result<BTreeMap<String, Self>, QmpError> {
+        let drives = qmp.execute(QueryBlock {}).await?;
+        Ok(drives.iter().filter_map(|drive| Some((name_of(drive)?, Self::of(drive)?))).collect())
+    }
+
     /// Has these be the limits of all disks, by the names that [`Inventory`](crate::Inventory) has for them.
     pub async fn set(qmp: &Qmp, limits: &BTreeMap<String, Self>) -> Result<(), QmpError> {
         for drive in qmp.execute(QueryBlock {}).await? {
@@ -83,6 +100,10 @@ mod tests {
             json!({ "iops": 200, "bps_wr_max": 5, "bps_wr_max_length": 2, "group": "g", "detect_zeroes": "off" });
         let limits = IoLimits::of(&drive(some)).unwrap();
         assert_eq!(limits.to_string(), "limited to bps_wr_max 5, bps_wr_max_length 2, iops 200 in the group g");
+        let slower = limits.clone().with_writes_at_most(3);
+        assert_eq!(slower.to_string(), "limited to bps_wr 3, iops 200 in the group g");
+        let both = IoLimits::of(&drive(json!({"bps": 2, "bps_max": 9}))).unwrap().with_writes_at_most(3);
+        assert_eq!(both.to_string(), "limited to bps 2");
         let text = serde_json::to_string(&limits).unwrap();
         assert_eq!(serde_json::from_str::<IoLimits>(&text).unwrap(), limits);
     }

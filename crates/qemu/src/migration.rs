@@ -49,6 +49,12 @@ pub fn carries_sleep(has_capability: impl Fn(&str) -> bool) -> bool {
     is_since_9_0(has_capability)
 }
 
+/// Whether the threads of multifd may look for pages of zeroes themselves: where they do, such a page is no more than a
+/// number in their packets, which a destination before 9.0 would pass over.
+pub fn finds_zeroes_by_multifd(features: &Features, there: impl Fn(&str) -> bool) -> bool {
+    features.has_parameter("zero-page-detection") && is_since_9_0(there)
+}
+
 /// Told by a capability that this release brought.
 fn is_since_9_0(has_capability: impl Fn(&str) -> bool) -> bool {
     has_capability("mapped-ram")

@@ -576,6 +576,18 @@ async fn what_qemus_with_a_key_say_is_understood_by_nobody_else() {
 }
 
 #[tokio::test]
+async fn a_qemu_that_does_not_answer_is_followed_by_another_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let (script, was_asked) = (dir.path().join("qemu"), dir.path().join("was-asked"));
+    let real = qemus()[0].display().to_string();
+    let text = format!("#!/bin/sh\n[ -e {0} ] && exec {real} \"$@\"\n: >{0}\nexec sleep 60\n", was_asked.display());
+    std::fs::write(&script, text).unwrap();
+    std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let info = probe_qemu(&script, &tcg(), dir.path()).await.unwrap();
+    assert!(was_asked.exists() && !info.machines.is_empty());
+}
+
+#[tokio::test]
 async fn a_probe_tells_machines_cpus_and_means_of_migration() {
     with_each_qemu(|qemu| async move {
         let info = probe_qemu(&qemu, &tcg(), &std::env::temp_dir()).await.unwrap();

@@ -7,7 +7,9 @@
 
 mod faults;
 mod landing;
+mod record;
 mod session;
+mod waits;
 
 pub use landing::Landing;
 pub use session::{Ended, serve};

@@ -7,6 +7,7 @@ mod machine;
 mod pagemap;
 mod support;
 mod userfaultfd;
+mod words;
 
 pub use inject::InjectError;
 pub use inject::tracer::{trace_by, trace_qemu};
@@ -14,3 +15,4 @@ pub(crate) use inject::{Inside, Keep, Reach, close_in, make_in};
 pub(crate) use pagemap::Pagemap;
 pub use support::{Unsupported, support};
 pub(crate) use userfaultfd::{Copied, EnableError, Fault, Feature, Mode, Userfaultfd, Waited};
+pub(crate) use words::Words;

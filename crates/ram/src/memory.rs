@@ -248,6 +248,11 @@ impl Block {
         }
     }
 
+    /// Whether there is memory for all of it, as QEMU's `prealloc=on` sees to.
+    pub(crate) fn is_all_there(&self) -> io::Result<bool> {
+        Ok(self.file.metadata()?.blocks() * 512 >= self.size)
+    }
+
     /// Where in `range` there is memory, in order and in whole pages. Elsewhere zeros are read.
     pub fn data(&self, range: Range<u64>) -> io::Result<Vec<Range<u64>>> {
         let mut found: Vec<Range<u64>> = Vec::new();

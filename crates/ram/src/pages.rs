@@ -1,7 +1,12 @@
 //! Sets of a block's pages, a bit each, that several threads change at once.
 
+use std::fs::File;
+use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::PAGE;
+use crate::kernel::Words;
 
 /// Pages that a word of the set stands for.
 const WORD: u64 = 64;
@@ -9,14 +14,38 @@ const WORD: u64 = 64;
 /// A set of the pages 0 to `pages`. Every operation on a page is atomic, none on several.
 #[derive(Debug)]
 pub(crate) struct PageSet {
-    words: Vec<AtomicU64>,
+    words: Store,
     pages: u64,
+}
+
+/// Where the words of a set are.
+#[derive(Debug)]
+enum Store {
+    Memory(Vec<AtomicU64>),
+    File(Words),
 }
 
 impl PageSet {
     /// An empty set.
     pub(crate) fn new(pages: u64) -> Self {
-        Self { words: (0..pages.div_ceil(WORD)).map(|_| AtomicU64::new(0)).collect(), pages }
+        Self { words: Store::Memory((0..pages.div_ceil(WORD)).map(|_| AtomicU64::new(0)).collect()), pages }
+    }
+
+    /// The set that a file has from this place on, a multiple of a page; what is changed in the set is in the file.
+    pub(crate) fn in_file(file: &File, offset: u64, pages: u64) -> io::Result<Self> {
+        Ok(Self { words: Store::File(Words::map(file, offset, pages.div_ceil(WORD) as usize)?), pages })
+    }
+
+    /// How many bytes such a set takes up in a file.
+    pub(crate) fn bytes_in_file(pages: u64) -> u64 {
+        (pages.div_ceil(WORD) * 8).next_multiple_of(PAGE)
+    }
+
+    fn store(&self) -> &[AtomicU64] {
+        match &self.words {
+            Store::Memory(words) => words,
+            Store::File(words) => words,
+        }
     }
 
     /// How many pages the block has.
@@ -46,7 +75,7 @@ impl PageSet {
 
     /// Whether this one is there.
     pub(crate) fn contains(&self, page: u64) -> bool {
-        self.words[(page / WORD) as usize].load(Ordering::Relaxed) & (1 << (page % WORD)) != 0
+        self.store()[(page / WORD) as usize].load(Ordering::Relaxed) & (1 << (page % WORD)) != 0
     }
 
     /// The first run of pages that are there, within these.
@@ -76,21 +105,38 @@ impl PageSet {
     /// The words that stand for these pages, whose first is a multiple of 64.
     pub(crate) fn words(&self, pages: Range<u64>) -> impl Iterator<Item = u64> + '_ {
         let words = (pages.start / WORD) as usize..pages.end.div_ceil(WORD) as usize;
-        self.words[words].iter().map(|word| word.load(Ordering::Relaxed))
+        self.store()[words].iter().map(|word| word.load(Ordering::Relaxed))
+    }
+
+    /// Adds all that another set of the same block has; gives back how many were not there.
+    pub(crate) fn insert_all(&self, other: &Self) -> u64 {
+        let words = other.words(0..other.pages).enumerate().filter(|(_, word)| *word != 0);
+        words.map(|(index, word)| self.insert_word(index as u64 * WORD, word)).sum()
+    }
+
+    /// Of these pages, has those that another set of the same block has, and no others.
+    pub(crate) fn copy(&self, other: &Self, pages: Range<u64>) {
+        let mut theirs = other.store()[(pages.start / WORD) as usize..].iter();
+        self.each_word(pages, |word, mask| {
+            let wanted = theirs.next().map_or(0, |word| word.load(Ordering::Relaxed)) & mask;
+            word.fetch_and(wanted | !mask, Ordering::Relaxed);
+            word.fetch_or(wanted, Ordering::Relaxed);
+            0
+        });
     }
 
     /// Adds what such a word says.
     pub(crate) fn insert_word(&self, first_page: u64, word: u64) -> u64 {
         let bits = (self.pages - first_page).min(WORD);
         let word = if bits < WORD { word & ((1 << bits) - 1) } else { word };
-        let before = self.words[(first_page / WORD) as usize].fetch_or(word, Ordering::Relaxed);
+        let before = self.store()[(first_page / WORD) as usize].fetch_or(word, Ordering::Relaxed);
         (word & !before).count_ones().into()
     }
 
     fn find(&self, within: Range<u64>, sense: impl Fn(u64) -> u64) -> Option<u64> {
         let mut page = within.start;
         while page < within.end {
-            let word = sense(self.words[(page / WORD) as usize].load(Ordering::Relaxed)) >> (page % WORD);
+            let word = sense(self.store()[(page / WORD) as usize].load(Ordering::Relaxed)) >> (page % WORD);
             if word != 0 {
                 let found = page + u64::from(word.trailing_zeros());
                 return (found < within.end).then_some(found);
@@ -106,7 +152,7 @@ impl PageSet {
         while page < pages.end {
             let end = ((page / WORD + 1) * WORD).min(pages.end);
             let mask = (u64::MAX >> (WORD - (end - page))) << (page % WORD);
-            changed += u64::from(change(&self.words[(page / WORD) as usize], mask));
+            changed += u64::from(change(&self.store()[(page / WORD) as usize], mask));
             page = end;
         }
         changed
@@ -144,6 +190,28 @@ mod tests {
             }
             prop_assert_eq!(seen, model);
         }
+    }
+
+    #[test]
+    fn a_part_of_another_set_replaces_what_was_there() {
+        let (set, other) = (PageSet::new(200), PageSet::new(200));
+        set.insert(0..200);
+        other.insert(60..70);
+        other.insert(130..140);
+        set.copy(&other, 50..135);
+        let expected = |page: &u64| !(50..135).contains(page) || other.contains(*page);
+        assert!((0..200).all(|page| set.contains(page) == expected(&page)));
+        assert_eq!(other.insert_all(&set), set.len() - 20);
+        assert_eq!(other.len(), set.len(), "the others were among them");
+    }
+
+    #[test]
+    fn a_set_in_a_file_is_there_when_it_is_opened_again() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(PAGE + PageSet::bytes_in_file(1000)).unwrap();
+        PageSet::in_file(&file, PAGE, 1000).unwrap().insert(990..1000);
+        let again = PageSet::in_file(&file, PAGE, 1000).unwrap();
+        assert_eq!(again.next_run(0..1000), Some(990..1000));
     }
 
     #[test]

@@ -34,12 +34,15 @@ use crate::RamError;
 use crate::memory::{Block, GuestRam};
 use crate::pages::PageSet;
 use crate::tracking::{Tracking, TrackingError, WriteFaults};
-use crate::wire::{ARM, HELLO, Hello, MISSING, PUNCH, STATE, STATE_EARLY, STATE_END, STATE_GO, encode_missing};
+use crate::wire::{
+    ARM, FaultTimes, HELLO, Hello, MISSING, PUNCH, STATE, STATE_EARLY, STATE_END, STATE_GO, decode_missing,
+    encode_missing,
+};
 use last_sent::LastSent;
 use pacing::Pacing;
 use shipping::{CHUNK, Filling, Shipping, There};
 
-/// How long the destination may take to look at what RAM it has, or to arm it.
+/// How long the destination may say nothing while it looks at what RAM it has, takes away what is stale, or arms it.
 const ANSWER: Duration = Duration::from_secs(30);
 /// How much of the device state is sent at once, in bytes.
 const STATE_PIECE: usize = 64 << 10;
@@ -117,6 +120,8 @@ pub struct Progress {
     pub converged: bool,
     /// The destination has all RAM.
     pub complete: bool,
+    /// How long the guest waited for pages there, when it has them all by post-copy.
+    pub fault_times: Option<FaultTimes>,
 }
 
 /// See the module's text. Dropping it ends tracking and gives the link up.
@@ -139,8 +144,15 @@ struct Inner {
     last_sent: LastSent,
     /// What the destination does not have, as far as it is known.
     pending: Vec<PageSet>,
+    /// What of that it was told before the guest was paused.
+    told: Mutex<Vec<PageSet>>,
     /// Chunks of which nothing was sent yet, by their number in the block.
     untouched: Vec<PageSet>,
+    /// Chunks in which there was no memory when their turn came, by their number in the block. They are zero at both sides,
+    /// and not protected: that would take page tables. If there is memory later, the guest has written.
+    empty: Vec<PageSet>,
+    /// Where the next glance begins, in pages of what was sent.
+    glanced: AtomicU64,
     remaining: AtomicU64,
     /// The guest is paused, or nobody wants the copy any more: no more rounds.
     stop: AtomicBool,
@@ -176,8 +188,15 @@ struct State {
     ready: bool,
     phase: Phase,
     complete: bool,
+    fault_times: Option<FaultTimes>,
+    /// When the destination said last that it is at what it was asked for.
+    busy: Option<Instant>,
     /// Where post-copy sends from next: block and page.
     cursor: (usize, u64),
+    /// When a fault was told of last.
+    wanted: Option<Instant>,
+    /// For how long nothing else was sent because of faults.
+    quiet: Duration,
     failed: Option<RamError>,
 }
 
@@ -217,8 +236,11 @@ impl Source {
         let inner = Arc::new(Inner {
             shipping: Shipping::new(Arc::clone(&link), &blocks),
             last_sent: LastSent::new(delta_cache),
-            pending: blocks.iter().map(|pages| PageSet::new(*pages)).collect(),
+            pending: no_pages(&blocks),
+            told: Mutex::new(no_pages(&blocks)),
             untouched: blocks.iter().map(|pages| PageSet::new(pages.div_ceil(CHUNK))).collect(),
+            empty: blocks.iter().map(|pages| PageSet::new(pages.div_ceil(CHUNK))).collect(),
+            glanced: AtomicU64::new(0),
             remaining: AtomicU64::new(blocks.iter().sum()),
             link,
             ram,
@@ -271,13 +293,16 @@ impl Source {
             saved,
             converged: state.converged,
             complete: state.complete,
+            fault_times: state.fault_times,
         })
     }
 
     /// Sends what is left, of a guest that is paused for good: after this the destination has all RAM.
     pub fn finish(&self) -> Result<(), RamError> {
         self.inner.end_rounds()?;
-        self.inner.last_look()?;
+        self.inner.forget_holes()?;
+        self.inner.look_on()?;
+        self.inner.recount();
         self.inner.send_rest()?;
         self.inner.shipping.settle()?;
         self.inner.let_state_go()?;
@@ -295,6 +320,7 @@ impl Source {
             // The last time that it can be seen how fast this guest writes.
             inner.glance()?;
         }
+        inner.forget_holes()?;
         inner.look_on()?;
         inner.tell_missing()?;
         inner.lock().phase = Phase::Punching;
@@ -307,8 +333,9 @@ impl Source {
     pub fn post_copy(&self) -> Result<(), RamError> {
         let inner = &self.inner;
         inner.end_rounds()?;
-        inner.last_look()?;
+        inner.look_on()?;
         inner.tell_missing()?;
+        inner.recount();
         {
             let mut state = inner.lock();
             // From here on each page goes once, and whole.
@@ -401,6 +428,11 @@ impl Drop for Source {
     }
 }
 
+/// A set without a page for each of these blocks.
+fn no_pages(blocks: &[u64]) -> Vec<PageSet> {
+    blocks.iter().map(|pages| PageSet::new(*pages)).collect()
+}
+
 /// How many threads read RAM.
 fn workers() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from).clamp(1, MOST_WORKERS)
@@ -432,13 +464,20 @@ impl Inner {
 
     /// Waits for an answer of the destination.
     fn wait_for(&self, answered: impl Fn(&State) -> bool) -> Result<(), RamError> {
-        let state = self.lock();
-        let waiting = |state: &mut State| state.failed.is_none() && !answered(state);
-        let (state, _) = self.news.wait_timeout_while(state, ANSWER, waiting).expect("no holder of this lock panics");
-        match &state.failed {
-            Some(error) => Err(error.clone()),
-            None if answered(&state) => Ok(()),
-            None => Err(RamError::NoAnswer { after: ANSWER }),
+        let (mut state, mut heard) = (self.lock(), Instant::now());
+        loop {
+            if let Some(error) = &state.failed {
+                return Err(error.clone());
+            }
+            if answered(&state) {
+                return Ok(());
+            }
+            heard = state.busy.map_or(heard, |busy| busy.max(heard));
+            let left = ANSWER.saturating_sub(heard.elapsed());
+            if left.is_zero() {
+                return Err(RamError::NoAnswer { after: ANSWER });
+            }
+            state = self.news.wait_timeout(state, left).expect("no holder of this lock panics").0;
         }
     }
 
@@ -500,8 +539,14 @@ impl Inner {
         Ok(())
     }
 
+    /// What the destination was not told yet: with the guest paused that is little.
     fn tell_missing(&self) -> Result<(), RamError> {
-        Ok(encode_missing(&self.pending).try_for_each(|frame| self.link.send_urgent(MISSING, frame))?)
+        let told = self.told.lock().expect("no holder of this lock panics");
+        for frame in encode_missing(&self.pending, &told) {
+            self.link.send_urgent(MISSING, frame.clone())?;
+            decode_missing(&frame, &told)?;
+        }
+        Ok(())
     }
 
     /// The destination's QEMU may look into the RAM.

@@ -222,6 +222,57 @@ fn an_idle_guest_is_sent_once_and_what_is_empty_not_at_all() {
 }
 
 #[test]
+fn memory_that_was_there_from_the_beginning_is_cleared_and_stays() {
+    let sizes = [8 * MIB, 3 * MIB + 5 * PAGE];
+    let (here, there) = links(None);
+    let (log, ram) = (Arc::new(Log::default()), GuestRam::of_our_own(&sizes));
+    (100..200).for_each(|page| log.write(&ram, 0, page, page));
+    let preallocated = GuestRam::of_our_own(&sizes);
+    for block in preallocated.blocks() {
+        block.write_at(0, &vec![0x5a; block.size() as usize]).unwrap();
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let landing = Arc::new(Landing::new(preallocated, &dir.path().join("record")));
+    let taking = Arc::clone(&landing);
+    let taking = std::thread::spawn(move || serve(&there, &taking, None));
+    let writer = GuestRam::same(&ram);
+    let source = Source::begin_with(ram, Some(Box::new(Arc::clone(&log))), here, DOWNTIME, 0, None).unwrap();
+    assert!(until_converged(&source, Duration::from_secs(10)));
+    // Some become zero, and others were never there.
+    (150..180).for_each(|page| log.write(&writer, 0, page, 0));
+    (10..20).for_each(|page| log.write(&writer, 1, page, page));
+    source.finish().unwrap();
+    assert_same(&writer, landing.ram());
+    assert!(landing.ram().blocks().iter().all(|block| block.is_all_there().unwrap()));
+    source.close().unwrap();
+    assert_eq!(taking.join().unwrap().unwrap(), Ended::Closed);
+}
+
+#[test]
+fn memory_that_a_guest_begins_to_use_while_it_is_copied_arrives() {
+    let sizes = [64 * MIB];
+    let (here, there) = links(None);
+    let (log, ram) = (Arc::new(Log::default()), GuestRam::of_our_own(&sizes));
+    log.write(&ram, 0, 0, 1);
+    let (landing, taking) = arriving(there, &sizes);
+    let writer = GuestRam::same(&ram);
+    let source = Source::begin_with(ram, Some(Box::new(Arc::clone(&log))), here, DOWNTIME, 0, None).unwrap();
+    assert!(until_converged(&source, Duration::from_secs(10)));
+    // Where nothing was, tracking does not see it: that there is memory tells.
+    let unseen = |page: u64| writer.blocks()[0].write_at(page * PAGE, &noise(page)).unwrap();
+    [5000, 5001, 9000, 16_383].into_iter().for_each(unseen);
+    let round = source.wait(Duration::ZERO).unwrap().round;
+    while source.wait(Duration::from_millis(20)).unwrap().round < round + 3 {}
+    assert!(source.link_stats().raw_sent > 5 * PAGE, "rounds have found it");
+    // And with the guest paused.
+    [12_000, 12_001].into_iter().for_each(unseen);
+    source.finish().unwrap();
+    assert_same(&writer, landing.ram());
+    source.close().unwrap();
+    assert_eq!(taking.join().unwrap().unwrap(), Ended::Closed);
+}
+
+#[test]
 fn pages_that_are_written_all_the_time_are_not_sent_all_the_time() {
     let sizes = [64 * MIB];
     let (here, there) = links(Some(40_000_000));

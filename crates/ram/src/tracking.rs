@@ -19,6 +19,8 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::libc::ESRCH;
+
 use crate::PAGE;
 use crate::kernel::make_in;
 use crate::kernel::{
@@ -26,6 +28,9 @@ use crate::kernel::{
 };
 use crate::memory::{Addresses, Backend, GuestRam, MemoryError};
 use crate::process::Process;
+
+/// How much is given back at a time, in bytes: the guest waits for its mappings meanwhile, a fraction of a millisecond.
+const SLICE: u64 = 64 << 20;
 
 const FEATURES: [Feature; 3] = [Feature::WpAsync, Feature::WpUnpopulated, Feature::WpHugetlbfsShmem];
 const PACING: [Feature; 3] = [Feature::ThreadId, Feature::WpUnpopulated, Feature::WpHugetlbfsShmem];
@@ -70,8 +75,29 @@ pub struct Tracking {
     userfaultfd: Userfaultfd,
     pagemap: Pagemap,
     blocks: Vec<Addresses>,
+    /// What is registered, of each block.
+    registered: Vec<Range<u64>>,
     stood_still: Duration,
     pacing: Option<Paced>,
+}
+
+/// Once more at its end, but in slices: when the last descriptor goes, the kernel takes all protection away in one step, for
+/// which everybody in QEMU waits who touches memory.
+impl Drop for Tracking {
+    fn drop(&mut self) {
+        let paced = self.pacing.as_ref().map(|paced| &*paced.userfaultfd);
+        for range in &self.registered {
+            for start in range.clone().step_by(SLICE as usize) {
+                let slice = start..(start + SLICE).min(range.end);
+                for userfaultfd in paced.into_iter().chain([&self.userfaultfd]) {
+                    // What this cannot do the kernel does. A process that has ended has nothing left.
+                    if userfaultfd.unregister(slice.clone()).is_err_and(|error| error.raw_os_error() == Some(ESRCH)) {
+                        return;
+                    }
+                }
+            }
+        }
+    }
 }
 
 /// The memory in which writers wait.
@@ -120,15 +146,17 @@ impl Tracking {
         let Inside { descriptor, stood_still, .. } = make_in(ram.process(), Reach::User, Keep::Ours)?;
         let userfaultfd = Userfaultfd::over(descriptor);
         userfaultfd.enable(&FEATURES)?;
-        let blocks = ram.addresses();
+        let pagemap = Pagemap::open(ram.process().pid)?;
+        let (blocks, registered) = (ram.addresses(), Vec::new());
+        let mut tracking = Self { userfaultfd, pagemap, blocks, registered, stood_still, pacing: None };
         for (block, part) in ram.blocks().iter().zip(parts) {
-            userfaultfd.register(part, Mode::WriteProtect).map_err(|error| match error.kind() {
+            tracking.userfaultfd.register(part.clone(), Mode::WriteProtect).map_err(|error| match error.kind() {
                 io::ErrorKind::ResourceBusy => TrackingError::Taken { id: block.id().to_owned() },
                 _ => TrackingError::Io(error),
             })?;
+            tracking.registered.push(part);
         }
-        let pagemap = Pagemap::open(ram.process().pid)?;
-        Ok(Self { userfaultfd, pagemap, blocks, stood_still, pacing: None })
+        Ok(tracking)
     }
 
     /// How long one thread of QEMU stood still for the beginning.

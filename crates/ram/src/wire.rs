@@ -5,19 +5,24 @@
 //! over the urgent stream.
 
 use std::ops::Range;
+use std::time::Duration;
 
 use crate::PAGE;
 use crate::delta;
 use crate::pages::PageSet;
 
 /// The version of what is said here.
-pub(crate) const VERSION: u32 = 2;
+pub(crate) const VERSION: u32 = 3;
 /// The most data in a frame of pages, in whole pages.
 pub(crate) const MOST_DATA: u64 = 64;
 /// The most runs in a frame of pages.
 pub(crate) const MOST_RUNS: usize = 256;
-/// How many pages one [`MISSING`] frame tells of: 32 KiB of bits, for 1 GiB.
-pub(crate) const MISSING_SPAN: u64 = 1 << 18;
+/// The most words of bits in one [`MISSING`] frame: 32 KiB, for 1 GiB.
+pub(crate) const MISSING_WORDS: usize = 4096;
+/// So many words without a bit end such a frame: they take about as much as the head of another.
+const MISSING_GAP: usize = 8;
+/// The most pages that one fault asks for: 1 MiB.
+pub(crate) const MOST_WANTED: u64 = 256;
 /// The most blocks that a guest's RAM may have.
 const MOST_BLOCKS: usize = 1024;
 /// The longest name of a block.
@@ -40,7 +45,7 @@ pub(crate) const STATE_GO: u16 = 7;
 /// As [`STATE`], before the first of those: what QEMU may have at once.
 pub(crate) const STATE_EARLY: u16 = 8;
 
-/// What was told to be missing is stale: it can go at once, and more will be told before post-copy begins.
+/// What was told to be missing is stale: it can go at once. More will be told before post-copy begins.
 pub(crate) const PUNCH: u16 = 9;
 
 /// The destination has that RAM, and waits.
@@ -53,10 +58,12 @@ pub(crate) const PLACED: u16 = 34;
 pub(crate) const ARMED: u16 = 35;
 /// A fault: these pages next.
 pub(crate) const WANT: u16 = 36;
-/// All pages are here.
+/// All pages are here, see [`FaultTimes`].
 pub(crate) const COMPLETE: u16 = 37;
 /// What was stale is gone.
 pub(crate) const PUNCHED: u16 = 38;
+/// What was asked for takes its time.
+pub(crate) const BUSY: u16 = 39;
 
 /// Not what the other side says here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -248,40 +255,57 @@ impl<'a> Pages<'a> {
 pub(crate) struct Want {
     pub(crate) block: usize,
     pub(crate) pages: Range<u64>,
+    /// The one of them that somebody waits for.
+    pub(crate) first: u64,
 }
 
 impl Want {
     pub(crate) fn encode(&self) -> Vec<u8> {
         let mut bytes = (self.block as u32).to_le_bytes().to_vec();
-        bytes.extend(self.pages.start.to_le_bytes());
-        bytes.extend(self.pages.end.to_le_bytes());
+        for number in [self.pages.start, self.pages.end, self.first] {
+            bytes.extend(number.to_le_bytes());
+        }
         bytes
     }
 
     pub(crate) fn decode(bytes: &[u8], blocks: &[u64]) -> Result<Self, Malformed> {
         let mut reader = Reader(bytes);
         let block = reader.u32()? as usize;
-        let pages = reader.u64()?..reader.u64()?;
+        let (pages, first) = (reader.u64()?..reader.u64()?, reader.u64()?);
         reader.end()?;
         let most = *blocks.get(block).ok_or(Malformed("a fault in an unknown block"))?;
-        if pages.is_empty() || pages.end > most {
+        if pages.end > most || !pages.contains(&first) {
             return Err(Malformed("a fault beyond the end of a block"));
         }
-        Ok(Self { block, pages })
+        if pages.end - pages.start > MOST_WANTED {
+            return Err(Malformed("a fault that asks for too much"));
+        }
+        Ok(Self { block, pages, first })
     }
 }
 
-/// The frames that tell which pages are missing, without those that would tell of none.
-pub(crate) fn encode_missing(sets: &[PageSet]) -> impl Iterator<Item = Vec<u8>> + '_ {
-    sets.iter().enumerate().flat_map(|(block, set)| {
-        (0..set.pages()).step_by(MISSING_SPAN as usize).filter_map(move |first| {
-            let span = first..(first + MISSING_SPAN).min(set.pages());
-            (set.count(span.clone()) > 0).then(|| {
-                let mut bytes = (block as u32).to_le_bytes().to_vec();
-                bytes.extend(first.to_le_bytes());
-                set.words(span).for_each(|word| bytes.extend(word.to_le_bytes()));
-                bytes
-            })
+/// The frames that tell which pages are missing, but for those that are told already: of these, and of blocks where none
+/// is, there is no frame.
+pub(crate) fn encode_missing<'a>(sets: &'a [PageSet], told: &'a [PageSet]) -> impl Iterator<Item = Vec<u8>> + 'a {
+    sets.iter().zip(told).enumerate().flat_map(|(block, (set, told))| {
+        let new = |(word, told): (u64, u64)| word & !told;
+        let mut words = set.words(0..set.pages()).zip(told.words(0..told.pages())).map(new).enumerate().peekable();
+        std::iter::from_fn(move || {
+            let (first, word) = words.find(|(_, word)| *word != 0)?;
+            let (mut bits, mut end) = (vec![word], 1);
+            while bits.len() < MISSING_WORDS
+                && bits.len() - end < MISSING_GAP
+                && let Some((_, word)) = words.next()
+            {
+                bits.push(word);
+                if word != 0 {
+                    end = bits.len();
+                }
+            }
+            let mut bytes = (block as u32).to_le_bytes().to_vec();
+            bytes.extend((first as u64 * 64).to_le_bytes());
+            bits[..end].iter().for_each(|word| bytes.extend(word.to_le_bytes()));
+            Some(bytes)
         })
     })
 }
@@ -292,7 +316,7 @@ pub(crate) fn decode_missing(bytes: &[u8], sets: &[PageSet]) -> Result<(), Malfo
     let set = sets.get(reader.u32()? as usize).ok_or(Malformed("pages of an unknown block are missing"))?;
     let first = reader.u64()?;
     let pages = (reader.0.len() as u64) * 8;
-    let fits = first.is_multiple_of(MISSING_SPAN) && first < set.pages() && pages <= MISSING_SPAN;
+    let fits = first.is_multiple_of(64) && first < set.pages() && reader.0.len() <= MISSING_WORDS * 8;
     if !fits || first + pages > set.pages().next_multiple_of(64) || !reader.0.len().is_multiple_of(8) {
         return Err(Malformed("pages beyond the end of their block are missing"));
     }
@@ -300,6 +324,32 @@ pub(crate) fn decode_missing(bytes: &[u8], sets: &[PageSet]) -> Result<(), Malfo
         set.insert_word(first + index as u64 * 64, u64::from_le_bytes(word.try_into().expect("eight bytes")));
     }
     Ok(())
+}
+
+/// How long a guest waited for pages in post-copy, from when the destination's agent heard of a fault until the page was
+/// there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FaultTimes {
+    /// How often.
+    pub count: u64,
+    /// Half of the times were no longer than that.
+    pub median: Duration,
+    /// 99 of 100 were no longer than that.
+    pub p99: Duration,
+}
+
+impl FaultTimes {
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        let micros = |time: Duration| time.as_micros() as u64;
+        [self.count, micros(self.median), micros(self.p99)].into_iter().flat_map(u64::to_le_bytes).collect()
+    }
+
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
+        let mut reader = Reader(bytes);
+        let (count, median, p99) = (reader.u64()?, reader.u64()?, reader.u64()?);
+        reader.end()?;
+        Ok(Self { count, median: Duration::from_micros(median), p99: Duration::from_micros(p99) })
+    }
 }
 
 /// One number.
@@ -364,15 +414,27 @@ mod tests {
         sets[1].insert(0..2);
         sets[1].insert(262_143..262_145);
         sets[1].insert(299_990..300_000);
-        let copy = BLOCKS.map(PageSet::new);
-        let frames: Vec<_> = encode_missing(&sets).collect();
-        assert_eq!(frames.len(), 3);
+        let (copy, none) = (BLOCKS.map(PageSet::new), BLOCKS.map(PageSet::new));
+        let frames: Vec<_> = encode_missing(&sets, &none).collect();
+        assert_eq!(frames.len(), 4);
         for frame in &frames {
             decode_missing(frame, &copy).unwrap();
         }
         for (set, copy) in sets.iter().zip(&copy) {
             assert!(set.words(0..set.pages()).eq(copy.words(0..set.pages())));
         }
+        sets[1].insert(1000..1001);
+        let more: Vec<_> = encode_missing(&sets, &copy).collect();
+        assert!(more.len() == 1 && more[0].len() == 12 + 8, "only what is new: {more:?}");
+        sets[1].insert(0..300_000);
+        assert_eq!(encode_missing(&sets, &none).count(), 3, "long frames are cut");
+    }
+
+    #[test]
+    fn times_are_read_as_they_were_written() {
+        let times = FaultTimes { count: 3, median: Duration::from_micros(200), p99: Duration::from_secs(2) };
+        assert_eq!(FaultTimes::decode(&times.encode()), Ok(times));
+        assert!(FaultTimes::decode(&[]).is_err() && FaultTimes::decode(&[0; 25]).is_err());
     }
 
     #[test]

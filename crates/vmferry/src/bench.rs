@@ -215,7 +215,7 @@ pub(crate) async fn link(
 pub(crate) async fn ram(options: BenchRamOptions) -> Result<(), Failure> {
     let vmferry = std::env::current_exe().map_err(Failure::NoFolder)?;
     let wanted = RamBenchOptions { vmferry, rounds: options.rounds, only: options.only, kind: options.accel.guest() };
-    let report = bench_ram(&wanted, |what| eprintln!("{what}")).await?;
+    let report = unless_interrupted(async { Ok(bench_ram(&wanted, |what| eprintln!("{what}")).await?) }).await?;
     print!("{}", report.to_text());
     write(options.json.as_deref(), &report.to_json())
 }

@@ -1,10 +1,17 @@
 //! The command line: what can be said, and the help that teaches it. What measures is in a file of its own.
 
 mod bench;
+mod disk;
+mod moving;
+mod nbd;
 
 pub(crate) use bench::{
     BatchOptions, Bench, BenchLinkOptions, BenchRamOptions, BenchRunOptions, CompareOptions, ImportOptions, PageOptions,
 };
+
+pub(crate) use disk::{Disk, DiskMoveOptions};
+pub(crate) use moving::MoveOptions;
+pub(crate) use nbd::{ClientTlsOptions, CopyOptions, InfoOptions, Nbd, ServeOptions, ServerTlsOptions};
 
 use std::path::PathBuf;
 
@@ -17,7 +24,7 @@ Exit codes:
   1    an unexpected error
   2    the command line could not be understood
   3    refused; nothing was touched
-  4    the migration failed; the guest runs on at the source
+  4    the migration, the move or the copy failed; the guest is at the source, unharmed
   5    gave up within the given limits; the guest runs on at the source
   6    the outcome is not known here, or the guest needs attention
   7    no agent answers on this host
@@ -85,6 +92,9 @@ shared memory for RAM when only -m is given. The VM outlives the agent.")]
         /// End it like a power cut
         #[arg(long)]
         force: bool,
+        /// Keep it on the list, to be started again or moved to another host
+        #[arg(long)]
+        keep: bool,
         /// How long the guest may take to shut down
         #[arg(long, value_name = "TIME", default_value = "60s")]
         timeout: humantime::Duration,
@@ -123,6 +133,20 @@ shared memory for RAM when only -m is given. The VM outlives the agent.")]
     /// Move a running VM to another host
     #[command(after_long_help = EXIT_CODES)]
     Migrate(MigrateOptions),
+    /// Move a VM that does not run to another host, with its disks
+    #[command(after_long_help = moving::MOVE_HELP)]
+    Move(MoveOptions),
+    /// Copy an image that no guest runs from to another host
+    #[command(after_long_help = "\
+Examples:
+  vmferry copy /srv/images/web1.raw beta:/srv/images/web1.raw
+  vmferry copy --update /srv/images/web1.raw beta:/srv/images/web1.raw      only what has changed since
+
+The image is copied byte by byte, whatever is in it: a raw or qcow2 file, or what a block device has. Holes and zeroes
+are not sent, and are holes in the copy. While it is written it is called PATH.vmferry-part; PATH is there when all of it
+is, and on its disk. Whatever ends it before, the same command goes on from what has arrived; remove the part to give
+it up. PATH has to be in one of the folders that image_folders names in the other agent's configuration.")]
+    Copy(CopyImageOptions),
     /// Have the destination run a VM that is being migrated at once; what is missing of its memory follows
     PostCopy {
         /// The VM's name
@@ -144,6 +168,9 @@ other host lets go of it as soon as it can be told, also when it comes back late
 (pair it again under its old name then).
 
 --it-runs-there ends what is left of it here.
+
+A VM that does not run is `leaving` when it was moved and the other host does not answer whether it took it. --keep-here
+makes it this host's again: be sure that the other has not taken it, as it is not asked later.
 
 The same decides about a guest that is `stranded` (its post-copy could not be finished), `leaving` (the destination of
 its post-copy does not answer), or `unclear` (found running after the agent's journal was lost).")]
@@ -199,6 +226,12 @@ QEMU here with any arguments, as the agent's user.")]
     /// Measure
     #[command(subcommand)]
     Bench(Bench),
+    /// A VM's disks: list them, and move one to another place on this host or to a server
+    #[command(subcommand)]
+    Disk(Disk),
+    /// Disks over the network: serve, look at, and copy them, as QEMU, nbdkit and libnbd do
+    #[command(subcommand)]
+    Nbd(Nbd),
     /// What the agent has QEMU traced by; of no use to anybody else
     #[command(hide = true)]
     TraceQemu,
@@ -253,10 +286,46 @@ pub(crate) struct MigrateOptions {
     /// I know that the VM's disks are the same on both hosts, also where vmferry cannot tell
     #[arg(long)]
     pub disks_are_shared: bool,
+    /// Refuse it when a disk would have to move with the VM, as it is not on storage that both hosts see
+    #[arg(long)]
+    pub no_copy_disks: bool,
+    /// Where a disk is to be there: its name as `vmferry disk list` has it, and an absolute path; may be given for several.
+    /// It is copied, into a new file, or to a block device of its size, which is overwritten
+    #[arg(long = "disk", value_name = "NAME=PATH", value_parser = place)]
+    pub disks: Vec<(String, PathBuf)>,
+}
+
+#[derive(Args)]
+pub(crate) struct CopyImageOptions {
+    /// A file or a block device
+    pub image: PathBuf,
+    /// The peer's name or address (or ssh://[USER@]HOST[:PORT]), and the absolute path that the copy is to have there
+    #[arg(value_name = "HOST:PATH")]
+    pub target: String,
+    /// Send no faster than this [default: as fast as the link carries]
+    #[arg(long, value_name = "RATE", allow_hyphen_values = true, value_parser = rate)]
+    pub bandwidth: Option<u64>,
+    /// PATH may be there already: only what differs is sent, and it becomes what the image is, all at once
+    #[arg(long)]
+    pub update: bool,
+    /// Do not sum what was read and what arrived: saves processor time, and nobody notices if one host's memory, or
+    /// software, has spoilt something on the way
+    #[arg(long)]
+    pub no_verify: bool,
+    /// Print JSON, one event a line; the last one is the report
+    #[arg(long)]
+    pub json: bool,
 }
 
 fn duration(text: &str) -> Result<std::time::Duration, String> {
     humantime::parse_duration(text).map_err(|error| format!("{error}; give a time such as 300ms, 10s or 5m"))
+}
+
+fn place(text: &str) -> Result<(String, PathBuf), String> {
+    match text.split_once('=') {
+        Some((name, path)) if !name.is_empty() && path.starts_with('/') => Ok((name.into(), path.into())),
+        _ => Err("give the disk's name and an absolute path, such as virtio0=/srv/web1.raw".into()),
+    }
 }
 
 fn rate(text: &str) -> Result<u64, String> {

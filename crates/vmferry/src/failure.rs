@@ -1,5 +1,9 @@
 //! How a command fails: one line in plain words, what to do next, and an exit code.
 
+mod nbd;
+
+pub(crate) use nbd::NbdFailure;
+
 use std::path::PathBuf;
 
 use vmferry_api::client::ClientError;
@@ -19,6 +23,14 @@ pub(crate) enum Failure {
     Agent(#[from] ClientError),
     #[error("stopped looking; the migration was asked to cancel and may still be under way")]
     StoppedLooking,
+    #[error("lost sight of the copy")]
+    LostCopy,
+    #[error("lost sight of the move; the same command goes on with it when the agent is back")]
+    LostMove,
+    #[error("two places are given for the disk {0}")]
+    TwoPlaces(String),
+    #[error("{0:?} is no place for a copy: give HOST:PATH, where PATH begins with a slash and ends with a name")]
+    BadTarget(String),
     #[error("cannot run the agent")]
     Serve(#[source] Box<dyn std::error::Error + Send + Sync>),
     #[error("cannot use the terminal")]
@@ -51,6 +63,8 @@ pub(crate) enum Failure {
     Interrupted,
     #[error("cannot write the report to {}", path.display())]
     Report { path: PathBuf, source: std::io::Error },
+    #[error(transparent)]
+    Nbd(#[from] NbdFailure),
     #[error("cannot tell the current folder")]
     NoFolder(#[source] std::io::Error),
 }
@@ -87,9 +101,11 @@ impl Failure {
         match self {
             Self::Agent(ClientError::NoAgent { .. }) => Some("start it with `vmferry agent`, as the same user".into()),
             Self::Agent(ClientError::Problem(problem)) => problem.hint.clone(),
+            Self::Nbd(error) => error.hint().map(Into::into),
             Self::Agent(ClientError::LostSight) | Self::StoppedLooking => {
                 Some("the guest runs on; `vmferry migrations` tells what became of the migration".into())
             }
+            Self::LostCopy => Some("the same command goes on from what has arrived".into()),
             _ => None,
         }
     }
@@ -98,10 +114,13 @@ impl Failure {
         match self {
             Self::Agent(ClientError::NoAgent { .. }) => 7,
             Self::Agent(ClientError::Problem(problem)) => exit_code(problem.code),
-            Self::Agent(ClientError::LostSight) | Self::StoppedLooking => 6,
+            Self::Agent(ClientError::LostSight) | Self::StoppedLooking | Self::LostCopy | Self::LostMove => 6,
             Self::Measure(error) | Self::Batch(BatchError::Run(error)) => measuring_code(error),
+            Self::Nbd(error) => error.exit_code(),
             Self::Interrupted => 130,
             Self::BadSshHost(_)
+            | Self::BadTarget(_)
+            | Self::TwoPlaces(_)
             | Self::Scenario(_)
             | Self::Batch(
                 BatchError::Toml { .. }
@@ -139,7 +158,7 @@ fn measuring_code(error: &RunError) -> u8 {
 fn exit_code(code: Code) -> u8 {
     match code {
         Code::Internal | Code::QemuFailed | Code::Other => 1,
-        Code::MigrationFailed => 4,
+        Code::MigrationFailed | Code::CopyFailed => 4,
         Code::GaveUp => 5,
         Code::GuestAtRisk => 6,
         Code::TooLate => 8,

@@ -6,11 +6,16 @@ mod agent;
 mod bench;
 mod cli;
 mod console;
+mod copy;
+mod disk;
 mod failure;
 mod migrate;
+mod moving;
+mod nbd;
 mod pair;
 mod resolve;
 mod vms;
+mod watched;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -19,7 +24,7 @@ use clap::{CommandFactory, Parser};
 use vmferry_api::Resolve;
 use vmferry_api::client::Client;
 
-use crate::cli::{Bench, Cli, Command};
+use crate::cli::{Bench, Cli, Command, Nbd};
 use crate::failure::Failure;
 
 fn main() -> ExitCode {
@@ -55,13 +60,15 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Adopt { name, qmp } => vms::adopt(&client()?, name, qmp).await,
         Command::List { json } => vms::list(&client()?, json).await,
         Command::Show { name, json } => vms::show(&client()?, &name, json).await,
-        Command::Stop { name, force, timeout } => vms::stop(&client()?, &name, force, timeout.into()).await,
+        Command::Stop { name, force, keep, timeout } => vms::stop(&client()?, &name, force, keep, timeout.into()).await,
         Command::Start { name, undisputed } => vms::start(&client()?, &name, undisputed).await,
         Command::Pause { name } => vms::pause(&client()?, &name).await,
         Command::Resume { name } => vms::resume(&client()?, &name).await,
         Command::Autostart { name, on } => vms::autostart(&client()?, &name, on == "on").await,
         Command::Console { name } => console::run(&client()?, &name).await,
         Command::Migrate(options) => migrate::run(&client()?, options).await,
+        Command::Move(options) => moving::run(&client()?, options).await,
+        Command::Copy(options) => copy::run(&client()?, options).await,
         Command::PostCopy { name } => migrate::post_copy(&client()?, &name).await,
         Command::Cancel { name } => migrate::cancel(&client()?, &name).await,
         Command::Resolve { name, keep_here, yes, .. } => {
@@ -74,13 +81,17 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Unpair { peer } => pair::unpair(&client()?, &peer).await,
         Command::Migrations { json } => migrate::list(&client()?, json).await,
         Command::Bench(Bench::Run(options)) => bench::run(client, *options).await,
-        Command::Bench(Bench::Batch(options)) => bench::batch(client, options).await,
+        Command::Bench(Bench::Batch(options)) => Box::pin(bench::batch(client, options)).await,
         Command::Bench(Bench::Compare(options)) => bench::compare(&options),
         Command::Bench(Bench::Page(options)) => bench::page(&options),
         Command::Bench(Bench::Scenarios) => bench::scenarios(),
         Command::Bench(Bench::ImportGuestperf(options)) => bench::import_guestperf(&options),
         Command::Bench(Bench::Link(options)) => bench::link(client, options).await,
         Command::Bench(Bench::Ram(options)) => bench::ram(options).await,
+        Command::Disk(what) => disk::run(&client()?, what).await,
+        Command::Nbd(Nbd::Serve(options)) => nbd::serve(options).await,
+        Command::Nbd(Nbd::Info(options)) => nbd::info(&options),
+        Command::Nbd(Nbd::Copy(options)) => nbd::copy(&options).await,
         Command::TraceQemu => unreachable!("it has a process without a runtime"),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "vmferry", &mut std::io::stdout());

@@ -11,7 +11,7 @@ use vmferry_bench::record::LiveRecord;
 use crate::cli::MigrateOptions;
 use crate::failure::Failure;
 use crate::pair::over_ssh;
-use crate::vms::{memory, print_json, print_table};
+use crate::vms::{memory, places, print_json, print_table};
 
 /// Between two lines of progress where there is no terminal.
 const LINE_EVERY: Duration = Duration::from_secs(1);
@@ -28,6 +28,8 @@ pub(crate) async fn run(client: &Client, options: MigrateOptions) -> Result<(), 
         script: None,
         engine: options.engine,
         disks_are_shared: options.disks_are_shared,
+        copy_disks: !options.no_copy_disks,
+        disks: places(options.disks)?,
     };
     let mut record = match &options.record {
         Some(_) => Some(LiveRecord::begin(&client.get(&vm_path(&options.name)).await?, &request)),
@@ -83,7 +85,7 @@ pub(crate) async fn run(client: &Client, options: MigrateOptions) -> Result<(), 
 }
 
 /// Ctrl-C asks the agent to cancel and waits for what comes of it; a second one stops waiting.
-async fn cancel_on_interrupt<T>(
+pub(crate) async fn cancel_on_interrupt<T>(
     client: &Client,
     path: &str,
     follow: impl Future<Output = Result<T, ClientError>>,
@@ -159,6 +161,9 @@ fn tell_report(report: &Report) {
         None => println!("  downtime     {:.0} ms", report.downtime_ms),
     }
     println!("  sent         {}", memory(report.sent));
+    for disk in &report.disks {
+        println!("  disk         {}: {} of {}", disk.disk, memory(disk.sent), memory(disk.size));
+    }
     if report.deltas > 0 {
         println!("  differences  of {} pages, which saved {}", report.deltas, memory(report.saved_by_deltas));
     }
@@ -166,6 +171,12 @@ fn tell_report(report: &Report) {
         println!(
             "  drained      the guest's disks {} times, for {:.0} ms at most",
             report.drains, report.longest_drain_ms
+        );
+    }
+    if let Some(faults) = report.faults.as_ref().filter(|faults| faults.count > 0) {
+        println!(
+            "  waited       {} times for a page, for {:.1} ms (median), {:.1} ms (p99)",
+            faults.count, faults.median_ms, faults.p99_ms
         );
     }
     println!(
@@ -198,6 +209,7 @@ fn step_in_words(step: Step) -> &'static str {
     match step {
         Step::Plan => "plan",
         Step::Prepare => "prepare",
+        Step::CopyDisks => "copy disks",
         Step::CopyRam => "copy RAM",
         Step::SwitchOver => "switch over",
         Step::Commit => "commit",

@@ -1,5 +1,6 @@
 //! `run`, `adopt`, `list`, `show`, `start`, `stop`, `pause`, `resume`, `autostart`.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -86,8 +87,14 @@ pub(crate) async fn show(client: &Client, name: &str, json: bool) -> Result<(), 
     Ok(())
 }
 
-pub(crate) async fn stop(client: &Client, name: &str, force: bool, timeout: Duration) -> Result<(), Failure> {
-    let request = StopRequest { force, timeout_ms: timeout.as_millis() as u64 };
+pub(crate) async fn stop(
+    client: &Client,
+    name: &str,
+    force: bool,
+    keep: bool,
+    timeout: Duration,
+) -> Result<(), Failure> {
+    let request = StopRequest { force, keep, timeout_ms: timeout.as_millis() as u64 };
     client.tell(&format!("{}/stop", vm_path(name)), &request).await?;
     println!("{name} is stopped");
     Ok(())
@@ -116,6 +123,17 @@ pub(crate) async fn autostart(client: &Client, name: &str, on: bool) -> Result<(
     client.put(&format!("{}/autostart", vm_path(name)), &Autostart { on }).await?;
     println!("{name} is {} when this host is", if on { "started" } else { "not started" });
     Ok(())
+}
+
+/// Where disks are to be, by their names; each of them once.
+pub(crate) fn places(disks: Vec<(String, PathBuf)>) -> Result<BTreeMap<String, PathBuf>, Failure> {
+    let mut places = BTreeMap::new();
+    for (name, path) in disks {
+        if places.insert(name.clone(), path).is_some() {
+            return Err(Failure::TwoPlaces(name));
+        }
+    }
+    Ok(places)
 }
 
 /// Bytes as people say them.

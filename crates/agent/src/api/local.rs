@@ -32,6 +32,7 @@ use crate::measuring::witness;
 use crate::peers::{link_trial, trust};
 use crate::recovery::came_whole;
 use crate::source::{self, Migration};
+use crate::vm_moves;
 
 /// How many ended migrations are listed.
 const LISTED: u32 = 50;
@@ -139,7 +140,9 @@ async fn stop(
 ) -> Result<StatusCode, ApiError> {
     // What is left of a guest that is stranded has nothing to shut down.
     let stopping = tokio::spawn(async move {
-        match request.force && source::discard(&agent.outgoing, &name).await {
+        let is_gone = vm_moves::give_up(&agent.host, &name).await?
+            || request.force && source::discard(&agent.outgoing, &name).await;
+        match is_gone {
             true => Ok(()),
             false => host::stop(&agent.host, &name, &request).await,
         }
@@ -220,10 +223,13 @@ async fn migrate(State(agent): Shared, Path(name): Path<String>, Json(request): 
     Ok(Json(Begun { plan, id: migration.map(|it| it.id) }))
 }
 
-/// Cancels the migration of a VM; its events tell how it ends.
+/// Cancels the migration or the move of a VM; the events of a migration tell how it ends.
 #[utoipa::path(delete, path = "/v1/vms/{name}/migration", params(("name" = String, Path)),
     responses((status = 204), (status = "default", body = Problem)))]
 async fn cancel(State(agent): Shared, Path(name): Path<String>) -> Result<StatusCode, ApiError> {
+    if agent.vm_moves.cancel(&name)? {
+        return Ok(StatusCode::NO_CONTENT);
+    }
     agent.host.found(&name).await?;
     agent.outgoing.cancel(&name)?;
     Ok(StatusCode::NO_CONTENT)
@@ -237,7 +243,9 @@ async fn resolve(
     Path(name): Path<String>,
     Json(how): Json<Resolve>,
 ) -> Result<StatusCode, ApiError> {
-    source::resolve(&agent.outgoing, &name, how).await?;
+    if !agent.vm_moves.resolve(&name, how).await? {
+        source::resolve(&agent.outgoing, &name, how).await?;
+    }
     Ok(StatusCode::NO_CONTENT)
 }
 

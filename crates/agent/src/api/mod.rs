@@ -4,7 +4,10 @@
 //! agents use, over TLS in which both sides have proved who they are. Both are made of the same parts, and every route
 //! is in the document because the router is built from it.
 
+mod copies;
+mod disks;
 mod local;
+mod moves;
 mod peers;
 
 use std::sync::Arc;
@@ -82,8 +85,9 @@ where
 #[derive(OpenApi)]
 #[openapi(info(
     title = "vmferry agent",
-    description = "Live migration for QEMU/KVM guests. The routes under /v1/vms and /v1/migrations are for the host's \
-                   own users, over the agent's Unix socket; /v1/hello, /v1/join, /v1/incoming, /v1/boot-files and \
+    description = "Live migration for QEMU/KVM guests. The routes under /v1/vms, /v1/migrations and /v1/copies are for the \
+                   host's own users, over the agent's Unix socket; /v1/hello, /v1/join, /v1/incoming, \
+                   /v1/incoming-copies, /v1/incoming-vms, /v1/boot-files and \
                    /v1/link-trial are for other agents, over TLS."
 ))]
 struct Document;
@@ -91,7 +95,12 @@ struct Document;
 /// The routes for the command line.
 pub(crate) fn local_router(agent: &Arc<Agent>) -> axum::Router {
     let document = openapi();
-    let (router, _) = OpenApiRouter::new().merge(local::routes()).split_for_parts();
+    let all = OpenApiRouter::new()
+        .merge(local::routes())
+        .merge(copies::routes())
+        .merge(disks::routes())
+        .merge(moves::routes());
+    let (router, _) = all.split_for_parts();
     router
         .route("/openapi.json", axum::routing::get(move || std::future::ready(Json(document.clone()))))
         .fallback(no_such_route)
@@ -108,6 +117,9 @@ pub(crate) fn peer_router(agent: &Arc<Agent>) -> axum::Router {
 pub fn openapi() -> utoipa::openapi::OpenApi {
     let (_, document) = OpenApiRouter::with_openapi(Document::openapi())
         .merge(local::routes())
+        .merge(copies::routes())
+        .merge(disks::routes())
+        .merge(moves::routes())
         .merge(peers::routes())
         .split_for_parts();
     document

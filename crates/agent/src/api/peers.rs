@@ -18,14 +18,16 @@ use vmferry_api::{Hello, Problem};
 
 use super::{Answer, ApiError, upgraded};
 use crate::agent::Agent;
+use crate::copying;
 use crate::destination;
 use crate::error::AgentError;
 use crate::measuring::{boot_files, witness};
 use crate::peers::trust::{self, Caller};
 use crate::peers::{
-    API, BootFile, CheckReply, Commit, Fence, IncomingState, Join, Offer, OutgoingState, Prepared, RELAY_PROTOCOL,
-    TrialAccepted, TrialOffer, link_trial, relay,
+    API, BootFile, CheckReply, Commit, CopyAccepted, CopyOffer, Fence, IncomingState, Join, MoveOffer, MoveReply,
+    Offer, OutgoingState, Prepared, RELAY_PROTOCOL, Taken, TrialAccepted, TrialOffer, link_trial, relay,
 };
+use crate::vm_moves;
 
 type Shared = State<Arc<Agent>>;
 
@@ -51,6 +53,10 @@ pub(crate) fn routes() -> OpenApiRouter<Arc<Agent>> {
         .routes(routes!(relay))
         .routes(routes!(try_streams))
         .routes(routes!(witness))
+        .routes(routes!(take_copy))
+        .routes(routes!(check_vm))
+        .routes(routes!(begin_vm))
+        .routes(routes!(take_vm))
 }
 
 /// A peer that asks.
@@ -256,4 +262,40 @@ async fn try_streams(
     Json(offer): Json<TrialOffer>,
 ) -> Answer<TrialAccepted> {
     Ok(Json(link_trial::accept(&agent.host, offer, &caller)?))
+}
+
+/// Waits for the streams of a copy of an image, and writes what comes over them.
+#[utoipa::path(post, path = "/v1/incoming-copies", request_body = CopyOffer,
+    responses((status = 200, body = CopyAccepted), (status = "default", body = Problem)))]
+async fn take_copy(State(agent): Shared, Paired(caller): Paired, Json(offer): Json<CopyOffer>) -> Answer<CopyAccepted> {
+    Ok(Json(copying::accept(&agent.copies, offer, caller).await?))
+}
+
+/// Whether this host could take a VM that does not run; touches nothing.
+#[utoipa::path(post, path = "/v1/incoming-vms/check", request_body = MoveOffer,
+    responses((status = 200, body = MoveReply), (status = "default", body = Problem)))]
+async fn check_vm(State(agent): Shared, Paired(caller): Paired, Json(offer): Json<MoveOffer>) -> Answer<MoveReply> {
+    Ok(Json(vm_moves::check_arrival(&agent.host, &offer, &caller).await?))
+}
+
+/// Waits for the disks of a VM that does not run, and tells what is there of them. It cannot be started here yet.
+#[utoipa::path(post, path = "/v1/incoming-vms", request_body = MoveOffer,
+    responses((status = 200, body = MoveReply), (status = "default", body = Problem)))]
+async fn begin_vm(State(agent): Shared, Paired(caller): Paired, Json(offer): Json<MoveOffer>) -> Answer<MoveReply> {
+    let begun = tokio::spawn(async move { vm_moves::begin_arrival(&agent.host, offer, &caller).await });
+    Ok(Json(begun.await.expect("beginning does not panic")?))
+}
+
+/// The VM was given to this host, which can start it from now on, if all of it is here. The answer is final, and may be
+/// asked for again.
+#[utoipa::path(post, path = "/v1/incoming-vms/{id}/take", params(("id" = Uuid, Path)),
+    responses((status = 200, body = Taken), (status = "default", body = Problem)))]
+async fn take_vm(
+    State(agent): Shared,
+    ConnectInfo(caller): ConnectInfo<Caller>,
+    Path(id): Path<Uuid>,
+) -> Answer<Taken> {
+    // Also of one that was unpaired meanwhile, which is told what is its own.
+    let taken = tokio::spawn(async move { vm_moves::take(&agent.host, id, caller.key).await });
+    Ok(Json(taken.await.expect("taking does not panic")?))
 }

@@ -41,6 +41,8 @@ pub(crate) struct Arrival {
 #[derive(Default)]
 pub(crate) struct Arrivals {
     under_way: Mutex<HashMap<Uuid, Arrival>>,
+    /// What brings their disks.
+    disks: Mutex<HashMap<Uuid, Arc<Link>>>,
     /// Held while an arrival goes on over another link.
     resuming: tokio::sync::Mutex<()>,
 }
@@ -49,6 +51,22 @@ impl Arrivals {
     /// What was under way for this migration is not any more.
     pub(super) fn take(&self, id: Uuid) -> Option<Arrival> {
         self.lock().remove(&id)
+    }
+
+    /// This link brings the disks of this migration.
+    pub(super) fn brings_disks(&self, id: Uuid, link: Arc<Link>) {
+        self.lock_disks().insert(id, link);
+    }
+
+    /// Nothing brings its disks any more.
+    pub(super) fn has_disks(&self, id: Uuid) {
+        if let Some(link) = self.lock_disks().remove(&id) {
+            link.give_up();
+        }
+    }
+
+    fn lock_disks(&self) -> MutexGuard<'_, HashMap<Uuid, Arc<Link>>> {
+        self.disks.lock().expect("no holder of this lock panics")
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<Uuid, Arrival>> {
@@ -66,6 +84,7 @@ pub(crate) fn is_expected(vm_dir: &Path) -> bool {
 }
 
 /// The link that a source is about to make.
+#[derive(Clone)]
 pub(crate) struct Expected {
     pub(crate) session: NewSession,
     pub(crate) source: Fingerprint,

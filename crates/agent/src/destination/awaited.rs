@@ -17,9 +17,10 @@ use vmferry_qemu::qmp::commands;
 use vmferry_qemu::{MigrationStatus, QmpError, RunState};
 
 use super::arrival::{self, Arrivals};
+use super::disks;
 use crate::host::{Host, IdleVm, Promise, Stage, Vm};
 use crate::journal::{InRow, Source};
-use crate::peers::{InWord, IncomingState};
+use crate::peers::{Commit, InWord, IncomingState};
 
 /// A source that is not heard of for this long has lost its claim: what was prepared for it goes.
 const LEASE: Duration = Duration::from_secs(15);
@@ -29,6 +30,9 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 pub(super) const STATUS_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long the guest may take to be set running, before it is tried again.
 const RUN_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// When a QEMU that has refused that is asked again.
+const RUN_AGAIN: Duration = Duration::from_millis(50);
 
 /// See the module's text.
 pub(crate) struct Awaited {
@@ -45,6 +49,10 @@ pub(crate) struct Awaited {
     heard_ms: AtomicU64,
     /// Its QEMU is being started and set up: whatever becomes of it, that is seen to its end first.
     preparing: AtomicBool,
+    /// The disks that came with it are its own.
+    keeps_disks: AtomicBool,
+    /// QEMU at the source has let go of the guest, as far as is known: there is nobody to give it back to.
+    source_let_go: AtomicBool,
     /// Held while something is done.
     turn: tokio::sync::Mutex<()>,
     changed: Notify,
@@ -98,6 +106,8 @@ impl Awaited {
             begun: Instant::now(),
             heard_ms: AtomicU64::new(0),
             preparing: AtomicBool::new(false),
+            keeps_disks: AtomicBool::new(false),
+            source_let_go: AtomicBool::new(true),
             turn: tokio::sync::Mutex::default(),
             changed: Notify::new(),
         })
@@ -157,6 +167,12 @@ impl Awaited {
         self.apply(event);
     }
 
+    /// Its source wants this host to take it over.
+    pub(super) fn is_to_commit(&self, asked: Commit) {
+        self.source_let_go.store(asked.let_go, Ordering::Relaxed);
+        self.apply(Event::Commit { run: asked.run });
+    }
+
     pub(super) fn heard(&self) {
         self.heard_ms.store(self.begun.elapsed().as_millis() as u64, Ordering::Relaxed);
     }
@@ -170,8 +186,15 @@ impl Awaited {
         self.vm.get().is_some_and(|it| it.pid == vm.pid && it.start_time == vm.start_time)
     }
 
-    /// For the source.
-    pub(super) fn view(&self) -> IncomingState {
+    /// For the source, when it is known.
+    pub(super) async fn view(&self) -> IncomingState {
+        while self.machine().is_trying() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        self.view_now()
+    }
+
+    fn view_now(&self) -> IncomingState {
         let state = self.lock();
         let (step, start) = match state.machine.answer() {
             Answer::Prepared => (InWord::Prepared, Start::Due),
@@ -197,6 +220,11 @@ impl Awaited {
             if self.machine() == before {
                 break;
             }
+        }
+        if matches!(self.machine().answer(), Answer::Committed(Start::Tried | Start::Done))
+            && !self.keeps_disks.swap(true, Ordering::Relaxed)
+        {
+            disks::keep(&self.host, self.id);
         }
         // Its QEMU may have ended by itself.
         if self.machine().row() == Some(InStep::Abandoned) && self.machine().qemu() == Qemu::Ended {
@@ -272,6 +300,7 @@ impl Awaited {
                 if let Some(arrival) = self.arrivals.take(self.id) {
                     arrival.give_up();
                 }
+                self.arrivals.has_disks(self.id);
                 tracing::info!(vm = self.name, migration = %self.id, why, "abandoned");
             }
         }
@@ -341,7 +370,14 @@ impl Awaited {
     /// answer only when the source has made a lost connection anew, and for that the source must hear that it is here.
     async fn set_running(&self) {
         let Some(vm) = self.vm.get() else { return };
-        match run(vm, || self.apply(Event::Tries)).await {
+        let tried = run(vm, || self.apply(Event::Tries)).await;
+        match tried {
+            Err(NotRunning::Refused(error)) if vm.is_alive() && !self.source_let_go.load(Ordering::Relaxed) => {
+                let why = format!("its QEMU does not set it running: {}", in_one_line(&error));
+                tracing::error!(vm = self.name, migration = %self.id, why, "gives the guest back");
+                self.lock().why = why;
+                self.apply(Event::Refused);
+            }
             Ok(()) => {
                 self.apply(Event::Told(Qemu::Runs));
                 tokio::spawn(announce(Arc::clone(vm)));
@@ -353,7 +389,7 @@ impl Awaited {
                 tracing::error!(vm = self.name, "its QEMU ended before it could be set running");
                 self.end_of_its_qemu();
             }
-            Err(error) => {
+            Err(NotRunning::Refused(error) | NotRunning::Unclear(error)) => {
                 // It is tried for as long as it takes, which is for ever when the pages that QEMU waits for are lost.
                 if !std::mem::replace(&mut self.lock().told, true) {
                     tracing::error!(
@@ -387,6 +423,8 @@ impl Awaited {
             Some(idle) => self.host.forget_idle(&idle).await,
             None => Ok(()),
         };
+        let (host, id) = (Arc::clone(&self.host), self.id);
+        tokio::task::spawn_blocking(move || disks::undo(&host, id)).await.expect("undoing does not panic");
         if let Err(error) = taken.and(idle) {
             tracing::error!(vm = self.name, error = in_one_line(&error), "cannot forget it");
         }
@@ -445,20 +483,38 @@ async fn in_post_copy(vm: &Vm) -> bool {
     }
 }
 
+/// Why a guest does not run.
+enum NotRunning {
+    /// QEMU says that it cannot: the guest has executed nothing.
+    Refused(QmpError),
+    Unclear(QmpError),
+}
+
 /// Sets it running, and says so before it is tried.
-async fn run(vm: &Vm, tries: impl Fn()) -> Result<(), QmpError> {
+async fn run(vm: &Vm, tries: impl Fn()) -> Result<(), NotRunning> {
     let deadline = Instant::now() + RUN_TIMEOUT;
+    let mut was_accepted = false;
     loop {
-        let state = vm.qmp.execute_within(commands::QueryStatus {}, RUN_TIMEOUT).await?.status;
+        let state = vm.qmp.execute_within(commands::QueryStatus {}, RUN_TIMEOUT).await;
         // A guest that has shut down or crashed, at its source or in its first moment here, is none of ours to restart.
-        if !matches!(state, RunState::Paused | RunState::InMigrate | RunState::Prelaunch) {
-            return Ok(());
+        match state.map_err(NotRunning::Unclear)?.status {
+            RunState::Paused | RunState::InMigrate | RunState::Prelaunch => {}
+            _ => return Ok(()),
         }
-        if Instant::now() > deadline {
-            return Err(QmpError::Timeout { command: "cont".into(), after: RUN_TIMEOUT });
+        let is_late = Instant::now() > deadline;
+        if is_late && was_accepted {
+            return Err(NotRunning::Unclear(QmpError::Timeout { command: "cont".into(), after: RUN_TIMEOUT }));
         }
         tries();
-        vm.qmp.execute_within(commands::Cont {}, RUN_TIMEOUT).await?;
+        match vm.qmp.execute_within(commands::Cont {}, RUN_TIMEOUT).await {
+            Ok(_) => was_accepted = true,
+            Err(error @ QmpError::Command { .. }) if is_late && !was_accepted => {
+                return Err(NotRunning::Refused(error));
+            }
+            // What keeps it from that may go: a lock that somebody is about to let go of.
+            Err(QmpError::Command { .. }) => tokio::time::sleep(RUN_AGAIN).await,
+            Err(error) => return Err(NotRunning::Unclear(error)),
+        }
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
 }

@@ -42,7 +42,7 @@ pub(crate) async fn commit(
         return unheard(here, id, caller, "this host knows nothing of it").await;
     };
     awaited.heard();
-    awaited.apply(Event::Commit { run: asked.run });
+    awaited.is_to_commit(asked);
     let begun = Instant::now();
     let mut decided = None;
     loop {
@@ -53,19 +53,19 @@ pub(crate) async fn commit(
         match machine.row() {
             Some(InStep::Committed { .. }) => {
                 let since = *decided.get_or_insert_with(Instant::now);
-                if awaited.view().runs || machine.is_at_rest() || since.elapsed() > RUN_TIMEOUT {
-                    return Ok(awaited.view());
+                if awaited.view().await.runs || machine.is_at_rest() || since.elapsed() > RUN_TIMEOUT {
+                    return Ok(awaited.view().await);
                 }
             }
-            Some(InStep::Abandoned) => return Ok(awaited.view()),
+            Some(InStep::Abandoned) => return Ok(awaited.view().await),
             // The journal cannot be written: it is not for this host to say that nothing will come of it.
-            _ if !wants_to_commit(machine) => return Ok(awaited.view()),
+            _ if !wants_to_commit(machine) => return Ok(awaited.view().await),
             // Only its source may say that a guest is lost that its QEMU has let go of.
-            _ if too_long && asked.let_go => return Ok(awaited.view()),
+            _ if too_long && asked.let_go => return Ok(awaited.view().await),
             _ if too_long => {
                 awaited.give_up(Event::GiveUp, "its QEMU did not receive the whole guest");
                 awaited.act().await;
-                return Ok(awaited.view());
+                return Ok(awaited.view().await);
             }
             _ => {}
         }
@@ -124,7 +124,7 @@ async fn let_go(awaited: &Awaited, event: Event, why: &str) -> IncomingState {
         // What was committed is not abandoned; and what cannot be written is said to be as it was.
         let stays = matches!(machine.row(), Some(InStep::Committed { .. })) && event != Event::Fence;
         if awaited.is_gone() || stays || Instant::now() > deadline {
-            return awaited.view();
+            return awaited.view().await;
         }
         // While its QEMU starts, whoever starts it ends it.
         tokio::time::sleep(Duration::from_millis(5)).await;

@@ -154,7 +154,7 @@ pub(crate) async fn keep(here: &Arc<Incoming>, id: Uuid) -> Result<IncomingState
 /// How an incoming migration stands.
 pub(crate) async fn state(here: &Arc<Incoming>, id: Uuid) -> Result<IncomingState, AgentError> {
     match here.find(id).await? {
-        Some(awaited) => Ok(awaited.view()),
+        Some(awaited) => Ok(awaited.view().await),
         None => {
             Err(AgentError::Conflict { message: format!("this host knows no incoming migration {id}"), hint: None })
         }

@@ -9,14 +9,16 @@ mod arrival;
 mod awaited;
 mod check;
 mod commit;
+mod disks;
 mod incoming;
 mod prepare;
 mod recover;
 mod suitability;
 
 pub(crate) use arrival::is_expected;
-pub(crate) use check::check;
+pub(crate) use check::{check, could_start};
 pub(crate) use commit::{abandon, commit, fence};
+pub(crate) use disks::sweep as sweep_disks;
 pub(crate) use incoming::{Incoming, is_undisputed, keep, measuring_vm, relayed_vm, settled, state};
 pub(crate) use prepare::prepare;
 pub(crate) use recover::recover;

@@ -12,9 +12,10 @@ use vmferry_qemu::migration::set_capabilities;
 use vmferry_qemu::qmp::commands;
 use vmferry_qemu::{CommandLine, Endpoint, Incoming as IncomingLaunch, protect_streams, tls_priority};
 
-use super::arrival;
+use super::arrival::{self, Expected};
 use super::awaited::Awaited;
 use super::check::{Suitable, suitable};
+use super::disks;
 use super::incoming::Incoming;
 use super::suitability::no_memory;
 use crate::engine::means::check_offered;
@@ -35,9 +36,13 @@ pub(crate) async fn prepare(here: &Arc<Incoming>, mut offer: Offer, caller: Call
     check_offered(&offer.setup, offer.spec.measuring)?;
     let _name = here.host.reserve_name(&name)?;
     boot_files::settle(&here.host, &mut offer.spec);
-    let Suitable { command, accel, info, need, unproven } = suitable(here, &offer).await?;
+    let Suitable { command, accel, info, need, unproven, own_disks, .. } = suitable(here, &offer).await?;
     if let Some(file) = unproven.first() {
         let message = format!("nothing tells that {} is the same on both hosts", file.display());
+        return Err(AgentError::Conflict { message, hint: Some("plan the migration again".into()) });
+    }
+    if own_disks != offer.own_disks || own_disks.is_empty() != offer.disks_session.is_none() {
+        let message = "its disks are not where they were when it was planned".into();
         return Err(AgentError::Conflict { message, hint: Some("plan the migration again".into()) });
     }
     if offer.spec.cwd.metadata().is_err() {
@@ -67,8 +72,14 @@ pub(crate) async fn prepare(here: &Arc<Incoming>, mut offer: Offer, caller: Call
         return Err(AgentError::Conflict { message, hint: Some("is its disk full?".into()) });
     }
     let incoming = IncomingLaunch { machine_type: offer.machine.clone() };
-    let launched = here.host.launch(&offer.spec, &command, accel, false, Some((offer.id, incoming))).await;
-    let (vm, _) = match launched {
+    let plain = offer.protection == Protection::Plain;
+    let launched = async {
+        if let Some(session) = offer.disks_session.clone() {
+            take_disks(here, &offer, &command, Expected { session, source: caller.key, plain }).await?;
+        }
+        here.host.launch(&offer.spec, &command, accel, false, Some((offer.id, incoming))).await
+    };
+    let (vm, _) = match launched.await {
         Ok(started) => started,
         Err(error) => {
             awaited.give_up(Event::GiveUp, &in_one_line(&error));
@@ -88,8 +99,7 @@ pub(crate) async fn prepare(here: &Arc<Incoming>, mut offer: Offer, caller: Call
     let inventory = describe(&vm).await;
     let received = match offer.external {
         Some(session) => {
-            let plain = offer.protection == Protection::Plain;
-            let expected = arrival::Expected { session, source: caller.key, plain };
+            let expected = Expected { session, source: caller.key, plain };
             let begun = arrival::begin(&here.host, &here.arrivals, &vm, offer.id, known, expected).await;
             begun.map(|post_copy_obstacle| Prepared {
                 port: None,
@@ -113,7 +123,7 @@ pub(crate) async fn prepare(here: &Arc<Incoming>, mut offer: Offer, caller: Call
     }
     awaited.act().await;
     awaited.set_preparing(false);
-    let state = awaited.view();
+    let state = awaited.view().await;
     if state.step == InWord::Abandoned && received.is_ok() {
         // While its QEMU started.
         let message = format!("this migration was abandoned: {}", state.detail.unwrap_or_default());
@@ -122,6 +132,19 @@ pub(crate) async fn prepare(here: &Arc<Incoming>, mut offer: Offer, caller: Call
     let prepared = Prepared { inventory, ..received? };
     tracing::info!(vm = name, migration = %offer.id, from = offer.from, port = prepared.port, "waits for a guest");
     Ok(prepared)
+}
+
+/// Makes the disks that come with the guest, and takes what its source sends of them.
+async fn take_disks(
+    here: &Incoming,
+    offer: &Offer,
+    command: &CommandLine,
+    expected: Expected,
+) -> Result<(), AgentError> {
+    let images: Vec<_> = offer.own_disks.iter().filter_map(|disk| offer.image(disk)).cloned().collect();
+    let qemu = here.host.qemus.find_qemu(command)?;
+    let targets = disks::make(&here.host, offer.id, &offer.spec.name, images, &qemu).await?;
+    disks::begin(&here.host, &here.arrivals, offer.id, targets, expected)
 }
 
 /// What its user should know of its display.

@@ -32,11 +32,11 @@ pub(crate) async fn recover(here: &Arc<Incoming>, id: Uuid, caller: &Caller) -> 
         }
         // One that was shut down, or stopped by its user, misses nothing any more.
         if here.host.idle(&name).is_none_or(|idle| idle.record.incoming != Some(id)) && here.host.vm(&name).is_err() {
-            return Ok(IncomingState { complete: true, tried: true, runs: true, ..awaited.view() });
+            return Ok(IncomingState { complete: true, tried: true, runs: true, ..awaited.view().await });
         }
         return Err(gone());
     };
-    let mut state = awaited.view();
+    let mut state = awaited.view().await;
     // It may be on its way to another host by now: what brought it here has nothing more to say.
     let is_elsewhere = |vm: &Arc<Vm>| matches!(vm.stage(), Stage::InDoubt(_) | Stage::Left(_) | Stage::Stranded(_));
     let moves_on = awaited.vm.get().is_some_and(is_elsewhere);

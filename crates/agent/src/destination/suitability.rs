@@ -3,12 +3,13 @@
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
-use vmferry_api::Code;
+use vmferry_api::{Code, in_one_line};
+use vmferry_nbd::backend::{Access, Backend, File};
 use vmferry_qemu::{Accel, CommandLine, FileKind, Inventory, QemuInfo, chosen_accelerator};
 
-use crate::error::AgentError;
-use crate::host::{Contents, Short, marker_beside, obstacle};
-use crate::peers::Offer;
+use crate::error::{AgentError, ImageError};
+use crate::host::{Contents, Images, LeftDisks, Short, device_id, marker_beside, obstacle};
+use crate::peers::{Offer, OwnImage};
 
 /// A refusal, before it knows the host's and the VM's name.
 struct Refusal {
@@ -27,25 +28,44 @@ pub(super) struct Host<'a> {
     pub qemu: &'a QemuInfo,
     pub accel: &'a Accel,
     pub contents: &'a Contents,
+    pub images: Images<'a>,
+    pub left: LeftDisks,
+    /// Those of the VM's disks that are here since an earlier try to bring it.
+    pub copied: Vec<PathBuf>,
 }
 
-/// Refuses what this host cannot take, naming what is missing. The answer is what cannot be judged yet: the files of which
-/// it is to be known what is in them.
-pub(super) fn judge(offer: &Offer, command: &CommandLine, host: &Host<'_>) -> Result<Vec<PathBuf>, AgentError> {
-    machine(offer, host)
-        .and_then(|()| accelerator(offer, command, host))
-        .and_then(|()| cpu(offer, command, host))
-        .and_then(|()| files(offer, command))
-        .and_then(|()| networks(offer))
-        .and_then(|()| disks(offer, command))
-        .and_then(|()| read_only(offer, host.contents))
-        .map_err(|refusal| AgentError::Unsuitable {
-            host: host.name.into(),
-            name: offer.spec.name.clone(),
-            code: refusal.code,
-            reason: refusal.reason,
-            hint: refusal.hint,
-        })
+/// What was found out, where nothing is to be refused.
+pub(super) struct Judged {
+    /// What cannot be judged yet: the files of which it is to be known what is in them.
+    pub unproven: Vec<PathBuf>,
+    /// The disks that are not here, and can be made here.
+    pub own_disks: Vec<PathBuf>,
+    /// Those of them that are block devices here.
+    pub devices: Vec<PathBuf>,
+}
+
+/// Refuses what this host cannot take, naming what is missing.
+pub(super) fn judge(offer: &Offer, command: &CommandLine, host: &Host<'_>) -> Result<Judged, AgentError> {
+    find_out(offer, command, host).map_err(|refusal| AgentError::Unsuitable {
+        host: host.name.into(),
+        name: offer.spec.name.clone(),
+        code: refusal.code,
+        reason: refusal.reason,
+        hint: refusal.hint,
+    })
+}
+
+fn find_out(offer: &Offer, command: &CommandLine, host: &Host<'_>) -> Result<Judged, Refusal> {
+    machine(offer, host)?;
+    accelerator(offer, command, host)?;
+    cpu(offer, command, host)?;
+    let own_disks = disks(offer, command, host)?;
+    files(offer, command, &own_disks)?;
+    networks(offer)?;
+    let unproven = read_only(offer, host.contents)?;
+    let is_device = |disk: &&PathBuf| is_block_device(disk);
+    let devices = own_disks.iter().filter(is_device).cloned().collect();
+    Ok(Judged { unproven, own_disks, devices })
 }
 
 /// This host has too little memory for the VM.
@@ -78,7 +98,8 @@ fn machine(offer: &Offer, host: &Host<'_>) -> Result<(), Refusal> {
     let known = |machine: &vmferry_qemu::Machine| {
         machine.name == offer.machine || machine.alias.as_deref() == Some(offer.machine.as_str())
     };
-    if host.qemu.machines.iter().any(known) {
+    // Without one it is the binary's usual one.
+    if offer.machine.is_empty() || host.qemu.machines.iter().any(known) {
         return Ok(());
     }
     refuse(
@@ -106,6 +127,9 @@ fn accelerator(offer: &Offer, command: &CommandLine, host: &Host<'_>) -> Result<
 
 fn cpu(offer: &Offer, command: &CommandLine, host: &Host<'_>) -> Result<(), Refusal> {
     let Some(model) = command.cpu_model() else { return Ok(()) };
+    if offer.stopped && model == "host" {
+        return Ok(());
+    }
     let Some(known) = host.qemu.cpus.iter().find(|cpu| cpu.name == model) else {
         return refuse(
             Code::NoCpu,
@@ -117,7 +141,7 @@ fn cpu(offer: &Offer, command: &CommandLine, host: &Host<'_>) -> Result<(), Refu
     // miss.
     let may_have = |feature: &&String| !Inventory::lacks_for_sure(&offer.cpu_features, feature);
     let lacks: Vec<&str> = known.unavailable.iter().filter(may_have).map(String::as_str).collect();
-    if host.accel.is_kvm() && !lacks.is_empty() {
+    if host.accel.is_kvm() && !offer.stopped && !lacks.is_empty() {
         return refuse(
             Code::NoCpu,
             format!("its processor lacks features of the CPU model {model} that the guest has: {}", lacks.join(", ")),
@@ -127,10 +151,10 @@ fn cpu(offer: &Offer, command: &CommandLine, host: &Host<'_>) -> Result<(), Refu
     Ok(())
 }
 
-fn files(offer: &Offer, command: &CommandLine) -> Result<(), Refusal> {
+fn files(offer: &Offer, command: &CommandLine, own_disks: &[PathBuf]) -> Result<(), Refusal> {
     for file in command.files() {
         let path = offer.spec.cwd.join(&file.path);
-        if matches!(file.kind, FileKind::Ram) {
+        if matches!(file.kind, FileKind::Ram) || own_disks.contains(&path) {
             continue;
         }
         if let Err(error) = std::fs::metadata(&path) {
@@ -151,11 +175,11 @@ fn networks(offer: &Offer) -> Result<(), Refusal> {
     }
 }
 
-fn disks(offer: &Offer, command: &CommandLine) -> Result<(), Refusal> {
-    if offer.disks_are_shared {
-        return Ok(());
-    }
-    if let Some(disk) = command.remote_disks().into_iter().find(|disk| is_of_this_host(disk)) {
+/// Each disk must be the same file on both hosts, or one that can move with the guest. The answer is which those are.
+fn disks(offer: &Offer, command: &CommandLine, host: &Host<'_>) -> Result<Vec<PathBuf>, Refusal> {
+    let mut own = Vec::new();
+    let is_local = |disk: &String| is_of_this_host(disk) && !offer.disks_are_shared;
+    if let Some(disk) = command.remote_disks().into_iter().find(is_local) {
         return refuse(
             Code::DiskNotShared,
             format!("the disk {disk} is served by the source itself"),
@@ -163,14 +187,31 @@ fn disks(offer: &Offer, command: &CommandLine) -> Result<(), Refusal> {
         );
     }
     for disk in &offer.disks {
+        if let Some(image) = offer.image(disk).filter(|image| image.placed) {
+            match is_block_device(disk) {
+                true => takes(image, offer.stopped, host)?,
+                false => can_be_made(image, &offer.spec.name, host)?,
+            }
+            own.push(disk.clone());
+            continue;
+        }
+        if offer.disks_are_shared {
+            continue;
+        }
         if is_block_device(disk) {
             return refuse(
                 Code::DiskNotShared,
                 format!("nothing tells that {} is the same disk on both hosts", disk.display()),
-                "if you know that it is, say --disks-are-shared",
+                "if you know that it is, say --disks-are-shared; to have it copied, say where to: --disk NAME=PATH",
             );
         }
-        if !marker_beside(disk, offer.id).is_some_and(|marker| marker.exists()) {
+        if marker_beside(disk, offer.id).is_some_and(|marker| marker.exists()) {
+            continue;
+        }
+        if let Some(image) = offer.image(disk) {
+            can_be_made(image, &offer.spec.name, host)?;
+            own.push(disk.clone());
+        } else {
             return refuse(
                 Code::DiskNotShared,
                 format!("the disk {} is not the same file on both hosts", disk.display()),
@@ -179,7 +220,83 @@ fn disks(offer: &Offer, command: &CommandLine) -> Result<(), Refusal> {
             );
         }
     }
+    Ok(own)
+}
+
+fn can_be_made(image: &OwnImage, vm: &str, host: &Host<'_>) -> Result<(), Refusal> {
+    let refused = |error: &ImageError| Refusal {
+        code: Code::DiskNotShared,
+        reason: format!("its disk cannot be made there: {}", in_one_line(error)),
+        hint: error.hint().map(str::to_owned),
+    };
+    if !matches!(image.format.as_str(), "raw" | "qcow2") {
+        return refuse(
+            Code::DiskNotShared,
+            format!("{} is not shared, and disks of the format {} cannot move yet", image.path.display(), image.format),
+            "put it on storage that both hosts mount",
+        );
+    }
+    let is_ours = || host.copied.contains(&image.path) || host.left.was_left(vm, &image.path).is_some();
+    let room = match host.images.may_make(&image.path) {
+        // It makes room for itself.
+        Err(ImageError::Exists { .. }) if is_ours() => return Ok(()),
+        // Some of it is there.
+        Ok(_) if host.copied.contains(&image.path) => return Ok(()),
+        room => room.map_err(|error| refused(&error))?,
+    };
+    if room < image.allocated {
+        return refuse(
+            Code::DiskNotShared,
+            format!(
+                "there is no room for {}: {} MiB of it are in use, and {} MiB are free there",
+                image.path.display(),
+                image.allocated >> 20,
+                room >> 20
+            ),
+            "make room there",
+        );
+    }
     Ok(())
+}
+
+/// Whether a block device can become this disk: what is on it is lost.
+fn takes(image: &OwnImage, stopped: bool, host: &Host<'_>) -> Result<(), Refusal> {
+    let path = image.path.display();
+    if stopped {
+        return refuse(
+            Code::DiskNotShared,
+            format!("{path} is a block device there, and a VM that does not run is copied to files only"),
+            "start it, and migrate it",
+        );
+    }
+    if image.format != "raw" {
+        return refuse(
+            Code::DiskNotShared,
+            format!("{path} is a block device there, and the disk is {}: only raw disks are on devices", image.format),
+            "name a file, or convert it first: `vmferry disk move --format raw`",
+        );
+    }
+    if image.device_id.is_some() && device_id(&image.path) == image.device_id {
+        return refuse(
+            Code::DiskNotShared,
+            format!("{path} is the same device on both hosts, and would be copied onto itself"),
+            "name no place for it, and say --disks-are-shared",
+        );
+    }
+    let refused = |reason: String, hint: Option<&str>| Refusal {
+        code: Code::DiskNotShared,
+        reason: format!("its disk cannot be on {path} there: {reason}"),
+        hint: hint.map(str::to_owned),
+    };
+    let device = host.images.open_device(&image.path).map_err(|error| refused(in_one_line(&error), error.hint()))?;
+    let device = File::over(device, &image.path, Access::Write).map_err(|error| refused(in_one_line(&error), None))?;
+    match device.size() {
+        size if size == image.size => Ok(()),
+        size => Err(refused(
+            format!("it has {size} bytes, and the guest's disk {}", image.size),
+            Some("make it exactly as large: a guest's disk does not change its size while it runs"),
+        )),
+    }
 }
 
 /// What the guest only reads must be the same file, or have the same in it. The answer is of which that is to be said.

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use tokio_util::task::AbortOnDropHandle;
 use vmferry_api::in_one_line;
-use vmferry_link::{Cipher, Fingerprint, Identity, Link, LinkOptions, TcpDialer};
+use vmferry_link::{Cipher, Fingerprint, Identity, Link, LinkOptions, MOST_STREAMS, TcpDialer};
 use vmferry_policy::{Action, Bytes, BytesPerSec, Limits, Observation, Percent, Phase};
 use vmferry_qemu::migration::{IGNORE_SHARED, PAUSE_BEFORE_SWITCHOVER, reset_capabilities};
 use vmferry_qemu::qmp::commands::{self, MigrationParameters};
@@ -27,7 +27,7 @@ use super::journey;
 use super::lending::{give_state_socket, with_userfaultfd_device};
 use super::movable::{Planned, came_up};
 use super::qemu::{UNLIMITED, stop_copying};
-use super::{EngineError, NewConnection, NewSession, RamEngine, Seen, Totals};
+use super::{Disks, EngineError, NewConnection, NewSession, RamEngine, Seen, Totals};
 
 /// What the source's QEMU is set to, for a guest that is paused before QEMU copies anything or not.
 pub(crate) fn capabilities(stops_first: bool) -> &'static [&'static str] {
@@ -49,6 +49,9 @@ const BETWEEN: Duration = Duration::from_millis(300);
 const PACED_PAUSE: Duration = Duration::from_millis(50);
 /// How long QEMU may take to begin with the device state, or to be done with it.
 const STATE_TIMEOUT: Duration = Duration::from_secs(20);
+/// How much may be on its way on each of the link's streams, in bytes: enough for long ways, since no more is sent than the
+/// link needs to be busy.
+const WINDOW: usize = 32 << 20;
 /// How long the guest's disks may take to be drained.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -59,6 +62,9 @@ pub struct ExternalEngine {
     /// Of the first link, until that is made.
     session: Option<NewSession>,
     source: Option<Arc<Source>>,
+    disks: Option<Arc<dyn Disks>>,
+    /// Made before there is anything to send over it.
+    link: Option<Link>,
     started: Instant,
     paused_at: Option<Instant>,
     /// We have paused it, or are about to.
@@ -145,7 +151,7 @@ pub struct WayThere {
 }
 
 impl WayThere {
-    fn connect(&self, session: NewSession, rate: Option<u64>) -> Result<Link, RamError> {
+    pub(crate) fn connect(&self, session: NewSession, rate: Option<u64>) -> Result<Link, RamError> {
         let dialer = match self.protection {
             Some(cipher) => TcpDialer::tls(&self.address, &self.identity, self.peer, cipher),
             None => TcpDialer::plain(&self.address),
@@ -155,8 +161,10 @@ impl WayThere {
 }
 
 /// Both sides' link.
-pub(crate) fn link_options(NewSession { session, key }: NewSession, rate: Option<u64>) -> LinkOptions {
-    LinkOptions { rate, ..LinkOptions::new(session, key) }
+pub(crate) fn link_options(NewSession { session, key, streams }: NewSession, rate: Option<u64>) -> LinkOptions {
+    // Another agent's number is not to be trusted.
+    let streams = streams.clamp(1, MOST_STREAMS);
+    LinkOptions { rate, streams, window: WINDOW, ..LinkOptions::new(session, key) }
 }
 
 impl ExternalEngine {
@@ -176,6 +184,8 @@ impl ExternalEngine {
             wishes,
             session: None,
             source: None,
+            disks: None,
+            link: None,
             started: Instant::now(),
             paused_at: None,
             paused_by_us: false,
@@ -195,17 +205,23 @@ impl ExternalEngine {
     /// Makes a link and sends over it.
     async fn connect(
         &mut self,
-        session: NewSession,
+        session: Option<NewSession>,
         send: impl FnOnce(GuestRam, Link) -> Result<Source, RamError> + Send + 'static,
     ) -> Result<(), EngineError> {
-        let Wishes { pid, backends, way, bandwidth, .. } = &self.wishes;
-        let (pid, backends, way, rate) = (*pid, backends.clone(), way.clone(), *bandwidth);
-        let sending = blocking(move || {
-            let link = way.connect(session, rate)?;
-            send(GuestRam::open(pid, &backends)?, link)
-        });
+        let link = match (session, self.link.take()) {
+            (Some(session), _) => self.make_link(session).await?,
+            (None, Some(link)) => link,
+            (None, None) => return Err(EngineError::Failed { reason: "it has begun already".into() }),
+        };
+        let (pid, backends) = (self.wishes.pid, self.wishes.backends.clone());
+        let sending = blocking(move || send(GuestRam::open(pid, &backends)?, link));
         self.source = Some(Arc::new(sending.await?));
         Ok(())
+    }
+
+    async fn make_link(&self, session: NewSession) -> Result<Link, EngineError> {
+        let (way, rate) = (self.wishes.way.clone(), self.wishes.bandwidth);
+        blocking(move || way.connect(session, rate)).await
     }
 
     fn source(&self) -> Result<Arc<Source>, EngineError> {
@@ -225,10 +241,14 @@ impl ExternalEngine {
             let source = Arc::clone(&source);
             blocking(move || source.prepare_post_copy()).await?;
         }
+        if let Some(disks) = &self.disks {
+            disks.settle().await?;
+        }
         self.look_whether_it_runs().await?;
         let stops_first = self.wishes.stops_first;
         if stops_first {
             self.pause(&source).await?;
+            self.cut_disks_over().await?;
         }
         let is_due = Arc::new(AtomicBool::new(stops_first));
         let events = self.qmp.events();
@@ -237,7 +257,13 @@ impl ExternalEngine {
             self.until_paused(&source, events).await?;
         }
         let rest = blocking(move || if post_copy { source.post_copy() } else { source.finish() });
-        let given = async { tokio::try_join!(rest, self.finish_state(state, &is_due)) };
+        let state = async {
+            if !stops_first {
+                self.cut_disks_over().await?;
+            }
+            self.finish_state(state, &is_due).await
+        };
+        let given = async { tokio::try_join!(rest, state) };
         let most = LEAST_PAUSE.max(self.wishes.limits.downtime * LATE);
         tokio::time::timeout(most, given).await.unwrap_or_else(|_| {
             let reason =
@@ -281,6 +307,14 @@ impl ExternalEngine {
             }
         }
         Ok(())
+    }
+
+    /// Its disks are there before the devices that use them.
+    async fn cut_disks_over(&self) -> Result<(), EngineError> {
+        match &self.disks {
+            Some(disks) => disks.cut_over().await,
+            None => Ok(()),
+        }
     }
 
     fn pauses(&mut self, pauses: bool) {
@@ -449,8 +483,7 @@ impl ExternalEngine {
 #[async_trait]
 impl RamEngine for ExternalEngine {
     async fn start(&mut self) -> Result<(), EngineError> {
-        let again = || EngineError::Failed { reason: "it has begun already".into() };
-        let session = self.session.take().ok_or_else(again)?;
+        let session = self.session.take();
         let parameters = MigrationParameters { max_bandwidth: Some(UNLIMITED), ..MigrationParameters::default() };
         self.qmp.execute(parameters).await?;
         self.started = Instant::now();
@@ -501,7 +534,7 @@ impl RamEngine for ExternalEngine {
         if let Some(old) = self.source.take() {
             tokio::task::spawn_blocking(move || old.abandon());
         }
-        self.connect(session.clone(), Source::resume).await
+        self.connect(Some(session.clone()), Source::resume).await
     }
 
     async fn stop_copying(&mut self) -> Result<(), EngineError> {
@@ -515,6 +548,17 @@ impl RamEngine for ExternalEngine {
         reset_capabilities(&self.qmp).await?;
         (self.switched, self.paused_by_us) = (false, false);
         Ok(())
+    }
+
+    async fn reserve(&mut self) -> Result<(), EngineError> {
+        if let Some(session) = self.session.take() {
+            self.link = Some(self.make_link(session).await?);
+        }
+        Ok(())
+    }
+
+    fn brings_disks(&mut self, disks: Arc<dyn Disks>) {
+        self.disks = Some(disks);
     }
 
     fn guest_runs(&self) -> bool {
@@ -539,6 +583,7 @@ impl RamEngine for ExternalEngine {
             sent: self.sent,
             deltas,
             saved_by_deltas,
+            fault_times: self.last.as_ref().and_then(|last| last.fault_times),
             rounds: self.last.as_ref().map_or(0, |last| last.round),
             dirty_rate: self.dirty_rate,
             downtime_ms: None,

@@ -3,11 +3,12 @@
 //! Which of QEMU's means are used is decided before the start, because QEMU fixes them then:
 //! - post-copy (and its preempt channel) whenever it is allowed and both sides have it, since it is what makes every
 //!   migration end;
-//! - multifd otherwise. QEMU does both together only since 10.1. Between 8.0 and 10.0 it refuses to; 7.2 accepts, mixes
-//!   its connections up and waits for ever, so trying tells nothing and they are never combined;
+//! - multifd otherwise. Between 8.0 and 10.0 QEMU refuses to do both together; 7.2 accepts, mixes its connections up and
+//!   waits for ever. 10.1 and newer are made for it, but where QEMU encrypts, which is where it would pay, 11.1.3 sent
+//!   nothing in most tries (docs/FIGURES.md). So trying tells nothing, and they are never combined;
 //! - auto-converge, held at one percent until the policy asks for more.
 
-use vmferry_qemu::migration::{OURS, set_capabilities};
+use vmferry_qemu::migration::{OURS, PAUSE_BEFORE_SWITCHOVER, set_capabilities};
 use vmferry_qemu::{Features, Qmp, QmpError};
 
 use super::Setup;
@@ -20,20 +21,28 @@ pub(crate) async fn choose(
     here: &Features,
     there: impl Fn(&str) -> bool,
     post_copy: bool,
+    has_disks: bool,
 ) -> Result<Setup, QmpError> {
-    let wanted = means(here, there, post_copy);
+    let wanted = means(here, there, post_copy, has_disks);
     set_capabilities(qmp, here.capabilities(), &wanted).await?;
     Ok(setup(&wanted))
 }
 
-/// What both QEMUs have and that goes together.
-pub(crate) fn means(here: &Features, there: impl Fn(&str) -> bool, post_copy: bool) -> Vec<&'static str> {
+/// What both QEMUs have and that goes together. A guest that takes disks along is paused before its devices' state goes, so
+/// that these can go first.
+pub(crate) fn means(
+    here: &Features,
+    there: impl Fn(&str) -> bool,
+    post_copy: bool,
+    has_disks: bool,
+) -> Vec<&'static str> {
     let both = |name: &&str| here.has_capability(name) && there(name);
     let copy: &[&str] = match post_copy && both(&"postcopy-ram") {
         true => &["postcopy-ram", "postcopy-preempt"],
         false => &["multifd"],
     };
-    ["events", "return-path", "auto-converge"].iter().chain(copy).copied().filter(both).collect()
+    let pause: &[&str] = if has_disks { &[PAUSE_BEFORE_SWITCHOVER] } else { &[] };
+    ["events", "return-path", "auto-converge"].iter().chain(copy).chain(pause).copied().filter(both).collect()
 }
 
 fn setup(wanted: &[&str]) -> Setup {

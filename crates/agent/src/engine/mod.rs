@@ -3,6 +3,8 @@
 //! The migration (see `source/`) drives an engine without knowing which one it is: start, observe, do what the
 //! policy says, and stop observing when the destination can take over. An engine says so in [`Seen`].
 
+mod disk_pacing;
+pub(crate) mod disks;
 pub mod external;
 pub(crate) mod journey;
 pub(crate) mod lending;
@@ -12,14 +14,16 @@ pub mod qemu;
 
 pub use crate::error::EngineError;
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
-use vmferry_link::{Cipher, SessionId, SessionKey};
+use vmferry_link::{Cipher, SessionId, SessionKey, usual_streams};
 use vmferry_policy::{Action, Observation};
 use vmferry_qemu::{Qmp, QmpError, StreamKey};
+use vmferry_ram::FaultTimes;
 
 /// What the destination's QEMU must be set to before it receives.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -101,6 +105,8 @@ pub struct Totals {
     pub drains: u32,
     /// How long that took at most.
     pub longest_drain: Duration,
+    /// How long the guest waited for pages in post-copy, where that is known.
+    pub fault_times: Option<FaultTimes>,
     /// Pre-copy rounds.
     pub rounds: u32,
     /// The highest dirty rate of a round, in bytes a second; 0 when it is not known.
@@ -118,12 +124,14 @@ pub struct NewSession {
     /// Its key.
     #[schema(value_type = String)]
     pub key: SessionKey,
+    /// How many bulk streams it has.
+    pub streams: u8,
 }
 
 impl NewSession {
-    /// Like no other.
+    /// Like no other, with as many streams as this host has use for.
     pub fn random() -> Self {
-        Self { session: SessionId::random(), key: SessionKey::random() }
+        Self { session: SessionId::random(), key: SessionKey::random(), streams: usual_streams() }
     }
 }
 
@@ -134,6 +142,16 @@ pub enum NewConnection {
     Uri(String),
     /// Its agent, for a link with this session.
     Session(NewSession),
+}
+
+/// A guest's own disks, which move with it and are in step.
+#[async_trait]
+pub trait Disks: Send + Sync {
+    /// To be asked before the guest is paused: waits until little is left to be done then.
+    async fn settle(&self) -> Result<(), EngineError>;
+
+    /// The guest stands: has the destination have all of its disks, and let go of them.
+    async fn cut_over(&self) -> Result<(), EngineError>;
 }
 
 /// Copies a guest's RAM to a destination that is prepared for it.
@@ -154,6 +172,15 @@ pub trait RamEngine: Send {
     /// Stops copying and leaves no trace in the guest, which may be left paused. Only while the destination does not own
     /// it; [`EngineError::TooLate`] when QEMU has let go of the guest.
     async fn stop_copying(&mut self) -> Result<(), EngineError>;
+
+    /// It begins only after a long time: the destination does not wait for ever for a connection that was not made.
+    async fn reserve(&mut self) -> Result<(), EngineError> {
+        Ok(())
+    }
+
+    /// These disks of its guest move with it: they are in step, and the destination must have them before it gets the state
+    /// of the devices.
+    fn brings_disks(&mut self, disks: Arc<dyn Disks>);
 
     /// The guest runs, as far as its user is concerned: whatever pauses it for the migration does not count.
     fn guest_runs(&self) -> bool;

@@ -1,9 +1,12 @@
 //! What the agents would move of a VM; or why they cannot.
 
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+
 use vmferry_api::in_one_line;
 use vmferry_qemu::inventory::Glimpse;
 use vmferry_qemu::qmp::commands;
-use vmferry_qemu::{Qmp, QmpError, RamBackend, RamLayout, RunState};
+use vmferry_qemu::{IoLimits, Qmp, QmpError, RamBackend, RamLayout, RunState};
 use vmferry_ram::{Backend, TrackingError};
 
 use super::lending::with_userfaultfd_device;
@@ -42,7 +45,12 @@ pub struct Planned {
     pub carries_sleep: bool,
     /// Its disks' I/O is drained at each scan.
     pub drains: bool,
+    /// Limits of its disks that are ours, for as long as it is moved.
+    pub(crate) slowed: Slowed,
 }
+
+/// See [`Planned::slowed`].
+pub(crate) type Slowed = Arc<Mutex<BTreeMap<String, IoLimits>>>;
 
 /// What has come up since the plan that keeps a guest from being moved, as somebody who may do so plugs something in, or
 /// its guest mounts a folder that is passed through; to be asked before it is paused. In words.
@@ -51,7 +59,8 @@ pub(crate) async fn came_up(qmp: &Qmp, planned: &Planned, by_agents: bool) -> Re
     if let Some(reasons) = info.blocked_reasons.filter(|reasons| !reasons.is_empty()) {
         return Ok(Some(format!("since it was planned, QEMU says: {}", reasons.join("; "))));
     }
-    if Glimpse::of(qmp).await? != planned.seen {
+    let slowed = planned.slowed.lock().expect("no holder of this lock panics").clone();
+    if Glimpse::of(qmp).await? != planned.seen.clone().with_io_limits(&slowed) {
         return Ok(Some("its disks or devices were changed while it was moved".into()));
     }
     if !planned.carries_sleep && qmp.execute(commands::QueryStatus {}).await?.status == RunState::Suspended {

@@ -7,14 +7,15 @@
 //! not happen.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use vmferry_policy::{Action, Bytes, BytesPerSec, Limits, Observation, Percent, Phase};
-use vmferry_qemu::qmp::commands::{self, MigrationInfo, MigrationParameters};
+use vmferry_qemu::qmp::commands::{self, MigrationInfo, MigrationParameters, RamInfo};
 use vmferry_qemu::{Event, EventStream, Features, MigrationStatus, Qmp, QmpError, RunState};
 
-use super::{EngineError, NewConnection, RamEngine, Seen, Setup, Totals};
+use super::{Disks, EngineError, NewConnection, RamEngine, Seen, Setup, Totals};
 
 /// QEMU's own default is 128 MiB/s; this is as good as none and fits its signed arithmetic.
 pub(super) const UNLIMITED: u64 = 1 << 50;
@@ -36,9 +37,12 @@ pub struct QemuEngine {
     uri: String,
     limits: Limits,
     bandwidth: Option<u64>,
+    /// They go before the devices.
+    disks: Option<Arc<dyn Disks>>,
     setup: Setup,
     post_copy_first: bool,
     scripted: bool,
+    zeroes_by_multifd: bool,
     /// The guest runs, as far as its user is concerned.
     runs: bool,
     /// We have paused it.
@@ -49,6 +53,7 @@ pub struct QemuEngine {
     paused_at: Option<Instant>,
     post_copy: bool,
     rate: RateMeter,
+    rounds: Rounds,
     /// The highest seen, in bytes a second.
     dirty_rate: u64,
     last: MigrationInfo,
@@ -69,6 +74,9 @@ pub struct Wishes {
     pub post_copy_first: bool,
     /// A measurement says what is done: QEMU's throttle is its own.
     pub scripted: bool,
+    /// The threads of multifd look for pages of zeroes. QEMU has them do so by itself, but not with the machine types of
+    /// before 9.0.
+    pub zeroes_by_multifd: bool,
 }
 
 impl QemuEngine {
@@ -84,6 +92,8 @@ impl QemuEngine {
             setup: wishes.setup,
             post_copy_first: wishes.post_copy_first,
             scripted: wishes.scripted,
+            zeroes_by_multifd: wishes.zeroes_by_multifd,
+            disks: None,
             runs,
             paused_by_us: false,
             holds_switchover: runs && !wishes.post_copy_first,
@@ -91,6 +101,7 @@ impl QemuEngine {
             paused_at: None,
             post_copy: false,
             rate: RateMeter::default(),
+            rounds: Rounds::default(),
             dirty_rate: 0,
             last: MigrationInfo::default(),
             last_sent: Instant::now(),
@@ -142,6 +153,7 @@ impl QemuEngine {
         }
         if self.setup.channels > 0 {
             parameters.multifd_channels = Some(self.setup.channels);
+            parameters.zero_page_detection = self.zeroes_by_multifd.then(|| "multifd".into());
         }
         if self.setup.has("auto-converge") && !self.scripted {
             parameters.set_throttle(Percent(1));
@@ -208,7 +220,9 @@ impl QemuEngine {
             _ => Phase::PreCopy,
         };
         let ram = info.ram.clone().unwrap_or_default();
-        if phase == Phase::PostCopy || self.last.ram.as_ref().is_none_or(|last| last.transferred != ram.transferred) {
+        // Nothing is told of the RAM while QEMU makes its connections, over which it may hang, too.
+        let sent = |info: &MigrationInfo| info.ram.as_ref().map(|ram| ram.transferred);
+        if phase == Phase::PostCopy || sent(&self.last) != sent(&info) {
             self.last_sent = Instant::now();
         }
         if self.last_sent.elapsed() > STALLED {
@@ -220,7 +234,7 @@ impl QemuEngine {
         let observation = Observation {
             elapsed: self.started.elapsed(),
             phase,
-            round: ram.dirty_sync_count as u32,
+            round: self.rounds.begun,
             remaining: Bytes(ram.remaining),
             total: Bytes(ram.total),
             stale: Percent(0),
@@ -257,8 +271,21 @@ impl RamEngine for QemuEngine {
         self.next_news().await;
         self.look_whether_it_runs().await?;
         let info = self.qmp.execute(commands::QueryMigrate {}).await?;
-        if self.holds_switchover && info.ram.as_ref().is_some_and(|ram| ram.dirty_sync_count > 1) {
+        if let Some(ram) = &info.ram {
+            self.rounds.update(ram);
+        }
+        if self.holds_switchover && self.rounds.begun > 1 {
+            if let Some(disks) = &self.disks {
+                disks.settle().await?;
+            }
             self.permit_switchover().await?;
+        }
+        if info.status == Some(MigrationStatus::PreSwitchover)
+            && let Some(disks) = self.disks.take()
+        {
+            disks.cut_over().await?;
+            let state = MigrationStatus::PreSwitchover.to_string();
+            self.qmp.execute(commands::MigrateContinue { state }).await?;
         }
         self.see(info)
     }
@@ -292,6 +319,10 @@ impl RamEngine for QemuEngine {
         stop_copying(&self.qmp).await
     }
 
+    fn brings_disks(&mut self, disks: Arc<dyn Disks>) {
+        self.disks = Some(disks);
+    }
+
     fn guest_runs(&self) -> bool {
         self.runs
     }
@@ -300,7 +331,7 @@ impl RamEngine for QemuEngine {
         let ram = self.last.ram.clone().unwrap_or_default();
         Totals {
             sent: ram.transferred,
-            rounds: ram.dirty_sync_count as u32,
+            rounds: self.rounds.begun,
             dirty_rate: self.dirty_rate,
             downtime_ms: self.last.downtime,
             ..Totals::default()
@@ -354,6 +385,36 @@ impl Throttled for MigrationParameters {
     }
 }
 
+/// The rounds of pre-copy.
+///
+/// QEMU tells how often it has collected what was written, which was once a round. But where it may go on by post-copy,
+/// 11.1 does so ten times a second (seen with 11.1.3). There a round ends when as much was sent as there was to send when
+/// it began.
+#[derive(Default)]
+struct Rounds {
+    begun: u32,
+    /// It was seen that QEMU counts rounds.
+    counted: bool,
+    /// How many bytes of pages are sent when this round ends, where QEMU counts something else.
+    ends_at: Option<u64>,
+}
+
+impl Rounds {
+    fn update(&mut self, ram: &RamInfo) {
+        let sent = (ram.normal + ram.duplicate) * ram.page_size.unwrap_or(4096);
+        let count = ram.dirty_sync_count as u32;
+        match self.ends_at {
+            Some(end) if sent >= end => (self.begun, self.ends_at) = (self.begun + 1, Some(sent + ram.remaining)),
+            Some(_) => {}
+            // Its first round cannot be over.
+            None if count > 1 && !self.counted && sent < ram.total / 2 => {
+                (self.begun, self.ends_at) = (1, Some(ram.total));
+            }
+            None => (self.begun, self.counted) = (count, count > 1),
+        }
+    }
+}
+
 /// Bytes a second, smoothed over the last second or so.
 #[derive(Default)]
 struct RateMeter {
@@ -390,6 +451,37 @@ mod tests {
             rate = meter.update(tick * 10_000_000, begin + TICK * tick as u32);
         }
         assert!(rate.abs_diff(40_000_000) < 10, "{rate}");
+    }
+
+    /// What QEMU tells after so many pages of 1000 were sent, and so many looks.
+    fn ram(pages: u64, looks: u64, remaining: u64) -> RamInfo {
+        RamInfo {
+            total: 1000 << 12,
+            normal: pages,
+            dirty_sync_count: looks,
+            remaining: remaining << 12,
+            ..RamInfo::default()
+        }
+    }
+
+    #[test]
+    fn rounds_are_those_that_qemu_counts() {
+        let mut rounds = Rounds::default();
+        for (pages, looks) in [(10, 1), (900, 1), (1000, 2), (1010, 5)] {
+            rounds.update(&ram(pages, looks, 100));
+            assert_eq!(u64::from(rounds.begun), looks);
+        }
+    }
+
+    #[test]
+    fn where_qemu_counts_looks_a_round_ends_when_what_it_began_with_is_sent() {
+        let mut rounds = Rounds::default();
+        for (pages, looks, round) in
+            [(10, 2, 1), (400, 6, 1), (999, 12, 1), (1000, 13, 2), (1299, 20, 2), (1300, 21, 3)]
+        {
+            rounds.update(&ram(pages, looks, 300));
+            assert_eq!(rounds.begun, round, "{pages} pages, {looks} looks");
+        }
     }
 
     #[test]

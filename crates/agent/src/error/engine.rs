@@ -12,6 +12,12 @@ pub enum EngineError {
         /// In its words.
         reason: String,
     },
+    /// Its disks were not copied.
+    #[error("copying the disks failed: {reason}")]
+    Disks {
+        /// In its words.
+        reason: String,
+    },
     /// The source's QEMU has let go of the guest for post-copy: only the destination can have it now.
     #[error("QEMU has let go of the guest for post-copy already")]
     TooLate,

@@ -10,9 +10,11 @@ use vmferry_qemu::{CommandLineError, LaunchError, ProbeError, QmpError, StreamTl
 use vmferry_ram::RamError;
 
 mod engine;
+mod image;
 mod peer;
 
 pub use engine::EngineError;
+pub use image::ImageError;
 pub use peer::{API, PeerError};
 
 /// An error of the agent. The message says what is wrong; the chain of sources says why.
@@ -168,6 +170,14 @@ pub enum AgentError {
         /// The VM.
         name: String,
     },
+    /// A copy of an image failed, or was cancelled.
+    #[error("{message}")]
+    CopyFailed {
+        /// What happened.
+        message: String,
+        /// Its user wanted that.
+        cancelled: bool,
+    },
     /// The user wanted to cancel a migration that cannot be undone any more.
     #[error("too late to cancel it: {name} {}", if *is_there { "runs at its destination already, and can only go on there" } else { "may run at its destination already, which does not answer" })]
     TooLate {
@@ -248,6 +258,27 @@ pub enum AgentError {
     /// The journal cannot be read or written.
     #[error("the agent's journal cannot be used")]
     Store(#[from] rusqlite::Error),
+    /// An image cannot be made or opened.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// A disk was not moved.
+    #[error("{message}; {name} keeps {disk} where it was, unharmed")]
+    DiskMove {
+        /// The VM.
+        name: String,
+        /// The disk.
+        disk: String,
+        /// What happened.
+        message: String,
+    },
+    /// Its user cancelled the move of a disk.
+    #[error("cancelled; {name} keeps {disk} where it was")]
+    DiskMoveCancelled {
+        /// The VM.
+        name: String,
+        /// The disk.
+        disk: String,
+    },
     /// A file or folder cannot be used.
     #[error("cannot use {path}")]
     Io {
@@ -271,7 +302,7 @@ impl AgentError {
             Self::UnknownVm { .. } => Code::UnknownVm,
             Self::VmExists { .. } => Code::VmExists,
             Self::BadRequest { .. } | Self::CommandLine(_) => Code::BadRequest,
-            Self::Conflict { .. } | Self::Ended { .. } => Code::Conflict,
+            Self::Conflict { .. } | Self::Ended { .. } | Self::Image(_) => Code::Conflict,
             Self::Busy { .. } => Code::Busy,
             Self::MigrationRuns { .. } => Code::MigrationRuns,
             Self::BadLimit { .. } => Code::BadLimit,
@@ -283,9 +314,16 @@ impl AgentError {
             Self::PlainRefused { .. } => Code::PlainRefused,
             Self::Peer(error) => error.code(),
             Self::Link(_) => Code::Unreachable,
-            Self::MigrationFailed { .. } | Self::Kept { .. } | Self::Engine(_) | Self::Ram(_) => Code::MigrationFailed,
+            Self::MigrationFailed { .. }
+            | Self::DiskMove { .. }
+            | Self::Kept { .. }
+            | Self::Engine(_)
+            | Self::Ram(_) => Code::MigrationFailed,
             Self::GaveUp { .. } => Code::GaveUp,
-            Self::Cancelled { .. } => Code::Cancelled,
+            Self::Cancelled { .. } | Self::DiskMoveCancelled { .. } | Self::CopyFailed { cancelled: true, .. } => {
+                Code::Cancelled
+            }
+            Self::CopyFailed { .. } => Code::CopyFailed,
             Self::GuestAtRisk { .. } | Self::Nowhere { .. } | Self::DoesNotRun { .. } | Self::SourceEnded { .. } => {
                 Code::GuestAtRisk
             }
@@ -319,6 +357,8 @@ impl AgentError {
                 Some("set security = \"plain\" for the network in the agents' configurations, on both hosts".into())
             }
             Self::Peer(error) => error.hint(),
+            Self::Image(error) => error.hint().map(str::to_owned),
+            Self::CopyFailed { .. } => Some("what has arrived is kept: the same command goes on from there".into()),
             Self::GuestAtRisk { name, .. } => Some(format!(
                 "see `vmferry show {name}` there; what is left of it here stays until `vmferry resolve` or `vmferry stop --force`"
             )),
@@ -366,7 +406,12 @@ impl From<&AgentError> for Problem {
 fn of_another(problem: &Problem) -> Problem {
     let plain = |text: &str| text.chars().filter(|c| !c.is_control()).collect::<String>();
     let code = match problem.code {
-        Code::MigrationFailed | Code::GaveUp | Code::Cancelled | Code::GuestAtRisk | Code::TooLate => Code::Other,
+        Code::MigrationFailed
+        | Code::CopyFailed
+        | Code::GaveUp
+        | Code::Cancelled
+        | Code::GuestAtRisk
+        | Code::TooLate => Code::Other,
         code => code,
     };
     Problem { code, message: plain(&problem.message), hint: problem.hint.as_deref().map(plain) }

@@ -45,7 +45,7 @@ pub(super) async fn follow(host: Arc<Host>, vm: Arc<Vm>) {
                 continue;
             }
         };
-        match record(&host, &vm).await {
+        match record_drift(&host, &vm).await {
             Ok(true) => known = Some(seen),
             Ok(false) => {}
             Err(error) => {
@@ -61,7 +61,12 @@ pub(super) async fn follow(host: Arc<Host>, vm: Arc<Vm>) {
 }
 
 async fn keep_unknown(host: &Host, vm: &Vm, why: &str) {
-    let obstacles = vec![format!("it was changed, and how could not be told: {why}")];
+    keep_from_starting(host, vm, format!("it was changed, and how could not be told: {why}")).await;
+}
+
+/// Has it not be started again as it was, for this reason, in one sentence.
+pub(crate) async fn keep_from_starting(host: &Host, vm: &Vm, why: String) {
+    let obstacles = vec![why];
     let unknown = Drift { argv: vm.spec.argv.clone(), obstacles, ..Drift::default() };
     if let Err(error) = keep(host, vm, Some(unknown)).await {
         tracing::warn!(vm = vm.name(), error = in_one_line(&error), "cannot record that");
@@ -69,7 +74,7 @@ async fn keep_unknown(host: &Host, vm: &Vm, why: &str) {
 }
 
 /// Records how it is changed, unless a disk is being worked on: what stands in front of that meanwhile is none of it.
-async fn record(host: &Host, vm: &Vm) -> Result<bool, AgentError> {
+pub(crate) async fn record_drift(host: &Host, vm: &Vm) -> Result<bool, AgentError> {
     if !vm.qmp.execute(QueryBlockJobs {}).await?.is_empty() {
         return Ok(false);
     }

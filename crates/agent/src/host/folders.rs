@@ -1,8 +1,9 @@
-//! Folders and sockets of an agent, which only its user may enter.
+//! Folders, sockets and notes of an agent.
 
 use std::io::ErrorKind;
 use std::path::Path;
 
+use serde::Serialize;
 use tokio::net::UnixListener;
 
 use crate::error::AgentError;
@@ -36,4 +37,17 @@ pub(crate) async fn remove_dir(dir: std::path::PathBuf) {
         }
     });
     removing.await.expect("removing a folder does not panic");
+}
+
+/// Writes this as JSON to a file in a folder that is made if need be; it is whole or not there, after a power failure, too.
+pub(crate) fn write_durably(path: &Path, what: &impl Serialize) -> Result<(), AgentError> {
+    let parent = path.parent().expect("what is written is in a folder");
+    std::fs::create_dir_all(parent).map_err(AgentError::io(parent))?;
+    let text = serde_json::to_vec(what).expect("it is plain data");
+    let new = path.with_extension("new");
+    let written = std::fs::write(&new, text)
+        .and_then(|()| std::fs::File::open(&new)?.sync_all())
+        .and_then(|()| std::fs::rename(&new, path))
+        .and_then(|()| std::fs::File::open(parent)?.sync_all());
+    written.map_err(AgentError::io(path))
 }

@@ -89,8 +89,7 @@ pub(super) struct State {
 
 impl State {
     fn has(&self, name: &str) -> bool {
-        self.vms.contains_key(name)
-            || self.idle.get(name).is_some_and(|it| matches!(it.why, Idle::Silent | Idle::Unclear))
+        self.vms.contains_key(name) || self.idle.get(name).is_some_and(|it| !matches!(it.why, Idle::Ended(_)))
     }
 }
 
@@ -171,7 +170,11 @@ impl Host {
     pub(crate) async fn found(&self, name: &str) -> Result<Arc<Vm>, AgentError> {
         let deadline = Instant::now() + FOUND;
         loop {
-            match (self.vm(name), self.idle(name).map(|idle| idle.why)) {
+            let idle = self.idle(name);
+            if let Some(between) = idle.as_ref().and_then(IdleVm::between_hosts) {
+                return Err(between);
+            }
+            match (self.vm(name), idle.map(|idle| idle.why)) {
                 (Ok(vm), _) => return Ok(vm),
                 (Err(_), Some(Idle::Silent | Idle::Unclear)) if Instant::now() < deadline => {
                     tokio::time::sleep(Duration::from_millis(10)).await;
@@ -180,7 +183,7 @@ impl Host {
                     return Err(AgentError::Busy { what: format!("the QEMU of {name}, which does not answer") });
                 }
                 (Err(_), Some(Idle::Ended(why))) => return Err(AgentError::Ended { name: name.into(), why }),
-                (Err(unknown), None) => return Err(unknown),
+                (Err(unknown), _) => return Err(unknown),
             }
         }
     }
@@ -203,6 +206,12 @@ impl Host {
             return Err(AgentError::VmExists { name: name.into(), host: self.config.name.clone() });
         }
         Ok(ReservedName { host: self, name: name.into() })
+    }
+
+    /// The name of a VM that does not run, which nobody starts while this is held.
+    pub(crate) fn hold(&self, name: &str) -> Result<ReservedName<'_>, AgentError> {
+        let busy = |_| AgentError::Busy { what: format!("{name}, which is being started, or moved") };
+        self.reserve_name(name).map_err(busy)
     }
 
     /// How long a switchover of this VM takes besides its pages: as long as its last one from here, or any VM's.

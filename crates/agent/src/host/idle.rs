@@ -3,6 +3,7 @@
 use vmferry_api::VmView;
 use vmferry_qemu::Drift;
 
+use crate::error::AgentError;
 use crate::journal::VmRecord;
 
 /// Why a VM is idle.
@@ -14,6 +15,10 @@ pub(crate) enum Idle {
     Silent,
     /// The same, of one that is not on record: nobody knows whose its guest is.
     Unclear,
+    /// It does not run and is on its way from this host, which has it until all of it is here.
+    Arriving(String),
+    /// It does not run and was given to this host, which has not said that it has it.
+    Leaving(String),
 }
 
 /// See the module's text.
@@ -26,6 +31,23 @@ pub(crate) struct IdleVm {
 }
 
 impl IdleVm {
+    /// Why nothing can be done with one that is between two hosts.
+    pub(crate) fn between_hosts(&self) -> Option<AgentError> {
+        let name = &self.record.spec.name;
+        let (message, hint) = match &self.why {
+            Idle::Arriving(from) => (
+                format!("{name} has not come here from {from} yet"),
+                format!("`vmferry move` on {from} goes on with it; `vmferry stop {name}` here gives it up"),
+            ),
+            Idle::Leaving(to) => (
+                format!("{name} was given to {to}, which has not said that it has it"),
+                format!("wait for {to}; if it never comes back: `vmferry resolve {name} --help`"),
+            ),
+            Idle::Ended(_) | Idle::Silent | Idle::Unclear => return None,
+        };
+        Some(AgentError::Conflict { message, hint: Some(hint) })
+    }
+
     /// The VM as a user sees it.
     pub(crate) fn view(&self) -> VmView {
         let (state, detail) = match &self.why {
@@ -34,6 +56,8 @@ impl IdleVm {
             Idle::Unclear => {
                 ("unclear", "not on record, and its QEMU does not answer: is its guest this host's?".to_owned())
             }
+            Idle::Arriving(from) => ("arriving", format!("it does not run, and is on its way from {from}")),
+            Idle::Leaving(to) => ("leaving", format!("it does not run, and {to} has not said that it has it")),
         };
         VmView {
             name: self.record.spec.name.clone(),

@@ -123,8 +123,8 @@ impl Host {
             }
         });
         let gone = gone.await.is_ok();
-        // A migration under way has the first word: it may be what ended QEMU, or must undo what it did elsewhere.
-        while vm.stage().is_migration() || vm.stage() == Stage::Stopping {
+        // What is under way has the first word: it may be what ended QEMU, or must undo what it did elsewhere.
+        while vm.stage().is_migration() || matches!(vm.stage(), Stage::Stopping | Stage::MovingDisk) {
             if !self.state().vms.get(vm.name()).is_some_and(|it| Arc::ptr_eq(it, &vm)) {
                 return;
             }

@@ -120,7 +120,11 @@ async fn what_is_known(host: &Host, vm: &Vm, now: &Inventory) -> Result<Vec<Stri
 
 /// Starts a VM again whose QEMU has ended, or whose host was restarted.
 pub(crate) async fn start(host: &Arc<Host>, name: &str) -> Result<Started, AgentError> {
-    let Some(IdleVm { record, why: Idle::Ended(_) }) = host.idle(name) else {
+    let idle = host.idle(name);
+    if let Some(between) = idle.as_ref().and_then(IdleVm::between_hosts) {
+        return Err(between);
+    }
+    let Some(IdleVm { record, why: Idle::Ended(_) }) = idle else {
         // One that runs, or does not answer, or is not known.
         let vm = host.vm(name)?;
         return Err(AgentError::VmExists { name: vm.name().into(), host: host.config.name.clone() });
@@ -139,7 +143,7 @@ pub(crate) async fn start(host: &Arc<Host>, name: &str) -> Result<Started, Agent
         spec.argv.clone_from(&changed.argv);
         spec.io_limits.clone_from(&changed.io_limits);
     }
-    let _name = host.reserve_name(name)?;
+    let _name = host.hold(name)?;
     let command = CommandLine::parse(&spec.argv)?;
     let accel = host.qemus.accelerator(&host.qemus.find_qemu(&command)?).await;
     let launched = host.launch(&spec, &command, accel, record.autostart, None).await;
@@ -157,7 +161,15 @@ pub(crate) async fn start(host: &Arc<Host>, name: &str) -> Result<Started, Agent
 
 /// Has a VM started whenever its host is, or not any more.
 pub(crate) async fn set_autostart(host: &Host, name: &str, autostart: bool) -> Result<(), AgentError> {
-    if let Some(IdleVm { record, why }) = host.idle(name) {
+    if let Some(idle) = host.idle(name) {
+        if let Some(between) = idle.between_hosts() {
+            return Err(between);
+        }
+        let _name = match &idle.why {
+            Idle::Ended(_) => Some(host.hold(name)?),
+            _ => None,
+        };
+        let IdleVm { record, why } = idle;
         let record = VmRecord { autostart, ..record };
         host.journal.put_vm(&record).await?;
         host.rest(record, why);
@@ -203,7 +215,7 @@ async fn is_not_on_its_way(vm: &Vm) -> Result<(), AgentError> {
 fn ours(host: &Host, name: &str) -> Result<Arc<Vm>, AgentError> {
     let vm = host.vm(name)?;
     match vm.stage() {
-        Stage::Owned | Stage::Planning | Stage::Stopping | Stage::Migrating(_) => Ok(vm),
+        Stage::Owned | Stage::Planning | Stage::Stopping | Stage::MovingDisk | Stage::Migrating(_) => Ok(vm),
         Stage::Incoming(_) => Err(not_ours(name, "has not arrived yet", "its source's agent has the say over it")),
         Stage::Unclear => Err(not_ours(name, "may be another host's", "`vmferry resolve` says whose it is")),
         Stage::InDoubt(_) => Err(not_ours(name, "may run at its destination", "wait, or see `vmferry resolve --help`")),
@@ -221,12 +233,19 @@ fn not_ours(name: &str, what: &str, hint: &str) -> AgentError {
 pub(crate) async fn stop(host: &Arc<Host>, name: &str, request: &StopRequest) -> Result<(), AgentError> {
     let conflict = |message: String, hint: String| AgentError::Conflict { message, hint: Some(hint) };
     if let Some(idle) = host.idle(name) {
+        if let Some(between) = idle.between_hosts() {
+            return Err(between);
+        }
         if matches!(idle.why, Idle::Silent | Idle::Unclear) {
             if !request.force {
                 let hint = format!("`vmferry stop {name} --force` ends its QEMU like a power cut");
                 return Err(conflict(format!("the QEMU of {name} does not answer"), hint));
             }
             idle.record.instance.end(GRACE).await;
+        }
+        if request.keep {
+            host.rest(idle.record, Idle::Ended("it was stopped".into()));
+            return Ok(());
         }
         return host.forget_idle(&idle).await;
     }
@@ -236,7 +255,11 @@ pub(crate) async fn stop(host: &Arc<Host>, name: &str, request: &StopRequest) ->
         Err(Stage::Stopping) => {
             return Err(conflict(format!("{name} is being stopped already"), "wait for it".into()));
         }
-        Err(Stage::Unclear) if request.force => None,
+        Err(Stage::Unclear | Stage::MovingDisk) if request.force => None,
+        Err(Stage::MovingDisk) => {
+            let hint = format!("wait for it, or `vmferry disk cancel {name} DISK`");
+            return Err(conflict(format!("a disk of {name} is being moved"), hint));
+        }
         Err(Stage::Unclear) => {
             let hint = format!("`vmferry resolve {name}` first, or `vmferry stop {name} --force` to end the QEMU here");
             return Err(conflict(format!("the guest of {name} may be another host's"), hint));
@@ -258,7 +281,10 @@ pub(crate) async fn stop(host: &Arc<Host>, name: &str, request: &StopRequest) ->
         });
     }
     vm.quit().await;
-    host.forget_vm(&vm).await?;
+    match request.keep {
+        true => host.ended(&vm, "it was stopped").await,
+        false => host.forget_vm(&vm).await?,
+    }
     tracing::info!(vm = name, force = request.force, "stopped");
     Ok(())
 }

@@ -33,6 +33,8 @@ pub(crate) enum Stage {
     Incoming(Uuid),
     /// A migration is planned, which touches nothing.
     Planning,
+    /// One of its disks is being moved on this host.
+    MovingDisk,
     /// It is being shut down.
     Stopping,
     /// It is being migrated away.
@@ -245,7 +247,7 @@ impl Vm {
     /// The VM as a user sees it now.
     pub(crate) async fn view(&self, engine: EngineName) -> VmView {
         let (state, detail, migration) = match self.stage() {
-            Stage::Owned | Stage::Planning | Stage::Stopping => {
+            Stage::Owned | Stage::Planning | Stage::Stopping | Stage::MovingDisk => {
                 let (state, detail) = self.run_state_in_words().await;
                 (state, detail, None)
             }

@@ -12,6 +12,7 @@
 
 mod incoming;
 mod instance;
+mod moves;
 mod outgoing;
 mod peers;
 mod schema;
@@ -19,6 +20,7 @@ mod vms;
 
 pub use incoming::{InRow, Source};
 pub use instance::Instance;
+pub use moves::{Coming, ComingDisk, FileId, MoveIn, MoveOut, Written};
 pub use outgoing::{Fence, OutRecord};
 pub use peers::{Joined, PeerRecord};
 pub use vms::VmRecord;

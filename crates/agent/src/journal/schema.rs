@@ -8,7 +8,7 @@ use super::{Result, now, unreadable};
 
 /// What makes the tables of each version from those of the version before; `PRAGMA user_version` tells which one a file
 /// has.
-const SCHEMA: [&str; 4] = [
+const SCHEMA: [&str; 5] = [
     "
 CREATE TABLE vms (
     name       TEXT PRIMARY KEY,
@@ -85,6 +85,34 @@ CREATE INDEX migrations_by_source ON migrations (peer_key, started) WHERE direct
     "
 ALTER TABLE vms ADD COLUMN changed TEXT;                              -- its Drift as JSON; NULL while it is as it was started
 ",
+    "
+-- VMs that do not run and were given to another host. What is not done is asked for until it is.
+CREATE TABLE moves_out (
+    id       TEXT PRIMARY KEY,
+    vm       TEXT NOT NULL,
+    boot     TEXT NOT NULL,        -- its instance
+    pid      INTEGER NOT NULL,
+    start_time INTEGER NOT NULL,
+    peer     TEXT NOT NULL,
+    peer_key TEXT NOT NULL,
+    address  TEXT NOT NULL,
+    disks    TEXT NOT NULL,        -- the paths of those that it leaves here, as JSON
+    since    INTEGER NOT NULL,     -- seconds since 1970
+    done     INTEGER NOT NULL      -- the other host has it
+);
+-- Those that come here. What is not taken is not this host's.
+CREATE TABLE moves_in (
+    id       TEXT PRIMARY KEY,
+    vm       TEXT NOT NULL,
+    peer     TEXT NOT NULL,
+    peer_key TEXT NOT NULL,
+    coming   TEXT NOT NULL,        -- Coming as JSON
+    since    INTEGER NOT NULL,
+    taken    INTEGER NOT NULL
+);
+CREATE UNIQUE INDEX one_move_out ON moves_out (vm) WHERE done = 0;
+CREATE UNIQUE INDEX one_move_in ON moves_in (vm) WHERE taken = 0;
+",
 ];
 
 /// How long what is over is kept, in seconds. Nothing late of a migration comes after that.
@@ -119,8 +147,12 @@ pub(super) fn open(dir: &Path) -> Result<Connection> {
 pub(super) fn forget_what_is_old(connection: &Connection) {
     let old = "DELETE FROM migrations WHERE outcome IS NOT NULL AND must_run = 0 AND started < ?1
                AND id NOT IN (SELECT incoming FROM vms WHERE incoming IS NOT NULL) AND id NOT IN (SELECT id FROM fences)";
-    if let Err(error) = connection.execute(old, params![now() - KEPT]) {
-        tracing::warn!(%error, "cannot forget old migrations");
+    let moves =
+        ["DELETE FROM moves_out WHERE done = 1 AND since < ?1", "DELETE FROM moves_in WHERE taken = 1 AND since < ?1"];
+    for old in [old].into_iter().chain(moves) {
+        if let Err(error) = connection.execute(old, params![now() - KEPT]) {
+            tracing::warn!(%error, "cannot forget old migrations");
+        }
     }
 }
 

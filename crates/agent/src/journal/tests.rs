@@ -312,3 +312,60 @@ async fn a_peer_may_change_its_name_and_address() {
     let known = journal.peers().await.unwrap();
     assert_eq!((known.len(), known[0].name.as_str(), known[0].address.as_str()), (1, "gamma", "192.0.2.9:7420"));
 }
+
+fn coming(id: Uuid, from: &[u8]) -> MoveIn {
+    let coming = Coming { spec: vm(0).spec, autostart: true, accelerator: "tcg".into(), disks: Vec::new() };
+    MoveIn { id, source: Source { name: "alpha".into(), key: Fingerprint::of(from) }, coming, taken: false }
+}
+
+#[tokio::test]
+async fn a_vm_that_comes_is_taken_once_or_given_up_and_its_name_is_its_own() {
+    let (dir, journal) = journal();
+    let [first, second] = [Uuid::new_v4(), Uuid::new_v4()];
+    assert!(journal.vm_arrives(&coming(first, b"alpha")).await.unwrap());
+    assert!(!journal.vm_arrives(&coming(second, b"gamma")).await.unwrap(), "its name is expected from elsewhere");
+    // The same host begins anew, with the same move or another.
+    assert!(journal.vm_arrives(&coming(first, b"alpha")).await.unwrap());
+    assert!(journal.vm_arrives(&coming(second, b"alpha")).await.unwrap());
+    let record = coming(second, b"alpha").record(dir.path());
+    assert!(!journal.take_vm(first, &record).await.unwrap(), "nobody expects that any more");
+    assert!(journal.vms().await.unwrap().is_empty());
+    assert!(journal.take_vm(second, &record).await.unwrap());
+    assert!(!journal.take_vm(second, &record).await.unwrap() && !journal.give_up_vm(second).await.unwrap());
+    assert!(journal.vms().await.unwrap()[0].autostart && journal.moves_in().await.unwrap().is_empty());
+    // Another agent knows that it was.
+    drop(journal);
+    let journal = open(dir.path());
+    assert!(journal.move_in(second).await.unwrap().unwrap().taken);
+    assert!(!journal.vm_arrives(&coming(first, b"alpha")).await.unwrap(), "there is a VM of that name");
+    assert!(journal.give_up_vm(first).await.is_ok_and(|was_there| !was_there));
+}
+
+#[tokio::test]
+async fn a_vm_that_is_given_away_stays_on_record_until_it_is_there() {
+    let (dir, journal) = journal();
+    journal.put_vm(&vm(1)).await.unwrap();
+    let given = MoveOut {
+        id: Uuid::new_v4(),
+        vm: "web1".into(),
+        instance: instance(1),
+        peer: "beta".into(),
+        peer_key: Fingerprint::of(b"beta"),
+        address: "192.0.2.2:7420".into(),
+        disks: vec!["/a".into()],
+        done: false,
+    };
+    journal.give_vm(&given).await.unwrap();
+    assert!(journal.give_vm(&MoveOut { id: Uuid::new_v4(), ..given.clone() }).await.is_err(), "it is given once");
+    journal.vm_is_back(given.id).await.unwrap();
+    assert!(journal.moves_out().await.unwrap().is_empty() && journal.vms().await.unwrap().len() == 1);
+    journal.give_vm(&given).await.unwrap();
+    drop(journal);
+    let journal = open(dir.path());
+    assert_eq!(journal.moves_out().await.unwrap()[0].disks, given.disks);
+    assert_eq!(journal.vms().await.unwrap().len(), 1);
+    journal.vm_is_there(&given).await.unwrap();
+    assert!(journal.vms().await.unwrap().is_empty() && journal.moves_out().await.unwrap().is_empty());
+    assert!(journal.last_move_out("web1").await.unwrap().is_some_and(|it| it.done && it.peer == "beta"));
+    assert!(journal.last_move_out("web2").await.unwrap().is_none());
+}

@@ -1,6 +1,6 @@
 //! The VMs of this host.
 
-use rusqlite::{Row, ToSql, params};
+use rusqlite::{Connection, Row, ToSql, params};
 use uuid::Uuid;
 use vmferry_api::VmSpec;
 use vmferry_qemu::Drift;
@@ -37,28 +37,7 @@ impl Journal {
     /// Records a VM, in place of what was recorded under its name.
     pub async fn put_vm(&self, vm: &VmRecord) -> Result<()> {
         let vm = vm.clone();
-        self.call(move |db| {
-            db.execute(
-                "INSERT OR REPLACE INTO vms
-                 (name, spec, boot, pid, start_time, qmp, accelerator, incoming, autostart, ended, changed, must_run, stranded)
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, 0, 0)",
-                params![
-                    vm.spec.name,
-                    serde_json::to_string(&vm.spec).expect("a spec is plain data"),
-                    vm.instance.boot,
-                    vm.instance.pid,
-                    vm.instance.start_time as i64,
-                    vm.qmp,
-                    vm.accelerator,
-                    vm.incoming.map(|id| id.to_string()),
-                    vm.autostart,
-                    vm.ended,
-                    vm.changed.as_ref().map(as_json),
-                ],
-            )?;
-            Ok(())
-        })
-        .await
+        self.call(move |db| put(db, &vm)).await
     }
 
     /// Records why a VM's QEMU is gone, if its QEMU is still this one.
@@ -123,6 +102,28 @@ impl Journal {
         })
         .await
     }
+}
+
+pub(super) fn put(db: &Connection, vm: &VmRecord) -> Result<()> {
+    db.execute(
+        "INSERT OR REPLACE INTO vms
+         (name, spec, boot, pid, start_time, qmp, accelerator, incoming, autostart, ended, changed, must_run, stranded)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, 0, 0)",
+        params![
+            vm.spec.name,
+            serde_json::to_string(&vm.spec).expect("a spec is plain data"),
+            vm.instance.boot,
+            vm.instance.pid,
+            vm.instance.start_time as i64,
+            vm.qmp,
+            vm.accelerator,
+            vm.incoming.map(|id| id.to_string()),
+            vm.autostart,
+            vm.ended,
+            vm.changed.as_ref().map(as_json),
+        ],
+    )
+    .map(drop)
 }
 
 fn record(row: &Row<'_>) -> Result<VmRecord> {

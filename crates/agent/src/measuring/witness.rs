@@ -66,7 +66,7 @@ pub(crate) async fn guard(host: Arc<Host>, vm: Arc<Vm>, cancel: impl Fn(&str)) {
         }
         cancel(vm.name());
         if !vm.stage().is_migration() {
-            let now = StopRequest { force: true, timeout_ms: 0 };
+            let now = StopRequest { force: true, keep: false, timeout_ms: 0 };
             if let Err(error) = host::stop(&host, vm.name(), &now).await {
                 tracing::warn!(vm = vm.name(), error = in_one_line(&error), "a measuring guest cannot be ended yet");
             }

@@ -19,7 +19,8 @@ use vmferry_api::{DEFAULT_PORT, Hello, witness};
 use vmferry_link::{Authority, Fingerprint, Identity, Secret};
 
 use super::wire::{
-    BootFile, CheckReply, Commit, Fence, IncomingState, Join, Offer, OutgoingState, Prepared, TrialAccepted, TrialOffer,
+    BootFile, CheckReply, Commit, CopyAccepted, CopyOffer, Fence, IncomingState, Join, MoveOffer, MoveReply, Offer,
+    OutgoingState, Prepared, Taken, TrialAccepted, TrialOffer,
 };
 use crate::error::{API, PeerError};
 
@@ -204,6 +205,30 @@ impl Peer {
     /// Has it wait for the streams of a trial.
     pub async fn try_streams(&self, offer: &TrialOffer) -> Result<TrialAccepted, PeerError> {
         self.ask(Method::POST, "/v1/link-trials", Some(offer), ANSWER_TIMEOUT).await
+    }
+
+    /// Has it wait for the streams of a copy.
+    pub async fn take_copy(&self, offer: &CopyOffer) -> Result<CopyAccepted, PeerError> {
+        // Over a new connection: one that was heard and not answered would keep the next from the same place.
+        self.take_idle();
+        self.ask(Method::POST, "/v1/incoming-copies", Some(offer), ANSWER_TIMEOUT).await
+    }
+
+    /// Whether it could take this VM, which does not run; touches nothing there.
+    pub async fn check_move(&self, offer: &MoveOffer) -> Result<MoveReply, PeerError> {
+        let bytes: u64 = offer.vm.contents.values().map(|it| it.size).sum();
+        let reading = Duration::from_secs(bytes / SLOW_DISK);
+        self.ask(Method::POST, "/v1/incoming-vms/check", Some(offer), PREPARE_TIMEOUT + reading).await
+    }
+
+    /// Has it wait for this VM's disks, and tell what is there of them.
+    pub async fn begin_move(&self, offer: &MoveOffer) -> Result<MoveReply, PeerError> {
+        self.ask(Method::POST, "/v1/incoming-vms", Some(offer), PREPARE_TIMEOUT).await
+    }
+
+    /// Makes a VM its own that was given to it.
+    pub async fn take_vm(&self, id: Uuid) -> Result<Taken, PeerError> {
+        self.ask(Method::POST, &format!("/v1/incoming-vms/{id}/take"), None::<&()>, ANSWER_TIMEOUT).await
     }
 
     /// Whether it has this file for a measuring guest to boot from.

@@ -1,7 +1,7 @@
 //! What agents say to each other, beside what the local API says too.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -13,6 +13,7 @@ use vmferry_qemu::Inventory;
 
 use crate::engine::{NewSession, Protection, Setup};
 use crate::host::{Content, Plug};
+use crate::journal::Written;
 
 /// Use a join token: said to the agent that made it.
 #[derive(Clone, Serialize, Deserialize, ToSchema)]
@@ -48,6 +49,16 @@ pub struct Offer {
     /// The writable disks, as absolute paths. Beside each, the source has put a marker named after the migration.
     #[schema(value_type = Vec<String>)]
     pub disks: Vec<PathBuf>,
+    /// What is known of those of them that can move with the guest, where they are not shared.
+    #[serde(default)]
+    pub images: Vec<OwnImage>,
+    /// Those that do; as [`CheckReply::own_disks`] had it.
+    #[serde(default)]
+    #[schema(value_type = Vec<String>)]
+    pub own_disks: Vec<PathBuf>,
+    /// They come over a link with this session.
+    #[serde(default)]
+    pub disks_session: Option<NewSession>,
     /// What the guest only reads, as absolute paths. There may be a marker beside it.
     #[serde(default)]
     #[schema(value_type = Vec<String>)]
@@ -59,6 +70,9 @@ pub struct Offer {
     /// The source's networks that it is on.
     #[serde(default)]
     pub networks: Vec<Plug>,
+    /// It does not run, and is to be started there some day: it may do so with another accelerator.
+    #[serde(default)]
+    pub stopped: bool,
     /// The user vouches for what cannot be proven.
     pub disks_are_shared: bool,
     /// What QEMU must be set to; not known yet when this is only a question.
@@ -69,6 +83,42 @@ pub struct Offer {
     /// The agents move the RAM themselves, over a link with this session.
     #[serde(default)]
     pub external: Option<NewSession>,
+}
+
+impl Offer {
+    /// What is known of this disk.
+    pub fn image(&self, disk: &Path) -> Option<&OwnImage> {
+        self.images.iter().find(|image| image.path == disk)
+    }
+}
+
+/// A disk of the guest's own, which the destination is to make.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct OwnImage {
+    /// Where it is to be; absolute.
+    #[schema(value_type = String)]
+    pub path: PathBuf,
+    /// Such as `raw`.
+    pub format: String,
+    /// In bytes, as the guest sees it.
+    pub size: u64,
+    /// How much of it is allocated, in bytes.
+    pub allocated: u64,
+    /// Its user has named this place: what is behind it there may be another's, and a block device there is overwritten.
+    #[serde(default)]
+    pub placed: bool,
+    /// Of a block device, what tells it from every other on whichever host, where something does.
+    #[serde(default)]
+    pub device_id: Option<String>,
+    /// The file behind it, as it is named in it, and that one's format.
+    #[serde(default)]
+    pub backing: Option<(String, String)>,
+    /// Whose file it is: the user and the group, by number.
+    #[serde(default)]
+    pub owner: Option<(u32, u32)>,
+    /// Who may read and write it; nothing else of its mode counts.
+    #[serde(default)]
+    pub mode: Option<u32>,
 }
 
 /// This host could take the VM.
@@ -94,6 +144,14 @@ pub struct CheckReply {
     #[serde(default)]
     #[schema(value_type = Vec<String>)]
     pub unproven: Vec<PathBuf>,
+    /// Those of the writable disks that are not here: they would have to be made here, and move with the guest.
+    #[serde(default)]
+    #[schema(value_type = Vec<String>)]
+    pub own_disks: Vec<PathBuf>,
+    /// Those of them that are block devices here.
+    #[serde(default)]
+    #[schema(value_type = Vec<String>)]
+    pub devices: Vec<PathBuf>,
 }
 
 /// A QEMU waits.
@@ -201,6 +259,85 @@ pub struct TrialAccepted {
     /// The ciphers that this host allows, and how fast they are here.
     #[schema(value_type = Vec<Object>)]
     pub ciphers: Vec<CipherSpeed>,
+}
+
+/// An image that a host would like to copy to another.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct CopyOffer {
+    /// The copy.
+    pub id: Uuid,
+    /// Those of the same host that are under way, whose ends here must not be taken for what a dead one has left.
+    pub under_way: Vec<Uuid>,
+    /// Where it is to be; absolute.
+    #[schema(value_type = String)]
+    pub path: PathBuf,
+    /// Its size, in bytes.
+    pub size: u64,
+    /// Something may be there, and is replaced.
+    pub update: bool,
+    /// The source's configuration has nothing against its being sent unencrypted.
+    pub plain: bool,
+    /// It comes over a link with this session.
+    pub session: NewSession,
+}
+
+/// It waits for the streams.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct CopyAccepted {
+    /// They are not encrypted.
+    pub plain: bool,
+    /// Other images here may have parts of this one.
+    pub known: bool,
+    /// The ciphers that this host allows, and how fast they are here.
+    #[schema(value_type = Vec<Object>)]
+    pub ciphers: Vec<CipherSpeed>,
+}
+
+/// A VM that does not run, which a host would like to give away.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct MoveOffer {
+    /// The VM, and what it needs; its `own_disks` are those that are copied.
+    pub vm: Offer,
+    /// It is started when its host is.
+    pub autostart: bool,
+    /// What is copied, as it was last written: of each of `own_disks`, in their order.
+    pub written: Vec<Written>,
+}
+
+/// What a host has of a VM that comes.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct MoveReply {
+    /// What this host calls itself.
+    pub host: String,
+    /// Those of what the guest only reads of which it is to be said what is in them: they may be other files here.
+    #[schema(value_type = Vec<String>)]
+    pub unproven: Vec<PathBuf>,
+    /// Those of the writable disks that are not here: they would have to be copied.
+    #[schema(value_type = Vec<String>)]
+    pub own_disks: Vec<PathBuf>,
+    /// What is there of each of those, once the move has begun.
+    pub there: Vec<DiskThere>,
+}
+
+/// What is there of a disk that is copied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum DiskThere {
+    /// Nothing that has its name.
+    Nothing,
+    /// An older copy.
+    Older,
+    /// All of it.
+    Whole,
+}
+
+/// Whose a VM is that was given away.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Taken {
+    /// It is the host's that answers. Otherwise it never will be by this move.
+    pub taken: bool,
+    /// Why it is not.
+    pub why: Option<String>,
 }
 
 /// Whether a host has a file.

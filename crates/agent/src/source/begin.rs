@@ -68,6 +68,7 @@ pub(crate) async fn begin(
         to: request.to,
         keep: None,
         relay: None,
+        mirrors: None,
     };
     tokio::spawn(run.run());
     Ok((view, Some(migration)))

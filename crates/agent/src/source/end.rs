@@ -1,6 +1,6 @@
 //! How a migration ended, as its user is told.
 
-use vmferry_api::{Code, MigrationEvent, Problem, Report, in_one_line};
+use vmferry_api::{Code, Faults, MigrationEvent, Problem, Report, in_one_line};
 use vmferry_custody::source::Phase;
 
 use super::run::Run;
@@ -63,10 +63,16 @@ impl Run {
             saved_by_deltas: totals.saved_by_deltas,
             drains: totals.drains,
             longest_drain_ms: totals.longest_drain.as_secs_f64() * 1e3,
+            faults: totals.fault_times.map(|times| Faults {
+                count: times.count,
+                median_ms: times.median.as_secs_f64() * 1e3,
+                p99_ms: times.p99.as_secs_f64() * 1e3,
+            }),
             rounds: totals.rounds,
             dirty_rate: totals.dirty_rate,
             throttle: book.throttle,
             steps: book.times(),
+            disks: self.disks_moved(),
         }
     }
 }

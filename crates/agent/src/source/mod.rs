@@ -3,6 +3,7 @@
 //! ```text
 //! plan         refuse early                                     nothing is touched yet
 //! prepare      the destination's QEMU waits                     undo: abandon there
+//! copy disks   those that are not shared, to the end             undo: end the mirrors here, abandon there
 //! copy RAM     rounds until QEMU switches over, or post-copy    undo: cancel here, abandon there
 //! commit       the destination's journal takes the guest over   no undo; until it answers the guest stays paused here
 //! post-copy    (if used) the rest of the RAM follows
@@ -15,6 +16,7 @@
 //! under way, and from what the journal holds after a crash (`settle.rs`).
 
 mod begin;
+mod copy_disks;
 mod copy_ram;
 mod custody;
 mod end;
@@ -37,5 +39,6 @@ pub(crate) use begin::begin;
 pub(crate) use fences::keep as keep_fences;
 pub(crate) use migration::Migration;
 pub(crate) use outgoing::Outgoing;
+pub(crate) use plan::contents_of;
 pub(crate) use resolve::{discard, resolve};
 pub(crate) use settle::take_up;

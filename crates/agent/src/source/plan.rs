@@ -2,30 +2,40 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytesize::ByteSize;
 use uuid::Uuid;
 use vmferry_api::{EngineName, MigrateRequest, PlanView, Security};
 use vmferry_link::{Fingerprint, fastest_cipher};
 use vmferry_policy::Limits;
 use vmferry_qemu::inventory::Glimpse;
 use vmferry_qemu::qmp::commands;
-use vmferry_qemu::{CommandLine, Drift, Features, Inventory, MigrationStatus, QmpError, RunState, migration};
+use vmferry_qemu::{
+    CommandLine, Drift, Features, Inventory, MigrationStatus, QmpError, RunState, WrittenImage, migration,
+    written_images,
+};
 
 use super::mover::{ByAgents, ByQemu, Guest, Mover, Protect};
-use crate::engine::movable::Planned;
-use crate::engine::{Protection, Setup, movable};
+use crate::engine::movable::{Planned, Slowed};
+use crate::engine::{NewSession, Protection, Setup, movable};
 use crate::error::AgentError;
-use crate::host::{Claim, Content, Host, Markers, Stage, Vm, drift_of, plugs, resident_memory};
+use crate::host::{
+    Claim, Content, Host, Markers, Placed, Places, Stage, Vm, device_id, drift_of, plugs, resident_memory,
+};
 use crate::measuring::boot_files;
-use crate::peers::{CheckReply, Offer, Peer, trust};
+use crate::peers::{CheckReply, Offer, OwnImage, Peer, trust};
 
 /// Limits a user may set.
 const DOWNTIME_MS: std::ops::RangeInclusive<u64> = 1..=60_000;
 const LEAST_BANDWIDTH: u64 = 1 << 20;
 const MAX_TIME_MS: std::ops::RangeInclusive<u64> = 1_000..=7 * 24 * 3600 * 1000;
+
+/// What `O_DIRECT` may want sizes to be multiples of, in bytes.
+const DIRECT: u64 = 4096;
 
 /// What planning found out.
 pub(super) struct Plan {
@@ -42,6 +52,8 @@ pub(super) struct Plan {
     pub(super) rate: Option<u64>,
     /// Until the destination has looked for them for the last time.
     pub(super) markers: Option<Markers>,
+    /// Where its disks get other paths.
+    pub(super) places: Places,
     /// It was changed since its start.
     pub(super) changed: bool,
     /// What may be otherwise when it is moved.
@@ -58,6 +70,7 @@ pub(super) fn claim(vm: &Vm) -> Result<Claim<'_>, AgentError> {
         Stage::Unclear => refuse("it may be another host's: `vmferry resolve` says whose it is".into()),
         Stage::Stranded(_) => refuse("it runs on another host; this is what an unfinished post-copy left".into()),
         Stage::Stopping => refuse("it is being stopped".into()),
+        Stage::MovingDisk => refuse("a disk of it is being moved: wait for that, or cancel it".into()),
         _ => AgentError::MigrationRuns { name: name() },
     })
 }
@@ -90,6 +103,9 @@ pub(super) async fn plan(host: &Host, vm: &Vm, id: Uuid, request: &MigrateReques
     if !request.disks_are_shared {
         flushes(vm).await?;
     }
+    let images = written_images(&vm.qmp).await?;
+    would_run(vm, &images)?;
+    let places = places(vm, &images, request)?;
     let (now, drift) = as_it_is(host, vm).await?;
     let ram_bytes = vm.ram_bytes().await?;
     let behind = now.as_ref().map(Inventory::backing_files).unwrap_or_default();
@@ -113,6 +129,8 @@ pub(super) async fn plan(host: &Host, vm: &Vm, id: Uuid, request: &MigrateReques
     let put = tokio::task::spawn_blocking(move || Markers::put(&of, &behind, id, &signature));
     let markers = put.await.expect("putting markers does not panic")?;
     let networks = plugs(&CommandLine::parse(&spec.argv)?);
+    let here = std::mem::take(&mut spec.argv);
+    spec.argv = places.words(vm.name(), &here, &[])?;
     let mut offer = Offer {
         id,
         from: host.config.name.clone(),
@@ -122,10 +140,14 @@ pub(super) async fn plan(host: &Host, vm: &Vm, id: Uuid, request: &MigrateReques
         accelerator: vm.accelerator.clone(),
         running,
         cpu_features,
-        disks: markers.disks(),
+        images: own_images(vm, images, &markers, &places, request),
+        own_disks: Vec::new(),
+        disks_session: None,
+        disks: markers.disks().iter().map(|disk| places.there(disk)).collect(),
         read_only: markers.read_only(),
         contents: BTreeMap::new(),
         networks,
+        stopped: false,
         disks_are_shared: request.disks_are_shared,
         setup: Setup::default(),
         protection: Protection::default(),
@@ -136,9 +158,10 @@ pub(super) async fn plan(host: &Host, vm: &Vm, id: Uuid, request: &MigrateReques
     }
     let mut there = peer.check(&offer).await?;
     if !there.unproven.is_empty() {
-        offer.contents = contents_of(host, &offer, &there).await?;
+        offer.contents = contents_of(host, &offer, &there.unproven).await?;
         there = peer.check(&offer).await?;
     }
+    offer.spec.argv = places.words(vm.name(), &here, &there.devices)?;
     let (features, can_tls) = host.qemus.features_of(vm).await?;
     let carries_sleep = migration::carries_sleep(|name| features.has_capability(name))
         && migration::carries_sleep(|name| there.capabilities.contains(name));
@@ -151,7 +174,7 @@ pub(super) async fn plan(host: &Host, vm: &Vm, id: Uuid, request: &MigrateReques
             hint: Some(hint.into()),
         });
     }
-    let mut planned = Planned { seen, carries_sleep, drains: false };
+    let mut planned = Planned { seen, carries_sleep, drains: false, slowed: Slowed::default() };
     let mover: Arc<dyn Mover> = match agents_can(host, vm, request, &there).await? {
         Ok(by_agents) => {
             planned.drains = by_agents.drains;
@@ -164,6 +187,21 @@ pub(super) async fn plan(host: &Host, vm: &Vm, id: Uuid, request: &MigrateReques
             Arc::new(ByQemu::plan(vm, (&features, can_tls), &guest, &there, request)?)
         }
     };
+    if !there.own_disks.is_empty() {
+        offer.own_disks.clone_from(&there.own_disks);
+        offer.disks_session = Some(NewSession::random());
+        // No more than was offered.
+        if let Some(other) = there.own_disks.iter().find(|disk| offer.image(disk).is_none()) {
+            let reason = format!("{} asks for {}, which is none of its disks", there.host, other.display());
+            return Err(AgentError::NotMigratable { name: vm.name().into(), reason, hint: None });
+        }
+        if request.script.is_some() {
+            let reason = "its disks are not shared, and a measurement moves none".into();
+            return Err(AgentError::NotMigratable { name: vm.name().into(), reason, hint: None });
+        }
+        let own = there.own_disks.iter().filter_map(|disk| offer.image(disk));
+        notes.extend(own.map(|image| in_words(image, &places, there.devices.contains(&image.path))));
+    }
     let protect = match (host.config.security_of(remote), there.security) {
         (Security::Plain, Security::Plain) => Protect::Not,
         (security, their_security) => {
@@ -213,16 +251,103 @@ pub(super) async fn plan(host: &Host, vm: &Vm, id: Uuid, request: &MigrateReques
         protect,
         rate,
         markers: Some(markers),
+        places,
         changed,
         planned,
         mover,
     })
 }
 
+/// The images of this VM that could move with it.
+fn own_images(
+    vm: &Vm,
+    images: Vec<WrittenImage>,
+    markers: &Markers,
+    places: &Places,
+    request: &MigrateRequest,
+) -> Vec<OwnImage> {
+    let disks = if request.copy_disks { markers.disks() } else { Vec::new() };
+    let images = images.into_iter().filter_map(|image| {
+        let here = vm.spec.cwd.join(&image.file);
+        let path = places.there(&here);
+        let is_named = places.is_named(&path);
+        let file = std::fs::metadata(&here).ok().filter(std::fs::Metadata::is_file);
+        // What is a device here can be anything there, so that only its user knows where.
+        let may_move = disks.contains(&here) && (is_named || file.is_some());
+        may_move.then(|| OwnImage {
+            owner: file.as_ref().map(|file| (file.uid(), file.gid())),
+            mode: file.map(|file| file.mode()),
+            path,
+            placed: is_named,
+            device_id: device_id(&here),
+            format: image.format,
+            size: image.size,
+            allocated: image.allocated.unwrap_or(image.size),
+            backing: image.backing,
+        })
+    });
+    images.collect()
+}
+
+/// Refuses a guest that QEMU would not set running again: one that has been moved opens its disks with less rights than one
+/// that is started, and cannot make a disk a little larger that `O_DIRECT` could not be used for to its end otherwise.
+fn would_run(vm: &Vm, images: &[WrittenImage]) -> Result<(), AgentError> {
+    let odd = |image: &&WrittenImage| image.format == "raw" && image.is_direct && !image.size.is_multiple_of(DIRECT);
+    let Some(image) = images.iter().find(odd) else { return Ok(()) };
+    let fits = image.size.next_multiple_of(DIRECT);
+    Err(AgentError::NotMigratable {
+        name: vm.name().into(),
+        reason: format!(
+            "{} goes around the host's cache, and its size, {} bytes, is no multiple of {DIRECT}: QEMU would not set it \
+             running where it goes",
+            image.disk, image.size
+        ),
+        hint: Some(format!("enlarge it to {fits} bytes (`block_resize` in its monitor), or use another cache mode")),
+    })
+}
+
+/// The disks that its user wants to be elsewhere.
+fn places(vm: &Vm, images: &[WrittenImage], request: &MigrateRequest) -> Result<Places, AgentError> {
+    if !request.disks.is_empty() && !request.copy_disks {
+        let message = "a disk that gets another place has to move, and no disk is to move".into();
+        return Err(AgentError::BadRequest { message, hint: Some("give either --disk or --no-copy-disks".into()) });
+    }
+    let known = images.iter().map(|image| Placed {
+        names: vec![image.disk.clone(), image.node.clone()],
+        file: image.file.clone(),
+        here: vm.spec.cwd.join(&image.file),
+        format: image.format.clone(),
+        there: PathBuf::new(),
+    });
+    Places::of(vm.name(), &request.disks, &known.collect::<Vec<_>>())
+}
+
+fn in_words(image: &OwnImage, places: &Places, is_device: bool) -> String {
+    let (here, there) = (places.here(&image.path), image.path.display());
+    let how = match (image.placed, is_device) {
+        (false, _) => "is not shared and moves with it".to_owned(),
+        (true, false) => format!("moves with it, to {there}"),
+        (true, true) => {
+            format!("moves with it, to the device {there}: what is on that is lost, also when the migration fails")
+        }
+    };
+    format!(
+        "Its disk {} ({}, {} of {} in use) {how}.",
+        here.display(),
+        image.format,
+        ByteSize(image.allocated),
+        ByteSize(image.size)
+    )
+}
+
 /// What is in the files of which the destination wants to know.
-async fn contents_of(host: &Host, offer: &Offer, there: &CheckReply) -> Result<BTreeMap<PathBuf, Content>, AgentError> {
+pub(crate) async fn contents_of(
+    host: &Host,
+    offer: &Offer,
+    unproven: &[PathBuf],
+) -> Result<BTreeMap<PathBuf, Content>, AgentError> {
     // Of nothing else than what was offered.
-    let files: Vec<PathBuf> = offer.read_only.iter().filter(|it| there.unproven.contains(it)).cloned().collect();
+    let files: Vec<PathBuf> = offer.read_only.iter().filter(|it| unproven.contains(it)).cloned().collect();
     let (contents, name) = (Arc::clone(&host.contents), offer.spec.name.clone());
     let read = move || {
         let one = |file: PathBuf| match contents.of(&file) {

@@ -184,8 +184,15 @@ const NO_LIMITS: Limits = Limits { downtime: Duration::ZERO, max_time: None, pos
 async fn resumed_qemu(host: &Host, vm: &Vm, record: &OutRecord) -> Result<Box<dyn RamEngine>, AgentError> {
     let (features, _) = host.qemus.features_of(vm).await?;
     let (uri, setup) = (String::new(), Setup::default());
-    let wishes =
-        qemu::Wishes { uri, limits: NO_LIMITS, bandwidth: None, setup, post_copy_first: false, scripted: false };
+    let wishes = qemu::Wishes {
+        uri,
+        limits: NO_LIMITS,
+        bandwidth: None,
+        setup,
+        post_copy_first: false,
+        scripted: false,
+        zeroes_by_multifd: false,
+    };
     Ok(Box::new(QemuEngine::new(vm.qmp.clone(), features, record.running, wishes)))
 }
 

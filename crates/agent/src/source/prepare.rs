@@ -47,7 +47,7 @@ impl Run {
             self.migration.note(format!("{there} does not tell what the machine that waits there is made of."));
             return Ok(());
         };
-        let ours = self.vm.inventory().await?;
+        let ours = self.plan.places.in_inventory(self.vm.inventory().await?);
         // What the guest of one that was adopted had changed by then nobody knows.
         let before = self.vm.first_inventory().filter(|_| !self.vm.spec.adopted);
         let unloadable = ours.unloadable(&self.plan.there.qemu_version, &self.vm.facts.qemu_version);

@@ -15,6 +15,7 @@ use super::outgoing::Outgoing;
 use super::plan::Plan;
 use super::post_copy::Serving;
 use super::teller::Teller;
+use crate::engine::disks::Mirrors;
 use crate::engine::{RamEngine, Seen};
 use crate::error::AgentError;
 use crate::host::{Host, Vm};
@@ -39,6 +40,8 @@ pub(super) struct Run {
     pub(super) to: String,
     pub(super) keep: Option<AbortOnDropHandle<()>>,
     pub(super) relay: Option<Relay>,
+    /// Its own disks, on their way.
+    pub(super) mirrors: Option<Arc<Mirrors>>,
 }
 
 impl Run {
@@ -51,6 +54,9 @@ impl Run {
                 None
             }
             Err(error) => {
+                if let Some(mirrors) = &self.mirrors {
+                    mirrors.end().await;
+                }
                 self.custody.because(in_one_line(&error));
                 self.custody.tell(Event::Failed);
                 Some(error)
@@ -60,6 +66,9 @@ impl Run {
         let serving = Some(Serving::new(way, self.relay.take()));
         let mut hands = Hands { engine, serving, audience: self.teller.as_ref() };
         self.custody.drive(&mut hands).await;
+        if let (Phase::Owned, Some(mirrors)) = (self.custody.phase(), &self.mirrors) {
+            mirrors.end().await;
+        }
         let totals = hands.engine.as_ref().map(|engine| engine.totals()).unwrap_or_default();
         let retired = self.retired().await;
         let last = self.last_event(stopped, totals);
@@ -81,6 +90,9 @@ impl Run {
         if let Phase::Stranded { .. } = self.custody.phase() {
             return false;
         }
+        if let Phase::Over { .. } = self.custody.phase() {
+            self.leaves_its_disks();
+        }
         self.outgoing.is_over(&self.custody).await;
         true
     }
@@ -88,6 +100,13 @@ impl Run {
     async fn move_guest(&mut self, engine: &mut Option<Box<dyn RamEngine>>) -> Result<Seen, AgentError> {
         let engine = engine.insert(self.prepare().await?).as_mut();
         self.keep = Some(keep_alive(self.plan.peer.clone(), self.migration.id));
+        if self.plan.offer.disks_session.is_some() {
+            engine.reserve().await?;
+        }
+        self.copy_disks().await?;
+        if let Some(mirrors) = &self.mirrors {
+            engine.brings_disks(Arc::clone(mirrors) as _);
+        }
         self.copy_ram(engine).await
     }
 

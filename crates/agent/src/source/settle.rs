@@ -9,8 +9,8 @@ use vmferry_qemu::{RunState, migration};
 use super::custody::{Custody, Hands};
 use super::outgoing::Outgoing;
 use super::teller::Log;
-use crate::engine::journey;
-use crate::host::Host;
+use crate::engine::{disks, journey};
+use crate::host::{Host, Vm};
 use crate::journal::OutRecord;
 use crate::peers::trust::pinned;
 
@@ -26,39 +26,51 @@ pub(crate) fn take_up(outgoing: &Arc<Outgoing>, record: OutRecord) {
     tokio::spawn(settle(Arc::clone(outgoing), custody));
 }
 
-/// While no agent was there. QEMU calls it otherwise when it pauses a guest for its migration; so this can be told where
-/// QEMU copies the RAM, and does not do so of a guest that the agent had paused. An agent that copies it says so when it
-/// pauses the guest.
-async fn was_paused_by_its_user(host: &Host, custody: &Custody) -> bool {
-    let vm = loop {
+/// Its VM, when it was found; none when its QEMU is gone.
+async fn found(custody: &Custody) -> Option<Arc<Vm>> {
+    loop {
         match custody.vm() {
-            Some(vm) => break vm,
-            None if !custody.record.instance.is_alive() => return false,
+            Some(vm) => return Some(vm),
+            None if !custody.record.instance.is_alive() => return None,
             // What is due begins with its QEMU, too.
             None => tokio::time::sleep(FIND).await,
         }
-    };
+    }
+}
+
+/// While no agent was there. QEMU calls it otherwise when it pauses a guest for its migration; so this can be told where
+/// QEMU copies the RAM, and does not do so of a guest that the agent had paused. An agent that copies it says so when it
+/// pauses the guest.
+async fn was_paused_by_its_user(host: &Host, vm: &Vm) -> bool {
     if vm.spec.measuring {
         return false;
     }
     let is_paused = vm.run_state().await.is_ok_and(|state| state == RunState::Paused);
-    if journey::is_sending(&vm).is_some() {
-        return is_paused && !journey::pauses(&vm);
+    if journey::is_sending(vm).is_some() {
+        return is_paused && !journey::pauses(vm);
     }
-    let features = host.qemus.features_of(&vm).await;
+    let features = host.qemus.features_of(vm).await;
     is_paused && features.is_ok_and(|(features, _)| !migration::loses_writes(&features, &vm.accelerator))
 }
 
 async fn settle(outgoing: Arc<Outgoing>, custody: Arc<Custody>) {
     let log = Log(custody.record.vm.clone());
     let mut hands = Hands { engine: None, serving: None, audience: &log };
-    if custody.record.step == OutStep::CopyRam && was_paused_by_its_user(&outgoing.host, &custody).await {
-        custody.wants(false).await;
+    if custody.record.step == OutStep::CopyRam
+        && let Some(vm) = found(&custody).await
+    {
+        disks::forget(&vm.qmp, &vm.dir).await;
+        if was_paused_by_its_user(&outgoing.host, &vm).await {
+            custody.wants(false).await;
+        }
     }
     custody.look().await;
     custody.drive(&mut hands).await;
     if let Phase::Stranded { .. } = custody.phase() {
         custody.drive(&mut hands).await;
+    }
+    if let (Phase::Owned, Some(vm)) = (custody.phase(), custody.vm()) {
+        disks::forget(&vm.qmp, &vm.dir).await;
     }
     tracing::warn!(
         vm = custody.record.vm,

@@ -1,5 +1,6 @@
 //! Through two real agents on a testbed: vmferry as its users have it, or turning to post-copy when a scenario says so.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
@@ -116,6 +117,8 @@ pub(super) fn request(options: &RunOptions, to: &str) -> MigrateRequest {
         }),
         engine: Some(options.engine),
         disks_are_shared: false,
+        copy_disks: true,
+        disks: BTreeMap::new(),
     }
 }
 

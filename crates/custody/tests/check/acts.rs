@@ -32,6 +32,8 @@ pub(crate) enum Act {
     /// Something that is due, and whether it comes off.
     Source(source::Deed, bool),
     Destination(usize, destination::Deed, bool),
+    /// QEMU does not set the guest running.
+    Refuses(usize),
     /// Messages.
     Deliver(usize, Ask),
     Answer(usize),
@@ -98,6 +100,10 @@ pub(crate) fn possible(world: &World, flaw: Option<Flaw>, acts: &mut Vec<Act>) {
                 acts.push(Act::Destination(id, deed, true));
                 if matches!(deed, destination::Deed::Write(_) | destination::Deed::Run) && world.faults > 0 {
                     acts.push(Act::Destination(id, deed, false));
+                }
+                // A QEMU whose source has let go is asked again for ever.
+                if deed == destination::Deed::Run && world.faults > 0 && world.here != Here::LetGo {
+                    acts.push(Act::Refuses(id));
                 }
             }
         }
@@ -292,6 +298,17 @@ pub(crate) fn happen(before: &World, flaw: Option<Flaw>, act: Act) -> Option<Wor
         }
         Act::Source(deed, comes_off) => source_does(&mut world, flaw, deed, comes_off)?,
         Act::Destination(id, deed, comes_off) => destination_does(&mut world, flaw, id, deed, comes_off),
+        Act::Refuses(id) => {
+            if world.there[id] != There::Loaded {
+                return None;
+            }
+            world.faults -= 1;
+            world.destination_hears(id, destination::Event::Tries);
+            if flaw == Some(Flaw::AnswersWhileItTries) {
+                world.answer(id);
+            }
+            world.destination_hears(id, destination::Event::Refused);
+        }
         Act::Deliver(id, ask) => world.destination_hears(
             id,
             match ask {
@@ -455,11 +472,7 @@ fn destination_does(world: &mut World, flaw: Option<Flaw>, id: usize, deed: dest
         Deed::Write(row) => {
             let fenced = world.was_asked(id, Ask::Fence);
             let was_committed = matches!(world.incoming[id], Some(InStep::Committed { .. }));
-            if row == InStep::Abandoned
-                && was_committed
-                && !fenced
-                && (world.there[id] != There::Ended || world.ran[id])
-            {
+            if row == InStep::Abandoned && was_committed && !fenced && (world.tried[id] || world.ran[id]) {
                 world.broken = Some("a guest that was committed, and may have run, was abandoned");
             }
             world.incoming[id] = Some(row);

@@ -22,9 +22,11 @@ pub(crate) enum Flaw {
     TakesTheCommitForRunning,
     /// The destination's driver does not tell that it is about to set the guest running: what had run was given back.
     ForgetsThatItTried,
+    /// The destination answers while QEMU is being told to set the guest running: that it was tried, and then QEMU refuses.
+    AnswersWhileItTries,
 }
 
-pub(crate) const FLAWS: [Flaw; 8] = [
+pub(crate) const FLAWS: [Flaw; 9] = [
     Flaw::FreeBeforeItIsWritten,
     Flaw::GivesUpAfterTheCommit,
     Flaw::NoWayOut,
@@ -33,4 +35,5 @@ pub(crate) const FLAWS: [Flaw; 8] = [
     Flaw::SaysSoUnasked,
     Flaw::TakesTheCommitForRunning,
     Flaw::ForgetsThatItTried,
+    Flaw::AnswersWhileItTries,
 ];

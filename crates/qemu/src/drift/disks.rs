@@ -6,6 +6,7 @@ use serde_json::Value;
 use super::Words;
 use super::parts::Device;
 use crate::command_line::{CommandOption, Properties};
+use crate::disk_place::DiskPlace;
 use crate::inventory::name_of;
 use crate::qmp::commands::{BlockNode, Drive};
 
@@ -98,11 +99,21 @@ impl Words<'_> {
         words.retain(|key| key != "drive");
         if let Some(inserted) = &drive.inserted {
             let like = old.and_then(|old| self.find("blockdev", "node-name", &old));
-            let like = like.map(|at| self.options[at].0.properties());
+            let like = like.map(|at| self.with_aio_of_file(at));
             words.push("drive", &self.node(&inserted.node_name, Some(id), like.as_ref())?);
         }
         self.options[at].1 = Some(CommandOption::new("device", &words.to_string()));
         Ok(())
+    }
+
+    /// What a node's words say, with how its file is read and written, which the words of another node may say.
+    fn with_aio_of_file(&self, at: usize) -> Properties {
+        let mut words = self.options[at].0.properties();
+        let below = words.get("file").and_then(|file| self.find("blockdev", "node-name", file));
+        if let Some(aio) = below.and_then(|at| Some(self.options[at].0.properties().get("aio")?.to_owned())) {
+            words.push("file.aio", &aio);
+        }
+        words
     }
 
     /// Has what a device that came later has for its drive be there; the answer is what it is called.
@@ -222,14 +233,28 @@ impl Words<'_> {
             return Ok(());
         }
         if !TOLD_FORMATS.contains(&node.drv.as_str()) {
-            return match node.file.strip_prefix("json:").map(serde_json::from_str::<Value>) {
-                Some(Ok(json)) => {
+            let told = match node.file.strip_prefix("json:").map(serde_json::from_str::<Value>) {
+                Some(Ok(json)) => Some(json),
+                Some(Err(_)) => None,
+                None => node.file.parse::<DiskPlace>().ok().filter(DiskPlace::is_remote).map(|it| it.options()),
+            };
+            return match told {
+                Some(json) => {
                     let all = Properties::from_json(&json);
                     all.iter().filter(|(key, _)| *key != "driver").for_each(|(key, value)| put(key, value));
                     Ok(())
                 }
-                _ => Err(format!("not all of its block driver {} can be told from outside", node.drv)),
+                None => Err(format!("not all of its block driver {} can be told from outside", node.drv)),
             };
+        }
+        // A part of its file, which QEMU tells only in its description of the whole.
+        if node.drv == "raw"
+            && let Some(Ok(json)) = node.file.strip_prefix("json:").map(serde_json::from_str::<Value>)
+        {
+            let all = Properties::from_json(&json);
+            for key in ["size", "offset"] {
+                all.get(key).into_iter().for_each(|value| put(key, value));
+            }
         }
         for (role, child) in self.parts.children.get(name).cloned().unwrap_or_default() {
             match (role.as_str(), child.starts_with('#')) {

@@ -2,8 +2,10 @@
 //!
 //! What a QEMU may leave out is an `Option`; what we do not read is not named. QEMU describes all of it in qapi/*.json.
 
+mod jobs;
 mod migration;
 
+pub use jobs::*;
 pub use migration::*;
 
 use std::collections::BTreeMap;
@@ -312,6 +314,11 @@ pub struct BlockImage {
     pub filename: String,
     /// Such as `qcow2`.
     pub format: String,
+    /// In bytes, as the guest sees it.
+    #[serde(default)]
+    pub virtual_size: u64,
+    /// How much of it is allocated, in bytes, where that is known.
+    pub actual_size: Option<u64>,
     /// The file that has what this one does not.
     pub backing_image: Option<Box<BlockImage>>,
 }
@@ -406,6 +413,8 @@ pub struct BlockNode {
     /// It needs a key.
     #[serde(default)]
     pub encrypted: bool,
+    /// What is in it; the versions that we know all tell.
+    pub image: Option<BlockImage>,
 }
 
 impl BlockNode {

@@ -4,10 +4,12 @@
 
 use std::ops::Range;
 
+use crate::wire::MOST_WANTED;
+
 /// The first fault of a stream fetches so many pages.
 const FIRST: u64 = 8;
 /// One that goes on fetches twice as many as the one before, up to so many: 1 MiB.
-const MOST: u64 = 256;
+const MOST: u64 = MOST_WANTED;
 /// When hardly any fault goes on with a stream, so many.
 const JUMPY: u64 = 2;
 /// Streams that are followed at a time: about one for each processor of a guest that faults.

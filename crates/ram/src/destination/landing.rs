@@ -1,97 +1,137 @@
 //! Where a guest's RAM arrives, over one link or several, before an agent's end and after it.
 
-use std::io::Write;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
+use super::record::Record;
 use crate::RamError;
 use crate::arrival::{Arrival, ArrivalError};
 use crate::kernel::InjectError;
-use crate::memory::{Backend, Block, GuestRam, PunchError};
+use crate::memory::{Block, GuestRam, PunchError};
 use crate::pages::PageSet;
-use crate::wire::{Content, Malformed, Reader, Run, decode_missing, encode_missing};
-use crate::{PAGE, delta};
+use crate::wire::{Content, Malformed, Reader, Run};
+use crate::{PAGE, delta, zero};
 
 /// How many pages are changed by deltas at a time.
 const AMENDED: u64 = 16;
+/// How many bytes are looked at, or cleared, at a time.
+const PIECE: u64 = 1 << 20;
+/// How many pages are taken away at a time: 1 GiB.
+const SLICE: u64 = 1 << 18;
 
 /// See the module's text.
 pub struct Landing {
     ram: Arc<GuestRam>,
+    /// Whether all memory of a block was there from the beginning (`prealloc=on`). It stays so, as far as pages of zeroes
+    /// are concerned.
+    preallocated: Vec<bool>,
     /// Where what a new agent needs in post-copy is written.
     record: PathBuf,
     /// For post-copy, until that begins.
-    ready: Mutex<Option<Arrival>>,
+    ready: Mutex<Option<Ready>>,
     armed: OnceLock<Armed>,
+}
+
+/// All that could fail of post-copy was done.
+struct Ready {
+    arrival: Arrival,
+    record: Record,
+    /// Missing pages are waited for, and so many are on record.
+    begun: Option<u64>,
+}
+
+impl Ready {
+    /// These are missing. They are taken away, if they are there at all.
+    fn take_away(&mut self, blocks: &[Block], missing: &[PageSet], goes_on: impl Fn()) -> Result<(), RamError> {
+        // First, so that the kernel fills no hole with a large page of zeroes meanwhile.
+        self.arrival.begin()?;
+        punch(blocks, missing, goes_on)?;
+        let new: u64 =
+            self.record.missing().iter().zip(missing).map(|(record, missing)| record.insert_all(missing)).sum();
+        self.begun = Some(self.begun.unwrap_or(0) + new);
+        Ok(())
+    }
 }
 
 /// What there is in post-copy only.
 pub(super) struct Armed {
     pub(super) arrival: Arrival,
-    /// Pages that the source has and this side has not. A hole that is not among them is a page of zeroes.
-    pub(super) missing: Vec<PageSet>,
+    record: Record,
     left: AtomicU64,
+}
+
+impl Armed {
+    /// Pages that the source has and this side has not, by block. One that is not among them and not there either is a page
+    /// of zeroes: it was one when the guest left, or the guest has given it back since.
+    pub(super) fn missing(&self) -> &[PageSet] {
+        self.record.missing()
+    }
 }
 
 impl Landing {
     /// In the RAM of a QEMU that waits for its guest. `record` is a file that is written when the guest may run before
     /// its RAM is complete, and goes when it is.
     pub fn new(ram: GuestRam, record: &Path) -> Self {
-        Self { ram: Arc::new(ram), record: record.into(), ready: Mutex::default(), armed: OnceLock::new() }
+        let preallocated = ram.blocks().iter().map(|block| block.is_all_there().unwrap_or(false)).collect();
+        let (ready, armed) = (Mutex::default(), OnceLock::new());
+        Self { ram: Arc::new(ram), preallocated, record: record.into(), ready, armed }
     }
 
     /// Makes ready for a guest that runs before its RAM is complete, while it has none. Fails where that cannot be; the
     /// RAM may come before the guest all the same.
     pub fn prepare_post_copy(&self) -> Result<(), RamError> {
-        let arrival = Arrival::ready(Arc::clone(&self.ram))?;
-        *self.ready.lock().expect("no holder of this lock panics") = Some(arrival);
+        let ready = self.make_ready()?;
+        *self.ready.lock().expect("no holder of this lock panics") = Some(ready);
         Ok(())
     }
 
-    fn take_ready(&self) -> Option<Arrival> {
+    fn make_ready(&self) -> Result<Ready, RamError> {
+        let arrival = Arrival::ready(Arc::clone(&self.ram))?;
+        match Record::create(&self.record, arrival.number(), self.blocks()) {
+            Ok(record) => Ok(Ready { arrival, record, begun: None }),
+            Err(error) => {
+                // The first error is the one to tell.
+                let _ = arrival.disarm();
+                Err(RamError::record(error))
+            }
+        }
+    }
+
+    fn take_ready(&self) -> Option<Ready> {
         self.ready.lock().expect("no holder of this lock panics").take()
     }
 
     /// There will be no post-copy: nothing is left in QEMU.
     pub(super) fn forget_post_copy(&self) -> Result<(), RamError> {
-        self.take_ready().map_or(Ok(()), |arrival| Ok(arrival.disarm()?))
+        let Some(Ready { arrival, record, .. }) = self.take_ready() else { return Ok(()) };
+        let forgotten = record.forget().map_err(RamError::record);
+        arrival.disarm()?;
+        forgotten
     }
 
-    /// In the RAM of a guest that may run already, which an earlier agent has left: what has arrived is there, and all
-    /// else is missing. `None` when there is no record of such a guest. Its QEMU, process `pid`, is asked for nothing.
+    /// In the RAM of a guest that may run already, which an earlier agent has left: the record tells what is missing.
+    /// `None` when there is no record of such a guest. Its QEMU, process `pid`, is asked for nothing.
     pub fn again(pid: u32, record: &Path) -> Result<Option<Self>, RamError> {
-        if let Some(bytes) = read(&complete(record))? {
-            let (number, backends) = read_head(&mut Reader(&bytes))?;
-            match Arrival::again(Arc::new(GuestRam::open(pid, &backends)?), number) {
+        if let Some(complete) = Record::complete(record).map_err(RamError::record)? {
+            let ram = GuestRam::open(pid, &complete.backends)?;
+            match Arrival::again(Arc::new(ram), complete.number) {
                 Ok(arrival) => arrival.disarm()?,
                 // The earlier agent came so far.
                 Err(ArrivalError::Inject(InjectError::NotOurs { .. })) => {}
                 Err(error) => return Err(error.into()),
             }
-            std::fs::remove_file(complete(record)).map_err(RamError::record)?;
+            complete.record.forget().map_err(RamError::record)?;
             return Ok(None);
         }
-        let Some(bytes) = read(record)? else { return Ok(None) };
-        let mut reader = Reader(&bytes);
-        let (number, backends) = read_head(&mut reader)?;
-        let ram = Arc::new(GuestRam::open(pid, &backends)?);
-        let missing: Vec<PageSet> = ram.blocks().iter().map(|block| PageSet::new(block.size() / PAGE)).collect();
-        while !reader.0.is_empty() {
-            let length = reader.u32()? as usize;
-            decode_missing(reader.bytes(length)?, &missing)?;
-        }
-        let mut left = 0;
-        for (block, set) in ram.blocks().iter().zip(&missing) {
-            for data in block.data(0..block.size()).map_err(RamError::io)? {
-                set.remove(data.start / PAGE..data.end / PAGE);
-            }
-            left += set.len();
-        }
-        let arrival = Arrival::again(Arc::clone(&ram), number)?;
-        let armed = OnceLock::from(Armed { arrival, missing, left: AtomicU64::new(left) });
-        let landing = Self { ram, record: record.into(), ready: Mutex::default(), armed };
+        let Some(found) = Record::open(record).map_err(RamError::record)? else { return Ok(None) };
+        let ram = Arc::new(GuestRam::open(pid, &found.backends)?);
+        let arrival = Arrival::again(Arc::clone(&ram), found.number)?;
+        let left = found.record.missing().iter().map(PageSet::len).sum();
+        let armed = OnceLock::from(Armed { arrival, record: found.record, left: AtomicU64::new(left) });
+        let preallocated = vec![false; ram.blocks().len()];
+        let landing = Self { ram, preallocated, record: record.into(), ready: Mutex::default(), armed };
         if left == 0 {
             landing.disarm()?;
             return Ok(None);
@@ -117,49 +157,55 @@ impl Landing {
         self.ram.blocks()
     }
 
-    /// Whatever a QEMU that waits has put into its RAM is none of the guest's.
-    pub(super) fn clear(&self) -> Result<(), RamError> {
-        Ok(self.blocks().iter().try_for_each(|block| block.punch(0..block.size()))?)
+    /// Whatever a QEMU that waits has put into its RAM is none of the guest's. What was there from the beginning stays
+    /// there, with zeros in it. `goes_on` is called all the while.
+    pub(super) fn clear(&self, goes_on: impl Fn()) -> Result<(), RamError> {
+        for (block, preallocated) in self.blocks().iter().zip(&self.preallocated) {
+            if !preallocated {
+                block.punch(0..block.size())?;
+                continue;
+            }
+            let mut piece = vec![0; PIECE as usize];
+            for start in (0..block.size()).step_by(PIECE as usize) {
+                goes_on();
+                piece.truncate((block.size() - start) as usize);
+                block.read_at(start, &mut piece).map_err(RamError::io)?;
+                if !zero::is_zero(&piece) {
+                    piece.fill(0);
+                    block.write_at(start, &piece).map_err(RamError::io)?;
+                }
+            }
+        }
+        Ok(())
     }
 
-    /// Faults are taken from now on, and these pages will come.
-    pub(super) fn arm(&self, missing: Vec<PageSet>) -> Result<&Armed, RamError> {
+    /// Faults are taken from now on, and these pages will come. Those that are stale have been taken away already
+    /// ([`punch`](Landing::punch)), but for `stale`.
+    pub(super) fn arm(&self, missing: &[PageSet], stale: &[PageSet]) -> Result<&Armed, RamError> {
         if self.armed.get().is_some() {
             return Err(Malformed("post-copy begins twice").into());
         }
-        // First, so that the kernel fills no hole with a large page of zeroes meanwhile.
-        let arrival = match self.take_ready() {
-            Some(arrival) => arrival,
-            None => Arrival::ready(Arc::clone(&self.ram))?,
+        let mut ready = match self.take_ready() {
+            Some(ready) => ready,
+            None => self.make_ready()?,
         };
-        arrival.begin()?;
-        let left = match self.punch(&missing) {
-            Ok(left) => left,
-            Err(error) => {
-                // The first error is the one to tell.
-                let _ = arrival.disarm();
-                return Err(error);
-            }
-        };
-        self.write_record(arrival.number(), &missing).map_err(RamError::record)?;
-        let armed = Armed { arrival, missing, left: AtomicU64::new(left) };
-        Ok(self.armed.get_or_init(|| armed))
+        let stale = if ready.begun.is_some() { stale } else { missing };
+        let taken_away = ready.take_away(self.blocks(), stale, || ());
+        if let Err(error) = taken_away.and_then(|()| ready.record.begin().map_err(RamError::record)) {
+            // The first error is the one to tell.
+            let _ = ready.arrival.disarm();
+            return Err(error);
+        }
+        let Ready { arrival, record, begun } = ready;
+        Ok(self.armed.get_or_init(|| Armed { arrival, record, left: AtomicU64::new(begun.unwrap_or(0)) }))
     }
 
-    /// Takes away what is stale; how many pages that is, with those that were never there.
-    pub(super) fn punch(&self, missing: &[PageSet]) -> Result<u64, RamError> {
-        let mut left = 0;
-        for (block, set) in self.blocks().iter().zip(missing) {
-            for data in block.data(0..block.size()).map_err(RamError::io)? {
-                let mut from = data.start / PAGE;
-                while let Some(stale) = set.next_run(from..data.end / PAGE) {
-                    from = stale.end;
-                    block.punch(stale.start * PAGE..stale.end * PAGE)?;
-                }
-            }
-            left += set.len();
+    /// Takes away what is stale, before the guest is paused. `goes_on` is called all the while.
+    pub(super) fn punch(&self, stale: &[PageSet], goes_on: impl Fn()) -> Result<(), RamError> {
+        match &mut *self.ready.lock().expect("no holder of this lock panics") {
+            Some(ready) => ready.take_away(self.blocks(), stale, goes_on),
+            None => punch(self.blocks(), stale, goes_on),
         }
-        Ok(left)
     }
 
     /// Puts a run of pages where it belongs. True when it was the last that was missing.
@@ -170,6 +216,7 @@ impl Landing {
             match run.content {
                 Content::Whole => block.write_at(bytes.start, data).map_err(RamError::io)?,
                 Content::Delta => amend(block, bytes, data)?,
+                Content::Zero if self.preallocated[run.block] => fill_with_zeros(block, bytes)?,
                 Content::Zero => match block.punch(bytes) {
                     // Zeroes they are.
                     Ok(()) | Err(PunchError::StillThere(_)) => {}
@@ -187,39 +234,42 @@ impl Landing {
             // What they differ from was punched out.
             Content::Delta => return Err(Malformed("differences of pages in post-copy").into()),
         }?;
-        let new = armed.missing[run.block].remove(run.pages.clone());
+        // Not before they are there: what the record of an agent that ends here calls missing comes once more.
+        let new = armed.missing()[run.block].remove(run.pages.clone());
         Ok(new > 0 && armed.left.fetch_sub(new, Ordering::AcqRel) == new)
     }
 
     /// All RAM is here: nothing is left of post-copy, in the guest or on record.
     pub(super) fn disarm(&self) -> Result<(), RamError> {
         let Some(armed) = self.armed.get() else { return Ok(()) };
-        // From when faults are not taken any more, holes do not tell what is missing.
-        let complete = complete(&self.record);
-        std::fs::rename(&self.record, &complete).map_err(RamError::record)?;
+        // From when faults are not taken any more, nothing waits for what is missing.
+        armed.record.end().map_err(RamError::record)?;
         armed.arrival.disarm()?;
-        std::fs::remove_file(complete).map_err(RamError::record)
+        armed.record.forget().map_err(RamError::record)
     }
+}
 
-    fn write_record(&self, number: i32, missing: &[PageSet]) -> std::io::Result<()> {
-        let begun = self.record.with_extension("new");
-        let mut file = std::io::BufWriter::new(std::fs::File::create(&begun)?);
-        for number in [number as u32, self.blocks().len() as u32] {
-            file.write_all(&number.to_le_bytes())?;
+fn punch(blocks: &[Block], stale: &[PageSet], goes_on: impl Fn()) -> Result<(), RamError> {
+    for (block, set) in blocks.iter().zip(stale) {
+        let mut from = 0;
+        while let Some(run) = set.next_run(from..set.pages()) {
+            let slice = run.start..run.end.min(run.start + SLICE);
+            from = slice.end;
+            block.punch(slice.start * PAGE..slice.end * PAGE)?;
+            goes_on();
         }
-        for block in self.blocks() {
-            file.write_all(&block.size().to_le_bytes())?;
-            file.write_all(&block.address().to_le_bytes())?;
-            file.write_all(&(block.id().len() as u32).to_le_bytes())?;
-            file.write_all(block.id().as_bytes())?;
-        }
-        for frame in encode_missing(missing) {
-            file.write_all(&(frame.len() as u32).to_le_bytes())?;
-            file.write_all(&frame)?;
-        }
-        file.flush()?;
-        std::fs::rename(begun, &self.record)
     }
+    Ok(())
+}
+
+fn fill_with_zeros(block: &Block, mut bytes: Range<u64>) -> Result<(), RamError> {
+    let zeros = vec![0; (bytes.end - bytes.start).min(PIECE) as usize];
+    while !bytes.is_empty() {
+        let length = (bytes.end - bytes.start).min(PIECE);
+        block.write_at(bytes.start, &zeros[..length as usize]).map_err(RamError::io)?;
+        bytes.start += length;
+    }
+    Ok(())
 }
 
 /// Changes pages, bytes of a block, as deltas say.
@@ -234,28 +284,4 @@ fn amend(block: &Block, mut bytes: Range<u64>, deltas: &[u8]) -> Result<(), RamE
         bytes.start += pages.len() as u64;
     }
     Ok(())
-}
-
-/// What a record becomes when all is there.
-fn complete(record: &Path) -> PathBuf {
-    record.with_extension("complete")
-}
-
-fn read(path: &Path) -> Result<Option<Vec<u8>>, RamError> {
-    match std::fs::read(path) {
-        Ok(bytes) => Ok(Some(bytes)),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(RamError::record(error)),
-    }
-}
-
-/// The number of the userfaultfd in QEMU, and where its RAM is.
-fn read_head(reader: &mut Reader<'_>) -> Result<(i32, Vec<Backend>), Malformed> {
-    let (number, blocks) = (reader.u32()? as i32, reader.u32()?);
-    let mut backend = || {
-        let (size, address, length) = (reader.u64()?, reader.u64()?, reader.u32()?);
-        let id = String::from_utf8_lossy(reader.bytes(length as usize)?).into_owned();
-        Ok(Backend { id, size, address: Some(address) })
-    };
-    Ok((number, (0..blocks).map(|_| backend()).collect::<Result<_, _>>()?))
 }

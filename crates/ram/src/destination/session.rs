@@ -1,5 +1,6 @@
 //! One link's worth of arrival: several threads take what comes and put it into place.
 
+use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::io::Write;
 use std::net::Shutdown;
@@ -14,11 +15,12 @@ use vmferry_link::{Frame, Link, LinkDown};
 
 use super::faults::Windows;
 use super::landing::Landing;
+use super::waits::Waits;
 use crate::PAGE;
 use crate::RamError;
 use crate::pages::PageSet;
 use crate::wire::{
-    ARM, ARMED, COMPLETE, HELLO, Hello, MISSING, Malformed, PAGES, PLACED, PUNCH, PUNCHED, Pages, READY, REFUSED,
+    ARM, ARMED, BUSY, COMPLETE, HELLO, Hello, MISSING, Malformed, PAGES, PLACED, PUNCH, PUNCHED, Pages, READY, REFUSED,
     STATE, STATE_EARLY, STATE_END, STATE_GO, WANT, Want, decode_missing, decode_number, encode_missing,
 };
 
@@ -30,6 +32,8 @@ const TELL_EVERY: Duration = Duration::from_millis(1);
 const STRAGGLERS: Duration = Duration::from_secs(30);
 /// How often a thread that waits for faults looks whether it is over.
 const LOOK: Duration = Duration::from_millis(50);
+/// How often the source is told that what it waits for goes on.
+const STILL_BUSY: Duration = Duration::from_secs(1);
 /// How far ahead of the last frame in place another may be.
 const MOST_AHEAD: u64 = 1 << 20;
 /// The most device state that may wait for QEMU to take it, in bytes.
@@ -54,6 +58,7 @@ pub fn serve(link: &Link, landing: &Landing, qemu: Option<&UnixStream>) -> Resul
         placed: Mutex::default(),
         progress: Condvar::new(),
         faults_taken: AtomicBool::new(false),
+        waits: Mutex::default(),
         state_goes: AtomicBool::new(false),
         over: AtomicBool::new(false),
         failure: Mutex::default(),
@@ -96,6 +101,7 @@ struct Session<'a> {
     progress: Condvar,
     /// Faults are this session's to take.
     faults_taken: AtomicBool,
+    waits: Mutex<Waits>,
     /// QEMU may have the device state.
     state_goes: AtomicBool,
     over: AtomicBool,
@@ -182,6 +188,10 @@ impl Session<'_> {
         for (run, data) in &pages.runs {
             last |= self.landing.put(run, data)?;
         }
+        if self.landing.armed().is_some() {
+            let mut waits = self.waits();
+            pages.runs.iter().for_each(|(run, _)| waits.end(run));
+        }
         {
             let mut placed = self.placed();
             let number = pages.number;
@@ -201,7 +211,12 @@ impl Session<'_> {
     /// Nothing is missing any more.
     fn complete(&self) -> Result<(), RamError> {
         self.landing.disarm()?;
-        Ok(self.link.send_urgent(COMPLETE, Vec::new())?)
+        let times = self.waits().times();
+        Ok(self.link.send_urgent(COMPLETE, times.encode())?)
+    }
+
+    fn waits(&self) -> MutexGuard<'_, Waits> {
+        self.waits.lock().expect("no holder of this lock panics")
     }
 
     /// Tells the source what is in place, now and then.
@@ -223,7 +238,8 @@ impl Session<'_> {
     }
 
     fn take_urgent(&self, state: Sender<(Bytes, When)>) -> Result<(), RamError> {
-        let mut missing = self.no_pages();
+        // All that was told, and what of it has not been taken away.
+        let (missing, mut present) = (self.no_pages(), self.no_pages());
         let (mut greeted, mut state, mut state_bytes, mut early) = (false, Some(state), 0, true);
         while let Some(frame) = self.link.recv_urgent()? {
             match frame.kind {
@@ -233,18 +249,23 @@ impl Session<'_> {
                 }
                 _ if !greeted => return Err(Malformed("it does not begin with what RAM it has").into()),
                 PAGES => self.pages(&frame)?,
-                MISSING => decode_missing(&frame.payload, &missing)?,
+                MISSING => {
+                    decode_missing(&frame.payload, &missing)?;
+                    decode_missing(&frame.payload, &present)?;
+                }
                 PUNCH if self.landing.missing().is_none() => {
-                    self.landing.punch(&missing)?;
-                    missing = self.no_pages();
+                    self.landing.punch(&present, self.still_busy())?;
+                    present = self.no_pages();
                     self.link.send_urgent(PUNCHED, Vec::new())?;
                 }
                 ARM => {
                     self.wait_for_stragglers(decode_number(&frame.payload)?)?;
-                    self.landing.arm(std::mem::take(&mut missing))?;
+                    self.landing.arm(&missing, &present)?;
+                    // Whoever puts the last page into place says that it is complete.
+                    let nothing_comes = self.landing.missing() == Some(0);
                     self.faults_taken.store(true, Ordering::Release);
                     self.link.send_urgent(ARMED, Vec::new())?;
-                    if self.landing.missing() == Some(0) {
+                    if nothing_comes {
                         self.complete()?;
                     }
                 }
@@ -265,6 +286,18 @@ impl Session<'_> {
             }
         }
         Ok(())
+    }
+
+    /// To be called while what the source waits for goes on.
+    fn still_busy(&self) -> impl Fn() {
+        let told = Cell::new(Instant::now());
+        move || {
+            if told.get().elapsed() >= STILL_BUSY {
+                told.set(Instant::now());
+                // If it cannot be told, there is nobody who waits.
+                let _ = self.link.send_urgent(BUSY, Vec::new());
+            }
+        }
     }
 
     fn no_pages(&self) -> Vec<PageSet> {
@@ -294,9 +327,9 @@ impl Session<'_> {
             return Err(RamError::Layout { here: told(&mut ours.into_iter()), there: theirs });
         }
         match (hello.resume, self.landing.armed()) {
-            (false, None) => self.landing.clear()?,
+            (false, None) => self.landing.clear(self.still_busy())?,
             (true, Some(armed)) => {
-                for frame in encode_missing(&armed.missing) {
+                for frame in encode_missing(armed.missing(), &self.no_pages()) {
                     self.link.send_urgent(MISSING, frame)?;
                 }
                 // Faults that the last link was asked for are raised again.
@@ -308,7 +341,7 @@ impl Session<'_> {
         }
         self.link.send_urgent(READY, Vec::new())?;
         if hello.resume && self.landing.missing() == Some(0) {
-            self.link.send_urgent(COMPLETE, Vec::new())?;
+            self.link.send_urgent(COMPLETE, self.waits().times().encode())?;
         }
         Ok(())
     }
@@ -352,17 +385,24 @@ impl Session<'_> {
             armed.arrival.faults(LOOK, &mut faults)?;
             for (block, offset) in faults.iter().copied() {
                 let page = offset / PAGE;
-                if !armed.missing[block].contains(page) {
+                if !armed.missing()[block].contains(page) {
                     // A page that has never been written, or one that came meanwhile.
                     armed.arrival.place_zero(block, page * PAGE..(page + 1) * PAGE)?;
                     continue;
+                }
+                {
+                    let mut waits = self.waits();
+                    // It may have come since; who puts it there looks at this after that.
+                    if armed.missing()[block].contains(page) {
+                        waits.begin(block, page);
+                    }
                 }
                 if asked[block].contains(page) {
                     continue;
                 }
                 let pages = windows.on_fault(block, page, self.blocks[block]);
                 asked[block].insert(pages.clone());
-                self.link.send_urgent(WANT, Want { block, pages }.encode())?;
+                self.link.send_urgent(WANT, Want { block, pages, first: page }.encode())?;
             }
         }
         Ok(())

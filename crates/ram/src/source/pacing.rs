@@ -24,8 +24,9 @@ const BUSY: Duration = Duration::from_millis(1);
 const BURST: Duration = Duration::from_millis(5);
 /// The rate while the link's is not known, in bytes a second.
 const LEAST_RATE: f64 = (1 << 20) as f64;
-/// How often it is reckoned how much the guest was slowed down.
+/// How often it is reckoned how much the guest was slowed down, and of how short a time it can be at the end.
 const SAMPLE: Duration = Duration::from_millis(500);
+const LAST_SAMPLE: Duration = Duration::from_millis(50);
 /// How many pages are taken over at a time while the guest is paused: 256 MiB.
 const SLICE: u64 = CHUNK * 128;
 
@@ -128,13 +129,13 @@ impl Source {
 impl Inner {
     /// Has writers wait at these pages of a guest that is paused. They begin with a chunk.
     fn take_over(&self, log: &mut dyn WriteLog, block: usize, pages: Range<u64>) -> io::Result<()> {
-        let (bytes, mut written) = (pages.start * PAGE..pages.end * PAGE, Vec::new());
-        log.written(block, bytes.clone(), &mut written)?;
+        let mut written = Vec::new();
+        self.sent_once(block, pages.clone()).try_for_each(|sent| log.written(block, sent, &mut written))?;
         self.more(block, written);
-        log.pace(block, bytes.clone())?;
+        log.pace(block, pages.start * PAGE..pages.end * PAGE)?;
         if self.drain.is_some() {
             // What is sent for the first time from here on is not protected then.
-            return log.protect(block, bytes);
+            return self.not_empty(block, pages).try_for_each(|bytes| log.protect(block, bytes));
         }
         // Of what was never sent, nothing needs protection.
         self.sent_once(block, pages).try_for_each(|sent| log.protect(block, sent))
@@ -145,6 +146,7 @@ impl Inner {
         let (mut found, mut waiting) = (Vec::new(), VecDeque::<(WriteFault, Instant)>::new());
         let mut bucket = Bucket { pages: 0.0, filled: Instant::now() };
         let (mut sampled, mut waited, mut rate) = (Instant::now(), Duration::ZERO, LEAST_RATE / PAGE as f64);
+        let mut was_lifted = false;
         while !self.pacing.over.load(Ordering::Relaxed) {
             let next = Duration::from_secs_f64(1.0 / rate).min(BUSY);
             let timeout = if waiting.is_empty() { IDLE } else { next };
@@ -170,7 +172,9 @@ impl Inner {
                 waiting.pop_front();
             }
             let sample = now - sampled;
-            if sample >= SAMPLE {
+            // What comes after it is lifted is no pacing.
+            let ends = lifted && !std::mem::replace(&mut was_lifted, lifted);
+            if sample >= SAMPLE && !was_lifted || ends && sample >= LAST_SAMPLE {
                 let most = sample.as_secs_f64() * processors.len().max(1) as f64;
                 let slowed = (waited.as_secs_f64() / most * 100.0).min(99.0);
                 self.pacing.slowed.store(slowed as u8, Ordering::Relaxed);

@@ -6,7 +6,7 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -15,12 +15,10 @@ use super::{Inner, RamError, WriteLog, in_threads, workers};
 use crate::PAGE;
 use crate::pages::PageSet;
 
-/// Written at so many looks in a row, a page is hot.
-const HOT: u8 = 2;
-/// Nothing is hotter.
-const HOTTEST: u8 = u8::MAX - 1;
 /// How many pages one thread looks at, at a time: 512 MiB.
 const SPAN: u64 = 1 << 17;
+/// Where memory is found that was not there before, so many pages are told apart.
+const NEAR: u64 = 16;
 /// How often all pages are looked at while there is enough to send: at most, and at least.
 const LOOK: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(1));
 /// Each page that was written since the last look has cost the guest a fault, of about a microsecond. It is to lose no
@@ -30,6 +28,8 @@ const FAULT: Duration = Duration::from_micros(10);
 const GLANCE: Duration = Duration::from_millis(150);
 /// So many pages must have been sent for that: 32 MiB.
 const TELLING: u64 = 8192;
+/// So many of them are looked at each time, at most: 4 GiB, which takes one thread some milliseconds.
+const GLANCED: u64 = 1 << 20;
 /// What takes no longer than this is not worth another round.
 const LITTLE: Duration = Duration::from_millis(4);
 /// A round that leaves more than this share of what the last one left is not worth another one either.
@@ -39,28 +39,64 @@ const MOST_ATTEMPTS: u32 = 6;
 /// How long the guest may take to be paused once it is time for it.
 const PAUSE: Duration = Duration::from_millis(500);
 
-/// At how many looks in a row each page was found written, by block.
-struct Heat(Vec<Vec<AtomicU8>>);
+/// What looks have found, by block: pages that one after another finds written are hot.
+struct Heat {
+    /// Written at the last look.
+    written: Vec<PageSet>,
+    /// Written at the one before, too.
+    hot: Vec<PageSet>,
+}
 
 impl Heat {
-    fn of(&self, block: usize, page: u64) -> u8 {
-        self.0[block][page as usize].load(Ordering::Relaxed)
+    fn new(blocks: &[PageSet]) -> Self {
+        let none = || blocks.iter().map(|block| PageSet::new(block.pages())).collect();
+        Self { written: none(), hot: none() }
     }
 
     /// A look at these pages found some written, and the others not.
     fn look(&self, span: &Span, written: &[Range<u64>]) {
-        let heat = &self.0[span.block][..span.pages.end as usize];
-        let mut from = span.pages.start as usize;
-        for run in written {
-            let (start, end) = ((run.start / PAGE) as usize, (run.end / PAGE) as usize);
-            heat[from..start].iter().for_each(|cold| cold.store(0, Ordering::Relaxed));
-            heat[start..end]
-                .iter()
-                .for_each(|page| page.store((page.load(Ordering::Relaxed) + 1).min(HOTTEST), Ordering::Relaxed));
-            from = end;
+        let (last, hot) = (&self.written[span.block], &self.hot[span.block]);
+        let mut from = span.pages.start;
+        for pages in written.iter().map(pages) {
+            for set in [last, hot] {
+                set.remove(from..pages.start);
+            }
+            from = pages.end;
+            hot.copy(last, pages.clone());
+            last.insert(pages);
         }
-        heat[from..].iter().for_each(|cold| cold.store(0, Ordering::Relaxed));
+        for set in [last, hot] {
+            set.remove(from..span.pages.end);
+        }
     }
+}
+
+/// Which of the pages that are to be sent are sent.
+#[derive(Clone, Copy)]
+enum Which<'a> {
+    All,
+    /// Those that are not hot.
+    Cold(&'a Heat),
+}
+
+/// What is known of a chunk.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Known {
+    /// Nothing of it was sent: it is all to be sent anyway.
+    Untouched,
+    /// It had no memory when its turn came.
+    Empty,
+    /// It is protected, or was when it was sent.
+    Tracked,
+}
+
+/// The whole pages of a range of bytes.
+fn pages(bytes: &Range<u64>) -> Range<u64> {
+    bytes.start / PAGE..bytes.end / PAGE
+}
+
+fn bytes(pages: &Range<u64>) -> Range<u64> {
+    pages.start * PAGE..pages.end * PAGE
 }
 
 /// A part of a block that one thread looks at, at a time.
@@ -125,7 +161,7 @@ impl Inner {
     }
 
     fn all_rounds(&self) -> Result<(), RamError> {
-        let heat = Heat(self.pending.iter().map(|set| (0..set.pages()).map(|_| AtomicU8::new(0)).collect()).collect());
+        let heat = Heat::new(&self.pending);
         let chunks = self.all_chunks();
         let mut looked = Instant::now();
         {
@@ -138,9 +174,7 @@ impl Inner {
         }
         let glanced = Mutex::new(Instant::now());
         if self.drain.is_some() {
-            for (block, set) in self.pending.iter().enumerate() {
-                self.tracked(|log| log.protect(block, 0..set.pages() * PAGE))?;
-            }
+            chunks.iter().try_for_each(|chunk| self.begin_chunk(*chunk).map(drop))?;
             self.drain()?;
         }
         self.each_chunk(&chunks, true, |chunk, frame| {
@@ -169,7 +203,7 @@ impl Inner {
                 false => self.look(true, |span, runs| heat.look(span, runs))?,
             };
             self.drain()?;
-            let below = if paced { u8::MAX } else { HOT };
+            let which = if paced { Which::All } else { Which::Cold(&heat) };
             let look = looked.elapsed();
             let left = self.recount();
             let dirty_rate = rate_of(written, since);
@@ -196,11 +230,11 @@ impl Inner {
                 }
             }
             self.news.notify_all();
-            self.each_chunk(&chunks, true, |chunk, frame| self.again(chunk, frame, &heat, below))?;
+            self.each_chunk(&chunks, true, |chunk, frame| self.again(chunk, frame, which))?;
             let next_look = FAULT.mul_f64(written as f64).clamp(LOOK.0, LOOK.1);
             if looked.elapsed() < next_look && !self.is_stopped() {
                 self.each_chunk(&chunks, true, |chunk, frame| match looked.elapsed() < next_look {
-                    true => self.again(chunk, frame, &heat, u8::MAX),
+                    true => self.again(chunk, frame, Which::All),
                     false => Ok(()),
                 })?;
             }
@@ -230,28 +264,24 @@ impl Inner {
         let spans = blocks.flat_map(|(block, pages)| {
             (0..pages).step_by(SPAN as usize).map(move |first| Span { block, pages: first..(first + SPAN).min(pages) })
         });
-        let (spans, pages): (Vec<Span>, _) = (spans.collect(), AtomicU64::new(0));
+        let (spans, found_pages): (Vec<Span>, _) = (spans.collect(), AtomicU64::new(0));
         let next = AtomicUsize::new(0);
         let look = || {
             let mut runs = Vec::new();
             while let Some(span) = spans.get(next.fetch_add(1, Ordering::Relaxed)) {
                 runs.clear();
-                let bytes = span.pages.start * PAGE..span.pages.end * PAGE;
-                self.tracked(|log| match protect {
-                    true => log.take_written(span.block, bytes, &mut runs),
-                    false => log.written(span.block, bytes, &mut runs),
-                })?;
+                self.written(span.block, span.pages.clone(), protect, &mut runs)?;
                 for run in &runs {
                     let new = self.pending[span.block].insert(run.start / PAGE..run.end / PAGE);
                     let count = if protect { (run.end - run.start) / PAGE } else { new };
-                    pages.fetch_add(count, Ordering::Relaxed);
+                    found_pages.fetch_add(count, Ordering::Relaxed);
                 }
                 found(span, &runs);
             }
             Ok(())
         };
         in_threads(workers().min(spans.len()), look)?;
-        Ok(pages.into_inner())
+        Ok(found_pages.into_inner())
     }
 
     /// Looks which pages were written, and leaves them as they are. Gives back how many were not to be sent before.
@@ -259,31 +289,135 @@ impl Inner {
         self.look(false, |_, _| ())
     }
 
-    /// Those of these pages, in bytes, of which something was sent, if only that they are zero. They begin with a chunk.
-    pub(super) fn sent_once(&self, block: usize, pages: Range<u64>) -> impl Iterator<Item = Range<u64>> + '_ {
-        let (untouched, end) = (&self.untouched[block], pages.end.div_ceil(CHUNK));
-        let mut chunk = pages.start / CHUNK;
+    /// These pages, which begin with a chunk, in parts of which the same is known.
+    fn parts(&self, block: usize, pages: Range<u64>) -> impl Iterator<Item = (Known, Range<u64>)> + '_ {
+        let (mut chunk, end) = (pages.start / CHUNK, pages.end.div_ceil(CHUNK));
+        std::iter::from_fn(move || {
+            let first = (chunk < end).then_some(chunk)?;
+            let next = |set: &PageSet| set.next_run(first..end).unwrap_or(end..end);
+            let (untouched, empty) = (next(&self.untouched[block]), next(&self.empty[block]));
+            let (known, part_end) = match () {
+                () if untouched.start == first => (Known::Untouched, untouched.end),
+                () if empty.start == first => (Known::Empty, empty.end.min(untouched.start)),
+                () => (Known::Tracked, untouched.start.min(empty.start)),
+            };
+            chunk = part_end;
+            Some((known, first * CHUNK..(part_end * CHUNK).min(pages.end)))
+        })
+    }
+
+    /// Adds which of these pages, in bytes, were written since they were protected, or may have been before they were.
+    /// They begin with a chunk.
+    pub(super) fn written(
+        &self,
+        block: usize,
+        pages: Range<u64>,
+        protect: bool,
+        out: &mut Vec<Range<u64>>,
+    ) -> Result<(), RamError> {
+        for (known, part) in self.parts(block, pages) {
+            match known {
+                Known::Tracked => self.tracked(|log| match protect {
+                    true => log.take_written(block, bytes(&part), out),
+                    false => log.written(block, bytes(&part), out),
+                })?,
+                Known::Empty => self.filled(block, part, protect, out)?,
+                Known::Untouched => self.untold(block, part, out)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds what of these pages, of which nothing was sent and which are not protected, has memory and is not to be sent so
+    /// far, as it had none.
+    fn untold(&self, block: usize, mut part: Range<u64>, out: &mut Vec<Range<u64>>) -> Result<(), RamError> {
+        let (ram, pending) = (&self.ram.blocks()[block], &self.pending[block]);
+        while let Some(first) = ram.first_data(bytes(&part)).map_err(RamError::io)? {
+            let chunk = self.pages_of(Chunk { block, index: first / PAGE / CHUNK });
+            let mut from = first / PAGE;
+            while from < chunk.end {
+                let known = pending.next_run(from..chunk.end).unwrap_or(chunk.end..chunk.end);
+                if from < known.start {
+                    let new = ram.first_data(bytes(&(from..known.start))).map_err(RamError::io)?;
+                    out.extend(new.map(|new| new..known.start * PAGE));
+                }
+                from = known.end;
+            }
+            part.start = chunk.end.min(part.end);
+        }
+        Ok(())
+    }
+
+    /// Adds what of these pages, which had no memory, has some now, or is near such. When they are to be protected, their
+    /// chunks are, and count as tracked.
+    fn filled(
+        &self,
+        block: usize,
+        mut part: Range<u64>,
+        protect: bool,
+        out: &mut Vec<Range<u64>>,
+    ) -> Result<(), RamError> {
+        let ram = &self.ram.blocks()[block];
+        while let Some(first) = ram.first_data(bytes(&part)).map_err(RamError::io)? {
+            let index = first / PAGE / CHUNK;
+            let chunk = self.pages_of(Chunk { block, index });
+            if protect {
+                self.tracked(|log| log.protect(block, bytes(&chunk)))?;
+                self.empty[block].remove(index..index + 1);
+            }
+            // After it is protected, as it may have more by then.
+            for from in chunk.clone().step_by(NEAR as usize) {
+                let near = from..(from + NEAR).min(chunk.end);
+                let first = ram.first_data(bytes(&near)).map_err(RamError::io)?;
+                out.extend(first.map(|first| first..near.end * PAGE));
+            }
+            part.start = chunk.end.min(part.end);
+        }
+        Ok(())
+    }
+
+    /// Those of these pages, in bytes, that are not known to have had no memory. They begin with a chunk.
+    pub(super) fn not_empty(&self, block: usize, pages: Range<u64>) -> impl Iterator<Item = Range<u64>> + '_ {
+        let (mut chunk, end) = (pages.start / CHUNK, pages.end.div_ceil(CHUNK));
         let parts = std::iter::from_fn(move || {
-            (chunk < end).then(|| {
-                let next = untouched.next_run(chunk..end).unwrap_or(end..end);
-                let part = chunk * CHUNK * PAGE..(next.start * CHUNK).min(pages.end) * PAGE;
-                chunk = next.end;
-                part
-            })
+            let first = (chunk < end).then_some(chunk)?;
+            let empty = self.empty[block].next_run(first..end).unwrap_or(end..end);
+            chunk = empty.end;
+            Some(bytes(&(first * CHUNK..(empty.start * CHUNK).min(pages.end))))
         });
         parts.filter(|part| !part.is_empty())
     }
 
-    /// Finds out how much of what the first round has sent is stale already, and how fast it became so.
+    /// Those of these pages, in bytes, that are protected or were when they were sent. They begin with a chunk.
+    pub(super) fn sent_once(&self, block: usize, pages: Range<u64>) -> impl Iterator<Item = Range<u64>> + '_ {
+        let tracked = |(known, part): (Known, Range<u64>)| (known == Known::Tracked).then(|| bytes(&part));
+        self.parts(block, pages).filter_map(tracked)
+    }
+
+    /// Finds out how much of what the first round has sent is stale already, and how fast it became so. Of a large guest
+    /// a part is looked at, the next part at the next time.
     pub(super) fn glance(&self) -> Result<(), RamError> {
-        let (mut runs, mut rewritten) = (Vec::new(), 0);
-        for (block, set) in self.pending.iter().enumerate() {
-            for bytes in self.sent_once(block, 0..set.pages()) {
-                runs.clear();
-                self.tracked(|log| log.written(block, bytes, &mut runs))?;
-                rewritten += runs.iter().map(|run| (run.end - run.start) / PAGE).sum::<u64>();
+        let blocks = self.pending.iter().enumerate();
+        let sent_once: Vec<(usize, Range<u64>)> = blocks
+            .flat_map(|(block, set)| self.sent_once(block, 0..set.pages()).map(move |bytes| (block, pages(&bytes))))
+            .collect();
+        let all: u64 = sent_once.iter().map(|(_, pages)| pages.end - pages.start).sum();
+        let (mut skip, mut left) = (self.glanced.load(Ordering::Relaxed) % all.max(1), all.min(GLANCED));
+        self.glanced.fetch_add(left, Ordering::Relaxed);
+        let (mut runs, looked) = (Vec::new(), left);
+        // Around once: what is skipped at the beginning comes at the end.
+        for (block, part) in sent_once.iter().chain(&sent_once) {
+            let skipped = skip.min(part.end - part.start);
+            skip -= skipped;
+            let from = part.start + skipped;
+            let part = from..part.end.min(from + left);
+            left -= part.end - part.start;
+            if !part.is_empty() {
+                self.tracked(|log| log.written(*block, bytes(&part), &mut runs))?;
             }
         }
+        let found: u64 = runs.iter().map(|run| (run.end - run.start) / PAGE).sum();
+        let rewritten = (found as f64 * all as f64 / looked.max(1) as f64) as u64;
         let sent = self.shipping.pages();
         let mut state = self.lock();
         if let Some(began) = state.first_round_began {
@@ -295,63 +429,73 @@ impl Inner {
         Ok(())
     }
 
+    /// From here on what is written to a chunk of which nothing was sent is seen. False when there is no memory in it, and
+    /// so nothing to send.
+    fn begin_chunk(&self, chunk: Chunk) -> Result<bool, RamError> {
+        let pages = self.pages_of(chunk);
+        let has_data = || self.ram.blocks()[chunk.block].first_data(bytes(&pages)).map_err(RamError::io);
+        if has_data()?.is_none() {
+            self.empty[chunk.block].insert(chunk.index..chunk.index + 1);
+            return Ok(false);
+        }
+        self.tracked(|log| log.protect(chunk.block, bytes(&pages)))?;
+        Ok(true)
+    }
+
     /// Nothing was sent of it yet.
     fn first_time(&self, chunk: Chunk, frame: &mut Filling) -> Result<(), RamError> {
         let pages = self.pages_of(chunk);
-        let bytes = pages.start * PAGE..pages.end * PAGE;
-        if self.drain.is_none() {
-            self.tracked(|log| log.protect(chunk.block, bytes.clone()))?;
-        }
+        let has_memory = match self.drain {
+            Some(_) => !self.empty[chunk.block].contains(chunk.index),
+            None => self.begin_chunk(chunk)?,
+        };
         self.untouched[chunk.block].remove(chunk.index..chunk.index + 1);
-        self.fewer(self.pending[chunk.block].remove(pages));
-        match self.ram.blocks()[chunk.block].first_data(bytes.clone()).map_err(RamError::io)? {
+        self.fewer(self.pending[chunk.block].remove(pages.clone()));
+        if !has_memory {
+            return Ok(());
+        }
+        // After it is protected, as there may be more by then.
+        match self.ram.blocks()[chunk.block].first_data(bytes(&pages)).map_err(RamError::io)? {
             // The destination's RAM is all zero when it is new: holes and zeroes are not told.
-            Some(data) => self.read(frame, chunk.block, data / PAGE..bytes.end / PAGE, There::Zeroes, Shipping::ship),
+            Some(data) => self.read(frame, chunk.block, data / PAGE..pages.end, There::Zeroes, Shipping::ship),
             None => Ok(()),
         }
     }
 
-    /// Sends what is pending of it and colder than that.
-    fn again(&self, chunk: Chunk, frame: &mut Filling, heat: &Heat, below: u8) -> Result<(), RamError> {
+    /// Sends of it what is to be sent.
+    fn again(&self, chunk: Chunk, frame: &mut Filling, which: Which<'_>) -> Result<(), RamError> {
         let pages = self.pages_of(chunk);
         let pending = &self.pending[chunk.block];
-        if !self.any_below(chunk, heat, below) {
+        if self.next_run(chunk.block, pages.clone(), which).is_none() {
             return Ok(());
         }
         // What a disk may still be writing is not protected and read at once: it is as the round's scan has left it.
         if self.drain.is_none() {
             let mut written = Vec::new();
-            let bytes = pages.start * PAGE..pages.end * PAGE;
-            self.tracked(|log| log.take_written(chunk.block, bytes, &mut written))?;
+            self.written(chunk.block, pages.clone(), true, &mut written)?;
             self.more(chunk.block, written);
         }
         let mut from = pages.start;
-        while let Some(run) = pending.next_run(from..pages.end) {
+        while let Some(run) = self.next_run(chunk.block, from..pages.end, which) {
             from = run.end;
-            let mut page = run.start;
-            while page < run.end {
-                let is_cold = |page: &u64| heat.of(chunk.block, *page) < below;
-                let cold = (page..run.end).take_while(is_cold).count() as u64;
-                if cold > 0 {
-                    self.fewer(pending.remove(page..page + cold));
-                    self.read(frame, chunk.block, page..page + cold, self.last_sent(), Shipping::ship)?;
-                }
-                page += cold + 1;
-            }
+            self.fewer(pending.remove(run.clone()));
+            self.read(frame, chunk.block, run, self.last_sent(), Shipping::ship)?;
         }
         Ok(())
     }
 
-    fn any_below(&self, chunk: Chunk, heat: &Heat, below: u8) -> bool {
-        let pages = self.pages_of(chunk);
-        let mut from = pages.start;
-        while let Some(run) = self.pending[chunk.block].next_run(from..pages.end) {
-            if run.clone().any(|page| heat.of(chunk.block, page) < below) {
-                return true;
+    /// The first run of pages that are to be sent, within these.
+    fn next_run(&self, block: usize, within: Range<u64>, which: Which<'_>) -> Option<Range<u64>> {
+        let mut from = within.start;
+        while let Some(run) = self.pending[block].next_run(from..within.end) {
+            let Which::Cold(heat) = which else { return Some(run) };
+            let hot = heat.hot[block].next_run(run.clone()).unwrap_or(run.end..run.end);
+            if hot.start > run.start {
+                return Some(run.start..hot.start);
             }
-            from = run.end;
+            from = hot.end;
         }
-        false
+        None
     }
 
     /// Has several threads do this for each chunk, each with a frame of its own, to the end or until it is stopped.
@@ -376,19 +520,12 @@ impl Inner {
         in_threads(workers(), work)
     }
 
-    /// The guest is paused: what was written since the last look is the last of it.
-    pub(super) fn last_look(&self) -> Result<(), RamError> {
-        self.look_on()?;
-        self.forget_holes()?;
-        self.recount();
-        Ok(())
-    }
-
     /// What was never sent and has never been written is zero at the destination too.
-    fn forget_holes(&self) -> Result<(), RamError> {
+    pub(super) fn forget_holes(&self) -> Result<(), RamError> {
         for (block, untouched) in self.untouched.iter().enumerate() {
-            while let Some(run) = untouched.take_run(0..untouched.pages(), u64::MAX) {
-                let set = &self.pending[block];
+            let (set, mut next) = (&self.pending[block], 0);
+            while let Some(run) = untouched.next_run(next..untouched.pages()) {
+                next = run.end;
                 let pages = run.start * CHUNK..(run.end * CHUNK).min(set.pages());
                 let mut from = pages.start;
                 let data = self.ram.blocks()[block].data(pages.start * PAGE..pages.end * PAGE);

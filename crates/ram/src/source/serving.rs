@@ -1,11 +1,23 @@
 //! Post-copy at the source: pages that faults ask for at once, and all others one after the other.
+//!
+//! A guest that begins anew touches some hundred pages one after the other, and each waits behind what is on its way. So
+//! nothing else is sent then, until it asks for less ([`QUIET`]).
+
+use std::time::{Duration, Instant};
 
 use super::shipping::{Shipping, There};
-use super::{Inner, Phase, RamError};
+use super::{Inner, Phase, RamError, workers};
 use crate::wire::{
-    ARMED, COMPLETE, MISSING, MOST_DATA, Malformed, PLACED, PUNCHED, READY, REFUSED, WANT, Want, decode_missing,
-    decode_number,
+    ARMED, BUSY, COMPLETE, FaultTimes, MISSING, MOST_DATA, Malformed, PLACED, PUNCHED, READY, REFUSED, WANT, Want,
+    decode_missing, decode_number,
 };
+
+/// What nobody asked for is not sent while a fault is no longer ago than that...
+const QUIET: Duration = Duration::from_millis(4);
+/// ...but for no longer than that in all: the link is not to lie idle for a guest that jumps.
+const QUIET_AT_MOST: Duration = Duration::from_millis(300);
+/// How often it is looked whether the guest asks for less.
+const GLANCE: Duration = Duration::from_micros(500);
 
 impl Inner {
     /// Hears what the destination says, until the link is over.
@@ -29,7 +41,12 @@ impl Inner {
                 MISSING if self.resumed && !self.lock().ready => decode_missing(&frame.payload, &self.pending)?,
                 PUNCHED if self.lock().phase == Phase::Punching => self.lock().phase = Phase::PreCopy,
                 ARMED if self.lock().phase == Phase::Arming => self.lock().phase = Phase::PostCopy,
-                COMPLETE if self.lock().phase == Phase::PostCopy => self.lock().complete = true,
+                BUSY => self.lock().busy = Some(Instant::now()),
+                COMPLETE if self.lock().phase == Phase::PostCopy => {
+                    let times = FaultTimes::decode(&frame.payload)?;
+                    let mut state = self.lock();
+                    (state.complete, state.fault_times) = (true, Some(times));
+                }
                 REFUSED => {
                     return Err(RamError::Refused { reason: String::from_utf8_lossy(&frame.payload).into_owned() });
                 }
@@ -40,21 +57,46 @@ impl Inner {
         Err(RamError::Link(vmferry_link::LinkDown::Closed))
     }
 
-    /// Sends what a fault asks for, unless it is on its way already, and goes on from there.
+    /// Sends what a fault asks for, unless it is on its way already, and goes on from there. The page that somebody waits
+    /// for goes alone and first.
     fn answer(&self, want: &Want) -> Result<(), RamError> {
         let set = &self.pending[want.block];
-        self.lock().cursor = (want.block, want.pages.end);
-        let mut frame = self.shipping.filling();
-        while let Some(run) = set.take_run(want.pages.clone(), MOST_DATA) {
-            self.fewer(run.end - run.start);
-            self.read(&mut frame, want.block, run, There::Something, Shipping::ship_urgently)?;
+        {
+            let mut state = self.lock();
+            (state.cursor, state.wanted) = ((want.block, want.pages.end), Some(Instant::now()));
         }
-        Ok(self.shipping.ship_urgently(frame)?)
+        for pages in [want.first..want.first + 1, want.pages.clone()] {
+            let mut frame = self.shipping.filling();
+            while let Some(run) = set.take_run(pages.clone(), MOST_DATA) {
+                self.fewer(run.end - run.start);
+                self.read(&mut frame, want.block, run, There::Something, Shipping::ship_urgently)?;
+            }
+            self.shipping.ship_urgently(frame)?;
+        }
+        Ok(())
+    }
+
+    /// Waits while the guest asks for page after page.
+    fn be_quiet(&self, step: Duration) {
+        loop {
+            let mut state = self.lock();
+            let asks = state.wanted.is_some_and(|wanted| wanted.elapsed() < QUIET);
+            if !asks || state.quiet >= QUIET_AT_MOST || state.failed.is_some() {
+                return;
+            }
+            state.quiet += step;
+            drop(state);
+            std::thread::sleep(GLANCE);
+        }
     }
 
     /// Sends what nobody has asked for yet.
     pub(super) fn push(&self) -> Result<(), RamError> {
+        // All that push wait at the same time.
+        let step = GLANCE / workers() as u32;
         loop {
+            // Before pages are taken: who waits for one of them must find it.
+            self.be_quiet(step);
             let mut frame = self.shipping.filling();
             while frame.room() > 0
                 && let Some((block, run)) = self.next_to_push(frame.room())

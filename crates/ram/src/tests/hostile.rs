@@ -1,6 +1,7 @@
 //! A side that does not keep to what is agreed, by mistake or on purpose: the other one says so in words, ends it, and
 //! has done nothing that it should not.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use vmferry_link::Link;
@@ -10,8 +11,8 @@ use crate::destination::Ended;
 use crate::memory::GuestRam;
 use crate::source::Source;
 use crate::wire::{
-    ARM, ARMED, COMPLETE, Content, HELLO, Hello, MISSING, MISSING_SPAN, PAGES, PLACED, Pages, READY, REFUSED, Run,
-    STATE, STATE_EARLY, STATE_END, STATE_GO, WANT, Want,
+    ARM, ARMED, COMPLETE, Content, HELLO, Hello, MISSING, PAGES, PLACED, Pages, READY, REFUSED, Run, STATE,
+    STATE_EARLY, STATE_END, STATE_GO, WANT, Want,
 };
 use crate::{PAGE, RamError};
 
@@ -98,11 +99,8 @@ fn a_source_that_says_what_makes_no_sense_is_refused_in_words_and_writes_nothing
         ("too short", vec![hello(false), (false, PAGES, vec![1, 2, 3])]),
         ("pages of an unknown block are missing", vec![hello(false), urgent(MISSING, missing(2, 0, &[1]))]),
         ("beyond the end of their block are missing", vec![hello(false), urgent(MISSING, missing(0, 0, &[0, 0, 1]))]),
-        ("beyond the end of their block are missing", vec![hello(false), urgent(MISSING, missing(0, 64, &[1]))]),
-        (
-            "beyond the end of their block are missing",
-            vec![hello(false), urgent(MISSING, missing(1, MISSING_SPAN, &[1]))],
-        ),
+        ("beyond the end of their block are missing", vec![hello(false), urgent(MISSING, missing(0, 63, &[1]))]),
+        ("beyond the end of their block are missing", vec![hello(false), urgent(MISSING, missing(1, 256, &[1]))]),
         ("too short", vec![hello(false), urgent(MISSING, short)]),
         ("too short", vec![hello(false), urgent(ARM, [0; 7])]),
         ("too long", vec![hello(false), urgent(ARM, [0; 9])]),
@@ -212,7 +210,7 @@ fn until_failed(source: &Source) -> RamError {
 
 #[test]
 fn a_destination_that_says_what_makes_no_sense_is_an_error_in_words() {
-    let want = |block, pages| urgent(WANT, Want { block, pages }.encode());
+    let want = |block, pages: Range<u64>| urgent(WANT, Want { block, first: pages.start, pages }.encode());
     let number = |kind, number: u64| urgent(kind, number.to_le_bytes());
     for (what, resume, said) in [
         ("cannot go on: no room", false, vec![urgent(REFUSED, *b"no room")]),

@@ -1,6 +1,7 @@
 //! The RAM of real QEMUs, emulated, with a guest that does to its memory what it is told and nothing else.
 
 mod guest;
+mod huge;
 
 use std::env;
 use std::fs;

@@ -1,7 +1,6 @@
 //! The agents move the RAM: QEMU sends nothing but the state of its devices.
 
 use std::net::IpAddr;
-use std::sync::Arc;
 
 use async_trait::async_trait;
 use vmferry_api::EngineName;
@@ -10,7 +9,7 @@ use vmferry_qemu::migration::{self, set_capabilities};
 use vmferry_ram::Backend;
 
 use super::face::{Mover, Protect, Task};
-use crate::engine::external::{self, ExternalEngine, WayThere};
+use crate::engine::external::{self, ExternalEngine};
 use crate::engine::{NewSession, Protection, RamEngine, journey};
 use crate::error::AgentError;
 use crate::peers::Prepared;
@@ -68,15 +67,7 @@ impl Mover for ByAgents {
             });
         }
         let session = task.offer.external.clone().expect("it was offered");
-        let way = WayThere {
-            address: task.peer.address().into(),
-            identity: Arc::clone(&task.host.trusts.identity),
-            peer: task.peer_key,
-            protection: match task.protect {
-                Protect::Link(cipher) => Some(*cipher),
-                _ => None,
-            },
-        };
+        let way = task.protect.way_there(task.host, task.peer, task.peer_key);
         let wishes = external::Wishes {
             pid: task.vm.pid,
             backends: self.backends.clone(),

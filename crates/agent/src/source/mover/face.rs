@@ -11,6 +11,7 @@ use vmferry_policy::Limits;
 use vmferry_qemu::Features;
 
 use crate::engine::RamEngine;
+use crate::engine::external::WayThere;
 use crate::engine::movable::Planned;
 use crate::error::AgentError;
 use crate::host::{Host, Vm};
@@ -30,6 +31,16 @@ pub(crate) enum Protect {
 }
 
 impl Protect {
+    /// How a link of ours gets there, protected so.
+    pub(crate) fn way_there(self, host: &Host, peer: &Peer, key: Fingerprint) -> WayThere {
+        let protection = match self {
+            Self::Not => None,
+            Self::Link(cipher) => Some(cipher),
+            Self::Tls(_) | Self::Relay => Some(None),
+        };
+        WayThere { address: peer.address().into(), identity: Arc::clone(&host.trusts.identity), peer: key, protection }
+    }
+
     pub(crate) fn in_words(self) -> String {
         match self {
             Self::Not => "none: both hosts trust the network".into(),

@@ -60,7 +60,10 @@ impl ByQemu {
         let loses_writes = guest.running && migration::loses_writes(features, &vm.accelerator);
         let means: Vec<String> = match &scripted {
             Some(setup) => setup.capabilities.clone(),
-            None => means::means(features, has, request.post_copy).into_iter().map(str::to_owned).collect(),
+            None => means::means(features, has, request.post_copy, !there.own_disks.is_empty())
+                .into_iter()
+                .map(str::to_owned)
+                .collect(),
         };
         match &scripted {
             Some(_) if loses_writes => notes.push(format!("{}: expect damaged pages.", loses_writes_in_words(vm))),
@@ -116,7 +119,8 @@ impl Mover for ByQemu {
             setup.clone()
         } else {
             let has = |name: &str| task.there.capabilities.contains(name);
-            means::choose(&task.vm.qmp, task.features, has, task.limits.post_copy).await?
+            let has_disks = !task.offer.own_disks.is_empty();
+            means::choose(&task.vm.qmp, task.features, has, task.limits.post_copy, has_disks).await?
         };
         task.offer.protection = protect(task).await?;
         Ok(())
@@ -147,6 +151,9 @@ impl Mover for ByQemu {
             setup,
             post_copy_first: self.pauses_first,
             scripted: self.scripted.is_some(),
+            zeroes_by_multifd: migration::finds_zeroes_by_multifd(task.features, |name| {
+                task.there.capabilities.contains(name)
+            }),
         };
         let features = task.features.clone();
         Ok(Box::new(QemuEngine::new(task.vm.qmp.clone(), features, task.offer.running, wishes)))

@@ -89,6 +89,9 @@ pub struct MigrationParameters {
     /// How multifd compresses: `none`, `zlib`, `zstd` and what newer QEMUs add.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub multifd_compression: Option<String>,
+    /// Who looks for pages of zeroes: `none`, `legacy` (the one thread of old) or `multifd` (9.0 and newer).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub zero_page_detection: Option<String>,
     /// What auto-converge first takes from the guest's CPUs, in percent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cpu_throttle_initial: Option<u8>,
