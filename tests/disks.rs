@@ -28,8 +28,8 @@ async fn start(options: TestbedOptions, guest: GuestOptions, drive: &str) -> Bed
     start_beside(options, guest, drive, None).await
 }
 
-/// The same, with a second disk that it does not touch, and this in it.
-async fn start_beside(options: TestbedOptions, guest: GuestOptions, drive: &str, second: Option<&[u8]>) -> Bed {
+/// The same, with a second disk that it does not touch, in this format and with this in it.
+async fn start_beside(options: TestbedOptions, guest: GuestOptions, drive: &str, second: Option<(&str, &[u8])>) -> Bed {
     let testbed = Testbed::start(options).await.expect("the testbed starts");
     let mut argv = crate::bed::command_line_with_disk(&testbed, &guest, USED);
     let disk = testbed.alpha().own_images.as_ref().expect("it has its own").join("disk.raw");
@@ -37,11 +37,16 @@ async fn start_beside(options: TestbedOptions, guest: GuestOptions, drive: &str,
     content[(40 * MIB) as usize..(44 * MIB) as usize].fill(0xa5);
     std::fs::write(&disk, content).expect("written");
     let drive = format!("file={},format=raw,{drive}", testbed.images().join("disk.raw").display());
-    if let Some(content) = second {
-        std::fs::write(disk.with_file_name("second.raw"), content).expect("written");
-        let file = testbed.images().join("second.raw");
+    if let Some((format, content)) = second {
+        let (plain, name) = (disk.with_file_name("plain"), format!("second.{format}"));
+        std::fs::write(&plain, content).expect("written");
+        let mut convert = std::process::Command::new("qemu-img");
+        convert.args(["convert", "-q", "-f", "raw", "-O", format]).arg(&plain).arg(disk.with_file_name(&name));
+        assert!(convert.status().expect("qemu-img is there").success());
+        std::fs::remove_file(&plain).expect("removed");
+        let file = testbed.images().join(name);
         // It writes to the last one.
-        argv.extend(["-drive".into(), format!("file={},format=raw,if=virtio", file.display())]);
+        argv.extend(["-drive".into(), format!("file={},format={format},if=virtio", file.display())]);
     }
     argv.extend(["-smp", "2", "-drive", &drive].map(str::to_owned));
     let bed = Bed::of(testbed, argv).await;
@@ -69,9 +74,17 @@ impl Bed {
         assert!(allocated <= USED + 5 * MIB, "{allocated}: what is zero takes no room");
         let lists = self.beta().state_dir.join("disks-in");
         assert_eq!(std::fs::read_dir(lists).into_iter().flatten().count(), 0, "nobody takes its disk away any more");
+        assert!(self.kept().is_empty(), "{:?}", self.kept());
     }
 
-    /// It runs on, and nothing of what was made for it is left.
+    /// What is kept there of its disks, from a migration that failed.
+    fn kept(&self) -> Vec<PathBuf> {
+        let folder = self.beta().own_images.as_ref().expect("it has its own");
+        let entries = std::fs::read_dir(folder).expect("it is there").map(|entry| entry.expect("it is there").path());
+        entries.filter(|path| path.extension().is_some_and(|it| it == "vmferry-arrived")).collect()
+    }
+
+    /// It runs on, and nothing of what was made for it has its name.
     async fn assert_stayed(&self) {
         self.assert_runs_only_on(0).await;
         assert!(!self.disk_of(1).exists());
@@ -178,7 +191,7 @@ async fn a_disk_moves_too_where_qemu_moves_the_ram() {
 async fn a_guest_goes_there_and_back_with_its_disk_and_nobody_elses_is_taken_for_what_it_left() {
     let mut second = vec![0; (24 * MIB) as usize];
     fastrand::Rng::with_seed(1).fill(&mut second);
-    let bed = start_beside(own(1, 1), guest(Mode::Idle), "if=virtio", Some(&second)).await;
+    let bed = start_beside(own(1, 1), guest(Mode::Idle), "if=virtio", Some(("raw", &second))).await;
     let first = crate::migrate::report(&bed, &[]).await;
     bed.assert_moved_with_its_disk().await;
     let alpha = bed.alpha().address.to_string();
@@ -301,8 +314,9 @@ async fn a_target_that_fills_up_is_named_and_the_guest_keeps_its_disk() {
 /// How far a migration is when something happens to it, and at which rate it got there.
 const MOMENTS: [(Step, &str); 2] = [(Step::CopyDisks, "4MiB/s"), (Step::CopyRam, "60MiB/s")];
 
-/// Ends migrations at these moments by this; the guest keeps its own disk, and nothing is left.
-async fn ends(qemu: usize, end: impl AsyncFn(&mut Bed)) {
+/// Ends migrations at these moments by this; the guest keeps its own disk, and nothing is left but, if that is so, what had
+/// arrived.
+async fn ends(qemu: usize, kept: bool, end: impl AsyncFn(&mut Bed)) {
     for (step, rate) in MOMENTS {
         let mut bed = start(own(qemu, qemu), guest(Mode::Idle), "if=virtio").await;
         let is_there =
@@ -315,6 +329,7 @@ async fn ends(qemu: usize, end: impl AsyncFn(&mut Bed)) {
         bed.eventually("its disk there is gone", async || !disk.exists()).await;
         bed.eventually("it is undone", async || bed.view(0).await.state == "running").await;
         bed.assert_stayed().await;
+        bed.eventually("what had arrived is kept or gone", async || bed.kept().len() == usize::from(kept)).await;
         // The next one is not hindered.
         assert_success(&bed.migrate(&[]).await, &bed);
         bed.assert_moved_with_its_disk().await;
@@ -332,17 +347,43 @@ async fn a_migration_with_disks_that_is_cancelled_leaves_nothing() {
     let cancel = async |bed: &mut Bed| {
         assert_success(&bed.alpha().vmferry(&["cancel", VM]).await.expect("vmferry runs"), bed);
     };
-    ends(1, cancel).await;
+    ends(1, false, cancel).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn when_the_sources_agent_is_killed_the_guest_keeps_its_disk_and_nothing_is_left() {
-    ends(0, async |bed: &mut Bed| restarts(bed, 0).await).await;
+async fn when_the_sources_agent_is_killed_the_guest_keeps_its_disk() {
+    ends(0, true, async |bed: &mut Bed| restarts(bed, 0).await).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn when_the_destinations_agent_is_killed_the_guest_keeps_its_disk_and_nothing_is_left() {
-    ends(1, async |bed: &mut Bed| restarts(bed, 1).await).await;
+async fn when_the_destinations_agent_is_killed_the_guest_keeps_its_disk() {
+    ends(1, true, async |bed: &mut Bed| restarts(bed, 1).await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_had_arrived_of_a_migration_that_failed_is_not_sent_again() {
+    let mut second = vec![0; (24 * MIB) as usize];
+    fastrand::Rng::with_seed(2).fill(&mut second);
+    for format in ["raw", "qcow2"] {
+        let mut bed = start_beside(own(1, 1), guest(Mode::Idle), "if=virtio", Some((format, &second))).await;
+        let much = |event: &MigrationEvent| matches!(event, MigrationEvent::Progress(it) if it.step == Step::CopyDisks && it.sent > 24 * MIB);
+        let mut migrate = bed.begin_migration(&["--bandwidth", "12MiB/s"], much).await;
+        restarts(&mut bed, 0).await;
+        assert!(!migrate.wait().await.expect("it ends").success());
+        let part = format!("second.{format}.vmferry-arrived");
+        bed.eventually("what had arrived is kept", async || bed.kept().iter().any(|it| it.ends_with(&part))).await;
+        bed.eventually("it is undone", async || bed.view(0).await.state == "running").await;
+        let report = crate::migrate::report(&bed, &[]).await;
+        let sent = report.disks.iter().find(|it| it.size == 24 * MIB).expect("it has two").sent;
+        assert!(sent < 20 * MIB, "{format}: {report:?}");
+        bed.assert_moved_with_its_disk().await;
+        let there = bed.beta().own_images.clone().expect("it has its own").join(format!("second.{format}"));
+        assert_success(&bed.beta().vmferry(&["stop", VM, "--force"]).await.expect("vmferry runs"), &bed);
+        let mut convert = std::process::Command::new("qemu-img");
+        convert.args(["convert", "-f", format, "-O", "raw"]).arg(&there).arg(there.with_file_name("plain"));
+        assert!(convert.status().expect("qemu-img is there").success());
+        assert!(std::fs::read(there.with_file_name("plain")).expect("it is there") == second, "{format}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -21,6 +21,7 @@ mod measuring;
 pub mod peers;
 mod recovery;
 mod server;
+mod shown;
 mod source;
 mod vm_moves;
 

@@ -20,7 +20,7 @@ use crate::host::{self, Trusts, bind_anew};
 use crate::journal::{Journal, Opened};
 use crate::peers::callers::Callers;
 use crate::peers::trust::Caller;
-use crate::{api, known, recovery, source};
+use crate::{api, destination, known, recovery, source};
 
 /// How long requests under way may take when the agent is told to end.
 const FAREWELL: Duration = Duration::from_secs(2);
@@ -122,6 +122,7 @@ pub async fn serve(config: Config, end: CancellationToken) -> Result<(), ServeEr
     tokio::spawn(recovery::see_to_the_ended(Arc::clone(&agent)));
     tokio::spawn(source::keep_fences(Arc::clone(&agent.host)));
     tokio::spawn(host::bound_logs(Arc::clone(&agent.host)));
+    tokio::spawn(destination::remove_old_parts(Arc::clone(&agent.host)));
     known::keep_indexes(&agent.host).map_err(ServeError::Index)?;
     let learning = Arc::clone(&agent.host);
     tokio::spawn(async move { learning.qemus.learn_qemu().await });

@@ -1,11 +1,11 @@
 //! What QEMU can do on this host: which binary, with which accelerator, which machines and CPU models.
 
 mod drain_trial;
-mod image_writer;
+mod image_server;
 mod kvm_trial;
 
 pub use drain_trial::transaction_drains;
-pub use image_writer::{EXPORT, ImageWriter, NewImage};
+pub use image_server::{EXPORT, ImageServer, NewImage};
 pub use kvm_trial::try_kvm;
 
 use std::collections::{BTreeMap, BTreeSet};

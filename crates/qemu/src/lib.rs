@@ -25,7 +25,7 @@ pub use command_line::{CommandLine, CommandLineError, FileKind, FileUse, ImageWo
 pub use disk_place::{BadPlace, DiskPlace};
 pub use drift::Drift;
 pub use host::{
-    Accel, CpuModel, EXPORT, ImageWriter, Kvm, Machine, NewImage, PROBE, ProbeError, QemuInfo, SetByMachine,
+    Accel, CpuModel, EXPORT, ImageServer, Kvm, Machine, NewImage, PROBE, ProbeError, QemuInfo, SetByMachine,
     find_binary, probe_qemu, transaction_drains, try_kvm,
 };
 pub use images::{DiskImage, WrittenImage, disk_images, written_images};

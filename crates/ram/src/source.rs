@@ -216,6 +216,11 @@ impl Source {
         Self::begin_with(ram, Some(log), link, downtime, delta_cache, drain)
     }
 
+    /// From now on this much is sent at most, in bytes a second.
+    pub fn set_rate(&self, rate: u64) {
+        self.inner.link.set_rate(Some(rate));
+    }
+
     /// Post-copy goes on over a new link; the guest stays paused.
     pub fn resume(ram: GuestRam, link: Link) -> Result<Self, RamError> {
         Self::begin_with(ram, None, link, Duration::ZERO, 0, None)

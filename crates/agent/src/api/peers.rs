@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::body::Bytes;
-use axum::extract::{ConnectInfo, DefaultBodyLimit, FromRequestParts, Path, Request, State};
+use axum::extract::{ConnectInfo, DefaultBodyLimit, FromRequestParts, Path, Query, Request, State};
 use axum::http::StatusCode;
 use axum::http::request::Parts;
 use axum::response::Response;
@@ -24,8 +24,8 @@ use crate::error::AgentError;
 use crate::measuring::{boot_files, witness};
 use crate::peers::trust::{self, Caller};
 use crate::peers::{
-    API, BootFile, CheckReply, Commit, CopyAccepted, CopyOffer, Fence, IncomingState, Join, MoveOffer, MoveReply,
-    Offer, OutgoingState, Prepared, RELAY_PROTOCOL, Taken, TrialAccepted, TrialOffer, link_trial, relay,
+    API, Abandon, BootFile, CheckReply, Commit, CopyAccepted, CopyOffer, Fence, IncomingState, Join, MoveOffer,
+    MoveReply, Offer, OutgoingState, Prepared, RELAY_PROTOCOL, Taken, TrialAccepted, TrialOffer, link_trial, relay,
 };
 use crate::vm_moves;
 
@@ -175,10 +175,14 @@ async fn commit(
 }
 
 /// This host forgets what it prepared, unless it was committed. The answer is final.
-#[utoipa::path(delete, path = "/v1/incoming/{id}", params(("id" = Uuid, Path)),
+#[utoipa::path(delete, path = "/v1/incoming/{id}", params(("id" = Uuid, Path), Abandon),
     responses((status = 200, body = IncomingState), (status = "default", body = Problem)))]
-async fn abandon(State(agent): Shared, Began { id, caller }: Began) -> Answer<IncomingState> {
-    let abandoned = tokio::spawn(async move { destination::abandon(&agent.incoming, id, &caller).await });
+async fn abandon(
+    State(agent): Shared,
+    Began { id, caller }: Began,
+    Query(asked): Query<Abandon>,
+) -> Answer<IncomingState> {
+    let abandoned = tokio::spawn(async move { destination::abandon(&agent.incoming, id, asked, &caller).await });
     Ok(Json(abandoned.await.expect("abandoning does not panic")?))
 }
 

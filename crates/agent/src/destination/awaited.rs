@@ -51,6 +51,10 @@ pub(crate) struct Awaited {
     preparing: AtomicBool,
     /// The disks that came with it are its own.
     keeps_disks: AtomicBool,
+    /// What has arrived of its disks is not to be kept for another try.
+    drops_disks: AtomicBool,
+    /// So much is, in bytes.
+    kept: AtomicU64,
     /// QEMU at the source has let go of the guest, as far as is known: there is nobody to give it back to.
     source_let_go: AtomicBool,
     /// Held while something is done.
@@ -107,6 +111,8 @@ impl Awaited {
             heard_ms: AtomicU64::new(0),
             preparing: AtomicBool::new(false),
             keeps_disks: AtomicBool::new(false),
+            drops_disks: AtomicBool::new(false),
+            kept: AtomicU64::new(0),
             source_let_go: AtomicBool::new(true),
             turn: tokio::sync::Mutex::default(),
             changed: Notify::new(),
@@ -133,6 +139,11 @@ impl Awaited {
     /// Its QEMU is being started and set up, or is not any more.
     pub(super) fn set_preparing(&self, preparing: bool) {
         self.preparing.store(preparing, Ordering::Release);
+    }
+
+    /// There will be no other try: nothing of its disks is kept for one.
+    pub(super) fn drop_disks(&self) {
+        self.drops_disks.store(true, Ordering::Relaxed);
     }
 
     /// Nothing is left of it, nor about to be.
@@ -204,7 +215,19 @@ impl Awaited {
         let detail = (step == InWord::Abandoned).then(|| state.why.clone());
         let (tried, runs) = (start >= Start::Tried, start == Start::Done);
         let ended = state.machine.qemu() == Qemu::Ended;
-        IncomingState { step, tried, runs, ended, detail, listens: false, port: None, session: None, complete: false }
+        let kept = self.kept.load(Ordering::Relaxed);
+        IncomingState {
+            step,
+            tried,
+            runs,
+            ended,
+            detail,
+            listens: false,
+            port: None,
+            session: None,
+            complete: false,
+            kept,
+        }
     }
 
     /// Does what is due, until nothing is, or what is left does not come off now.
@@ -424,7 +447,9 @@ impl Awaited {
             None => Ok(()),
         };
         let (host, id) = (Arc::clone(&self.host), self.id);
-        tokio::task::spawn_blocking(move || disks::undo(&host, id)).await.expect("undoing does not panic");
+        let kept = !self.drops_disks.load(Ordering::Relaxed);
+        let undone = tokio::task::spawn_blocking(move || disks::undo(&host, id, kept));
+        self.kept.fetch_add(undone.await.expect("undoing does not panic"), Ordering::Relaxed);
         if let Err(error) = taken.and(idle) {
             tracing::error!(vm = self.name, error = in_one_line(&error), "cannot forget it");
         }

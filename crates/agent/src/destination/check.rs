@@ -6,9 +6,10 @@ use std::sync::Arc;
 use vmferry_qemu::{Accel, CommandLine, QemuInfo};
 
 use super::incoming::Incoming;
+use super::parts::Parts;
 use super::suitability::{self, Judged};
 use crate::error::AgentError;
-use crate::host::{Host, Images, LeftDisks, Need, check_name};
+use crate::host::{DiskNotes, Host, Images, Need, check_name};
 use crate::measuring::boot_files;
 use crate::peers::trust::Caller;
 use crate::peers::{CheckReply, Offer};
@@ -88,7 +89,8 @@ async fn suits(host: &Arc<Host>, offer: &Offer, copied: Vec<PathBuf>) -> Result<
             accel: &accel,
             contents: &host.contents,
             images: Images::new(name, &host.config.image_folders),
-            left: LeftDisks::new(&host.config.state_dir),
+            left: DiskNotes::left(&host.config.state_dir),
+            parts: Parts::new(&host, &offer.spec.name),
             copied,
         };
         let Judged { unproven, own_disks, devices } = suitability::judge(&offer, &command, &this)?;

@@ -14,7 +14,7 @@ use crate::error::AgentError;
 use crate::host::{Idle, Stage};
 use crate::journal::Source;
 use crate::peers::trust::{self, Caller};
-use crate::peers::{Commit, IncomingState};
+use crate::peers::{Abandon, Commit, IncomingState};
 
 /// How long QEMU may take to load what the source says it has sent.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(8);
@@ -80,9 +80,19 @@ fn wants_to_commit(machine: Destination) -> bool {
 
 /// Gives up what was prepared, now and for ever; what was committed stays. Also a migration that this host never heard
 /// of. When it answers nothing of it is left, so that the VM can be offered again at once.
-pub(crate) async fn abandon(here: &Arc<Incoming>, id: Uuid, caller: &Caller) -> Result<IncomingState, AgentError> {
+pub(crate) async fn abandon(
+    here: &Arc<Incoming>,
+    id: Uuid,
+    asked: Abandon,
+    caller: &Caller,
+) -> Result<IncomingState, AgentError> {
     match here.find(id).await? {
-        Some(awaited) => Ok(let_go(&awaited, Event::Abandon, ASKED_TO).await),
+        Some(awaited) => {
+            if asked.drop_disks {
+                awaited.drop_disks();
+            }
+            Ok(let_go(&awaited, Event::Abandon, ASKED_TO).await)
+        }
         None => unheard(here, id, caller, ASKED_TO).await,
     }
 }

@@ -5,6 +5,9 @@
 //!
 //! Where the guest has left its disk when it was here before, that is put aside, has what need not be sent again, and goes when
 //! the guest was set running. If nothing comes of the migration it is put back: so the next try has it, too.
+//!
+//! What has arrived of a migration that failed is kept for a day under another name, for the next try; of one that its user
+//! has cancelled nothing is kept.
 
 use std::fs;
 use std::io;
@@ -17,18 +20,16 @@ use uuid::Uuid;
 use vmferry_api::in_one_line;
 use vmferry_custody::InStep;
 use vmferry_link::{Link, Protection, SessionOptions};
-use vmferry_nbd::backend::{Access, Backend, File, Zeroing};
+use vmferry_nbd::backend::{Access, Backend, File};
 use vmferry_nbd::carry::{Landing, land};
-use vmferry_nbd::client::Remote;
 use vmferry_nbd::known::{Base, Bases};
-use vmferry_nbd::transmission::Extent;
-use vmferry_nbd::uri::Place;
-use vmferry_qemu::{EXPORT, ImageWriter, NewImage};
 
 use super::arrival::{Arrivals, Expected};
+use super::formatted::Formatted;
+use super::parts::{Parts, beside};
 use crate::engine::external::link_options;
-use crate::error::AgentError;
-use crate::host::{Host, Images, LeftDisks, write_durably};
+use crate::error::{AgentError, ImageError};
+use crate::host::{DiskNotes, Host, Images, write_durably};
 use crate::known;
 use crate::peers::OwnImage;
 
@@ -46,16 +47,13 @@ struct MadeImage {
     /// What the guest had left there, by device and inode, and is aside.
     #[serde(default)]
     left: Option<(u64, u64)>,
+    /// So much room it takes when all of it is there, in bytes.
+    #[serde(default)]
+    room: u64,
 }
 
 /// What follows the name of a disk that is aside.
 const ASIDE: &str = ".vmferry-left";
-
-fn aside(path: &Path) -> PathBuf {
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(ASIDE);
-    path.with_file_name(name)
-}
 
 fn folder(host: &Host) -> PathBuf {
     host.config.state_dir.join("disks-in")
@@ -87,7 +85,11 @@ pub(super) async fn make(
     });
     let (made, others) = made.await.expect("making files does not panic")?;
     let mut targets = Vec::new();
-    for ((file, left), image) in made.into_iter().zip(images) {
+    for (Made { file, older }, image) in made.into_iter().zip(images) {
+        let mut own = Vec::new();
+        for older in older {
+            own.extend(base(host, &older, &image.format, qemu).await);
+        }
         let disk: Box<dyn Backend> = match image.format.as_str() {
             "raw" => {
                 // A device is as large as it is.
@@ -97,38 +99,66 @@ pub(super) async fn make(
                 let opened = File::over(file, &image.path, Access::Write);
                 Box::new(opened.map_err(|error| AgentError::Conflict { message: in_one_line(&error), hint: None })?)
             }
-            _ => Box::new(Formatted::start(qemu, &host.config.run_dir, image).await?),
+            _ => Box::new(Formatted::make(qemu, &host.config.run_dir, image).await?),
         };
-        targets.push(Landing { disk, bases: Bases::new(left.into_iter().collect(), Arc::clone(&others)) });
+        targets.push(Landing { disk, bases: Bases::new(own, Arc::clone(&others)) });
     }
     Ok(targets)
 }
 
-/// Each of them, empty, and what the guest had left there.
-fn make_files(
-    host: &Host,
-    id: Uuid,
-    vm: String,
-    images: &[OwnImage],
-) -> Result<Vec<(fs::File, Option<Base>)>, AgentError> {
+/// An older image of the same disk: what is in the same place is likely to be the same.
+async fn base(host: &Host, path: &Path, format: &str, qemu: &Path) -> Option<Base> {
+    let images = Images::new(&host.config.name, &host.config.image_folders);
+    let file = images.open_to_read(path).ok()?;
+    if format == "raw" {
+        return known::base_of(host, file, path).map(Base::alike);
+    }
+    match Formatted::read(qemu, &host.config.run_dir, path, format).await {
+        Ok(image) => Some(Base::new(Box::new(image), None).alike()),
+        Err(error) => {
+            tracing::info!(path = %path.display(), error = in_one_line(&error), "what is in it is sent again");
+            None
+        }
+    }
+}
+
+/// A file for a disk, and where older images of the same disk are.
+struct Made {
+    file: fs::File,
+    older: Vec<PathBuf>,
+}
+
+/// Each of them, empty.
+fn make_files(host: &Host, id: Uuid, vm: String, images: &[OwnImage]) -> Result<Vec<Made>, AgentError> {
     let (mut list, at) = (List { vm, made: Vec::new() }, list_of(host, id));
     let allowed = Images::new(&host.config.name, &host.config.image_folders);
-    let left = LeftDisks::new(&host.config.state_dir);
+    let left = DiskNotes::left(&host.config.state_dir);
     let mut files = Vec::new();
     for image in images {
         if image.placed && fs::metadata(&image.path).is_ok_and(|it| it.file_type().is_block_device()) {
             // It was there before, and stays, whatever becomes of the guest.
-            files.push((allowed.open_device(&image.path)?, None));
+            files.push(Made { file: allowed.open_device(&image.path)?, older: Vec::new() });
             continue;
         }
-        let was_left = left.was_left(&list.vm, &image.path);
-        let aside = aside(&image.path);
-        // Where there is not room for both of them it makes room.
-        let has_room = allowed.may_make(&aside).is_ok_and(|room| room >= image.allocated);
-        let kept = was_left.filter(|_| has_room);
-        list.made.push(MadeImage { path: image.path.clone(), device_and_inode: None, left: kept });
+        let (aside, parts) = (beside(&image.path, ASIDE), Parts::new(host, &list.vm));
+        // Where there is not room for all of them they make room.
+        let has_room = || allowed.may_make(&aside).is_ok_and(|room| room >= image.allocated);
+        let mut older = Vec::new();
+        if let Some(part) = parts.of(&image.path) {
+            match has_room() {
+                true => older.push(part),
+                false => parts.remove(&image.path)?,
+            }
+        }
+        let was_left = left.find(&list.vm, &image.path);
+        let kept = was_left.filter(|_| has_room());
+        list.made.push(MadeImage {
+            path: image.path.clone(),
+            device_and_inode: None,
+            left: kept,
+            room: image.allocated,
+        });
         write_durably(&at, &list)?;
-        let mut base = None;
         match (was_left, kept) {
             (_, Some(it)) => {
                 allowed.put_in_place(&image.path, &aside, None)?;
@@ -139,9 +169,7 @@ fn make_files(
                         hint: None,
                     });
                 }
-                let left = allowed.open_to_read(&aside).ok().and_then(|file| known::base_of(host, file, &aside));
-                // What is where in a file of another format is for its index to tell.
-                base = left.map(|it| if image.format == "raw" { it.alike() } else { it });
+                older.push(aside);
             }
             (Some(it), None) => {
                 allowed.remove(&image.path, it)?;
@@ -154,7 +182,7 @@ fn make_files(
         list.made.last_mut().expect("it was just put there").device_and_inode = Some((known.dev(), known.ino()));
         write_durably(&at, &list)?;
         is_whose_it_was(&file, image).map_err(AgentError::io(&image.path))?;
-        files.push((file, base));
+        files.push(Made { file, older });
     }
     Ok(files)
 }
@@ -167,62 +195,6 @@ fn is_whose_it_was(file: &fs::File, image: &OwnImage) -> io::Result<()> {
     match image.mode {
         Some(mode) => file.set_permissions(fs::Permissions::from_mode(mode & 0o666)),
         None => Ok(()),
-    }
-}
-
-/// An image of a format that only QEMU writes, by a QEMU of its own; closed when this is dropped.
-struct Formatted {
-    // In the order in which they must end.
-    image: Remote,
-    _writer: ImageWriter,
-}
-
-impl Formatted {
-    async fn start(qemu: &Path, within: &Path, image: OwnImage) -> Result<Self, AgentError> {
-        let OwnImage { path, format, size, backing, .. } = image;
-        let writer = ImageWriter::start(qemu, within, &NewImage { path, format, size, backing }).await?;
-        let place = Place::Unix(writer.socket().into());
-        let connect = move || Remote::connect(&place, None, EXPORT, 1);
-        let connected = tokio::task::spawn_blocking(connect).await.expect("connecting does not panic");
-        let image = connected.map_err(|error| AgentError::Conflict {
-            message: format!("its disk: {}", in_one_line(&error)),
-            hint: None,
-        })?;
-        Ok(Self { image, _writer: writer })
-    }
-}
-
-impl Backend for Formatted {
-    fn size(&self) -> u64 {
-        self.image.size()
-    }
-
-    fn read_only(&self) -> bool {
-        false
-    }
-
-    fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
-        self.image.read(offset, into)
-    }
-
-    fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        self.image.write(offset, bytes)
-    }
-
-    fn write_zeroes(&self, offset: u64, length: u64, how: Zeroing) -> io::Result<()> {
-        self.image.write_zeroes(offset, length, how)
-    }
-
-    fn trim(&self, offset: u64, length: u64) -> io::Result<()> {
-        self.image.trim(offset, length)
-    }
-
-    fn flush(&self) -> io::Result<()> {
-        self.image.flush()
-    }
-
-    fn status(&self, offset: u64, length: u64, most: usize) -> io::Result<Vec<Extent>> {
-        self.image.status(offset, length, most)
     }
 }
 
@@ -253,15 +225,20 @@ pub(super) fn begin(
     thread.map(drop).map_err(AgentError::io("a thread"))
 }
 
-/// The guest has run here: its disks stay, whatever becomes of it, and what it had left goes.
+/// The guest has run here: its disks stay, whatever becomes of it, and what there was of them before goes.
 pub(super) fn keep(host: &Host, id: Uuid) {
     let allowed = Images::new(&host.config.name, &host.config.image_folders);
-    let left = LeftDisks::new(&host.config.state_dir);
-    for MadeImage { path, left: it, .. } in List::read(&list_of(host, id)).into_iter().flat_map(|list| list.made) {
-        let Some(it) = it else { continue };
-        left.forget(&path);
-        if let Err(error) = allowed.remove(&aside(&path), it) {
-            tracing::warn!(migration = %id, path = %aside(&path).display(), error = in_one_line(&error), "the old disk stays");
+    let left = DiskNotes::left(&host.config.state_dir);
+    let list = List::read(&list_of(host, id)).unwrap_or_default();
+    let parts = Parts::new(host, &list.vm);
+    for MadeImage { path, left: it, .. } in list.made {
+        let aside = beside(&path, ASIDE);
+        if it.is_some() {
+            left.forget(&path);
+        }
+        let had_left = it.map_or(Ok(()), |it| allowed.remove(&aside, it).map(drop));
+        if let Err(error) = had_left.and(parts.remove(&path)) {
+            tracing::warn!(migration = %id, error = in_one_line(&error), "an old disk stays");
         }
     }
     forget(host, id);
@@ -275,35 +252,64 @@ fn forget(host: &Host, id: Uuid) {
     }
 }
 
-/// Nothing comes of it, and nothing uses them: they go. What is not as it was made stays.
-pub(super) fn undo(host: &Host, id: Uuid) {
+/// Nothing comes of it, and nothing uses them: they go, or are `kept` for another try. What is not as it was made stays.
+/// Tells how much is kept, in bytes.
+pub(super) fn undo(host: &Host, id: Uuid, kept: bool) -> u64 {
     let at = list_of(host, id);
-    let Some(list) = List::read(&at) else { return };
+    let Some(list) = List::read(&at) else { return 0 };
     let allowed = Images::new(&host.config.name, &host.config.image_folders);
-    for MadeImage { path, device_and_inode, left } in &list.made {
-        // When it is not known which it was it is empty, or another's.
-        let is_empty = |it: &fs::Metadata| it.is_file() && it.len() == 0;
-        let known = fs::symlink_metadata(path).ok();
-        let it = device_and_inode.or_else(|| known.filter(is_empty).map(|it| (it.dev(), it.ino())));
-        match it.map_or(Ok(false), |it| allowed.remove(path, it)) {
-            Ok(true) => {
-                tracing::info!(vm = list.vm, migration = %id, path = %path.display(), "removed a disk that was made for it");
+    let parts = Parts::new(host, &list.vm);
+    let mut stays = 0;
+    for made in &list.made {
+        match undo_one(&allowed, &parts, made, kept) {
+            Ok(Undone::Removed) => {
+                tracing::info!(vm = list.vm, migration = %id, path = %made.path.display(), "removed a disk that was made for it");
             }
-            Ok(false) => {}
+            Ok(Undone::Kept(bytes)) => {
+                tracing::info!(vm = list.vm, migration = %id, path = %made.path.display(), bytes, "what has arrived of its disk is kept for a day");
+                stays += bytes;
+            }
+            Ok(Undone::WasGone) => {}
             Err(error) => {
                 tracing::error!(vm = list.vm, migration = %id, error = in_one_line(&error), "a disk that was made for it stays");
-                return;
+                return stays;
             }
         }
-        let aside = aside(path);
-        if left.is_some_and(|it| allowed.is_at(&aside, it))
-            && let Err(error) = allowed.put_in_place(&aside, path, None)
+        let aside = beside(&made.path, ASIDE);
+        if made.left.is_some_and(|it| allowed.is_at(&aside, it))
+            && let Err(error) = allowed.put_in_place(&aside, &made.path, None)
         {
             tracing::error!(vm = list.vm, migration = %id, path = %aside.display(), error = in_one_line(&error), "what it had left stays aside");
-            return;
+            return stays;
         }
     }
     forget(host, id);
+    stays
+}
+
+/// What there was of a disk that was made.
+enum Undone {
+    WasGone,
+    Removed,
+    /// So many bytes.
+    Kept(u64),
+}
+
+fn undo_one(images: &Images<'_>, parts: &Parts<'_>, made: &MadeImage, kept: bool) -> Result<Undone, ImageError> {
+    let path = &made.path;
+    if !kept {
+        parts.remove(path)?;
+    }
+    let Ok(file) = fs::symlink_metadata(path) else { return Ok(Undone::WasGone) };
+    let id = (file.dev(), file.ino());
+    // When it is not known which it was it is empty, or another's.
+    if made.device_and_inode.map_or(!(file.is_file() && file.len() == 0), |it| it != id) {
+        return Ok(Undone::WasGone);
+    }
+    if kept && parts.keep(path, &file, made.room)? {
+        return Ok(Undone::Kept(file.blocks() * 512));
+    }
+    images.remove(path, id).map(|_| Undone::Removed)
 }
 
 /// Undoes what an earlier agent could not any more. What the journal does not know stays.
@@ -313,7 +319,7 @@ pub(crate) async fn sweep(host: &Host) -> Result<(), AgentError> {
         let id = path.file_stem().and_then(|it| Uuid::parse_str(it.to_str()?).ok());
         let Some(id) = id.filter(|_| path.extension().is_some_and(|it| it == "json")) else { continue };
         match host.journal.row_in(id).await? {
-            Some(row) if row.step == InStep::Abandoned => undo(host, id),
+            Some(row) if row.step == InStep::Abandoned => drop(undo(host, id, true)),
             Some(_) => {}
             None => {
                 tracing::warn!(list = %path.display(), "disks were made for a migration that is not in the journal: they stay");

@@ -7,8 +7,9 @@ use vmferry_api::{Code, in_one_line};
 use vmferry_nbd::backend::{Access, Backend, File};
 use vmferry_qemu::{Accel, CommandLine, FileKind, Inventory, QemuInfo, chosen_accelerator};
 
+use super::parts::Parts;
 use crate::error::{AgentError, ImageError};
-use crate::host::{Contents, Images, LeftDisks, Short, device_id, marker_beside, obstacle};
+use crate::host::{Contents, DiskNotes, Images, Short, device_id, marker_beside, obstacle};
 use crate::peers::{Offer, OwnImage};
 
 /// A refusal, before it knows the host's and the VM's name.
@@ -29,7 +30,8 @@ pub(super) struct Host<'a> {
     pub accel: &'a Accel,
     pub contents: &'a Contents,
     pub images: Images<'a>,
-    pub left: LeftDisks,
+    pub left: DiskNotes,
+    pub parts: Parts<'a>,
     /// Those of the VM's disks that are here since an earlier try to bring it.
     pub copied: Vec<PathBuf>,
 }
@@ -236,13 +238,14 @@ fn can_be_made(image: &OwnImage, vm: &str, host: &Host<'_>) -> Result<(), Refusa
             "put it on storage that both hosts mount",
         );
     }
-    let is_ours = || host.copied.contains(&image.path) || host.left.was_left(vm, &image.path).is_some();
+    let is_ours = || host.copied.contains(&image.path) || host.left.find(vm, &image.path).is_some();
     let room = match host.images.may_make(&image.path) {
         // It makes room for itself.
         Err(ImageError::Exists { .. }) if is_ours() => return Ok(()),
         // Some of it is there.
         Ok(_) if host.copied.contains(&image.path) => return Ok(()),
-        room => room.map_err(|error| refused(&error))?,
+        // What an earlier try has left makes room.
+        room => room.map_err(|error| refused(&error))? + host.parts.room(&image.path),
     };
     if room < image.allocated {
         return refuse(

@@ -8,7 +8,7 @@ use vmferry_api::{DiskMoveRequest, DiskMoveView, DiskView};
 use vmferry_qemu::{CommandLine, disk_images};
 
 use super::note::Note;
-use super::told::Told;
+use super::told::{Told, told};
 use super::{running, stopped};
 use crate::error::AgentError;
 use crate::host::{Claim, Host, Stage, Vm};
@@ -106,7 +106,7 @@ impl DiskMoves {
         let claim = Claim::take(&vm, Stage::MovingDisk).map_err(|doing| refused(&name, &doing))?;
         let to = request.to.clone();
         let planned = running::plan(&vm, disk, request).await?;
-        let told = Arc::new(Told::new(&name, &planned.image.disk, &planned.image.file, &to, &planned.format));
+        let told = Arc::new(told(&name, &planned.image.disk, &planned.image.file, &to, &planned.format));
         claim.keep(Stage::MovingDisk);
         self.moves().insert(name, Arc::clone(&told));
         let (host, moving, theirs) = (Arc::clone(&self.host), Moving(vm), Arc::clone(&told));
@@ -132,7 +132,7 @@ impl DiskMoves {
         }
         // Nobody starts it meanwhile.
         drop(self.host.hold(name)?);
-        let told = Arc::new(Told::new(name, &planned.image.name, &planned.image.file, &to, &planned.format));
+        let told = Arc::new(told(name, &planned.image.name, &planned.image.file, &to, &planned.format));
         self.moves().insert(name.into(), Arc::clone(&told));
         let (host, theirs, name) = (Arc::clone(&self.host), Arc::clone(&told), name.to_owned());
         tokio::spawn(async move {

@@ -14,7 +14,7 @@ use vmferry_qemu::{CommandLine, DiskImage, ImageWords, Qmp, QmpError, WrittenIma
 use super::mirror::{self, node_of};
 use super::note::{After, Known, Note};
 use super::target::{Target, Wanted};
-use super::told::Told;
+use super::told::{Told, told};
 use crate::error::AgentError;
 use crate::host::{Host, Vm, keep_from_starting, no_such_disk, record_drift};
 
@@ -263,7 +263,7 @@ pub(super) async fn run(host: &Host, planned: Planned, told: &Told) -> Result<()
 
 /// Goes on with what an earlier agent had begun. The VM is claimed for that.
 pub(super) async fn take_up(host: &Host, vm: &Vm, note: &Note) {
-    let told = Told::new(&note.vm, &note.disk, &note.from, &note.to, "");
+    let told = told(&note.vm, &note.disk, &note.from, &note.to, "");
     let message = "its agent ended meanwhile".to_owned();
     let begun = AgentError::DiskMove { name: note.vm.clone(), disk: note.disk.clone(), message };
     match end(host, vm, note, Err(begun), &told).await {

@@ -1,55 +1,48 @@
-//! What the user of a move is told, and tells: how far it is, and that it is to end.
+//! What the user of a move is told.
 
-use std::sync::Mutex;
-use std::time::Instant;
-
-use tokio_util::sync::CancellationToken;
 use vmferry_api::{DiskMoveState, DiskMoveView, Problem};
 
-use crate::error::AgentError;
+use crate::shown::{Shown, View};
 
 /// See the module's text.
-pub(super) struct Told {
-    view: Mutex<DiskMoveView>,
-    begun: Instant,
-    /// Its user wants it to end.
-    pub(super) cancelled: CancellationToken,
+pub(super) type Told = Shown<DiskMoveView>;
+
+impl View for DiskMoveView {
+    fn is_over(&self) -> bool {
+        !matches!(self.state, DiskMoveState::Copying | DiskMoveState::Switching)
+    }
+
+    fn set_elapsed_ms(&mut self, elapsed_ms: u64) {
+        self.elapsed_ms = elapsed_ms;
+    }
+
+    fn end(&mut self, problem: Option<Problem>) {
+        self.state = if problem.is_some() { DiskMoveState::Failed } else { DiskMoveState::Done };
+        self.problem = problem;
+    }
+}
+
+/// One that begins.
+pub(super) fn told(vm: &str, disk: &str, from: &str, to: &str, format: &str) -> Told {
+    Shown::new(DiskMoveView {
+        vm: vm.into(),
+        disk: disk.into(),
+        from: from.into(),
+        to: to.into(),
+        format: format.into(),
+        state: DiskMoveState::Copying,
+        total: 0,
+        done: 0,
+        elapsed_ms: 0,
+        problem: None,
+        notes: Vec::new(),
+    })
 }
 
 impl Told {
-    pub(super) fn new(vm: &str, disk: &str, from: &str, to: &str, format: &str) -> Self {
-        let view = DiskMoveView {
-            vm: vm.into(),
-            disk: disk.into(),
-            from: from.into(),
-            to: to.into(),
-            format: format.into(),
-            state: DiskMoveState::Copying,
-            total: 0,
-            done: 0,
-            elapsed_ms: 0,
-            problem: None,
-            notes: Vec::new(),
-        };
-        Self { view: Mutex::new(view), begun: Instant::now(), cancelled: CancellationToken::new() }
-    }
-
-    fn change(&self, change: impl FnOnce(&mut DiskMoveView)) {
-        let mut view = self.view.lock().expect("no holder of this lock panics");
-        if matches!(view.state, DiskMoveState::Copying | DiskMoveState::Switching) {
-            view.elapsed_ms = self.begun.elapsed().as_millis() as u64;
-            change(&mut view);
-        }
-    }
-
-    pub(super) fn view(&self) -> DiskMoveView {
-        self.change(|_| ());
-        self.view.lock().expect("no holder of this lock panics").clone()
-    }
-
     /// It is under way.
     pub(super) fn is_open(&self) -> bool {
-        matches!(self.view().state, DiskMoveState::Copying | DiskMoveState::Switching)
+        !self.view().is_over()
     }
 
     pub(super) fn progress(&self, done: u64, total: u64) {
@@ -62,15 +55,5 @@ impl Told {
 
     pub(super) fn note(&self, note: String) {
         self.change(|view| view.notes.push(note));
-    }
-
-    pub(super) fn ends(&self, how: &Result<(), AgentError>) {
-        self.change(|view| match how {
-            Ok(()) => view.state = DiskMoveState::Done,
-            Err(error) => {
-                view.state = DiskMoveState::Failed;
-                view.problem = Some(Problem::from(error));
-            }
-        });
     }
 }

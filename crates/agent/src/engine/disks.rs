@@ -11,7 +11,6 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use async_trait::async_trait;
 use serde_json::{Value, json};
 use uuid::Uuid;
 use vmferry_api::in_one_line;
@@ -27,7 +26,7 @@ use vmferry_qemu::{IoLimits, Qmp, QmpError};
 use super::disk_pacing::{DiskPacing, Seen};
 use super::external::WayThere;
 use super::movable::Slowed;
-use super::{Disks, EngineError, NewSession};
+use super::{EngineError, NewSession};
 
 /// What our jobs and nodes in QEMU are called begins with this.
 const OURS: &str = "vmferry-copy-";
@@ -62,8 +61,6 @@ pub(crate) struct Disk {
     pub(crate) name: String,
     /// Its topmost node.
     pub(crate) node: String,
-    /// Where it is on this host.
-    pub(crate) file: PathBuf,
     /// In bytes, as the guest sees it.
     pub(crate) size: u64,
     /// What is behind it is at the destination, too.
@@ -242,8 +239,14 @@ impl Mirrors {
         self.disks.iter().map(|(disk, carried)| (disk.name.clone(), disk.size, carried.sent())).collect()
     }
 
-    fn sent(&self) -> u64 {
+    /// So much was sent of them, in bytes on the wire.
+    pub(crate) fn sent(&self) -> u64 {
         self.carrier.stats().wire_sent
+    }
+
+    /// From now on they are sent at this rate at most, in bytes a second.
+    pub(crate) fn set_rate(&self, rate: u64) {
+        self.carrier.set_rate(Some(rate));
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Listening>> {
@@ -256,11 +259,9 @@ impl Mirrors {
     }
 }
 
-#[async_trait]
-impl Disks for Mirrors {
-    /// Waits until little is left to be done when the guest stands, and what was copied is on the disks there. QEMU flushes
-    /// its own when it pauses the guest, so that what the host has in its cache of them goes to the disk before that, too.
-    async fn settle(&self) -> Result<(), EngineError> {
+impl Mirrors {
+    /// Waits until little is left to be done when the guest stands, and what was copied is on the disks there.
+    pub(crate) async fn settle(&self) -> Result<(), EngineError> {
         let begun = Instant::now();
         while self.look().await?.remaining > LITTLE {
             self.wait().await?;
@@ -269,20 +270,11 @@ impl Disks for Mirrors {
                 return Err(EngineError::Disks { reason });
             }
         }
-        let files: Vec<_> = self.disks.iter().map(|(disk, _)| disk.file.clone()).collect();
-        let flushed = tokio::task::spawn_blocking(move || {
-            // What cannot be opened QEMU flushes alone.
-            for file in files.iter().filter_map(|file| std::fs::File::open(file).ok()) {
-                let _ = file.sync_data();
-            }
-        });
-        let there = self.each(Backend::flush).await;
-        flushed.await.expect("flushing does not panic");
-        there
+        self.each(Backend::flush).await
     }
 
     /// The guest stands: has the destination have all of its disks, and let go of them.
-    async fn cut_over(&self) -> Result<(), EngineError> {
+    pub(crate) async fn cut_over(&self) -> Result<(), EngineError> {
         if !self.look().await?.ready {
             return Err(EngineError::Disks { reason: "they are not in step any more".into() });
         }

@@ -23,6 +23,7 @@ use vmferry_qemu::qmp::commands::{self, MigrationParameters};
 use vmferry_qemu::{EventStream, MigrationStatus, Qmp, RunState};
 use vmferry_ram::{Backend, Drain, GuestRam, Progress, RamError, Source};
 
+use super::budget::Budget;
 use super::journey;
 use super::lending::{give_state_socket, with_userfaultfd_device};
 use super::movable::{Planned, came_up};
@@ -63,6 +64,8 @@ pub struct ExternalEngine {
     session: Option<NewSession>,
     source: Option<Arc<Source>>,
     disks: Option<Arc<dyn Disks>>,
+    /// What it shares with its disks.
+    budget: Option<Budget>,
     /// Made before there is anything to send over it.
     link: Option<Link>,
     started: Instant,
@@ -180,6 +183,7 @@ impl ExternalEngine {
 
     fn of(qmp: Qmp, wishes: Wishes) -> Self {
         Self {
+            budget: wishes.bandwidth.map(Budget::new),
             qmp,
             wishes,
             session: None,
@@ -495,6 +499,11 @@ impl RamEngine for ExternalEngine {
 
     async fn observe(&mut self) -> Result<Seen, EngineError> {
         let Some(source) = self.source.clone() else { return Ok(self.see_broken("it has not begun".into()).await) };
+        if let (Some(budget), Some(disks)) = (&mut self.budget, &self.disks)
+            && let Some(rate) = budget.for_ram(self.started.elapsed(), disks.sent())
+        {
+            source.set_rate(rate);
+        }
         self.look_whether_it_runs().await?;
         // Once the guest is paused, every moment counts.
         let at_most = if std::mem::take(&mut self.just_switched) { Duration::ZERO } else { TICK };

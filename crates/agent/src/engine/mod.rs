@@ -3,6 +3,7 @@
 //! The migration (see `source/`) drives an engine without knowing which one it is: start, observe, do what the
 //! policy says, and stop observing when the destination can take over. An engine says so in [`Seen`].
 
+pub(crate) mod budget;
 mod disk_pacing;
 pub(crate) mod disks;
 pub mod external;
@@ -152,6 +153,9 @@ pub trait Disks: Send + Sync {
 
     /// The guest stands: has the destination have all of its disks, and let go of them.
     async fn cut_over(&self) -> Result<(), EngineError>;
+
+    /// So much was sent of them, in bytes.
+    fn sent(&self) -> u64;
 }
 
 /// Copies a guest's RAM to a destination that is prepared for it.

@@ -15,6 +15,7 @@ use vmferry_policy::{Action, Bytes, BytesPerSec, Limits, Observation, Percent, P
 use vmferry_qemu::qmp::commands::{self, MigrationInfo, MigrationParameters, RamInfo};
 use vmferry_qemu::{Event, EventStream, Features, MigrationStatus, Qmp, QmpError, RunState};
 
+use super::budget::Budget;
 use super::{Disks, EngineError, NewConnection, RamEngine, Seen, Setup, Totals};
 
 /// QEMU's own default is 128 MiB/s; this is as good as none and fits its signed arithmetic.
@@ -39,6 +40,8 @@ pub struct QemuEngine {
     bandwidth: Option<u64>,
     /// They go before the devices.
     disks: Option<Arc<dyn Disks>>,
+    /// What it shares with its disks.
+    budget: Option<Budget>,
     setup: Setup,
     post_copy_first: bool,
     scripted: bool,
@@ -94,6 +97,7 @@ impl QemuEngine {
             scripted: wishes.scripted,
             zeroes_by_multifd: wishes.zeroes_by_multifd,
             disks: None,
+            budget: wishes.bandwidth.map(Budget::new),
             runs,
             paused_by_us: false,
             holds_switchover: runs && !wishes.post_copy_first,
@@ -142,15 +146,21 @@ impl QemuEngine {
         Ok(())
     }
 
+    /// In bytes a second.
+    fn sends_at_most(&self, rate: Option<u64>) -> MigrationParameters {
+        let after_switchover = self.features.has_parameter("max-postcopy-bandwidth");
+        MigrationParameters {
+            max_bandwidth: Some(rate.unwrap_or(UNLIMITED)),
+            max_postcopy_bandwidth: after_switchover.then_some(rate.unwrap_or(0)),
+            ..MigrationParameters::default()
+        }
+    }
+
     async fn set_parameters(&self) -> Result<(), QmpError> {
         let mut parameters = MigrationParameters {
-            max_bandwidth: Some(self.bandwidth.unwrap_or(UNLIMITED)),
             downtime_limit: Some(if self.holds_switchover { NO_SWITCHOVER_MS } else { self.downtime_ms() }),
-            ..MigrationParameters::default()
+            ..self.sends_at_most(self.bandwidth)
         };
-        if self.features.has_parameter("max-postcopy-bandwidth") {
-            parameters.max_postcopy_bandwidth = Some(self.bandwidth.unwrap_or(0));
-        }
         if self.setup.channels > 0 {
             parameters.multifd_channels = Some(self.setup.channels);
             parameters.zero_page_detection = self.zeroes_by_multifd.then(|| "multifd".into());
@@ -273,6 +283,11 @@ impl RamEngine for QemuEngine {
         let info = self.qmp.execute(commands::QueryMigrate {}).await?;
         if let Some(ram) = &info.ram {
             self.rounds.update(ram);
+        }
+        if let (Some(budget), Some(disks)) = (&mut self.budget, &self.disks)
+            && let Some(rate) = budget.for_ram(self.started.elapsed(), disks.sent())
+        {
+            self.qmp.execute(self.sends_at_most(Some(rate))).await?;
         }
         if self.holds_switchover && self.rounds.begun > 1 {
             if let Some(disks) = &self.disks {

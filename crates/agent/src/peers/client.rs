@@ -19,8 +19,8 @@ use vmferry_api::{DEFAULT_PORT, Hello, witness};
 use vmferry_link::{Authority, Fingerprint, Identity, Secret};
 
 use super::wire::{
-    BootFile, CheckReply, Commit, CopyAccepted, CopyOffer, Fence, IncomingState, Join, MoveOffer, MoveReply, Offer,
-    OutgoingState, Prepared, Taken, TrialAccepted, TrialOffer,
+    Abandon, BootFile, CheckReply, Commit, CopyAccepted, CopyOffer, Fence, IncomingState, Join, MoveOffer, MoveReply,
+    Offer, OutgoingState, Prepared, Taken, TrialAccepted, TrialOffer,
 };
 use crate::error::{API, PeerError};
 
@@ -186,8 +186,9 @@ impl Peer {
     }
 
     /// Makes it forget the incoming migration, now and for ever.
-    pub async fn abandon(&self, id: Uuid) -> Result<IncomingState, PeerError> {
-        self.ask(Method::DELETE, &format!("/v1/incoming/{id}"), None::<&()>, ANSWER_TIMEOUT).await
+    pub async fn abandon(&self, id: Uuid, Abandon { drop_disks }: Abandon) -> Result<IncomingState, PeerError> {
+        let path = format!("/v1/incoming/{id}?drop_disks={drop_disks}");
+        self.ask(Method::DELETE, &path, None::<&()>, ANSWER_TIMEOUT).await
     }
 
     /// Has its QEMU listen again after post-copy lost its connection.

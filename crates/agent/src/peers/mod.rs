@@ -10,8 +10,8 @@ mod wire;
 pub(crate) use client::RELAY_PROTOCOL;
 pub use client::{Answer, Met, Peer};
 pub use wire::{
-    BootFile, CheckReply, Commit, CopyAccepted, CopyOffer, DiskThere, Fence, InWord, IncomingState, Join, MoveOffer,
-    MoveReply, Offer, OutgoingState, OwnImage, Prepared, Taken, TrialAccepted, TrialOffer,
+    Abandon, BootFile, CheckReply, Commit, CopyAccepted, CopyOffer, DiskThere, Fence, InWord, IncomingState, Join,
+    MoveOffer, MoveReply, Offer, OutgoingState, OwnImage, Prepared, Taken, TrialAccepted, TrialOffer,
 };
 
 pub use crate::error::{API, PeerError};

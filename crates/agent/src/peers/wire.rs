@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
+use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 use vmferry_api::trial::Trial;
 use vmferry_api::{Security, VmSpec};
@@ -238,6 +238,17 @@ pub struct IncomingState {
     pub session: Option<NewSession>,
     /// Post-copy was to be recovered, but all memory is here.
     pub complete: bool,
+    /// So much has arrived of its disks and is kept for another try, in bytes.
+    #[serde(default)]
+    pub kept: u64,
+}
+
+/// Has the destination let go of a guest.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize, ToSchema, IntoParams)]
+pub struct Abandon {
+    /// Its user does not want it moved any more: nothing is kept for another try.
+    #[serde(default)]
+    pub drop_disks: bool,
 }
 
 /// Asks an agent to take a trial.

@@ -8,10 +8,9 @@ use vmferry_qemu::qmp::commands::MirrorSync;
 use vmferry_qemu::written_images;
 
 use super::run::Run;
-use crate::engine::Disks;
 use crate::engine::disks::{Disk, Guest, Mirrors};
 use crate::error::AgentError;
-use crate::host::LeftDisks;
+use crate::host::DiskNotes;
 
 impl Run {
     /// Copies the guest's own disks, where it has any that move with it.
@@ -81,7 +80,6 @@ impl Run {
             Ok(Disk {
                 name: image.disk.clone(),
                 node: image.node.clone(),
-                file: path.clone(),
                 size: image.size,
                 sync: if image.backing.is_some() { MirrorSync::Top } else { MirrorSync::Full },
                 // A device there has something on it.
@@ -93,7 +91,7 @@ impl Run {
 
     /// It runs elsewhere with a copy of them: should it come back, these may go.
     pub(super) fn leaves_its_disks(&self) {
-        let left = LeftDisks::new(&self.host.config.state_dir);
+        let left = DiskNotes::left(&self.host.config.state_dir);
         for there in &self.plan.offer.own_disks {
             let path = self.plan.places.here(there);
             if let Err(error) = left.note(self.vm.name(), &path) {

@@ -24,7 +24,7 @@ use crate::engine::{EngineError, RamEngine};
 use crate::error::AgentError;
 use crate::host::{GRACE, Host, Stage, Vm};
 use crate::journal::OutRecord;
-use crate::peers::{Commit, InWord, IncomingState, Peer};
+use crate::peers::{Abandon, Commit, InWord, IncomingState, Peer};
 
 /// How long the guest waits for its destination to let go before it runs again without that.
 const LET_GO: Duration = Duration::from_secs(1);
@@ -57,6 +57,10 @@ pub(super) struct State {
     let_go: bool,
     /// Its user has kept the guest here.
     kept: bool,
+    /// Its user does not want it moved any more.
+    unwanted: bool,
+    /// What the destination keeps of its disks for another try, in bytes.
+    kept_there: u64,
     /// What its user was told and need not be told again.
     told: Vec<&'static str>,
 }
@@ -86,7 +90,17 @@ impl Custody {
     }
 
     fn with(host: &Arc<Host>, record: OutRecord, peer: Peer, machine: Source, why: String) -> Arc<Self> {
-        let state = State { machine, why, detail: None, asked: None, let_go: false, kept: false, told: Vec::new() };
+        let state = State {
+            machine,
+            why,
+            detail: None,
+            asked: None,
+            let_go: false,
+            kept: false,
+            unwanted: false,
+            kept_there: 0,
+            told: Vec::new(),
+        };
         let it = Self {
             host: Arc::clone(host),
             record,
@@ -129,6 +143,21 @@ impl Custody {
     /// The VM, if its QEMU answers.
     pub(super) fn vm(&self) -> Option<Arc<Vm>> {
         self.host.vm_of(&self.record.vm, &self.record.instance)
+    }
+
+    /// Its user does not want it moved any more.
+    pub(super) fn is_unwanted(&self) {
+        self.lock().unwanted = true;
+    }
+
+    /// With what the destination is asked to let go.
+    pub(super) fn abandonment(&self) -> Abandon {
+        Abandon { drop_disks: self.lock().unwanted }
+    }
+
+    /// What the destination keeps of its disks for another try, in bytes.
+    pub(super) fn kept_there(&self) -> u64 {
+        self.lock().kept_there
     }
 
     /// The destination is known to own the guest.
@@ -338,6 +367,7 @@ impl Custody {
         if state.detail.is_some() {
             self.lock().detail.clone_from(&state.detail);
         }
+        self.lock().kept_there = state.kept;
         let answer = match state.step {
             InWord::Prepared => Answer::Prepared,
             InWord::Committed if state.runs => Answer::Committed(Start::Done),
@@ -397,7 +427,7 @@ impl Custody {
     async fn ask_abandon(&self) {
         // A guest that runs does not mind how long it takes until nothing is left there; one that stands does.
         let patience = if self.machine().qemu() == Qemu::Stands { LET_GO } else { CLEAN };
-        match tokio::time::timeout(patience, self.peer.abandon(self.record.id)).await {
+        match tokio::time::timeout(patience, self.peer.abandon(self.record.id, self.abandonment())).await {
             Ok(Ok(state)) => self.hear(&state),
             Ok(Err(error)) => {
                 tracing::debug!(error = in_one_line(&error), "the destination does not let go yet");

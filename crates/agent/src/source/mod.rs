@@ -15,6 +15,7 @@
 //! Who owns the guest meanwhile is for the source's half of the protocol (`vmferry_custody`), which `custody.rs` drives:
 //! under way, and from what the journal holds after a crash (`settle.rs`).
 
+mod all_disks;
 mod begin;
 mod copy_disks;
 mod copy_ram;

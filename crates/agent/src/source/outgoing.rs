@@ -12,7 +12,7 @@ use super::migration::Migration;
 use crate::error::AgentError;
 use crate::host::{Host, Stage};
 use crate::journal::Instance;
-use crate::peers::Peer;
+use crate::peers::{Abandon, Peer};
 
 /// How many ended migrations can still be looked at in full.
 const KEPT_MIGRATIONS: usize = 32;
@@ -74,11 +74,11 @@ impl Outgoing {
     }
 
     async fn see_to_the_rest(&self, custody: &Arc<Custody>) {
-        let (id, peer) = (custody.record.id, custody.peer.apart());
+        let (id, peer, asked) = (custody.record.id, custody.peer.apart(), custody.abandonment());
         let Phase::Over { .. } = custody.phase() else {
             // It may not have heard that it is to let go. Its lease runs out; but nobody should wait for that.
             if !custody.let_go() && !custody.was_kept() {
-                tokio::spawn(async move { abandon_there(&peer, id).await });
+                tokio::spawn(async move { abandon_there(&peer, id, asked).await });
             }
             return;
         };
@@ -113,20 +113,25 @@ impl Outgoing {
         self.open.lock().expect("no holder of this lock panics")
     }
 
-    /// Stops the migration of this VM. It is undone, unless it is too late for that.
+    /// Stops the migration of this VM, as its user wants. It is undone, unless it is too late for that.
     pub(crate) fn cancel(&self, vm: &str) -> Result<(), AgentError> {
-        let none = || AgentError::Conflict { message: format!("{vm} is not being migrated"), hint: None };
-        let custody = self.custody_of(vm).ok_or_else(none)?;
+        let custody = self.custody_of(vm).ok_or_else(|| not_migrated(vm))?;
+        custody.is_unwanted();
+        self.end(&custody, "its user cancelled it")
+    }
+
+    fn end(&self, custody: &Custody, why: &str) -> Result<(), AgentError> {
+        let vm = &custody.record.vm;
         match custody.apply(Event::Cancel) {
             Ok(()) => {
-                custody.because("its user cancelled it");
+                custody.because(why);
                 if let Some(migration) = self.migration(custody.record.id) {
                     migration.cancel();
                 }
                 Ok(())
             }
-            Err(Refused::NotMoving) => Err(none()),
-            Err(_) => Err(AgentError::TooLate { name: vm.into(), is_there: custody.is_there() }),
+            Err(Refused::NotMoving) => Err(not_migrated(vm)),
+            Err(_) => Err(AgentError::TooLate { name: vm.clone(), is_there: custody.is_there() }),
         }
     }
 
@@ -135,7 +140,7 @@ impl Outgoing {
         let under_way: Vec<Arc<Custody>> = self.open().clone();
         for custody in &under_way {
             // What is too late to be undone goes on with the next agent.
-            let _ = self.cancel(&custody.record.vm);
+            let _ = self.end(custody, "its agent ended");
         }
         let is_settled = |it: &Arc<Custody>| match it.phase() {
             Phase::Moving | Phase::Sealed { .. } | Phase::Undoing { .. } => false,
@@ -148,10 +153,14 @@ impl Outgoing {
     }
 }
 
+fn not_migrated(vm: &str) -> AgentError {
+    AgentError::Conflict { message: format!("{vm} is not being migrated"), hint: None }
+}
+
 /// For a while; then its own lease must do it.
-async fn abandon_there(peer: &Peer, id: Uuid) {
+async fn abandon_there(peer: &Peer, id: Uuid, asked: Abandon) {
     for _ in 0..ABANDON_TRIES {
-        if peer.abandon(id).await.is_ok() {
+        if peer.abandon(id, asked).await.is_ok() {
             return;
         }
         tokio::time::sleep(Duration::from_millis(500)).await;

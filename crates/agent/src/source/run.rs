@@ -3,18 +3,21 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytesize::ByteSize;
 use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 use vmferry_api::{MigrationEvent, Script, in_one_line};
 use vmferry_custody::source::{Event, Phase, Qemu};
 use vmferry_policy::Limits;
 
+use super::all_disks::AllDisks;
 use super::custody::{Custody, Hands};
 use super::migration::Migration;
 use super::outgoing::Outgoing;
 use super::plan::Plan;
 use super::post_copy::Serving;
 use super::teller::Teller;
+use crate::engine::budget::Budget;
 use crate::engine::disks::Mirrors;
 use crate::engine::{RamEngine, Seen};
 use crate::error::AgentError;
@@ -70,6 +73,13 @@ impl Run {
             mirrors.end().await;
         }
         let totals = hands.engine.as_ref().map(|engine| engine.totals()).unwrap_or_default();
+        if let (Phase::Owned, kept @ 1..) = (self.custody.phase(), self.custody.kept_there()) {
+            self.migration.note(format!(
+                "{} keeps what has arrived of its disks ({}) for a day: another try need not send it.",
+                self.plan.view.to,
+                ByteSize(kept)
+            ));
+        }
         let retired = self.retired().await;
         let last = self.last_event(stopped, totals);
         if let MigrationEvent::Failed(problem) = &last {
@@ -104,9 +114,10 @@ impl Run {
             engine.reserve().await?;
         }
         self.copy_disks().await?;
-        if let Some(mirrors) = &self.mirrors {
-            engine.brings_disks(Arc::clone(mirrors) as _);
+        if let (Some(mirrors), Some(cap)) = (&self.mirrors, self.bandwidth) {
+            mirrors.set_rate(Budget::for_disks(cap));
         }
+        engine.brings_disks(Arc::new(AllDisks::flush(&self.vm, self.mirrors.clone()).await));
         self.copy_ram(engine).await
     }
 

@@ -16,7 +16,7 @@ use vmferry_link::Fingerprint;
 use crate::copying::part_of;
 use crate::destination::could_start;
 use crate::error::{AgentError, ImageError};
-use crate::host::{Host, Idle, Images, LeftDisks, check_name};
+use crate::host::{DiskNotes, Host, Idle, Images, check_name};
 use crate::journal::{Coming, ComingDisk, FileId, MoveIn, Source, Written};
 use crate::peers::trust::{self, Caller};
 use crate::peers::{DiskThere, MoveOffer, MoveReply, Taken};
@@ -127,7 +127,7 @@ fn begin_disk(
 }
 
 fn is_left(host: &Host, vm: &str, path: &Path) -> bool {
-    LeftDisks::new(&host.config.state_dir).was_left(vm, path).is_some()
+    DiskNotes::left(&host.config.state_dir).find(vm, path).is_some()
 }
 
 fn id_of(it: &Metadata) -> FileId {
@@ -175,7 +175,7 @@ pub(crate) async fn take(host: &Arc<Host>, id: Uuid, key: Fingerprint) -> Result
     if !host.journal.take_vm(id, &record).await? {
         return not(format!("{} does not expect it any more", host.config.name));
     }
-    let left = LeftDisks::new(&host.config.state_dir);
+    let left = DiskNotes::left(&host.config.state_dir);
     for disk in &it.coming.disks {
         left.forget(&disk.path);
     }

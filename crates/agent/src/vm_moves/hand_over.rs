@@ -8,7 +8,7 @@ use vmferry_api::{Resolve, in_one_line};
 
 use super::told::Told;
 use crate::error::AgentError;
-use crate::host::{Host, Idle, LeftDisks};
+use crate::host::{DiskNotes, Host, Idle};
 use crate::journal::MoveOut;
 use crate::peers::{Peer, trust};
 
@@ -71,7 +71,7 @@ async fn peer_of(host: &Host, given: &MoveOut) -> Result<Peer, AgentError> {
 
 /// The other host has it: nothing but its disks stays here.
 async fn is_there(host: &Host, given: &MoveOut) -> Result<(), AgentError> {
-    let left = LeftDisks::new(&host.config.state_dir);
+    let left = DiskNotes::left(&host.config.state_dir);
     for path in &given.disks {
         if let Err(error) = left.note(&given.vm, path) {
             tracing::warn!(vm = given.vm, path = %path.display(), %error, "cannot note that it has left its disk");

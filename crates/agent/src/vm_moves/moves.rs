@@ -10,7 +10,7 @@ use vmferry_api::{Resolve, VmMoveRequest, VmMoveState, VmMoveView, in_one_line};
 use super::hand_over::{decide, hand_over};
 use super::leave::leave;
 use super::plan::plan;
-use super::told::Told;
+use super::told::{Told, told};
 use crate::copying::Copies;
 use crate::error::AgentError;
 use crate::host::{Host, Idle};
@@ -74,7 +74,7 @@ impl VmMoves {
         }
         let last = self.host.journal.last_move_out(name).await?;
         let last = last.filter(|it| it.peer == to || it.address == to);
-        Ok(last.map(|it| Told::new(name, &it.peer, VmMoveState::Done, Vec::new(), Vec::new()).view()))
+        Ok(last.map(|it| told(name, &it.peer, VmMoveState::Done, Vec::new(), Vec::new()).view()))
     }
 
     async fn run(self: Arc<Self>, name: String, request: VmMoveRequest, answer: Answer) {
@@ -89,7 +89,7 @@ impl VmMoves {
         };
         let disks = plan.disks.iter().map(|it| it.disk.clone()).collect();
         let state = if request.dry_run { VmMoveState::Planned } else { VmMoveState::Copying };
-        let told = Arc::new(Told::new(&name, &plan.to, state, disks, plan.notes.clone()));
+        let told = Arc::new(told(&name, &plan.to, state, disks, plan.notes.clone()));
         if request.dry_run {
             return drop(answer.send(Ok(told.view())));
         }
@@ -120,7 +120,7 @@ impl VmMoves {
                 self.host.rest(idle.record, Idle::Leaving(given.peer.clone()));
             }
             let state = VmMoveState::HandingOver;
-            let told = Arc::new(Told::new(&given.vm, &given.peer, state, Vec::new(), Vec::new()));
+            let told = Arc::new(told(&given.vm, &given.peer, state, Vec::new(), Vec::new()));
             self.moves().insert(given.vm.clone(), Arc::clone(&told));
             let here = Arc::clone(self);
             tokio::spawn(async move { hand_over(&here.host, &given, &told, &here.settling).await });

@@ -1,52 +1,44 @@
-//! What the user of a move is told, and tells: how far it is, and that it is to end.
+//! What the user of a move is told.
 
-use std::sync::Mutex;
-use std::time::Instant;
-
-use tokio_util::sync::CancellationToken;
 use vmferry_api::{Problem, VmMoveDisk, VmMoveState, VmMoveView};
 
-use crate::error::AgentError;
+use crate::shown::{Shown, View};
 
 /// See the module's text.
-pub(super) struct Told {
-    view: Mutex<VmMoveView>,
-    begun: Instant,
-    /// Its user wants it to end.
-    pub(super) cancelled: CancellationToken,
+pub(super) type Told = Shown<VmMoveView>;
+
+impl View for VmMoveView {
+    fn is_over(&self) -> bool {
+        self.state.is_last()
+    }
+
+    fn set_elapsed_ms(&mut self, elapsed_ms: u64) {
+        self.elapsed_ms = elapsed_ms;
+    }
+
+    fn end(&mut self, problem: Option<Problem>) {
+        self.state = if problem.is_some() { VmMoveState::Failed } else { VmMoveState::Done };
+        self.problem = problem;
+    }
+}
+
+/// One in this state, of which nothing is done yet.
+pub(super) fn told(vm: &str, to: &str, state: VmMoveState, disks: Vec<VmMoveDisk>, notes: Vec<String>) -> Told {
+    Shown::new(VmMoveView {
+        vm: vm.into(),
+        to: to.into(),
+        state,
+        total: disks.iter().map(|it| it.size).sum(),
+        disks,
+        done: 0,
+        sent: 0,
+        elapsed_ms: 0,
+        problem: None,
+        notes,
+    })
 }
 
 impl Told {
-    pub(super) fn new(vm: &str, to: &str, state: VmMoveState, disks: Vec<VmMoveDisk>, notes: Vec<String>) -> Self {
-        let total = disks.iter().map(|it| it.size).sum();
-        let view = VmMoveView {
-            vm: vm.into(),
-            to: to.into(),
-            state,
-            disks,
-            total,
-            done: 0,
-            sent: 0,
-            elapsed_ms: 0,
-            problem: None,
-            notes,
-        };
-        Self { view: Mutex::new(view), begun: Instant::now(), cancelled: CancellationToken::new() }
-    }
-
-    fn change(&self, change: impl FnOnce(&mut VmMoveView)) {
-        let mut view = self.view.lock().expect("no holder of this lock panics");
-        if !view.state.is_last() {
-            view.elapsed_ms = self.begun.elapsed().as_millis() as u64;
-            change(&mut view);
-        }
-    }
-
-    pub(super) fn view(&self) -> VmMoveView {
-        self.change(|_| ());
-        self.view.lock().expect("no holder of this lock panics").clone()
-    }
-
     pub(super) fn state(&self) -> VmMoveState {
         self.view().state
     }
@@ -64,15 +56,5 @@ impl Told {
 
     pub(super) fn note(&self, note: String) {
         self.change(|view| view.notes.push(note));
-    }
-
-    pub(super) fn ends(&self, how: &Result<(), AgentError>) {
-        self.change(|view| match how {
-            Ok(()) => view.state = VmMoveState::Done,
-            Err(error) => {
-                view.state = VmMoveState::Failed;
-                view.problem = Some(Problem::from(error));
-            }
-        });
     }
 }

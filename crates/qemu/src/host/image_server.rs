@@ -1,4 +1,5 @@
-//! A QEMU without a guest that makes an image of a format which only QEMU writes, and serves it by NBD until it is dropped.
+//! A QEMU without a guest that makes or reads an image of a format which only QEMU knows, and serves it by NBD until it is
+//! dropped.
 //!
 //! The same binary as the guest's, so that it writes what that one reads.
 
@@ -35,15 +36,34 @@ pub struct NewImage {
 }
 
 /// See the module's text.
-pub struct ImageWriter {
+pub struct ImageServer {
     child: Child,
     socket: PathBuf,
     _dir: tempfile::TempDir,
 }
 
-impl ImageWriter {
+impl ImageServer {
     /// Makes the image and serves it on a Unix socket in a new folder within this one.
-    pub async fn start(binary: &Path, within: &Path, image: &NewImage) -> Result<Self, ProbeError> {
+    pub async fn make(binary: &Path, within: &Path, image: &NewImage) -> Result<Self, ProbeError> {
+        Self::start(binary, within, async |qmp, socket| {
+            make(qmp, image).await?;
+            let (path, format) = (&image.path, &image.format);
+            serve(qmp, Opened { path, format, writable: true }, socket).await
+        })
+        .await
+    }
+
+    /// Serves, in the same way, what is in an image of this format that is there, to be read; without what is behind it.
+    pub async fn read(binary: &Path, within: &Path, path: &Path, format: &str) -> Result<Self, ProbeError> {
+        let opened = Opened { path, format, writable: false };
+        Self::start(binary, within, async |qmp, socket| serve(qmp, opened, socket).await).await
+    }
+
+    async fn start(
+        binary: &Path,
+        within: &Path,
+        open: impl AsyncFnOnce(&Qmp, &Path) -> Result<(), QmpError>,
+    ) -> Result<Self, ProbeError> {
         let start_error = |source| ProbeError::Start { binary: binary.into(), source };
         let dir = tempfile::Builder::new().prefix(PROBE).tempdir_in(within).map_err(start_error)?;
         let (monitor, socket) = (dir.path().join("qmp.sock"), dir.path().join("nbd.sock"));
@@ -58,13 +78,13 @@ impl ImageWriter {
             .kill_on_drop(true)
             .spawn()
             .map_err(start_error)?;
-        let writer = Self { child, socket, _dir: dir };
+        let server = Self { child, socket, _dir: dir };
         let begun = async {
             let qmp = Qmp::connect(&monitor, START).await?;
-            make_and_serve(&qmp, image, &writer.socket).await
+            open(&qmp, &server.socket).await
         };
         match tokio::time::timeout(START, begun).await {
-            Ok(Ok(())) => Ok(writer),
+            Ok(Ok(())) => Ok(server),
             Ok(Err(source)) => Err(ProbeError::Qmp { binary: binary.into(), source }),
             Err(_) => Err(ProbeError::Timeout { binary: binary.into(), after: START }),
         }
@@ -76,7 +96,7 @@ impl ImageWriter {
     }
 }
 
-impl Drop for ImageWriter {
+impl Drop for ImageServer {
     /// Waits until the image is closed.
     fn drop(&mut self) {
         let Some(pid) = self.child.id().and_then(|pid| rustix::process::Pid::from_raw(pid as i32)) else { return };
@@ -89,7 +109,7 @@ impl Drop for ImageWriter {
             }
             std::thread::sleep(Duration::from_millis(1));
         }
-        tracing::error!(pid = pid.as_raw_nonzero(), "a QEMU that wrote an image does not end, and is killed");
+        tracing::error!(pid = pid.as_raw_nonzero(), "a QEMU that had an image does not end, and is killed");
     }
 }
 
@@ -100,11 +120,11 @@ fn object(value: Value) -> Map<String, Value> {
     }
 }
 
-async fn make_and_serve(qmp: &Qmp, image: &NewImage, socket: &Path) -> Result<(), QmpError> {
+async fn make(qmp: &Qmp, image: &NewImage) -> Result<(), QmpError> {
     let NewImage { path, format, size, backing } = image;
-    let file = json!({ "driver": "file", "node-name": "file", "filename": path, "discard": "unmap" });
+    let file = json!({ "driver": "file", "node-name": "empty", "filename": path });
     qmp.execute(BlockdevAdd { options: object(file) }).await?;
-    let mut options = json!({ "driver": format, "file": "file", "size": size });
+    let mut options = json!({ "driver": format, "file": "empty", "size": size });
     if let Some((file, format)) = backing {
         options["backing-file"] = json!(file);
         options["backing-fmt"] = json!(format);
@@ -112,11 +132,10 @@ async fn make_and_serve(qmp: &Qmp, image: &NewImage, socket: &Path) -> Result<()
     qmp.execute(BlockdevCreate { job_id: "create".into(), options }).await?;
     loop {
         let jobs = qmp.execute(QueryJobs {}).await?;
-        let Some(job) = jobs.into_iter().find(|job| job.id == "create") else { break };
-        if job.status == "concluded" {
+        if let Some(job) = jobs.into_iter().find(|job| job.id == "create" && job.status == "concluded") {
             qmp.execute(JobDismiss { id: job.id }).await?;
             match job.error {
-                None => break,
+                None => return qmp.execute_raw("blockdev-del", json!({ "node-name": "empty" })).await.map(drop),
                 Some(desc) => {
                     let (command, class) = ("blockdev-create".into(), "GenericError".into());
                     return Err(QmpError::Command { command, class, desc });
@@ -125,11 +144,30 @@ async fn make_and_serve(qmp: &Qmp, image: &NewImage, socket: &Path) -> Result<()
         }
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
-    let node = json!({ "driver": format, "node-name": "image", "file": "file", "discard": "unmap" });
+}
+
+/// An image that is to be served.
+struct Opened<'a> {
+    path: &'a Path,
+    format: &'a str,
+    writable: bool,
+}
+
+async fn serve(qmp: &Qmp, image: Opened<'_>, socket: &Path) -> Result<(), QmpError> {
+    let Opened { path, format, writable } = image;
+    let file =
+        json!({ "driver": "file", "node-name": "file", "filename": path, "discard": "unmap", "read-only": !writable });
+    qmp.execute(BlockdevAdd { options: object(file) }).await?;
+    let mut node = json!({
+        "driver": format, "node-name": "image", "file": "file", "discard": "unmap", "read-only": !writable
+    });
+    if !writable {
+        node["backing"] = Value::Null;
+    }
     qmp.execute(BlockdevAdd { options: object(node) }).await?;
     let at = json!({ "addr": { "type": "unix", "data": { "path": socket } } });
     qmp.execute_raw("nbd-server-start", at).await?;
-    let export = json!({ "type": "nbd", "id": "export", "node-name": "image", "name": EXPORT, "writable": true });
+    let export = json!({ "type": "nbd", "id": "export", "node-name": "image", "name": EXPORT, "writable": writable });
     qmp.execute_raw("block-export-add", export).await?;
     Ok(())
 }
@@ -148,13 +186,13 @@ mod tests {
             std::fs::write(&path, "").unwrap();
             let backing = Some((base.display().to_string(), "raw".to_owned()));
             let image = NewImage { path: path.clone(), format: "qcow2".into(), size: 1 << 20, backing };
-            let writer = ImageWriter::start(&qemu, dir.path(), &image).await.unwrap();
+            let writer = ImageServer::make(&qemu, dir.path(), &image).await.unwrap();
             assert!(writer.socket().exists());
             drop(writer);
             let header = std::fs::read(&path).unwrap();
             assert_eq!(header[..4], *b"QFI\xfb", "{}", qemu.display());
             let again = NewImage { format: "no-such".into(), ..image };
-            assert!(ImageWriter::start(&qemu, dir.path(), &again).await.is_err());
+            assert!(ImageServer::make(&qemu, dir.path(), &again).await.is_err());
             assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2, "no folder is left");
         }
     }
