@@ -77,7 +77,7 @@ bench-copy:
 .PHONY: bench-disks
 bench-disks:
 	scripts/setup.sh --for-tests
-	cargo test --workspace --test system -- --ignored --exact disk_figures::a_guest_moves_with_its_disk_beside_qemus_own_means --nocapture
+	cargo test --workspace --test system -- --ignored disk_figures:: --nocapture --test-threads 1
 
 # Single tests that would make `make test` too long.
 .PHONY: long-tests

@@ -7,6 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use vmferry_api::MigrationEvent;
 use vmferry_bench::testbed::{GuestWatch, Host, Testbed, TestbedOptions, two_qemus};
 use vmferry_bench::{GuestOptions, Mode};
 use vmferry_qemu::Qmp;
@@ -204,5 +205,56 @@ async fn a_guest_moves_with_its_disk_beside_qemus_own_means() {
             of(|it| it.downtime_ms),
             of(|it| (it.allocated / MIB) as f64),
         );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "it measures: make bench-disks"]
+async fn a_migration_that_failed_at_half_has_its_other_half_to_send() {
+    let testbed = Testbed::start(options()).await.expect("the testbed starts");
+    write_disk(&disk_of(testbed.alpha()));
+    let argv = command_line(&testbed);
+    let mut bed = Bed::of(testbed, argv).await;
+    bed.assert_disk_works_on(0).await;
+    let half = |event: &MigrationEvent| matches!(event, MigrationEvent::Progress(it) if it.sent > DATA / 2);
+    let mut migrate = bed.begin_migration(&[], half).await;
+    bed.testbed.host_mut(0).kill_agent().await.expect("killed");
+    bed.testbed.host_mut(0).start_agent().await.expect("it starts");
+    assert!(!migrate.wait().await.expect("it ends").success());
+    let part = disk_of(bed.beta()).with_file_name("disk.raw.vmferry-arrived");
+    bed.eventually("what had arrived is kept", async || part.exists()).await;
+    bed.eventually("it is undone", async || bed.view(0).await.state == "running").await;
+    let kept = std::fs::metadata(&part).expect("it is there").blocks() * 512;
+    let begun = Instant::now();
+    let report = crate::migrate::report(&bed, &[]).await;
+    let seconds = begun.elapsed().as_secs_f64();
+    bed.assert_runs_only_on(1).await;
+    println!("| data, MiB | kept, MiB | sent again, MiB | seconds |");
+    println!("| --- | --- | --- | --- |");
+    println!("| {} | {} | {} | {seconds:.1} |", DATA / MIB, kept / MIB, report.disks[0].sent / MIB);
+}
+
+/// A guest that writes to a disk that both hosts see: what is in the source's cache goes to the disk before the pause.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "it measures: make bench-disks"]
+async fn what_a_guest_feels_that_writes_through_the_hosts_cache() {
+    println!("| cache | downtime felt, ms: median (all) |");
+    println!("| --- | --- |");
+    for cache in ["writeback", "none"] {
+        let mut felt = Vec::new();
+        for _ in 0..5 {
+            let testbed = Testbed::start(external(1, 1)).await.expect("the testbed starts");
+            let disk = testbed.images().join("disk.raw");
+            std::fs::File::create(&disk).and_then(|file| file.set_len(SIZE)).expect("made");
+            let mut argv = crate::bed::command_line_with_disk(&testbed, &guest(Mode::Idle), USED);
+            let drive = format!("file={},format=raw,if=virtio,cache={cache}", disk.display());
+            argv.extend(["-drive".to_owned(), format!("{drive},throttling.bps-write={WRITES}")]);
+            let bed = Bed::of(testbed, argv).await;
+            bed.assert_disk_works_on(0).await;
+            crate::bed::assert_success(&bed.migrate(&[]).await, &bed);
+            bed.assert_runs_only_on(1).await;
+            felt.push(bed.watch.log().downtime_felt().expect("it has moved").as_secs_f64() * 1e3);
+        }
+        println!("| {cache} | {:.0} ({felt:.0?}) |", median(felt.clone()));
     }
 }
