@@ -73,6 +73,12 @@ bench-copy:
 	cargo build --release --package vmferry --bin vmferry
 	scripts/bench-copy.sh
 
+# The NBD server beside nbdkit and qemu-nbd on the same file; ROUNDS of each (5 when not said).
+.PHONY: bench-nbd
+bench-nbd:
+	scripts/setup.sh --for-tests
+	cargo run --release --package vmferry-nbd --example beside -- $(ROUNDS)
+
 # A guest with a disk of its own over 1 Gbit/s, beside QEMU's mirror and NBD server; as root.
 .PHONY: bench-disks
 bench-disks:

@@ -11,6 +11,8 @@
 #   PEERS="..."       who takes part, of: vmferry vmferry-unverified rsync-ssh rsync-ssh-aes rsyncd scp
 #                     nbdcopy qemu-img
 #   CLONE=1           with a copy of another image there already, which differs in 3 % of its data, 4 KiB here and there
+#   RESUME=1          vmferry only: an agent is killed when half of the data is over, started again, and the copy, too; how
+#                     many bytes both tries take together, beside a copy that nobody disturbs
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -122,11 +124,14 @@ start() {
 }
 listens() { in_b ss -Hltn "sport = :$1" | grep -q .; }
 
+agent_a() { start "[ -S $a_socket ]" ip netns exec "$here" "$vmferry" agent --config "$work/a.toml" --listen 192.0.2.1:7420; }
+agent_b() { start "[ -S $b_socket ]" ip netns exec "$there" "$vmferry" agent --config "$work/b.toml" --listen "$to:7420"; }
+
 serve() {
     case $1 in
     vmferry*)
-        start "[ -S $b_socket ]" ip netns exec "$there" "$vmferry" agent --config "$work/b.toml" --listen "$to:7420"
-        start "[ -S $a_socket ]" ip netns exec "$here" "$vmferry" agent --config "$work/a.toml" --listen 192.0.2.1:7420
+        agent_b
+        agent_a
         ;;
     rsync-ssh* | scp)
         # It has a mount namespace of its own, in which its user may be made up.
@@ -184,6 +189,34 @@ run() {
     echo "$(awk "BEGIN { print $ended - $begun }") $sent $(($(stat -c %b "$target") * 512)) $cpu"
 }
 
+# A copy with an agent (a, b) that is killed when half of the data is over, or with none: bytes, and seconds of the copies.
+resumed() {
+    local killed=$1 sent_before begun copying agent status
+    rm -f "$target" "$target.vmferry-part"
+    serve vmferry
+    sent_before=$(on_wire)
+    begun=$(date +%s.%N)
+    if [ "$killed" != - ]; then
+        copy vmferry >>"$work/daemons.log" 2>&1 &
+        copying=$!
+        while [ $(($(on_wire) - sent_before)) -lt $(($(bytes "$data") / 2)) ]; do sleep 0.01; done
+        agent=${daemons[0]} # b is started first
+        if [ "$killed" = a ]; then agent=${daemons[1]}; fi
+        kill -9 "$agent"
+        wait "$agent" 2>/dev/null || true
+        rm "$work/$killed/run/agent.sock"
+        "agent_$killed"
+        status=0
+        wait "$copying" || status=$?
+        if [ "$status" = 0 ]; then echo "bench-copy: the copy did not end when its agent did" >&2; exit 1; fi
+    fi
+    copy vmferry >>"$work/daemons.log" 2>&1 || { tail -n 5 "$work/daemons.log" >&2; exit 1; }
+    echo "$(($(on_wire) - sent_before)) $(awk "BEGIN { print $(date +%s.%N) - $begun }")"
+    kill "${daemons[@]}" 2>/dev/null || true
+    wait "${daemons[@]}" 2>/dev/null || true
+    cmp "$source_image" "$target"
+}
+
 median() { sort -g | awk '{ all[NR] = $1 } END { print all[int((NR + 1) / 2)] }'; }
 
 # Each knows the other.
@@ -200,13 +233,37 @@ median() { sort -g | awk '{ all[NR] = $1 } END { print all[int((NR + 1) / 2)] }'
     wait "${daemons[@]}" 2>/dev/null || true
 )
 
+shape() {
+    for host in "$here" "$there"; do
+        tc -n "$host" qdisc del dev link0 root 2>/dev/null || true
+        if [ "$1" != 0 ]; then tc -n "$host" qdisc add dev link0 root tbf rate "$1" burst 256kb latency 50ms; fi
+    done
+}
+
+if [ -n "${RESUME:-}" ]; then
+    printf '| network | killed at half | sent, MiB | more than undisturbed | seconds |\n| --- | --- | --- | --- | --- |\n'
+    for rate in "${rates[@]}"; do
+        shape "$rate"
+        whole=0
+        for killed in - a b; do
+            (resumed "$killed") >"$work/resumed"
+            read -r sent seconds <"$work/resumed"
+            if [ "$killed" = - ]; then whole=$sent; fi
+            awk -v network="$rate" -v killed="$killed" -v sent="$sent" -v whole="$whole" -v seconds="$seconds" 'BEGIN {
+                if (network == "0") network = "unshaped"
+                name["-"] = "nobody"; name["a"] = "the agent that reads"; name["b"] = "the agent that writes"
+                printf "| %s | %s | %d | %.2f %% | %.1f |\n", network, name[killed], sent / 1048576, \
+                    (sent / whole - 1) * 100, seconds
+            }'
+        done
+    done
+    exit
+fi
+
 printf '| network | who | seconds | of the wire | sent, MiB | allocated there, MiB | CPU s a GiB of data |\n'
 printf '| --- | --- | --- | --- | --- | --- | --- |\n'
 for rate in "${rates[@]}"; do
-    for host in "$here" "$there"; do
-        tc -n "$host" qdisc del dev link0 root 2>/dev/null || true
-        if [ "$rate" != 0 ]; then tc -n "$host" qdisc add dev link0 root tbf rate "$rate" burst 256kb latency 50ms; fi
-    done
+    shape "$rate"
     for peer in "${peers[@]}"; do
         rm -f "$work/runs"
         for _ in $(seq "$rounds"); do (run "$peer") >>"$work/runs"; done

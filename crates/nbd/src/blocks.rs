@@ -19,7 +19,7 @@ pub(crate) const GRAINS: usize = BLOCK as usize / GRAIN / 8;
 /// How much of a disk is looked at for holes at once.
 const GLANCE: u64 = 4 << 30;
 
-/// The BLAKE3 of a block, or of all.
+/// A BLAKE3: of bytes, or of sums.
 pub type Sum = [u8; 32];
 
 /// The sums of the blocks that are not zero.
@@ -53,26 +53,19 @@ pub(crate) fn is_zero(bytes: &[u8]) -> bool {
     bytes.iter().take(16).all(|it| *it == 0) && bytes.chunks(GRAIN).all(|part| part.iter().fold(0, |a, b| a | b) == 0)
 }
 
-/// Moves what is not zero in a block to its beginning. Tells which grains that were, and how many bytes.
-pub(crate) fn pack(block: &mut [u8]) -> (Grains, usize) {
-    let (mut grains, mut packed) = ([0; GRAINS], 0);
+/// Moves these grains of a block to its beginning. Tells how many bytes they have.
+pub(crate) fn pack(block: &mut [u8], grains: &Grains) -> usize {
+    let mut packed = 0;
     for (number, at) in (0..block.len()).step_by(GRAIN).enumerate() {
-        let end = block.len().min(at + GRAIN);
-        if !is_zero(&block[at..end]) {
-            grains[number / 8] |= 1 << (number % 8);
+        if has(grains, number) {
+            let end = block.len().min(at + GRAIN);
             if packed < at {
                 block.copy_within(at..end, packed);
             }
             packed += end - at;
         }
     }
-    (grains, packed)
-}
-
-/// The block that was packed, into a buffer of its length; `None` when this cannot have been one.
-pub(crate) fn unpack(grains: &Grains, packed: &[u8], block: &mut [u8]) -> Option<()> {
-    block.fill(0);
-    scatter(grains, packed, block)
+    packed
 }
 
 /// A bit for each grain of a block, the first in the lowest.
@@ -133,15 +126,15 @@ pub(crate) fn gather(block: &[u8], grains: &Grains) -> Vec<u8> {
     packed
 }
 
-/// Puts what was gathered into these grains of a block, and leaves the others; `None` when this cannot have been it.
-pub(crate) fn scatter(grains: &Grains, mut packed: &[u8], block: &mut [u8]) -> Option<()> {
+/// These grains of a part of so many bytes, which were gathered or packed; `None` when this cannot be them.
+pub(crate) fn ungathered<'a>(grains: &Grains, length: usize, mut packed: &'a [u8]) -> Option<Vec<&'a [u8]>> {
+    let mut all = Vec::with_capacity(count(grains));
     for number in which(grains) {
-        let into = block.get_mut(grain(number, block.len())).filter(|into| !into.is_empty())?;
-        let (bytes, rest) = packed.split_at_checked(into.len())?;
-        into.copy_from_slice(bytes);
+        let (bytes, rest) = packed.split_at_checked(grain(number, length).len())?;
+        all.push(Some(bytes).filter(|it| !it.is_empty())?);
         packed = rest;
     }
-    packed.is_empty().then_some(())
+    packed.is_empty().then_some(all)
 }
 
 /// Where there are holes on a disk, from its beginning to its end.

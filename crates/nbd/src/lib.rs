@@ -14,6 +14,7 @@ pub mod known;
 pub mod limits;
 pub mod server;
 mod session;
+mod sums;
 pub mod tls;
 pub mod transfer;
 pub mod transmission;

@@ -6,7 +6,7 @@ use vmferry_api::{Code, Problem};
 use vmferry_link::LinkError;
 
 /// The version of the API between agents. Agents of different versions refuse each other.
-pub const API: u32 = 5;
+pub const API: u32 = 6;
 
 /// Why another agent did not do what it was asked.
 #[derive(Debug, thiserror::Error)]

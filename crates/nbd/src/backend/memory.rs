@@ -1,6 +1,7 @@
 //! A disk in memory, for tests: it remembers what was done to it.
 
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::backend::{Backend, Zeroing};
@@ -16,6 +17,8 @@ pub struct Memory {
     size: usize,
     read_only: bool,
     blocks: BlockSizes,
+    /// How much more may be written.
+    room: AtomicU64,
 }
 
 struct Disk {
@@ -27,14 +30,18 @@ impl Memory {
     /// An empty disk of this size.
     pub fn new(size: usize) -> Self {
         let allocated = vec![false; size.div_ceil(BLOCK)];
-        let disk = RwLock::new(Disk { bytes: vec![0; size], allocated });
-        Self { disk, size, read_only: false, blocks: BlockSizes::DEFAULT }
+        Self::with(Disk { bytes: vec![0; size], allocated })
     }
 
     /// A disk with this in it.
     pub fn holding(bytes: Vec<u8>) -> Self {
-        let (size, allocated) = (bytes.len(), vec![true; bytes.len().div_ceil(BLOCK)]);
-        Self { disk: RwLock::new(Disk { bytes, allocated }), size, read_only: false, blocks: BlockSizes::DEFAULT }
+        let allocated = vec![true; bytes.len().div_ceil(BLOCK)];
+        Self::with(Disk { bytes, allocated })
+    }
+
+    fn with(disk: Disk) -> Self {
+        let (size, room) = (disk.bytes.len(), AtomicU64::new(u64::MAX));
+        Self { disk: RwLock::new(disk), size, read_only: false, blocks: BlockSizes::DEFAULT, room }
     }
 
     /// The same, and nothing can be written to it.
@@ -47,6 +54,12 @@ impl Memory {
     #[must_use]
     pub fn with_blocks(self, blocks: BlockSizes) -> Self {
         Self { blocks, ..self }
+    }
+
+    /// The same, full when so many bytes were written to it.
+    #[must_use]
+    pub fn with_room(self, room: u64) -> Self {
+        Self { room: AtomicU64::new(room), ..self }
     }
 
     /// All that is in it.
@@ -90,6 +103,9 @@ impl Backend for Memory {
 
     fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         let mut disk = self.writing()?;
+        let left = |room: u64| room.checked_sub(bytes.len() as u64);
+        let full = |_| io::Error::new(io::ErrorKind::StorageFull, "no room there");
+        self.room.fetch_update(Relaxed, Relaxed, left).map_err(full)?;
         let offset = offset as usize;
         disk.bytes[offset..offset + bytes.len()].copy_from_slice(bytes);
         disk.allocated[offset / BLOCK..(offset + bytes.len()).div_ceil(BLOCK)].fill(true);

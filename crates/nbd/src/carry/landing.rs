@@ -8,7 +8,7 @@ use vmferry_link::{Link, LinkDown};
 
 use super::words::{Body, DO, DONE, Request, What, encode_answer};
 use crate::backend::{Backend, Zeroing};
-use crate::blocks::{BLOCK, GRAINS, Grains, has, runs, scatter};
+use crate::blocks::{BLOCK, GRAINS, Grains, has, runs};
 use crate::known::Bases;
 
 /// Nothing is lacking.
@@ -81,11 +81,12 @@ impl Target {
                 return Ok(lacking);
             }
             Body::Rest(grains, packed) => {
-                let bytes = &mut buffer[..length as usize];
-                scatter(grains, packed, bytes).expect("it is as long as it has to be");
-                for (run, is_new) in runs(bytes.len(), |grain| has(grains, grain)) {
+                let mut packed = *packed;
+                for (run, is_new) in runs(length as usize, |grain| has(grains, grain)) {
                     if is_new {
-                        self.write(disk, offset + run.start as u64, &bytes[run])?;
+                        let (bytes, rest) = packed.split_at(run.len());
+                        self.write(disk, offset + run.start as u64, bytes)?;
+                        packed = rest;
                     }
                 }
             }

@@ -129,7 +129,8 @@ fn zeroes_are_written_to_a_target_that_was_not_new() {
 
 #[test]
 fn what_the_other_end_cannot_do_fails_here_with_its_words() {
-    let (carrier, _landing) = carried(vec![Box::new(Full), Box::new(Memory::new(1 << 20))]);
+    let (carrier, _landing) =
+        carried(vec![Box::new(Memory::new(8 << 20).with_room(0)), Box::new(Memory::new(1 << 20))]);
     let disk = carrier.disk(0, 8 * MIB, true);
     let error = disk.write(0, &vec![1; 3 << 20]).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::StorageFull);
@@ -209,33 +210,4 @@ fn requests_and_answers_are_read_as_they_were_written() {
     assert_eq!((number, result.unwrap_err().words.as_str()), (7, "a b"));
     assert!(decode_done(&encode_done(7, &Ok(()))).unwrap().1.is_ok());
     assert!(decode_done(&[0; 11]).is_none());
-}
-
-struct Full;
-
-impl Backend for Full {
-    fn size(&self) -> u64 {
-        8 * MIB
-    }
-    fn read_only(&self) -> bool {
-        false
-    }
-    fn read(&self, _: u64, _: &mut [u8]) -> io::Result<()> {
-        Ok(())
-    }
-    fn write(&self, _: u64, _: &[u8]) -> io::Result<()> {
-        Err(io::Error::new(io::ErrorKind::StorageFull, "no room there"))
-    }
-    fn write_zeroes(&self, _: u64, _: u64, _: Zeroing) -> io::Result<()> {
-        Ok(())
-    }
-    fn trim(&self, _: u64, _: u64) -> io::Result<()> {
-        Ok(())
-    }
-    fn flush(&self) -> io::Result<()> {
-        Ok(())
-    }
-    fn status(&self, _: u64, length: u64, _: usize) -> io::Result<Vec<Extent>> {
-        Ok(vec![Extent::data(length)])
-    }
 }

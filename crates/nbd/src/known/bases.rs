@@ -1,10 +1,12 @@
 //! The images of a host from which it takes what it need not be sent.
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::{Index, Offered, is_sampled};
 use crate::backend::Backend;
-use crate::blocks::{GRAIN, Grains, Sum, grain, has, sum_of, which};
+use crate::blocks::{GRAIN, Grains, Sum, has, runs, which};
+use crate::sums::sums_of;
 
 /// Grains that are read and compared at once: 64 KiB.
 const STEP: usize = 16;
@@ -81,7 +83,7 @@ impl Bases {
     }
 
     /// Puts what is known of a part that begins at `at` into its place there; tells which grains are not known. `itself` is
-    /// what was there before, if something was. What is zero is left alone.
+    /// what was there before, if something was. What is zero is left alone, and what is not known is anything.
     pub(crate) fn fill(&self, itself: Option<&dyn Backend>, at: u64, offered: &Offered, into: &mut [u8]) -> Grains {
         let mut search = Search::new(at, offered, into);
         let alike = self.all().filter(|it| it.is_alike).map(|it| &*it.disk);
@@ -126,7 +128,6 @@ struct Search<'a> {
     sums: Vec<Option<&'a Sum>>,
     into: &'a mut [u8],
     lacking: Grains,
-    buffer: Vec<u8>,
 }
 
 impl<'a> Search<'a> {
@@ -135,7 +136,7 @@ impl<'a> Search<'a> {
         for (number, sum) in which(&offered.full).zip(&offered.sums) {
             sums[number] = Some(sum);
         }
-        Self { at, offered, sums, into, lacking: offered.full, buffer: vec![0; STEP * GRAIN] }
+        Self { at, offered, sums, into, lacking: offered.full }
     }
 
     /// The first grain that is not known.
@@ -166,32 +167,35 @@ impl<'a> Search<'a> {
 
     /// How many grains of this step were found; `None` when none is lacking.
     fn take(&mut self, disk: &dyn Backend, shift: i64, step: usize) -> Option<usize> {
-        let grains = step * STEP..self.sums.len().min((step + 1) * STEP);
-        let mut lacking = grains.filter(|number| has(&self.lacking, *number));
-        let first = lacking.next()?;
-        let last = lacking.next_back().unwrap_or(first);
-        let part = first * GRAIN..grain(last, self.offered.length).end;
-        let there = (self.at + part.start as u64).checked_add_signed(shift).filter(|it| *it < disk.size());
-        let Some(there) = there else { return Some(0) };
-        let length = part.len().min(usize::try_from(disk.size() - there).unwrap_or(usize::MAX));
+        let first = step * STEP;
+        let length = self.offered.length.min((step + 1) * STEP * GRAIN) - first * GRAIN;
+        let is_lacking = |number: usize| has(&self.lacking, first + number);
+        let lacking: Vec<_> = runs(length, is_lacking).filter_map(|(run, is_so)| is_so.then_some(run)).collect();
+        lacking.first()?;
+        let found = |run: Range<usize>| self.take_run(disk, shift, first * GRAIN + run.start, run.len());
+        Some(lacking.into_iter().map(found).sum())
+    }
+
+    /// How many grains were found of these that are lacking, which begin here.
+    fn take_run(&mut self, disk: &dyn Backend, shift: i64, at: usize, length: usize) -> usize {
+        let there = (self.at + at as u64).checked_add_signed(shift).filter(|it| *it < disk.size());
+        let Some(there) = there else { return 0 };
+        // What ends within a grain has no sum of it.
+        let length = length.min(usize::try_from(disk.size() - there).unwrap_or(usize::MAX));
+        let bytes = &mut self.into[at..at + length];
         // What cannot be read is not known: it may have become shorter.
-        if disk.read(there, &mut self.buffer[..length]).is_err() {
-            return Some(0);
+        if disk.read(there, bytes).is_err() {
+            return 0;
         }
+        let grains: Vec<&[u8]> = bytes.chunks(GRAIN).collect();
         let mut found = 0;
-        for number in first..=last {
-            let place = grain(number, self.offered.length);
-            let Some(sum) = self.sums[number].filter(|_| has(&self.lacking, number)) else { continue };
-            let Some(bytes) = self.buffer[..length].get(place.start - part.start..place.end - part.start) else {
-                break;
-            };
-            if sum_of(bytes) == *sum {
-                self.into[place].copy_from_slice(bytes);
+        for (number, sum) in (at / GRAIN..).zip(sums_of(&grains)) {
+            if self.sums[number] == Some(&sum) {
                 self.lacking[number / 8] &= !(1 << (number % 8));
                 found += 1;
             }
         }
-        Some(found)
+        found
     }
 }
 
@@ -202,7 +206,7 @@ mod tests {
     use super::super::{Identity, index};
     use super::*;
     use crate::backend::Memory;
-    use crate::blocks::count;
+    use crate::blocks::{count, grain};
 
     const MIB: usize = 1 << 20;
 
@@ -228,7 +232,9 @@ mod tests {
         for (number, bytes) in part.chunks(GRAIN).enumerate() {
             let place = grain(number, part.len());
             let is_known = has(&offered.full, number) && !has(&lacking, number);
-            assert!(if is_known { into[place] == *bytes } else { into[place].iter().all(|it| *it == 0xee) });
+            let is_zero = !has(&offered.full, number);
+            assert!(!is_known || into[place.clone()] == *bytes);
+            assert!(!is_zero || into[place].iter().all(|it| *it == 0xee));
         }
         count(&lacking)
     }

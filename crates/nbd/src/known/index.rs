@@ -11,9 +11,9 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use super::is_sampled;
+use super::{Offered, is_sampled};
 use crate::backend::Backend;
-use crate::blocks::{BLOCK, GRAIN, Next, Sum, Walk, grain, is_zero, place, sum_of};
+use crate::blocks::{BLOCK, GRAIN, Next, Sum, Walk, place, which};
 
 const MAGIC: &[u8; 8] = b"VMFKNOWN";
 const VERSION: u32 = 1;
@@ -200,13 +200,9 @@ pub fn index(
             let at = place(block, image.size());
             let bytes = &mut buffer[..(at.end - at.start) as usize];
             image.read(at.start, bytes)?;
-            for number in 0..bytes.len().div_ceil(GRAIN) {
-                let bytes = &bytes[grain(number, bytes.len())];
-                if is_zero(bytes) {
-                    continue;
-                }
-                let sum = sum_of(bytes);
-                if is_sampled(&sum) {
+            let offered = Offered::of(bytes);
+            for (number, sum) in which(&offered.full).zip(&offered.sums) {
+                if is_sampled(sum) {
                     let mut entry = [0; ENTRY];
                     entry[..KEY].copy_from_slice(&sum[..KEY]);
                     entry[KEY..]
@@ -256,6 +252,7 @@ fn write_section(out: &mut impl Write, entries: &mut Vec<[u8; ENTRY]>) -> io::Re
 mod tests {
     use super::*;
     use crate::backend::Memory;
+    use crate::blocks::sum_of;
 
     const MIB: usize = 1 << 20;
 

@@ -1,6 +1,7 @@
 //! The sums of the grains of a part of a disk, which is offered before it is sent.
 
-use crate::blocks::{BLOCK, GRAIN, GRAINS, Grains, Sum, count, full, grain, sum_of, which};
+use crate::blocks::{BLOCK, GRAIN, GRAINS, Grains, Sum, count, full, grain, which};
+use crate::sums::{sum_of_sums, sums_of};
 
 /// See the module's text.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,8 +19,8 @@ impl Offered {
     pub(crate) fn of(part: &[u8]) -> Self {
         assert!(part.len() as u64 <= BLOCK, "no more than a block is offered at once");
         let full = full(part);
-        let sums = which(&full).map(|number| sum_of(&part[grain(number, part.len())])).collect();
-        Self { length: part.len(), full, sums }
+        let grains: Vec<&[u8]> = which(&full).map(|number| &part[grain(number, part.len())]).collect();
+        Self { length: part.len(), full, sums: sums_of(&grains) }
     }
 
     pub(crate) fn write(&self, into: &mut Vec<u8>) {
@@ -38,12 +39,7 @@ impl Offered {
 
     /// One sum over all of them.
     pub(crate) fn root(&self) -> Sum {
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(&self.full);
-        for sum in &self.sums {
-            hasher.update(sum);
-        }
-        *hasher.finalize().as_bytes()
+        sum_of_sums(&self.full, &self.sums)
     }
 }
 

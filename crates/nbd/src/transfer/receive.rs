@@ -1,6 +1,7 @@
 //! The end that gets the disk.
 
 use std::io;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Condvar, Mutex, MutexGuard};
 
@@ -9,11 +10,11 @@ use vmferry_link::{Frame, Link, LinkDown};
 use super::words::{BlockHead, End, KnownTo, Lacking, MOST_SUMS, Offer, kind};
 use crate::backend::{Backend, Zeroing};
 use crate::blocks::{
-    BLOCK, GRAINS, Grains, Next, Sum, Sums, Walk, blocks_of, full, has, is_zero, place, root, runs, scatter, sum_of,
-    unpack,
+    BLOCK, Next, Sum, Sums, Walk, blocks_of, full, has, is_zero, place, root, runs, sum_of, ungathered,
 };
 use crate::carry::encode_done;
-use crate::known::Bases;
+use crate::known::{Bases, Offered};
+use crate::sums::{sum_of_sums, sums_of};
 
 /// Threads that write what arrives.
 const WORKERS: usize = 4;
@@ -21,9 +22,6 @@ const WORKERS: usize = 4;
 const UNFLUSHED: u64 = 64 << 20;
 /// After so many blocks the sender is told of those that were read.
 const TELL_EVERY: u64 = 16;
-/// No grain of a block, and each.
-const NONE: Grains = [0; GRAINS];
-const ALL: Grains = [0xff; GRAINS];
 const PUNCH: Zeroing = Zeroing { may_punch: true, fast: false };
 
 /// Why a disk was not received.
@@ -87,6 +85,20 @@ pub enum Before {
     Something,
     /// That, and an older copy that stands in where it is zero.
     AndOlder(Box<dyn Backend>),
+}
+
+/// What a grain becomes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Becomes {
+    Data,
+    Zero,
+    /// What it is.
+    Kept,
+}
+
+/// Gives out what was packed, run by run.
+fn in_order<'b>(mut packed: &'b [u8]) -> impl FnMut(Range<usize>) -> &'b [u8] {
+    move |run| packed.split_off(..run.len()).expect("it has as much as it was said to have")
 }
 
 struct Receiver<'a> {
@@ -206,14 +218,16 @@ impl Receiver<'_> {
             kind::BLOCK => {
                 let (head, packed) = BlockHead::read(&frame.payload).ok_or(ReceiveError::NoSense)?;
                 let at = place(is_told(head.block)?, size);
-                let bytes = &mut buffer[..(at.end - at.start) as usize];
-                unpack(&head.grains, packed, bytes).ok_or(ReceiveError::NoSense)?;
-                if head.sum.is_some_and(|sum| sum != sum_of(bytes)) {
+                let length = (at.end - at.start) as usize;
+                let grains = ungathered(&head.grains, length, packed).ok_or(ReceiveError::NoSense)?;
+                if head.sum.is_some_and(|sum| sum != sum_of_sums(&head.grains, &sums_of(&grains))) {
                     return Err(ReceiveError::Damaged { at: at.start });
                 }
                 // Something is there from now on, whatever its sum.
                 let is_new = self.lock().sums.insert(head.block, head.sum.unwrap_or_default()).is_none();
-                self.write(at.start, bytes, &head.grains, &NONE, is_new)
+                let zero = if is_new { Becomes::Kept } else { Becomes::Zero };
+                let becomes = |grain| if has(&head.grains, grain) { Becomes::Data } else { zero };
+                self.write(at.start, length, becomes, in_order(packed))
             }
             kind::OFFER => {
                 let Offer { block, offered } = Offer::decode(&frame.payload, size).ok_or(ReceiveError::NoSense)?;
@@ -222,40 +236,52 @@ impl Receiver<'_> {
                 // What is there may be most of it, and is looked at before it is overwritten.
                 let was = self.lock().sums.insert(block, offered.root());
                 let lacking = self.bases.fill(was.map(|_| self.target), at.start, &offered, bytes);
-                self.write(at.start, bytes, &offered.full, &lacking, was.is_none())?;
+                let becomes = |grain| match (has(&offered.full, grain), has(&lacking, grain)) {
+                    (true, false) => Becomes::Data,
+                    (false, _) if was.is_some() => Becomes::Zero,
+                    _ => Becomes::Kept,
+                };
+                self.write(at.start, bytes.len(), becomes, |run| &bytes[run])?;
                 self.link.send_urgent(kind::LACKING, Lacking { block, grains: lacking }.encode())?;
                 Ok(())
             }
             kind::REST => {
                 let (head, packed) = BlockHead::read(&frame.payload).ok_or(ReceiveError::NoSense)?;
                 let at = place(is_told(head.block)?, size);
+                let length = (at.end - at.start) as usize;
+                ungathered(&head.grains, length, packed).ok_or(ReceiveError::NoSense)?;
                 if head.sum.is_some_and(|sum| sum != sum_of(packed)) {
                     return Err(ReceiveError::Damaged { at: at.start });
                 }
-                let bytes = &mut buffer[..(at.end - at.start) as usize];
-                scatter(&head.grains, packed, bytes).ok_or(ReceiveError::NoSense)?;
-                // What is not in it is there.
-                let others = head.grains.map(|it| !it);
-                self.write(at.start, bytes, &ALL, &others, false)
+                let becomes = |grain| if has(&head.grains, grain) { Becomes::Data } else { Becomes::Kept };
+                self.write(at.start, length, becomes, in_order(packed))
             }
             _ => Err(ReceiveError::NoSense),
         }
     }
 
-    /// Writes what is in a block, and makes holes where nothing is, unless nothing was there. These others it leaves alone.
-    fn write(&self, at: u64, block: &[u8], full: &Grains, others: &Grains, was_zero: bool) -> Result<(), ReceiveError> {
-        for (run, of_run) in runs(block.len(), |grain| (has(full, grain), has(others, grain))) {
-            let (at, bytes) = (at + run.start as u64, &block[run]);
-            let written = match of_run {
-                (_, true) => Ok(()),
-                (true, false) => self.target.write(at, bytes),
-                (false, false) if was_zero => Ok(()),
-                (false, false) => self.target.write_zeroes(at, bytes.len() as u64, PUNCH),
+    /// Has the grains of a block become something. What is to be in a run of them is asked for in order.
+    fn write<'b>(
+        &self,
+        at: u64,
+        length: usize,
+        becomes: impl Fn(usize) -> Becomes,
+        mut bytes: impl FnMut(Range<usize>) -> &'b [u8],
+    ) -> Result<(), ReceiveError> {
+        let mut written = 0;
+        for (run, becomes) in runs(length, becomes) {
+            let at = at + run.start as u64;
+            let done = match becomes {
+                Becomes::Kept => Ok(()),
+                Becomes::Zero => self.target.write_zeroes(at, run.len() as u64, PUNCH),
+                Becomes::Data => {
+                    written += run.len() as u64;
+                    self.target.write(at, bytes(run))
+                }
             };
-            written.map_err(|source| ReceiveError::Io { what: "write", at, source })?;
+            done.map_err(|source| ReceiveError::Io { what: "write", at, source })?;
         }
-        let length = block.len() as u64;
-        if self.unflushed.fetch_add(length, Relaxed) + length >= UNFLUSHED {
+        if self.unflushed.fetch_add(written, Relaxed) + written >= UNFLUSHED {
             self.unflushed.store(0, Relaxed);
             self.target.flush().map_err(|source| ReceiveError::Io { what: "flush", at, source })?;
         }
@@ -325,7 +351,7 @@ impl Receiver<'_> {
         let (read, beyond) = bytes.split_at_mut(there as usize);
         beyond.fill(0);
         disk.read(at.start, read).map_err(|source| ReceiveError::Io { what: "read", at: at.start, source })?;
-        Ok((!is_zero(bytes)).then(|| sum_of(bytes)))
+        Ok((!is_zero(bytes)).then(|| Offered::of(bytes).root()))
     }
 
     /// Puts into the target what an older copy has there.
@@ -343,8 +369,10 @@ impl Receiver<'_> {
         }
         let sum = self.sum(older, block, buffer)?;
         if sum.is_some() {
-            let bytes = &mut buffer[..(at.end - at.start) as usize];
-            self.write(at.start, bytes, &full(bytes), &NONE, true)?;
+            let bytes = &buffer[..(at.end - at.start) as usize];
+            let full = full(bytes);
+            let becomes = |grain| if has(&full, grain) { Becomes::Data } else { Becomes::Kept };
+            self.write(at.start, bytes.len(), becomes, |run| &bytes[run])?;
         }
         Ok(sum)
     }

@@ -2,14 +2,15 @@
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 
-use vmferry_link::{Link, LinkDown};
+use bytes::Bytes;
+use vmferry_link::{Link, LinkDown, Pool};
 
-use super::there::{Rest, There};
+use super::there::{Held, Rest, There};
 use super::words::{BLOCK_HEAD, BlockHead, End, Offer, kind};
 use crate::backend::Backend;
-use crate::blocks::{BLOCK, GRAIN, Next, Sum, Sums, Walk, blocks_of, gather, is_zero, pack, place, root, sum_of};
+use crate::blocks::{BLOCK, GRAIN, Next, Sum, Sums, Walk, blocks_of, full, gather, is_zero, pack, place, root, sum_of};
 use crate::known::Offered;
 
 /// How many blocks may be offered and not answered, or answered and not sent: what is in them is in memory.
@@ -89,6 +90,7 @@ pub fn send(
             walk: Mutex::new(Walk::over(disk)),
             frames: AtomicU64::new(0),
             sums: Mutex::default(),
+            pool: Arc::default(),
         };
         let sent = sender.send_all().and_then(|end| {
             let Some(end) = end else { return Ok(None) };
@@ -125,6 +127,8 @@ struct Sender<'a> {
     walk: Mutex<Walk<'a>>,
     frames: AtomicU64,
     sums: Mutex<Sums>,
+    /// What is read goes into these.
+    pool: Arc<Pool>,
 }
 
 impl<'a> Sender<'a> {
@@ -180,7 +184,7 @@ impl<'a> Sender<'a> {
         Ok(())
     }
 
-    fn send(&self, kind: u16, frame: Vec<u8>) -> Result<(), SendError> {
+    fn send(&self, kind: u16, frame: impl Into<Bytes>) -> Result<(), SendError> {
         self.link.send(kind, frame)?;
         self.frames.fetch_add(1, Relaxed);
         Ok(())
@@ -194,33 +198,29 @@ impl<'a> Sender<'a> {
     fn send_block(&self, block: u64, there: Option<Sum>) -> Result<(), SendError> {
         let at = place(block, self.disk.size());
         let length = at.end - at.start;
-        let mut frame = vec![0; BLOCK_HEAD + length as usize];
-        let bytes = &mut frame[BLOCK_HEAD..];
+        let mut frame = self.pool.take(BLOCK_HEAD + length as usize);
+        let bytes = &mut frame.as_mut()[BLOCK_HEAD..];
         self.disk.read(at.start, bytes).map_err(|source| SendError::Read { at: at.start, source })?;
         if is_zero(bytes) {
             return if there.is_some() { self.send_zero(block) } else { Ok(()) };
         }
-        let sum_is_there = |sum| there == Some(sum);
         let offer = (there.is_some() || self.how.known) && self.there.pays.offer(bytes.len().div_ceil(GRAIN) as u64);
-        let sum = (there.is_some() || self.how.verify && !offer).then(|| sum_of(bytes));
-        if sum.is_some_and(sum_is_there) {
-            self.knows(block, sum);
+        let offered = (offer || there.is_some() || self.how.verify).then(|| Offered::of(bytes));
+        let sum = offered.as_ref().map(Offered::root);
+        self.knows(block, sum);
+        if sum.is_some() && sum == there {
             self.progress.same.fetch_add(length, Relaxed);
             return Ok(());
         }
-        if offer {
-            let offer = Offer { block, offered: Offered::of(bytes) };
-            self.knows(block, Some(offer.offered.root()));
-            let words = offer.encode();
-            frame.drain(..BLOCK_HEAD);
-            self.there.is_offered(&offer, frame);
-            return self.send(kind::OFFER, words);
+        let full = offered.as_ref().map_or_else(|| full(bytes), |it| it.full);
+        if let Some(offered) = offered.filter(|_| offer) {
+            let offer = Offer { block, offered };
+            self.there.is_offered(&offer, Held(frame));
+            return self.send(kind::OFFER, offer.encode());
         }
-        self.knows(block, sum);
-        let (grains, packed) = pack(bytes);
-        BlockHead { block, sum: sum.filter(|_| self.how.verify), grains }.write(&mut frame);
-        frame.truncate(BLOCK_HEAD + packed);
-        self.send(kind::BLOCK, frame)?;
+        let packed = pack(bytes, &full);
+        BlockHead { block, sum: sum.filter(|_| self.how.verify), grains: full }.write(frame.as_mut());
+        self.send(kind::BLOCK, frame.freeze().slice(..BLOCK_HEAD + packed))?;
         self.progress.sent.fetch_add(packed as u64, Relaxed);
         Ok(())
     }
@@ -232,8 +232,8 @@ impl<'a> Sender<'a> {
         }
     }
 
-    fn send_rest(&self, Rest { block, grains, bytes }: Rest) -> Result<(), SendError> {
-        let packed = gather(&bytes, &grains);
+    fn send_rest(&self, Rest { block, grains, held }: Rest) -> Result<(), SendError> {
+        let packed = gather(held.bytes(), &grains);
         let mut frame = vec![0; BLOCK_HEAD];
         BlockHead { block, sum: self.how.verify.then(|| sum_of(&packed)), grains }.write(&mut frame);
         frame.extend(&packed);

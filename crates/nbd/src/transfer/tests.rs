@@ -1,12 +1,12 @@
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, Mutex};
 
 use super::words::{BLOCK_HEAD, BlockHead, End, KnownTo, Lacking, Offer, kind};
 use super::*;
 use crate::backend::{Backend, Memory, Zeroing};
-use crate::blocks::{BLOCK, GRAIN, GRAINS, Next, Walk, pack, unpack};
+use crate::blocks::{BLOCK, GRAIN, GRAINS, Next, Walk, full, gather, grain, pack, ungathered, which};
 use crate::carry::tests::links;
 use crate::known::{Base, Bases, Offered};
 use crate::transmission::Extent;
@@ -170,7 +170,7 @@ fn whatever_was_there_before_it_becomes_what_the_source_is() {
 #[test]
 fn a_target_without_room_ends_it_at_both_ends_and_nothing_is_finished() {
     let source = thin(&disk(&"a".repeat(64), 0));
-    let copied = copy(&source, &Full(Mutex::new(3)), &Before::Nothing, VERIFIED);
+    let copied = copy(&source, &Memory::new(64 << 20).with_room(3 << 20), &Before::Nothing, VERIFIED);
     let error = copied.sent.unwrap_err();
     assert!(matches!(&error, SendError::There(it) if it.kind() == io::ErrorKind::StorageFull), "{error:?}");
     assert!(error.to_string().contains("no room there"), "{error}");
@@ -356,18 +356,22 @@ fn a_receiver_that_lacks_what_it_was_not_offered_ends_it() {
 }
 
 #[test]
-fn a_block_is_unpacked_as_it_was_packed() {
-    for (length, full) in [(MIB, vec![0, 3, 255]), (5000, vec![1]), (GRAIN, vec![0]), (1, vec![0]), (MIB, vec![])] {
+fn what_is_packed_is_found_again_and_nothing_else_is_taken_for_it() {
+    for (length, data) in [(MIB, vec![0, 3, 255]), (5000, vec![1]), (GRAIN, vec![0]), (1, vec![0]), (MIB, vec![])] {
         let mut block = vec![0; length];
-        for grain in full {
-            block[grain * GRAIN..length.min((grain + 1) * GRAIN)].fill(grain as u8 | 1);
+        for number in data {
+            block[grain(number, length)].fill(number as u8 | 1);
         }
-        let mut packed = block.clone();
-        let (grains, bytes) = pack(&mut packed);
-        let mut again = vec![9; length];
-        unpack(&grains, &packed[..bytes], &mut again).unwrap();
-        assert!(again == block);
+        let (full, mut packed) = (full(&block), block.clone());
+        let bytes = pack(&mut packed, &full);
+        assert!(packed[..bytes] == gather(&block, &full));
+        let again = ungathered(&full, length, &packed[..bytes]).unwrap();
+        assert!(which(&full).zip(&again).all(|(number, bytes)| block[grain(number, length)] == **bytes));
+        assert_eq!(again.len(), which(&full).count());
+        assert!(bytes == 0 || ungathered(&full, length, &packed[..bytes - 1]).is_none());
+        assert!(ungathered(&full, length, &[&packed[..bytes], &[0]].concat()).is_none());
     }
+    assert!(ungathered(&[0xff; GRAINS], MIB - GRAIN, &vec![1; MIB]).is_none(), "a grain behind its end");
 }
 
 #[test]
@@ -381,39 +385,6 @@ fn a_walk_comes_by_every_block_once() {
     let mut walk = Walk::over(&source);
     let steps: Vec<Next> = std::iter::from_fn(|| walk.next().unwrap()).collect();
     assert_eq!(steps, [Hole(0..1), Block(1), Hole(2..5), Block(5), Hole(6..9), Block(9)]);
-}
-
-/// Takes so many writes and is full then.
-struct Full(Mutex<u32>);
-
-impl Backend for Full {
-    fn size(&self) -> u64 {
-        64 << 20
-    }
-    fn read_only(&self) -> bool {
-        false
-    }
-    fn read(&self, _: u64, into: &mut [u8]) -> io::Result<()> {
-        into.fill(0);
-        Ok(())
-    }
-    fn write(&self, _: u64, _: &[u8]) -> io::Result<()> {
-        let mut left = self.0.lock().unwrap();
-        *left = left.checked_sub(1).ok_or_else(|| io::Error::new(io::ErrorKind::StorageFull, "no room there"))?;
-        Ok(())
-    }
-    fn write_zeroes(&self, _: u64, _: u64, _: Zeroing) -> io::Result<()> {
-        Ok(())
-    }
-    fn trim(&self, _: u64, _: u64) -> io::Result<()> {
-        Ok(())
-    }
-    fn flush(&self) -> io::Result<()> {
-        Ok(())
-    }
-    fn status(&self, _: u64, length: u64, _: usize) -> io::Result<Vec<Extent>> {
-        Ok(vec![Extent::data(length)])
-    }
 }
 
 /// Cannot be read.

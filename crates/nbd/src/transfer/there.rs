@@ -5,10 +5,10 @@ use std::ops::Range;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Condvar, Mutex, MutexGuard};
 
-use vmferry_link::{Link, LinkDown};
+use vmferry_link::{Buffer, Link, LinkDown};
 
 use super::send::{Progress, SendError};
-use super::words::{KnownTo, Lacking, Offer, kind};
+use super::words::{BLOCK_HEAD, KnownTo, Lacking, Offer, kind};
 use crate::blocks::{Grains, Sum, Sums, count, gathered, has, which};
 use crate::carry::{Refused, decode_done};
 use crate::known::Pays;
@@ -27,7 +27,7 @@ struct State {
     end: u64,
     sums: Sums,
     /// Blocks that were offered, with what is in them; until they are answered.
-    offered: BTreeMap<u64, (Grains, Vec<u8>)>,
+    offered: BTreeMap<u64, (Grains, Held)>,
     /// What is to be sent of those that were.
     rests: VecDeque<Rest>,
     done: Option<Result<(), SendError>>,
@@ -38,7 +38,16 @@ pub(super) struct Rest {
     pub(super) block: u64,
     pub(super) grains: Grains,
     /// All of it.
-    pub(super) bytes: Vec<u8>,
+    pub(super) held: Held,
+}
+
+/// A block as it was read, behind room for the words before it.
+pub(super) struct Held(pub(super) Buffer);
+
+impl Held {
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.0.as_ref()[BLOCK_HEAD..]
+    }
 }
 
 impl There {
@@ -71,8 +80,8 @@ impl There {
     }
 
     /// This will be offered.
-    pub(super) fn is_offered(&self, offer: &Offer, bytes: Vec<u8>) {
-        self.lock().offered.insert(offer.block, (offer.offered.full, bytes));
+    pub(super) fn is_offered(&self, offer: &Offer, held: Held) {
+        self.lock().offered.insert(offer.block, (offer.offered.full, held));
     }
 
     /// What is to be sent of what was offered; `None` when no more than so many offers are open, or it is over. Waits
@@ -96,15 +105,16 @@ impl There {
     /// What was offered is there, but for this. Tells how many bytes are; `None` when that cannot be.
     fn lacks(&self, Lacking { block, grains }: Lacking) -> Option<u64> {
         let mut state = self.lock();
-        let (full, bytes) = state.offered.remove(&block)?;
+        let (full, held) = state.offered.remove(&block)?;
         if which(&grains).any(|number| !has(&full, number)) {
             return None;
         }
         let (all, lacking) = (count(&full), count(&grains));
         self.pays.came_of_it(all as u64, (all - lacking) as u64);
-        let known = gathered(&full, bytes.len()) - gathered(&grains, bytes.len());
+        let length = held.bytes().len();
+        let known = gathered(&full, length) - gathered(&grains, length);
         if lacking > 0 {
-            state.rests.push_back(Rest { block, grains, bytes });
+            state.rests.push_back(Rest { block, grains, held });
         }
         drop(state);
         self.changed.notify_all();

@@ -26,11 +26,13 @@ pub(super) mod kind {
 }
 
 /// Number, whether there is a sum, sum, grains.
-pub(super) const BLOCK_HEAD: usize = 8 + 1 + 32 + GRAINS;
+const WORDS: usize = 8 + 1 + 32 + GRAINS;
+/// And nothing, so that the bytes behind it begin with a line of the processor's cache at both ends.
+pub(super) const BLOCK_HEAD: usize = WORDS.next_multiple_of(64);
 /// How many sums are told at once.
 pub(super) const MOST_SUMS: usize = 1024;
 
-/// What is before the bytes of a block, or of the rest of one: then the sum is of those bytes.
+/// What is before the bytes of a block, or of the rest of one: then the sum is of those bytes only.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct BlockHead {
     pub(super) block: u64,
@@ -43,7 +45,8 @@ impl BlockHead {
         into[..8].copy_from_slice(&self.block.to_be_bytes());
         into[8] = u8::from(self.sum.is_some());
         into[9..41].copy_from_slice(&self.sum.unwrap_or_default());
-        into[41..BLOCK_HEAD].copy_from_slice(&self.grains);
+        into[41..WORDS].copy_from_slice(&self.grains);
+        into[WORDS..BLOCK_HEAD].fill(0);
     }
 
     /// With the block, packed.
@@ -57,7 +60,7 @@ impl BlockHead {
                 1 => Some(sum),
                 _ => return None,
             },
-            grains: head[41..].try_into().expect("the rest of it"),
+            grains: head[41..WORDS].try_into().expect("the rest of it"),
         };
         Some((head, packed))
     }
