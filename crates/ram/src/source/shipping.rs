@@ -16,7 +16,7 @@ use vmferry_link::{Buffer, Link, LinkDown, Pool};
 use super::last_sent::LastSent;
 use crate::delta::LONGEST;
 use crate::memory::GuestRam;
-use crate::wire::{Content, MOST_DATA, MOST_RUNS, PAGES, Pages, Run};
+use crate::wire::{Content, MOST_DATA, MOST_RUNS, MOST_TOLD, PAGES, Pages, Run};
 use crate::{PAGE, zero};
 
 /// Pages that are tracked and sent together: 2 MiB.
@@ -40,6 +40,8 @@ pub(super) struct Filling {
     data: usize,
     /// Pages in it, whole or not.
     pages: u64,
+    /// Pages that it tells of: these, and those of zeroes.
+    told: u64,
     deltas: u64,
 }
 
@@ -66,7 +68,8 @@ impl Filling {
     /// How many pages can be read into it.
     pub(super) fn room(&self) -> u64 {
         // Each page may turn out to be a run of its own, and whole.
-        ((DATA - self.data) as u64 / PAGE).min((MOST_RUNS - self.runs.len()) as u64).min(MOST_PAGES - self.pages)
+        let runs = (MOST_RUNS - self.runs.len()) as u64;
+        ((DATA - self.data) as u64 / PAGE).min(runs).min(MOST_PAGES - self.pages).min(MOST_TOLD - self.told)
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -126,6 +129,7 @@ impl Filling {
     }
 
     fn tell(&mut self, block: usize, pages: Range<u64>, content: Content) {
+        self.told += pages.end - pages.start;
         match self.runs.last_mut() {
             Some(last) if last.block == block && last.pages.end == pages.start && last.content == content => {
                 last.pages.end = pages.end;
@@ -192,7 +196,7 @@ impl Shipping {
 
     pub(super) fn filling(&self) -> Filling {
         let buffer = self.pool.take(HEAD + DATA);
-        Filling { buffer, runs: Vec::with_capacity(MOST_RUNS), data: 0, pages: 0, deltas: 0 }
+        Filling { buffer, runs: Vec::with_capacity(MOST_RUNS), data: 0, pages: 0, told: 0, deltas: 0 }
     }
 
     /// Sends a frame over one of the bulk streams, as soon as it may go.
