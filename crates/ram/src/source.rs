@@ -402,6 +402,7 @@ impl Source {
     }
 
     fn spawn_pushing(&self) -> Result<(), RamError> {
+        self.inner.shipping.begin_post_copy();
         for _ in 0..workers() {
             self.spawn("ram-push", Inner::push)?;
         }
