@@ -19,6 +19,8 @@ mod pacing;
 mod rounds;
 mod serving;
 mod shipping;
+#[cfg(test)]
+mod tebibyte;
 
 use std::io::{self, Read};
 use std::ops::Range;

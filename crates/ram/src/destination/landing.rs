@@ -266,7 +266,7 @@ fn leave(disarmed: Result<(), ArrivalError>) -> Result<(), ArrivalError> {
     }
 }
 
-fn punch(blocks: &[Block], stale: &[PageSet], goes_on: impl Fn()) -> Result<(), RamError> {
+pub(super) fn punch(blocks: &[Block], stale: &[PageSet], goes_on: impl Fn()) -> Result<(), RamError> {
     for (block, set) in blocks.iter().zip(stale) {
         let mut from = 0;
         while let Some(run) = set.next_run(from..set.pages()) {

@@ -170,7 +170,7 @@ fn memory_that_was_allocated_beforehand_is_so_after_post_copy() {
     let ram = ram_of(&guest);
     (0..10).for_each(|page| guest.write(page));
     (20..50).for_each(|page| guest.write(page));
-    ram.blocks()[0].write_at(20 * PAGE, &[0; 20 * PAGE as usize]).unwrap();
+    ram.blocks()[0].write_at(20 * PAGE, &vec![0; 20 * PAGE as usize]).unwrap();
     source.prepare_post_copy().unwrap();
     assert_ne!(block(&ram_of(&there)), whole, "what is stale was taken away");
     source.post_copy().unwrap();
