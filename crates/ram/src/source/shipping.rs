@@ -432,3 +432,56 @@ impl Rate {
         (pages as u64).clamp(LEAST_FRAME, MOST_DATA)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A link that has carried this much a second, over this round trip.
+    fn rate(bytes: f64, round_trip: Duration) -> Rate {
+        let mut rate = Rate::new();
+        let begun = rate.since;
+        for sample in 1..=20 {
+            rate.on_placed(begun + SAMPLE * sample, (bytes * SAMPLE.as_secs_f64()) as u64, round_trip, false);
+        }
+        rate
+    }
+
+    #[test]
+    fn in_post_copy_what_is_on_its_way_is_there_soon_and_keeps_the_link_busy() {
+        for (bytes, round_trip) in [(125e6, 0.0002), (125e6, 0.04), (1.25e9, 0.0002), (1.25e9, 0.04)] {
+            let rate = rate(bytes, Duration::from_secs_f64(round_trip));
+            let took = rate.in_flight(true) as f64 / bytes;
+            assert!((round_trip + 0.003..round_trip + 0.005).contains(&took), "{took} s at {bytes}");
+            let frame = rate.frame_in_post_copy();
+            assert!((frame * PAGE) as f64 / bytes <= 0.0005 && (15..=MOST_DATA).contains(&frame), "{frame} at {bytes}");
+        }
+    }
+
+    #[test]
+    fn a_link_that_seems_slow_as_little_is_on_its_way_is_not_made_slower() {
+        let mut rate = rate(125e6, Duration::ZERO);
+        let (before, mut now) = (rate.in_flight(true), rate.since);
+        for _ in 0..20 {
+            now += SAMPLE;
+            rate.on_placed(now, 1 << 20, Duration::ZERO, false);
+        }
+        assert_eq!(rate.in_flight(true), before);
+        let unknown = Rate::new();
+        assert_eq!((unknown.in_flight(true), unknown.frame_in_post_copy()), (IN_FLIGHT.0, LEAST_FRAME));
+    }
+
+    #[test]
+    fn a_frame_tells_of_few_pages_though_zeroes_take_no_room() {
+        let ram = GuestRam::of_our_own(&[4 * MOST_TOLD * PAGE]);
+        let buffer = Arc::<Pool>::default().take(HEAD + DATA);
+        let mut frame = Filling { buffer, runs: Vec::new(), data: 0, pages: 0, told: 0, most: MOST_TOLD, deltas: 0 };
+        let mut next = 0;
+        while frame.room() > 0 {
+            let end = next + frame.room();
+            frame.read(&ram, 0, next..end, There::Something).unwrap();
+            next = end;
+        }
+        assert_eq!((next, frame.runs.len()), (MOST_TOLD, 1));
+    }
+}
