@@ -9,6 +9,8 @@ mod faults;
 mod landing;
 mod record;
 mod session;
+#[cfg(test)]
+mod tebibyte;
 mod waits;
 
 pub use landing::Landing;

@@ -54,9 +54,10 @@
 //! - Downtime without post-copy: that scan, what is left ÷ the link's rate, and the device state. With post-copy: that scan,
 //!   and punching what was written since the copy was stopped, about 1 µs a run of pages.
 //! - A page in post-copy takes the link's round trip, its own 4 KiB ÷ the link's rate, what of the bulk is in the network's
-//!   queues before it, and some hops from thread to thread at both ends.
+//!   queues before it, and some hops from thread to thread at both ends; one that is on its way already, up to 4 ms.
 //! - Memory: at the source 4 bits a page of the guest's RAM (128 MiB a TiB) and what differences are made from; at the destination
-//!   3 bits, and 1 in a file. On their way are link rate × (round trip + 25 ms) × 1.5, at most 192 MiB.
+//!   3 bits, and 1 in a file. On their way are link rate × (round trip + 25 ms) × 1.5, at most 192 MiB; in
+//!   post-copy link rate × (round trip + 4 ms).
 //! - Pacing lets some 100 000 pages a second go, by one thread.
 //! - A stop of the migration gives the mappings of QEMU back 64 MiB at a time, and the guest waits for one of them at most.
 //!

@@ -19,6 +19,8 @@ mod pacing;
 mod rounds;
 mod serving;
 mod shipping;
+#[cfg(test)]
+mod tebibyte;
 
 use std::io::{self, Read};
 use std::ops::Range;
@@ -391,19 +393,23 @@ impl Source {
 
     /// Stops at once, whatever else is under way, and leaves nothing in the guest.
     pub fn abandon(&self) {
-        self.inner.stop();
-        self.inner.pacing.end();
-        self.inner.link.give_up();
-        self.inner.fail(RamError::Link(LinkDown::GivenUp));
+        let inner = &self.inner;
+        // Writers that wait go first, and those that still meet protection go at once until there is none.
+        inner.pacing.lift();
+        inner.stop();
+        inner.link.give_up();
+        inner.fail(RamError::Link(LinkDown::GivenUp));
+        drop(inner.log.write().expect("no holder of this lock panics").take());
+        inner.pacing.end();
         let threads = std::mem::take(&mut *self.threads.lock().expect("no holder of this lock panics"));
         for thread in threads {
             // What it had to say is in the state.
             let _ = thread.join();
         }
-        self.inner.log.write().expect("no holder of this lock panics").take();
     }
 
     fn spawn_pushing(&self) -> Result<(), RamError> {
+        self.inner.shipping.begin_post_copy();
         for _ in 0..workers() {
             self.spawn("ram-push", Inner::push)?;
         }

@@ -91,7 +91,7 @@ fn random(mut state: u64) -> impl FnMut() -> u64 {
 }
 
 /// Both ends of a plain link over the loopback address.
-fn links(rate: Option<u64>) -> (Link, Link) {
+pub(crate) fn links(rate: Option<u64>) -> (Link, Link) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let sessions = Sessions::new();
@@ -108,7 +108,7 @@ fn links(rate: Option<u64>) -> (Link, Link) {
 }
 
 /// A destination that takes what comes.
-fn arriving(link: Link, sizes: &[u64]) -> (Arc<Landing>, std::thread::JoinHandle<Result<Ended, RamError>>) {
+pub(crate) fn arriving(link: Link, sizes: &[u64]) -> (Arc<Landing>, std::thread::JoinHandle<Result<Ended, RamError>>) {
     let dir = tempfile::tempdir().unwrap();
     let landing = Arc::new(Landing::new(GuestRam::of_our_own(sizes), &dir.path().join("record")));
     let taking = Arc::clone(&landing);

@@ -19,7 +19,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nix::libc::ESRCH;
+use nix::libc::{ENOENT, ESRCH};
 
 use crate::PAGE;
 use crate::kernel::make_in;
@@ -279,6 +279,10 @@ impl WriteFaults {
 
     /// This page may be written.
     pub fn let_go(&self, block: usize, page: u64) -> io::Result<()> {
-        self.userfaultfd.let_write(self.blocks[block].of(&(page * PAGE..(page + 1) * PAGE)))
+        match self.userfaultfd.let_write(self.blocks[block].of(&(page * PAGE..(page + 1) * PAGE))) {
+            // Tracking has ended there, and whoever waited has gone on.
+            Err(error) if error.raw_os_error() == Some(ENOENT) => Ok(()),
+            result => result,
+        }
     }
 }

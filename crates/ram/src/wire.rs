@@ -12,11 +12,13 @@ use crate::delta;
 use crate::pages::PageSet;
 
 /// The version of what is said here.
-pub(crate) const VERSION: u32 = 3;
+pub(crate) const VERSION: u32 = 4;
 /// The most data in a frame of pages, in whole pages.
 pub(crate) const MOST_DATA: u64 = 64;
 /// The most runs in a frame of pages.
 pub(crate) const MOST_RUNS: usize = 256;
+/// The most pages that a frame tells of, those of zeroes included: 16 MiB, so that no frame takes long to put into place.
+pub(crate) const MOST_TOLD: u64 = 4096;
 /// The most words of bits in one [`MISSING`] frame: 32 KiB, for 1 GiB.
 pub(crate) const MISSING_WORDS: usize = 4096;
 /// So many words without a bit end such a frame: they take about as much as the head of another.
@@ -218,7 +220,7 @@ impl<'a> Pages<'a> {
         if count > MOST_RUNS {
             return Err(Malformed("too many runs of pages in a frame"));
         }
-        let mut runs = Vec::with_capacity(count);
+        let (mut runs, mut told) = (Vec::with_capacity(count), 0);
         for _ in 0..count {
             let block = reader.u32()? as usize;
             let length = reader.u32()?;
@@ -233,6 +235,10 @@ impl<'a> Pages<'a> {
             let pages = blocks.get(block).ok_or(Malformed("pages of an unknown block"))?;
             let end = start.checked_add(length).filter(|end| end <= pages && length > 0);
             let end = end.ok_or(Malformed("pages beyond the end of their block"))?;
+            told += length;
+            if told > MOST_TOLD {
+                return Err(Malformed("a frame that tells of too many pages"));
+            }
             runs.push(Run { block, pages: start..end, content });
         }
         let with_data = |run: Run| {
@@ -377,7 +383,7 @@ mod tests {
     fn pages_are_read_as_they_were_written() {
         let runs = [
             Run { block: 0, pages: 998..1000, content: Content::Whole },
-            Run { block: 1, pages: 5..200_000, content: Content::Zero },
+            Run { block: 1, pages: 200_000..204_000, content: Content::Zero },
             Run { block: 1, pages: 300..303, content: Content::Delta },
             Run { block: 1, pages: 7..8, content: Content::Whole },
         ];
@@ -404,6 +410,7 @@ mod tests {
         assert!(refused(Run { block: 0, pages: 0..1, content: Content::Zero }, 1));
         assert!(refused(Run { block: 0, pages: 0..PAGE + 1, content: Content::Delta }, 1));
         assert!(refused(Run { block: 0, pages: 0..10, content: Content::Delta }, 1));
+        assert!(refused(Run { block: 1, pages: 0..MOST_TOLD + 1, content: Content::Zero }, 0));
         assert!(refused(Run { block: 1, pages: u64::MAX - 1..u64::MAX, content: Content::Zero }, 0));
     }
 

@@ -209,9 +209,12 @@ pub(crate) async fn again(
         found.await.expect("opening RAM does not panic").map_err(AgentError::Ram)?.map(Arc::new)
     };
     // Without a record it was complete before the guest ran.
-    let Some(landing) = landing.filter(|landing| landing.missing().is_some_and(|missing| missing > 0)) else {
+    let Some(landing) = landing else { return Ok(Standing::Complete) };
+    if landing.missing().is_none_or(|missing| missing == 0) {
+        let finished = tokio::task::spawn_blocking(move || landing.finish()).await;
+        finished.expect("leaving QEMU does not panic").map_err(AgentError::Ram)?;
         return Ok(Standing::Complete);
-    };
+    }
     let (session, plain) = (NewSession::random(), is_plain(&dir));
     expect(host, arrivals, id, landing, Expected { session: session.clone(), source, plain }, None)?;
     Ok(Standing::Awaited(session))

@@ -32,6 +32,8 @@ pub struct Landing {
     /// For post-copy, until that begins.
     ready: Mutex<Option<Ready>>,
     armed: OnceLock<Armed>,
+    /// Nothing is left of post-copy, in QEMU or on record.
+    finished: Mutex<bool>,
 }
 
 /// All that could fail of post-copy was done.
@@ -75,8 +77,8 @@ impl Landing {
     /// its RAM is complete, and goes when it is.
     pub fn new(ram: GuestRam, record: &Path) -> Self {
         let preallocated = ram.blocks().iter().map(|block| block.is_all_there().unwrap_or(false)).collect();
-        let (ready, armed) = (Mutex::default(), OnceLock::new());
-        Self { ram: Arc::new(ram), preallocated, record: record.into(), ready, armed }
+        let (ready, armed, finished) = (Mutex::default(), OnceLock::new(), Mutex::default());
+        Self { ram: Arc::new(ram), preallocated, record: record.into(), ready, armed, finished }
     }
 
     /// Makes ready for a guest that runs before its RAM is complete, while it has none. Fails where that cannot be; the
@@ -116,12 +118,7 @@ impl Landing {
     pub fn again(pid: u32, record: &Path) -> Result<Option<Self>, RamError> {
         if let Some(complete) = Record::complete(record).map_err(RamError::record)? {
             let ram = GuestRam::open(pid, &complete.backends)?;
-            match Arrival::again(Arc::new(ram), complete.number) {
-                Ok(arrival) => arrival.disarm()?,
-                // The earlier agent came so far.
-                Err(ArrivalError::Inject(InjectError::NotOurs { .. })) => {}
-                Err(error) => return Err(error.into()),
-            }
+            leave(Arrival::again(Arc::new(ram), complete.number).and_then(|arrival| arrival.disarm()))?;
             complete.record.forget().map_err(RamError::record)?;
             return Ok(None);
         }
@@ -131,9 +128,10 @@ impl Landing {
         let left = found.record.missing().iter().map(PageSet::len).sum();
         let armed = OnceLock::from(Armed { arrival, record: found.record, left: AtomicU64::new(left) });
         let preallocated = vec![false; ram.blocks().len()];
-        let landing = Self { ram, preallocated, record: record.into(), ready: Mutex::default(), armed };
+        let (ready, finished) = (Mutex::default(), Mutex::default());
+        let landing = Self { ram, preallocated, record: record.into(), ready, armed, finished };
         if left == 0 {
-            landing.disarm()?;
+            landing.finish()?;
             return Ok(None);
         }
         Ok(Some(landing))
@@ -239,17 +237,36 @@ impl Landing {
         Ok(new > 0 && armed.left.fetch_sub(new, Ordering::AcqRel) == new)
     }
 
-    /// All RAM is here: nothing is left of post-copy, in the guest or on record.
-    pub(super) fn disarm(&self) -> Result<(), RamError> {
+    /// All RAM is here: nothing is left of post-copy, in the guest or on record. To be asked again when it fails: until then
+    /// the guest waits at what was never written.
+    pub fn finish(&self) -> Result<(), RamError> {
         let Some(armed) = self.armed.get() else { return Ok(()) };
-        // From when faults are not taken any more, nothing waits for what is missing.
-        armed.record.end().map_err(RamError::record)?;
-        armed.arrival.disarm()?;
-        armed.record.forget().map_err(RamError::record)
+        let mut finished = self.finished.lock().expect("no holder of this lock panics");
+        if !*finished {
+            // From when faults are not taken any more, nothing waits for what is missing.
+            armed.record.end().map_err(RamError::record)?;
+            leave(armed.arrival.disarm())?;
+            armed.record.forget().map_err(RamError::record)?;
+            *finished = true;
+        }
+        Ok(())
+    }
+
+    /// Post-copy was, and nothing is left of it.
+    pub(super) fn is_finished(&self) -> bool {
+        *self.finished.lock().expect("no holder of this lock panics")
     }
 }
 
-fn punch(blocks: &[Block], stale: &[PageSet], goes_on: impl Fn()) -> Result<(), RamError> {
+/// QEMU was left, now or at an earlier attempt.
+fn leave(disarmed: Result<(), ArrivalError>) -> Result<(), ArrivalError> {
+    match disarmed {
+        Err(ArrivalError::Inject(InjectError::NotOurs { .. })) => Ok(()),
+        result => result,
+    }
+}
+
+pub(super) fn punch(blocks: &[Block], stale: &[PageSet], goes_on: impl Fn()) -> Result<(), RamError> {
     for (block, set) in blocks.iter().zip(stale) {
         let mut from = 0;
         while let Some(run) = set.next_run(from..set.pages()) {

@@ -102,9 +102,13 @@ impl Record {
         Ok(())
     }
 
-    /// All is there.
+    /// All is there; may be told again.
     pub(super) fn end(&self) -> io::Result<()> {
-        std::fs::rename(&self.name, self.path.with_extension("complete"))
+        let complete = self.path.with_extension("complete");
+        match std::fs::rename(&self.name, &complete) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound && complete.exists() => Ok(()),
+            result => result,
+        }
     }
 
     /// Nothing of it is needed any more.

@@ -44,7 +44,7 @@ const MOST_STATE: u64 = 256 << 20;
 pub enum Ended {
     /// In order, before post-copy: it has sent what it wanted to, or does not want the guest to move any more.
     Closed,
-    /// All of the guest's RAM is here, and post-copy is over.
+    /// All of the guest's RAM is here, and nothing is left of post-copy.
     Complete,
 }
 
@@ -84,7 +84,7 @@ pub fn serve(link: &Link, landing: &Landing, qemu: Option<&UnixStream>) -> Resul
     let failure = session.failure.into_inner().expect("no holder of this lock panics");
     match (landing.missing(), failure) {
         // What is said after that does not matter any more.
-        (Some(0), _) => Ok(Ended::Complete),
+        (Some(0), _) if landing.is_finished() => Ok(Ended::Complete),
         (_, Some(error)) => Err(error),
         (Some(_), None) => Err(RamError::Link(LinkDown::Closed)),
         (None, None) => Ok(Ended::Closed),
@@ -210,7 +210,7 @@ impl Session<'_> {
 
     /// Nothing is missing any more.
     fn complete(&self) -> Result<(), RamError> {
-        self.landing.disarm()?;
+        self.landing.finish()?;
         let times = self.waits().times();
         Ok(self.link.send_urgent(COMPLETE, times.encode())?)
     }
@@ -340,10 +340,7 @@ impl Session<'_> {
             (true, None) => return Err(Malformed("it goes on with a post-copy that has not begun").into()),
         }
         self.link.send_urgent(READY, Vec::new())?;
-        if hello.resume && self.landing.missing() == Some(0) {
-            self.link.send_urgent(COMPLETE, self.waits().times().encode())?;
-        }
-        Ok(())
+        if hello.resume && self.landing.missing() == Some(0) { self.complete() } else { Ok(()) }
     }
 
     /// Waits until everything up to this frame is in place.

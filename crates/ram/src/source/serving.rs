@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use super::shipping::{Shipping, There};
 use super::{Inner, Phase, RamError, workers};
 use crate::wire::{
-    ARMED, BUSY, COMPLETE, FaultTimes, MISSING, MOST_DATA, Malformed, PLACED, PUNCHED, READY, REFUSED, WANT, Want,
-    decode_missing, decode_number,
+    ARMED, BUSY, COMPLETE, FaultTimes, MISSING, Malformed, PLACED, PUNCHED, READY, REFUSED, WANT, Want, decode_missing,
+    decode_number,
 };
 
 /// What nobody asked for is not sent while a fault is no longer ago than that...
@@ -67,9 +67,12 @@ impl Inner {
         }
         for pages in [want.first..want.first + 1, want.pages.clone()] {
             let mut frame = self.shipping.filling();
-            while let Some(run) = set.take_run(pages.clone(), MOST_DATA) {
+            while let Some(run) = set.take_run(pages.clone(), frame.room()) {
                 self.fewer(run.end - run.start);
                 self.read(&mut frame, want.block, run, There::Something, Shipping::ship_urgently)?;
+                if frame.room() == 0 {
+                    self.shipping.ship_urgently(std::mem::replace(&mut frame, self.shipping.filling()))?;
+                }
             }
             self.shipping.ship_urgently(frame)?;
         }

@@ -16,7 +16,7 @@ use vmferry_link::{Buffer, Link, LinkDown, Pool};
 use super::last_sent::LastSent;
 use crate::delta::LONGEST;
 use crate::memory::GuestRam;
-use crate::wire::{Content, MOST_DATA, MOST_RUNS, PAGES, Pages, Run};
+use crate::wire::{Content, MOST_DATA, MOST_RUNS, MOST_TOLD, PAGES, Pages, Run};
 use crate::{PAGE, zero};
 
 /// Pages that are tracked and sent together: 2 MiB.
@@ -27,6 +27,15 @@ const IN_FLIGHT: (u64, u64) = (4 << 20, 192 << 20);
 const QUEUE: Duration = Duration::from_millis(25);
 /// So much more than that, so that the link can turn out to be faster.
 const HEADROOM: f64 = 1.5;
+/// How long what is on its way may take beyond the round trip in post-copy: a guest that needs some of it waits for all
+/// that was sent before. It is no less than the time until what was sent is known to be in place.
+const QUEUE_IN_POST_COPY: Duration = Duration::from_millis(4);
+/// The least that may be on its way then, in bytes.
+const LEAST_IN_POST_COPY: u64 = 256 << 10;
+/// How long a frame takes on the link then, as its first page is there only when its last one is.
+const FRAME_IN_POST_COPY: Duration = Duration::from_micros(500);
+/// The fewest pages in it.
+const LEAST_FRAME: u64 = 8;
 /// How often the link's rate is reckoned.
 const SAMPLE: Duration = Duration::from_millis(100);
 /// Weight of a new sample.
@@ -40,6 +49,10 @@ pub(super) struct Filling {
     data: usize,
     /// Pages in it, whole or not.
     pages: u64,
+    /// Pages that it tells of: these, and those of zeroes.
+    told: u64,
+    /// The most of those.
+    most: u64,
     deltas: u64,
 }
 
@@ -66,7 +79,8 @@ impl Filling {
     /// How many pages can be read into it.
     pub(super) fn room(&self) -> u64 {
         // Each page may turn out to be a run of its own, and whole.
-        ((DATA - self.data) as u64 / PAGE).min((MOST_RUNS - self.runs.len()) as u64).min(MOST_PAGES - self.pages)
+        let runs = (MOST_RUNS - self.runs.len()) as u64;
+        ((DATA - self.data) as u64 / PAGE).min(runs).min(MOST_PAGES - self.pages).min(self.most - self.told)
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -126,6 +140,7 @@ impl Filling {
     }
 
     fn tell(&mut self, block: usize, pages: Range<u64>, content: Content) {
+        self.told += pages.end - pages.start;
         match self.runs.last_mut() {
             Some(last) if last.block == block && last.pages.end == pages.start && last.content == content => {
                 last.pages.end = pages.end;
@@ -161,6 +176,8 @@ struct Sent {
     last: Vec<Vec<u64>>,
     /// The first frame of this pass.
     pass: u64,
+    /// Each page goes once, and a guest may wait for it.
+    in_post_copy: bool,
     /// Nothing can be sent any more.
     over: Option<LinkDown>,
     rate: Rate,
@@ -181,6 +198,7 @@ impl Shipping {
             bytes: 0,
             last: blocks.iter().map(|pages| vec![0; pages.div_ceil(CHUNK) as usize]).collect(),
             pass: 1,
+            in_post_copy: false,
             over: None,
             rate: Rate::new(),
             pages: 0,
@@ -191,8 +209,12 @@ impl Shipping {
     }
 
     pub(super) fn filling(&self) -> Filling {
+        let most = {
+            let sent = self.lock();
+            if sent.in_post_copy { sent.rate.frame_in_post_copy() } else { MOST_TOLD }
+        };
         let buffer = self.pool.take(HEAD + DATA);
-        Filling { buffer, runs: Vec::with_capacity(MOST_RUNS), data: 0, pages: 0, deltas: 0 }
+        Filling { buffer, runs: Vec::with_capacity(MOST_RUNS), data: 0, pages: 0, told: 0, most, deltas: 0 }
     }
 
     /// Sends a frame over one of the bulk streams, as soon as it may go.
@@ -224,6 +246,11 @@ impl Shipping {
         }
         let number = self.lock().number(&frame);
         self.link.send_urgent(PAGES, frame.finish(number))
+    }
+
+    /// From here on each page goes once, and a guest may wait for it.
+    pub(super) fn begin_post_copy(&self) {
+        self.lock().in_post_copy = true;
     }
 
     /// Pages that were sent before may be sent again from here on.
@@ -304,7 +331,7 @@ impl Shipping {
 
 impl Sent {
     fn has_room(&self) -> bool {
-        self.bytes < self.rate.in_flight()
+        self.bytes < self.rate.in_flight(self.in_post_copy)
     }
 
     /// Some of these pages may be on their way since an earlier pass.
@@ -342,6 +369,8 @@ fn chunks(runs: &[Run]) -> impl Iterator<Item = (usize, usize)> + '_ {
 /// How fast the link carries pages.
 struct Rate {
     now: f64,
+    /// The highest that it was.
+    highest: f64,
     round_trip: Duration,
     since: Instant,
     bytes: u64,
@@ -357,6 +386,7 @@ impl Rate {
     fn new() -> Self {
         Self {
             now: 0.0,
+            highest: 0.0,
             round_trip: Duration::ZERO,
             since: Instant::now(),
             bytes: 0,
@@ -381,12 +411,77 @@ impl Rate {
             false if self.now == 0.0 => sample,
             false => self.now + WEIGHT * (sample - self.now),
         };
+        self.highest = self.highest.max(self.now);
         (self.since, self.bytes, self.idle) = (now, 0, idle);
         (self.full, self.thin) = (false, false);
     }
 
-    fn in_flight(&self) -> u64 {
+    fn in_flight(&self, in_post_copy: bool) -> u64 {
+        if in_post_copy && self.highest > 0.0 {
+            // Of the highest rate: with so little on its way a link that seems slow would become so.
+            let wanted = self.highest * (self.round_trip + QUEUE_IN_POST_COPY).as_secs_f64();
+            return (wanted as u64).clamp(LEAST_IN_POST_COPY, IN_FLIGHT.1);
+        }
         let wanted = self.now * (self.round_trip + QUEUE).as_secs_f64() * HEADROOM;
         (wanted as u64).clamp(IN_FLIGHT.0, IN_FLIGHT.1)
+    }
+
+    /// How many pages a frame has then, at most.
+    fn frame_in_post_copy(&self) -> u64 {
+        let pages = self.highest * FRAME_IN_POST_COPY.as_secs_f64() / PAGE as f64;
+        (pages as u64).clamp(LEAST_FRAME, MOST_DATA)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A link that has carried this much a second, over this round trip.
+    fn rate(bytes: f64, round_trip: Duration) -> Rate {
+        let mut rate = Rate::new();
+        let begun = rate.since;
+        for sample in 1..=20 {
+            rate.on_placed(begun + SAMPLE * sample, (bytes * SAMPLE.as_secs_f64()) as u64, round_trip, false);
+        }
+        rate
+    }
+
+    #[test]
+    fn in_post_copy_what_is_on_its_way_is_there_soon_and_keeps_the_link_busy() {
+        for (bytes, round_trip) in [(125e6, 0.0002), (125e6, 0.04), (1.25e9, 0.0002), (1.25e9, 0.04)] {
+            let rate = rate(bytes, Duration::from_secs_f64(round_trip));
+            let took = rate.in_flight(true) as f64 / bytes;
+            assert!((round_trip + 0.003..round_trip + 0.005).contains(&took), "{took} s at {bytes}");
+            let frame = rate.frame_in_post_copy();
+            assert!((frame * PAGE) as f64 / bytes <= 0.0005 && (15..=MOST_DATA).contains(&frame), "{frame} at {bytes}");
+        }
+    }
+
+    #[test]
+    fn a_link_that_seems_slow_as_little_is_on_its_way_is_not_made_slower() {
+        let mut rate = rate(125e6, Duration::ZERO);
+        let (before, mut now) = (rate.in_flight(true), rate.since);
+        for _ in 0..20 {
+            now += SAMPLE;
+            rate.on_placed(now, 1 << 20, Duration::ZERO, false);
+        }
+        assert_eq!(rate.in_flight(true), before);
+        let unknown = Rate::new();
+        assert_eq!((unknown.in_flight(true), unknown.frame_in_post_copy()), (IN_FLIGHT.0, LEAST_FRAME));
+    }
+
+    #[test]
+    fn a_frame_tells_of_few_pages_though_zeroes_take_no_room() {
+        let ram = GuestRam::of_our_own(&[4 * MOST_TOLD * PAGE]);
+        let buffer = Arc::<Pool>::default().take(HEAD + DATA);
+        let mut frame = Filling { buffer, runs: Vec::new(), data: 0, pages: 0, told: 0, most: MOST_TOLD, deltas: 0 };
+        let mut next = 0;
+        while frame.room() > 0 {
+            let end = next + frame.room();
+            frame.read(&ram, 0, next..end, There::Something).unwrap();
+            next = end;
+        }
+        assert_eq!((next, frame.runs.len()), (MOST_TOLD, 1));
     }
 }

@@ -2,6 +2,7 @@
 
 mod guest;
 mod huge;
+mod moving;
 
 use std::env;
 use std::fs;
