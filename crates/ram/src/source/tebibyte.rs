@@ -64,6 +64,7 @@ fn what_a_tebibyte_costs_with_the_guest_paused() {
     // All of it is in use; a quarter is not sent yet, and of the rest each 64th page is stale.
     inner.empty[0].remove(0..inner.empty[0].pages());
     inner.untouched[0].remove(0..inner.untouched[0].pages());
+    inner.pending[0].remove(0..PAGES / 4 * 3);
     inner.pending[0].insert(PAGES / 4 * 3..PAGES);
     for page in (0..PAGES / 4 * 3).step_by(64) {
         inner.pending[0].insert(page..page + 1);
@@ -88,6 +89,7 @@ fn what_a_tebibyte_costs_with_the_guest_paused() {
     });
     paused += took;
     let bytes: usize = frames.iter().map(Vec::len).sum();
+    assert!(!frames.is_empty(), "the guest has written");
     println!("that is {} frames of {} KiB in all", frames.len(), bytes >> 10);
     paused += timed("what is left is counted", || inner.recount()).1;
     println!("in all: {:.1} ms", paused.as_secs_f64() * 1e3);
