@@ -18,8 +18,8 @@ pub mod witness;
 pub use copy::{CopyBegun, CopyEvent, CopyProgress, CopyReport, CopyRequest};
 pub use disk::{DiskMoveRequest, DiskMoveState, DiskMoveView, DiskView};
 pub use migration::{
-    Begun, DiskMoved, EngineName, Faults, Means, MigrateRequest, MigrationEvent, MigrationView, PlanView, Progress,
-    Report, Script, Step, StepTime,
+    Begun, DiskMoved, EngineName, Faults, Means, MigrateRequest, MigrationEvent, MigrationView, PlanView, Prefer,
+    Progress, Report, Script, Step, StepTime,
 };
 pub use peers::{Hello, PairRequest, PeerView, PeersView, TokenRequest, TokenView};
 pub use problem::{Code, Problem, in_one_line};

@@ -25,6 +25,9 @@ pub struct MigrateRequest {
     pub bandwidth: Option<u64>,
     /// Post-copy may be used.
     pub post_copy: bool,
+    /// What matters more.
+    #[serde(default)]
+    pub prefer: Prefer,
     /// For measurements: this is done, and nothing is decided.
     #[serde(default)]
     pub script: Option<Script>,
@@ -45,6 +48,29 @@ pub struct MigrateRequest {
 
 fn yes() -> bool {
     true
+}
+
+/// What matters more in a migration.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Prefer {
+    /// That it is soon over.
+    #[default]
+    Short,
+    /// That the guest feels little of it.
+    Gentle,
+}
+
+impl std::str::FromStr for Prefer {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "short" => Ok(Self::Short),
+            "gentle" => Ok(Self::Gentle),
+            other => Err(format!("{other:?} is nothing to prefer: there are short and gentle")),
+        }
+    }
 }
 
 /// What is done in a migration that is measured.
@@ -202,6 +228,11 @@ pub enum MigrationEvent {
         /// One plain sentence.
         text: String,
     },
+    /// What the policy has decided, and why.
+    Decision {
+        /// One line of words and numbers.
+        text: String,
+    },
     /// How far it is, several times a second.
     Progress(Progress),
     /// It is over and the guest runs on the destination.
@@ -273,6 +304,9 @@ pub struct Report {
     pub dirty_rate: u64,
     /// The most the guest was slowed down, in percent.
     pub throttle: u8,
+    /// What the policy decided, one line each; the first 200.
+    #[serde(default)]
+    pub decisions: Vec<String>,
     /// How long each step took.
     pub steps: Vec<StepTime>,
     /// The disks that moved with the guest.

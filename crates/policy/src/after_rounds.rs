@@ -7,60 +7,60 @@ use crate::{Action, Observation, Phase, Policy};
 pub struct AfterRounds {
     rounds: u32,
     then: Option<Action>,
+    /// The engine may switch over.
+    allows: bool,
 }
 
 impl AfterRounds {
     /// Does this when so many rounds are done.
     pub fn new(rounds: u32, then: Action) -> Self {
-        Self { rounds, then: Some(then) }
+        Self { rounds, then: Some(then), allows: false }
     }
 
     /// Does nothing at all: rounds until what is left fits the downtime.
     pub fn never() -> Self {
-        Self { rounds: 0, then: None }
+        Self { rounds: 0, then: None, allows: false }
     }
 }
 
 impl Policy for AfterRounds {
     fn decide(&mut self, seen: &Observation) -> Action {
-        // A round is done when the next one has begun.
-        if seen.phase != Phase::PreCopy || seen.round.saturating_sub(1) < self.rounds {
+        if seen.phase != Phase::PreCopy {
             return Action::Continue;
         }
-        self.then.take().unwrap_or(Action::Continue)
+        // A round is done when the next one has begun.
+        let done = seen.round.saturating_sub(1);
+        if done >= self.rounds
+            && let Some(then) = self.then.take()
+        {
+            return then;
+        }
+        // In the first round an engine may take the pace of pages of zeroes for that of all.
+        match done > 0 && !std::mem::replace(&mut self.allows, true) {
+            true => Action::Allow(seen.limits.for_pages(&seen.costs)),
+            false => Action::Continue,
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Bytes, BytesPerSec, Limits, Percent};
+    use crate::baselines::tests::seen;
     use std::time::Duration;
 
     #[test]
     fn it_is_done_once_and_when_so_many_rounds_are() {
-        let limits = Limits { downtime: Duration::from_millis(300), max_time: None, post_copy: true };
-        let seen = |round| Observation {
-            elapsed: Duration::from_secs(60),
-            phase: Phase::PreCopy,
-            round,
-            remaining: Bytes(1 << 30),
-            total: Bytes(1 << 30),
-            stale: Percent(100),
-            sent: Bytes(0),
-            dirty_rate: BytesPerSec(1 << 30),
-            link_rate: BytesPerSec(1),
-            throttle: Percent(0),
-            can_pace: false,
-            limits,
+        let said = |policy: &mut AfterRounds| -> Vec<Action> {
+            [0, 1, 2, 3, 4, 5].map(|round| policy.decide(&seen(60.0, round, 900))).into()
         };
+        let (go_on, allow) = (Action::Continue, Action::Allow(Duration::from_millis(260)));
         for then in [Action::PostCopy, Action::Pause] {
-            let mut policy = AfterRounds::new(2, then.clone());
-            let said: Vec<Action> = [0, 1, 2, 3, 4].map(|round| policy.decide(&seen(round))).into();
-            let go_on = Action::Continue;
-            assert_eq!(said, [go_on.clone(), go_on.clone(), go_on.clone(), then, go_on]);
+            let expected = [go_on.clone(), go_on.clone(), allow.clone(), then.clone(), go_on.clone(), go_on.clone()];
+            assert_eq!(said(&mut AfterRounds::new(2, then)), expected);
         }
-        assert_eq!(AfterRounds::new(0, Action::Pause).decide(&seen(1)), Action::Pause);
-        assert_eq!(AfterRounds::never().decide(&seen(99)), Action::Continue);
+        assert_eq!(AfterRounds::new(0, Action::Pause).decide(&seen(60.0, 1, 900)), Action::Pause);
+        let never = said(&mut AfterRounds::never());
+        assert_eq!(never.iter().filter(|it| **it != go_on).collect::<Vec<_>>(), [&allow]);
     }
 }

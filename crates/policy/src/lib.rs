@@ -1,35 +1,31 @@
-//! From an observation to an action: when a migration goes on, throttles, switches over, turns to post-copy or gives up.
+//! From an observation to an action: when a migration goes on, slows the guest, switches over, turns to post-copy or gives
+//! up.
 //!
 //! A policy is a pure function with memory: no clock, no I/O, no async. Whoever drives a migration shows it what was
 //! seen ([`Observation`]) and does what it says ([`Action`]); the same policy can therefore steer any RAM engine, a
 //! simulator or a recorded run.
+//!
+//! [`LeastHarm`] is ours: it predicts what each way forward would do ([`predict`](mod@predict)) from what scans have
+//! told of the guest ([`DirtySet`]), and takes the one that harms the guest least ([`harm`](mod@harm)). docs/POLICY.md
+//! has the formulas. [`baselines`] are what others decide.
 
 mod after_rounds;
-mod simple;
+pub mod baselines;
+mod dirty_set;
+pub mod harm;
+mod least_harm;
+mod link;
+pub mod predict;
+mod units;
 
 pub use after_rounds::AfterRounds;
-pub use simple::Simple;
+pub use dirty_set::{DirtySet, Range};
+pub use harm::Preference;
+pub use least_harm::LeastHarm;
+pub use link::LinkRate;
+pub use units::{Bytes, BytesPerSec, Percent};
 
 use std::time::Duration;
-
-/// An amount of data, in bytes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Bytes(pub u64);
-
-/// A rate, in bytes a second.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub struct BytesPerSec(pub u64);
-
-/// A share of a whole, 0 to 100.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Percent(pub u8);
-
-impl Bytes {
-    /// How long the link takes for this much; `None` while no rate is known.
-    pub fn time_at(self, rate: BytesPerSec) -> Option<Duration> {
-        (rate.0 > 0).then(|| Duration::from_secs_f64(self.0 as f64 / rate.0 as f64))
-    }
-}
 
 /// Where copying the RAM stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,12 +41,89 @@ pub enum Phase {
 /// What the user set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Nobody may run the guest for longer than this at switchover, as far as pre-copy can tell beforehand.
+    /// Nobody may run the guest for longer than this at switchover, as far as can be told beforehand.
     pub downtime: Duration,
     /// The whole migration should be over by then.
     pub max_time: Option<Duration>,
     /// Post-copy is allowed and both sides can do it.
     pub post_copy: bool,
+    /// By how much the guest may be slowed down: 0 is not at all, 100 as much as it takes.
+    pub slow: Percent,
+    /// The most that may be sent, in bytes a second.
+    pub bandwidth: Option<BytesPerSec>,
+    /// What is done when no way keeps these.
+    pub otherwise: Otherwise,
+    /// What matters more.
+    pub prefer: Preference,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            downtime: Duration::from_millis(300),
+            max_time: None,
+            post_copy: true,
+            slow: Percent(100),
+            bandwidth: None,
+            otherwise: Otherwise::Finish,
+            prefer: Preference::Short,
+        }
+    }
+}
+
+impl Limits {
+    /// For how long pages may be sent while nobody runs the guest: what the rest of a switchover leaves of the downtime,
+    /// and however long that takes, a quarter.
+    pub fn for_pages(&self, costs: &Costs) -> Duration {
+        self.downtime.saturating_sub(costs.switchover).max(self.downtime / 4)
+    }
+}
+
+/// What is done when no way keeps the limits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Otherwise {
+    /// The migration ends by the way that exceeds them least.
+    #[default]
+    Finish,
+    /// The guest stays where it is.
+    GiveUp,
+}
+
+/// Which levers the engine has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Means {
+    /// The guest's writes can be paced ([`Action::Pace`]).
+    pub pace: bool,
+    /// Its processors can be slowed down ([`Action::Throttle`]).
+    pub throttle: bool,
+}
+
+/// What a switch costs, as far as the engine knows: its own last ones, or what is usual.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Costs {
+    /// What a switchover takes besides the pages that are left.
+    pub switchover: Duration,
+    /// For how long nobody runs the guest when it turns to post-copy.
+    pub post_copy: Duration,
+    /// How long the guest waits for a page that it misses.
+    pub fault: Duration,
+}
+
+impl Default for Costs {
+    /// Measured (docs/FIGURES.md): 20 to 50 ms of switchover, faults of 3.1 and 3.3 ms (medians).
+    fn default() -> Self {
+        let ms = Duration::from_millis;
+        Self { switchover: ms(40), post_copy: ms(50), fault: ms(3) }
+    }
+}
+
+/// What a look at all pages has found. One ends each round.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Scan {
+    /// Since the scan before, or since the copy began: how long the round took.
+    pub interval: Duration,
+    /// What is to be sent since then: what the guest wrote in that time and is not at the destination.
+    pub left: Bytes,
 }
 
 /// What is seen of a migration at one moment.
@@ -66,19 +139,25 @@ pub struct Observation {
     pub remaining: Bytes,
     /// The guest's RAM.
     pub total: Bytes,
+    /// The scan that began this round; none in the first one.
+    pub scan: Option<Scan>,
     /// How much of what the first round has sent the guest has written again; 0 while too little was sent to tell, and
     /// where that is not known before the end of a round.
-    pub stale: Percent,
+    pub stale: Bytes,
     /// What went over the link so far.
     pub sent: Bytes,
     /// How fast the guest makes pages stale, as of the last completed round; before that as far as it is seen, or 0.
     pub dirty_rate: BytesPerSec,
     /// How fast the link carries RAM; 0 when not known yet.
     pub link_rate: BytesPerSec,
+    /// How long a byte takes there and an answer back; 0 when not known.
+    pub round_trip: Duration,
     /// How much the guest is slowed down on purpose.
     pub throttle: Percent,
-    /// The guest's writes can be paced.
-    pub can_pace: bool,
+    /// What the engine can do.
+    pub means: Means,
+    /// What a switch costs.
+    pub costs: Costs,
     /// What the user set.
     pub limits: Limits,
 }
@@ -88,6 +167,9 @@ pub struct Observation {
 pub enum Action {
     /// Nothing: go on as it is.
     Continue,
+    /// From here on, switch over at the first scan that leaves no more pages than take this long to send. Before the
+    /// first of these no engine switches over by itself.
+    Allow(Duration),
     /// Slow the guest down by this share of its time.
     Throttle(Percent),
     /// Have the guest make pages stale no faster than this share of what the link carries.
@@ -101,19 +183,21 @@ pub enum Action {
 }
 
 /// Why a policy gave up.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reason {
-    /// The time the user allowed is over and post-copy may not be used.
+    /// The time is over that it was allowed, or that it allows itself.
     OutOfTime {
-        /// What the user allowed.
+        /// What was allowed.
         allowed: Duration,
     },
-    /// Throttled as far as it goes, the guest still writes faster than the link carries.
+    /// The guest writes faster than the link carries, and nothing that is allowed helps.
     NotConverging {
         /// How fast the guest makes pages stale.
         dirty_rate: BytesPerSec,
         /// How fast the link carries them.
         link_rate: BytesPerSec,
+        /// What the least harmful way would have taken, in words; empty when that is not known.
+        instead: String,
     },
 }
 
@@ -123,18 +207,28 @@ impl std::fmt::Display for Reason {
             Reason::OutOfTime { allowed } => {
                 write!(f, "not done within the {:.0} s allowed, and post-copy may not be used", allowed.as_secs_f64())
             }
-            Reason::NotConverging { dirty_rate, link_rate } => write!(
-                f,
-                "the guest writes {:.0} MiB/s, the link carries {:.0} MiB/s, and neither throttling nor post-copy could help",
-                dirty_rate.0 as f64 / 1_048_576.0,
-                link_rate.0 as f64 / 1_048_576.0
-            ),
+            Reason::NotConverging { dirty_rate, link_rate, instead } => {
+                write!(
+                    f,
+                    "the guest writes {}, the link carries {}, and nothing that is allowed keeps the limits",
+                    dirty_rate, link_rate
+                )?;
+                match instead.as_str() {
+                    "" => Ok(()),
+                    instead => write!(f, "; the least that it takes: {instead}"),
+                }
+            }
         }
     }
 }
 
 /// Decides what a migration does next.
 pub trait Policy: Send {
-    /// What to do, given what is seen now. Called several times a second, in the order of time.
+    /// What to do, given what is seen now. Called several times a second and at each scan, in the order of time.
     fn decide(&mut self, seen: &Observation) -> Action;
+
+    /// The last decision in one line, where it was made since this was asked last.
+    fn words(&mut self) -> Option<String> {
+        None
+    }
 }

@@ -95,7 +95,7 @@ pub use error::RamError;
 pub use kernel::{InjectError, Unsupported, support, trace_by, trace_qemu};
 pub use memory::{Backend, Block, GuestRam, MemoryError, PunchError};
 pub use process::{USERFAULTFD_DEVICE, has_cap_sys_ptrace};
-pub use source::{Drain, Progress, Source};
+pub use source::{Drain, Look, Progress, Source};
 pub use tracking::{Tracking, TrackingError, WriteFault, WriteFaults, can_pace, can_track};
 pub use wire::{FaultTimes, Malformed};
 

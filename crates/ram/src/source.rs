@@ -94,6 +94,15 @@ impl WriteLog for Tracking {
     }
 }
 
+/// What a look at all pages has found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Look {
+    /// Since the one before, or since the first page was sent.
+    pub interval: Duration,
+    /// What was to be sent then, in bytes.
+    pub left: u64,
+}
+
 /// How sending stands.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Progress {
@@ -103,9 +112,11 @@ pub struct Progress {
     pub remaining: u64,
     /// The guest's RAM, in bytes.
     pub total: u64,
-    /// How much of what the first round has sent the guest has written again, as of lately, in percent; 0 while too
-    /// little was sent to tell.
-    pub stale: u8,
+    /// How much of what the first round has sent the guest has written again, as of lately, in bytes; 0 while too little
+    /// was sent to tell.
+    pub stale: u64,
+    /// The look that began this round; none in the first one.
+    pub look: Option<Look>,
     /// How fast the guest made pages stale during the last round, in bytes a second; in the first one, those that it
     /// has sent, as of lately. A page counts once a round, so a guest that rewrites the same pages writes faster.
     pub dirty_rate: u64,
@@ -118,7 +129,7 @@ pub struct Progress {
     pub deltas: u64,
     /// How many bytes that has saved.
     pub saved: u64,
-    /// What is left can be sent within the downtime, and waiting would hardly make it less: pause the guest now.
+    /// What is left can be sent within what is allowed ([`Source::allow`]): pause the guest now.
     pub converged: bool,
     /// The destination has all RAM.
     pub complete: bool,
@@ -140,7 +151,6 @@ struct Inner {
     /// Where something writes into pages after they count as written.
     drain: Option<Drain>,
     resumed: bool,
-    downtime: Duration,
     shipping: Shipping,
     pacing: Pacing,
     last_sent: LastSent,
@@ -182,9 +192,16 @@ struct State {
     /// The last one that somebody who waits was told of.
     seen_round: u32,
     dirty_rate: u64,
+    look: Option<Look>,
+    /// Pages that are left may take so long while the guest stands.
+    allowed: Duration,
+    /// A round whose pages would take no longer waits for a word of whoever decides.
+    asks_within: Duration,
+    /// It does now.
+    asks: bool,
     /// Which share of what this round had to send need not be, as differences are shorter.
     spared: f64,
-    stale: u8,
+    stale: u64,
     converged: bool,
     rounds_ended: bool,
     ready: bool,
@@ -203,19 +220,19 @@ struct State {
 }
 
 impl Source {
-    /// Begins to send the RAM of a guest, which may run. Its pages are tracked from here until this is dropped. What is
-    /// sent while the guest is paused should take no longer than `downtime`. With `delta_cache` bytes of memory it
+    /// Begins to send the RAM of a guest, which may run. Its pages are tracked from here until this is dropped. It says that
+    /// it has converged when the rest takes no longer than `allowed`, which may be changed ([`Source::allow`]). With `delta_cache` bytes of memory it
     /// remembers what it has sent, so that pages that have changed a little go as differences. Guests whose disks go
     /// around the host's cache need a `drain`. Fails when the destination's RAM is another one.
     pub fn begin(
         ram: GuestRam,
         link: Link,
-        downtime: Duration,
+        allowed: Duration,
         delta_cache: u64,
         drain: Option<Drain>,
     ) -> Result<Self, RamError> {
         let log: Box<dyn WriteLog> = Box::new(Tracking::begin(&ram)?);
-        Self::begin_with(ram, Some(log), link, downtime, delta_cache, drain)
+        Self::begin_with(ram, Some(log), link, allowed, delta_cache, drain)
     }
 
     /// From now on this much is sent at most, in bytes a second.
@@ -232,7 +249,7 @@ impl Source {
         ram: GuestRam,
         log: Option<Box<dyn WriteLog>>,
         link: Link,
-        downtime: Duration,
+        allowed: Duration,
         delta_cache: u64,
         drain: Option<Drain>,
     ) -> Result<Self, RamError> {
@@ -254,10 +271,9 @@ impl Source {
             log: RwLock::new(log),
             drain,
             resumed: resume,
-            downtime,
             pacing: Pacing::default(),
             stop: AtomicBool::new(false),
-            state: Mutex::new(State { phase, ..State::default() }),
+            state: Mutex::new(State { phase, allowed, ..State::default() }),
             news: Condvar::new(),
         });
         let source = Self { inner, threads: Mutex::default() };
@@ -273,6 +289,26 @@ impl Source {
             })?,
         }
         Ok(source)
+    }
+
+    /// From here on it has converged at the first look that leaves no more than takes so long to send.
+    pub fn allow(&self, pause: Duration) {
+        self.inner.lock().allowed = pause;
+    }
+
+    /// From here on a look that leaves no more than takes so long to send is waited with for a word of whoever watches
+    /// ([`Source::answer`]), at most half a second.
+    pub fn ask_within(&self, pause: Duration) {
+        self.inner.lock().asks_within = pause;
+    }
+
+    /// Whoever watches has seen the look that began this round, and has said what it had to say.
+    pub fn answer(&self, round: u32) {
+        let mut state = self.inner.lock();
+        if state.asks && state.round <= round {
+            state.asks = false;
+            self.inner.news.notify_all();
+        }
     }
 
     /// Waits for news, at most so long.
@@ -293,6 +329,7 @@ impl Source {
             remaining: inner.remaining.load(Ordering::Relaxed) * PAGE,
             total: inner.ram.blocks().iter().map(Block::size).sum(),
             stale: state.stale,
+            look: state.look,
             dirty_rate: state.dirty_rate,
             link_rate: (inner.shipping.rate() as f64 / (1.0 - state.spared)) as u64,
             slowed: inner.pacing.slowed(),

@@ -4,6 +4,7 @@ mod bench;
 mod disk;
 mod moving;
 mod nbd;
+mod sim;
 
 pub(crate) use bench::{
     BatchOptions, Bench, BenchLinkOptions, BenchRamOptions, BenchRunOptions, CompareOptions, ImportOptions, PageOptions,
@@ -12,11 +13,12 @@ pub(crate) use bench::{
 pub(crate) use disk::{Disk, DiskMoveOptions};
 pub(crate) use moving::MoveOptions;
 pub(crate) use nbd::{ClientTlsOptions, CopyOptions, InfoOptions, Nbd, ServeOptions, ServerTlsOptions};
+pub(crate) use sim::SimOptions;
 
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
-use vmferry_api::{EngineName, Listen, Rate};
+use vmferry_api::{EngineName, Listen, Prefer, Rate};
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -147,6 +149,9 @@ are not sent, and are holes in the copy. While it is written it is called PATH.v
 is, and on its disk. Whatever ends it before, the same command goes on from what has arrived; remove the part to give
 it up. PATH has to be in one of the folders that image_folders names in the other agent's configuration.")]
     Copy(CopyImageOptions),
+    /// Try policies out on migrations that are only reckoned: ours beside what other managers decide
+    #[command(after_long_help = sim::SIM_HELP)]
+    Sim(SimOptions),
     /// Have the destination run a VM that is being migrated at once; what is missing of its memory follows
     PostCopy {
         /// The VM's name
@@ -277,6 +282,12 @@ pub(crate) struct MigrateOptions {
     /// Never run the guest on the destination before all of its memory is there
     #[arg(long)]
     pub no_post_copy: bool,
+    /// What matters more: that it is soon over (short), or that the guest feels little of it (gentle)
+    #[arg(long, value_name = "WHAT", default_value = "short")]
+    pub prefer: Prefer,
+    /// Say each decision, and what was expected of it
+    #[arg(long, short)]
+    pub verbose: bool,
     /// Write a report of it there, which `vmferry bench page` draws; also when it does not complete
     #[arg(long, value_name = "FILE", conflicts_with = "dry_run")]
     pub record: Option<PathBuf>,

@@ -43,6 +43,8 @@ pub(crate) enum Failure {
     BadSshHost(String),
     #[error("could not get a join token from {host} over ssh: {}", ended(*code))]
     NoTokenOverSsh { host: String, code: Option<i32> },
+    #[error("there is no policy {name:?}: there are {known}")]
+    NoPolicy { name: String, known: String },
     #[error("cannot measure the link")]
     Bench(#[source] LinkBenchError),
     #[error("cannot measure the engines")]
@@ -121,6 +123,7 @@ impl Failure {
             Self::BadSshHost(_)
             | Self::BadTarget(_)
             | Self::TwoPlaces(_)
+            | Self::NoPolicy { .. }
             | Self::Scenario(_)
             | Self::Batch(
                 BatchError::Toml { .. }

@@ -14,6 +14,7 @@ mod moving;
 mod nbd;
 mod pair;
 mod resolve;
+mod sim;
 mod vms;
 mod watched;
 
@@ -67,6 +68,7 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Autostart { name, on } => vms::autostart(&client()?, &name, on == "on").await,
         Command::Console { name } => console::run(&client()?, &name).await,
         Command::Migrate(options) => migrate::run(&client()?, options).await,
+        Command::Sim(options) => sim::run(&options),
         Command::Move(options) => moving::run(&client()?, options).await,
         Command::Copy(options) => copy::run(&client()?, options).await,
         Command::PostCopy { name } => migrate::post_copy(&client()?, &name).await,

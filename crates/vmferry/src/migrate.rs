@@ -25,6 +25,7 @@ pub(crate) async fn run(client: &Client, options: MigrateOptions) -> Result<(), 
         max_time_ms: options.max_time.map(|time| time.as_millis() as u64),
         bandwidth: options.bandwidth,
         post_copy: !options.no_post_copy,
+        prefer: options.prefer,
         script: None,
         engine: options.engine,
         disks_are_shared: options.disks_are_shared,
@@ -46,8 +47,8 @@ pub(crate) async fn run(client: &Client, options: MigrateOptions) -> Result<(), 
     };
     let mut view: Box<dyn View> = match (options.json, std::io::stderr().is_terminal()) {
         (true, _) => Box::new(JsonView),
-        (false, true) => Box::new(BarView::new()),
-        (false, false) => Box::new(LineView::default()),
+        (false, true) => Box::new(BarView::new(options.verbose)),
+        (false, false) => Box::new(LineView { decisions: options.verbose, last_line: None }),
     };
     let events = format!("/v1/migrations/{id}/events");
     if let Some(record) = &mut record {
@@ -257,12 +258,14 @@ impl View for JsonView {
 /// For a terminal.
 struct BarView {
     bar: ProgressBar,
+    /// Decisions are shown too.
+    decisions: bool,
 }
 
 impl BarView {
-    fn new() -> Self {
+    fn new(decisions: bool) -> Self {
         let style = ProgressStyle::with_template("{prefix:<12} [{bar:24}] {msg}").expect("the template is valid");
-        Self { bar: ProgressBar::new(1).with_style(style.progress_chars("=> ")) }
+        Self { bar: ProgressBar::new(1).with_style(style.progress_chars("=> ")), decisions }
     }
 }
 
@@ -271,6 +274,8 @@ impl View for BarView {
         match event {
             MigrationEvent::Step { step } => self.bar.set_prefix(step_in_words(*step)),
             MigrationEvent::Note { text } => self.bar.println(format!("note: {text}")),
+            MigrationEvent::Decision { text } if self.decisions => self.bar.println(format!("decided: {text}")),
+            MigrationEvent::Decision { .. } => {}
             MigrationEvent::Progress(progress) => {
                 self.bar.set_prefix(step_in_words(progress.step));
                 self.bar.set_length(progress.total.max(1));
@@ -283,9 +288,10 @@ impl View for BarView {
 }
 
 /// For a log.
-#[derive(Default)]
 struct LineView {
     last_line: Option<Instant>,
+    /// Decisions are shown too.
+    decisions: bool,
 }
 
 impl View for LineView {
@@ -293,6 +299,8 @@ impl View for LineView {
         match event {
             MigrationEvent::Step { step } => eprintln!("{}", step_in_words(*step)),
             MigrationEvent::Note { text } => eprintln!("note: {text}"),
+            MigrationEvent::Decision { text } if self.decisions => eprintln!("decided: {text}"),
+            MigrationEvent::Decision { .. } => {}
             MigrationEvent::Progress(progress) => {
                 // Before QEMU has counted its RAM there is nothing to tell.
                 if progress.total > 0 && self.last_line.is_none_or(|at| at.elapsed() >= LINE_EVERY) {

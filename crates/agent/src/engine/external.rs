@@ -17,7 +17,7 @@ use async_trait::async_trait;
 use tokio_util::task::AbortOnDropHandle;
 use vmferry_api::in_one_line;
 use vmferry_link::{Cipher, Fingerprint, Identity, Link, LinkOptions, MOST_STREAMS, TcpDialer};
-use vmferry_policy::{Action, Bytes, BytesPerSec, Limits, Observation, Percent, Phase};
+use vmferry_policy::{Action, Bytes, BytesPerSec, Costs, Limits, Means, Observation, Percent, Phase, Scan};
 use vmferry_qemu::migration::{IGNORE_SHARED, PAUSE_BEFORE_SWITCHOVER, reset_capabilities};
 use vmferry_qemu::qmp::commands::{self, MigrationParameters};
 use vmferry_qemu::{EventStream, MigrationStatus, Qmp, RunState};
@@ -40,8 +40,6 @@ const TICK: Duration = Duration::from_millis(100);
 const LATE: u32 = 10;
 /// But none that takes less than this.
 const LEAST_PAUSE: Duration = Duration::from_secs(10);
-/// However long the rest of a switchover takes, this share of the downtime that was allowed is for pages.
-const LEAST_FOR_PAGES: u32 = 4;
 /// The guest is paused for pacing at most for about this share of the downtime that was allowed, and again after so long
 /// if that was not enough.
 const TAKE_OVER: u32 = 2;
@@ -122,8 +120,10 @@ pub struct Wishes {
     pub way: WayThere,
     /// What the user set.
     pub limits: Limits,
-    /// How long a switchover of this VM takes besides its pages, as far as is known.
-    pub besides: Duration,
+    /// What switches of this VM cost, as far as is known.
+    pub costs: Costs,
+    /// Its writes can be paced.
+    pub paces: bool,
     /// The most to send, in bytes a second.
     pub bandwidth: Option<u64>,
     /// How much memory differences of pages may take, in bytes.
@@ -268,7 +268,8 @@ impl ExternalEngine {
             self.finish_state(state, &is_due).await
         };
         let given = async { tokio::try_join!(rest, state) };
-        let most = LEAST_PAUSE.max(self.wishes.limits.downtime * LATE);
+        let expected = self.last_pages.unwrap_or_default().saturating_mul(2);
+        let most = LEAST_PAUSE.max(self.wishes.limits.downtime * LATE).max(expected);
         tokio::time::timeout(most, given).await.unwrap_or_else(|_| {
             let reason =
                 format!("switching over took longer than {} s: the link is slower than it was", most.as_secs());
@@ -445,8 +446,10 @@ impl ExternalEngine {
         self.dirty_rate = self.dirty_rate.max(progress.dirty_rate);
         // A source that goes on with post-copy sends none.
         self.deltas = self.deltas.max((progress.deltas, progress.saved));
+        let mut round_trip = Duration::ZERO;
         if let Some(source) = &self.source {
-            self.sent = source.link_stats().wire_sent;
+            let stats = source.link_stats();
+            (self.sent, round_trip) = (stats.wire_sent, stats.round_trip.unwrap_or_default());
         }
         let observation = Observation {
             elapsed: self.started.elapsed(),
@@ -454,12 +457,15 @@ impl ExternalEngine {
             round: progress.round,
             remaining: Bytes(progress.remaining),
             total: Bytes(progress.total),
-            stale: Percent(progress.stale),
+            scan: progress.look.map(|look| Scan { interval: look.interval, left: Bytes(look.left) }),
+            stale: Bytes(progress.stale),
             sent: Bytes(self.sent),
             dirty_rate: BytesPerSec(progress.dirty_rate),
             link_rate: BytesPerSec(progress.link_rate),
+            round_trip,
             throttle: Percent(progress.slowed),
-            can_pace: true,
+            means: Means { pace: self.wishes.paces, throttle: false },
+            costs: self.wishes.costs,
             limits: self.wishes.limits,
         };
         let complete = progress.complete;
@@ -491,10 +497,13 @@ impl RamEngine for ExternalEngine {
         let parameters = MigrationParameters { max_bandwidth: Some(UNLIMITED), ..MigrationParameters::default() };
         self.qmp.execute(parameters).await?;
         self.started = Instant::now();
-        let (allowed, delta_cache) = (self.wishes.limits.downtime, self.wishes.delta_cache);
-        let downtime = allowed.saturating_sub(self.wishes.besides).max(allowed / LEAST_FOR_PAGES);
+        let delta_cache = self.wishes.delta_cache;
         let drain = self.wishes.drains.then(|| drain(self.qmp.clone(), Arc::clone(&self.drained)));
-        self.connect(session, move |ram, link| Source::begin(ram, link, downtime, delta_cache, drain)).await
+        // Whoever decides has not allowed anything yet.
+        let nothing = Duration::ZERO;
+        self.connect(session, move |ram, link| Source::begin(ram, link, nothing, delta_cache, drain)).await?;
+        self.source()?.ask_within(self.wishes.limits.for_pages(&self.wishes.costs));
+        Ok(())
     }
 
     async fn observe(&mut self) -> Result<Seen, EngineError> {
@@ -524,16 +533,24 @@ impl RamEngine for ExternalEngine {
     }
 
     async fn apply(&mut self, action: &Action) -> Result<(), EngineError> {
-        match action {
-            Action::PostCopy if !self.switched => self.switch_over(true).await,
-            Action::Pace(share) if !self.switched => self.pace(*share).await,
-            Action::Pause if !self.switched => {
-                self.as_planned().await?;
-                let source = self.source()?;
-                self.pause(&source).await
-            }
-            _ => Ok(()),
+        if self.switched {
+            return Ok(());
         }
+        let source = self.source()?;
+        match action {
+            Action::PostCopy => self.switch_over(true).await?,
+            Action::Pace(share) => self.pace(*share).await?,
+            Action::Allow(pause) => source.allow(*pause),
+            Action::Pause => {
+                self.as_planned().await?;
+                self.pause(&source).await?;
+                // Nothing is written any more: whatever is left next is the end.
+                source.allow(self.wishes.limits.downtime);
+            }
+            Action::Continue | Action::Throttle(_) | Action::GiveUp(_) => {}
+        }
+        source.answer(self.last.as_ref().map_or(0, |last| last.round));
+        Ok(())
     }
 
     async fn reconnect(&mut self, to: &NewConnection) -> Result<(), EngineError> {

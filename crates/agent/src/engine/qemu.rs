@@ -3,15 +3,14 @@
 //! Which of QEMU's means are used is decided before the start; see `means.rs`. One QEMU cannot copy a guest that runs at
 //! all; see [`vmferry_qemu::migration::loses_writes`].
 //!
-//! QEMU switches over by itself once what is left fits the downtime limit; the policy only has to act when that will
-//! not happen.
+//! QEMU switches over by itself once what is left fits its downtime limit: that is how the policy says when.
 
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use vmferry_policy::{Action, Bytes, BytesPerSec, Limits, Observation, Percent, Phase};
+use vmferry_policy::{Action, Bytes, BytesPerSec, Costs, Limits, Means, Observation, Percent, Phase, Scan};
 use vmferry_qemu::qmp::commands::{self, MigrationInfo, MigrationParameters, RamInfo};
 use vmferry_qemu::{Event, EventStream, Features, MigrationStatus, Qmp, QmpError, RunState};
 
@@ -22,6 +21,8 @@ use super::{Disks, EngineError, NewConnection, RamEngine, Seen, Setup, Totals};
 pub(super) const UNLIMITED: u64 = 1 << 50;
 /// As good as never, while QEMU cannot tell what switching over would cost: zero would mean without a last look.
 const NO_SWITCHOVER_MS: u64 = 1;
+/// `MAX_MIGRATE_DOWNTIME` in QEMU's `migration/options.c`.
+const LONGEST_PAUSE: Duration = Duration::from_secs(2000);
 const TICK: Duration = Duration::from_millis(250);
 /// A pause at switchover is not an end: QEMU gets this long to be done with a cancelled migration.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(20);
@@ -50,13 +51,17 @@ pub struct QemuEngine {
     runs: bool,
     /// We have paused it.
     paused_by_us: bool,
-    /// QEMU was told a downtime that it cannot keep.
-    holds_switchover: bool,
+    costs: Costs,
+    /// The policy has allowed a switchover.
+    permitted: bool,
     started: Instant,
     paused_at: Option<Instant>,
     post_copy: bool,
     rate: RateMeter,
     rounds: Rounds,
+    /// What began this round, and when.
+    scan: Option<Scan>,
+    scanned: Instant,
     /// The highest seen, in bytes a second.
     dirty_rate: u64,
     last: MigrationInfo,
@@ -69,6 +74,8 @@ pub struct Wishes {
     pub uri: String,
     /// What the user set; post-copy only if the setup has it.
     pub limits: Limits,
+    /// What switches of this VM cost, as far as is known.
+    pub costs: Costs,
     /// The most to send, in bytes a second.
     pub bandwidth: Option<u64>,
     /// As chosen before (`means.rs`) and taken by the destination.
@@ -100,12 +107,16 @@ impl QemuEngine {
             budget: wishes.bandwidth.map(Budget::new),
             runs,
             paused_by_us: false,
-            holds_switchover: runs && !wishes.post_copy_first,
+            costs: wishes.costs,
+            // One that does not run may be switched over whenever it comes to that.
+            permitted: !runs || wishes.post_copy_first,
             started: Instant::now(),
             paused_at: None,
             post_copy: false,
             rate: RateMeter::default(),
             rounds: Rounds::default(),
+            scan: None,
+            scanned: Instant::now(),
             dirty_rate: 0,
             last: MigrationInfo::default(),
             last_sent: Instant::now(),
@@ -137,11 +148,16 @@ impl QemuEngine {
         self.limits.downtime.as_millis() as u64
     }
 
-    /// QEMU may switch over from the second round on. In the first it takes its rate for pages of zeroes, which cost it
-    /// almost nothing, for the rate of all, and then pauses the guest for as long as the rest of its RAM takes.
-    async fn permit_switchover(&mut self) -> Result<(), QmpError> {
-        self.holds_switchover = false;
-        let downtime_limit = Some(self.downtime_ms());
+    /// QEMU switches over as soon as the pages that are left take no longer than this. In its first round it takes its rate
+    /// for pages of zeroes, which cost it almost nothing, for the rate of all, and would then pause the guest for as long
+    /// as the rest of its RAM takes: a policy that knows that waits for the second.
+    async fn permit_switchover(&mut self, pause: Duration) -> Result<(), EngineError> {
+        if !std::mem::replace(&mut self.permitted, true)
+            && let Some(disks) = &self.disks
+        {
+            disks.settle().await?;
+        }
+        let downtime_limit = Some((pause.as_millis() as u64).max(NO_SWITCHOVER_MS));
         self.qmp.execute(MigrationParameters { downtime_limit, ..MigrationParameters::default() }).await?;
         Ok(())
     }
@@ -158,7 +174,7 @@ impl QemuEngine {
 
     async fn set_parameters(&self) -> Result<(), QmpError> {
         let mut parameters = MigrationParameters {
-            downtime_limit: Some(if self.holds_switchover { NO_SWITCHOVER_MS } else { self.downtime_ms() }),
+            downtime_limit: Some(if self.permitted { self.downtime_ms() } else { NO_SWITCHOVER_MS }),
             ..self.sends_at_most(self.bandwidth)
         };
         if self.setup.channels > 0 {
@@ -201,6 +217,20 @@ impl QemuEngine {
             _ => return false,
         }
         true
+    }
+
+    fn count_rounds(&mut self, ram: &RamInfo) {
+        let before = self.rounds.begun;
+        self.rounds.update(ram);
+        let new = self.rounds.begun.saturating_sub(before);
+        // The first one begins with all RAM, and no scan.
+        if new > 0 && self.rounds.begun > 1 {
+            let interval = self.scanned.elapsed() / new;
+            self.scan = Some(Scan { interval, left: Bytes(ram.remaining) });
+        }
+        if new > 0 {
+            self.scanned = Instant::now();
+        }
     }
 
     fn see(&mut self, info: MigrationInfo) -> Result<Seen, EngineError> {
@@ -247,12 +277,15 @@ impl QemuEngine {
             round: self.rounds.begun,
             remaining: Bytes(ram.remaining),
             total: Bytes(ram.total),
-            stale: Percent(0),
+            scan: self.scan,
+            stale: Bytes(0),
             sent: Bytes(ram.transferred),
             dirty_rate: BytesPerSec(dirty_rate),
-            link_rate: BytesPerSec(self.rate.update(ram.transferred, Instant::now())),
+            link_rate: BytesPerSec(self.rate.update(&ram, Instant::now())),
+            round_trip: Duration::ZERO,
             throttle: Percent(info.cpu_throttle_percentage.unwrap_or(0).min(100) as u8),
-            can_pace: false,
+            means: Means { pace: false, throttle: self.setup.has("auto-converge") },
+            costs: self.costs,
             limits: self.limits,
         };
         self.last = info;
@@ -269,7 +302,7 @@ impl RamEngine for QemuEngine {
             self.pause().await?;
         }
         self.started = Instant::now();
-        self.last_sent = self.started;
+        (self.last_sent, self.scanned) = (self.started, self.started);
         self.qmp.execute(commands::Migrate { uri: self.uri.clone(), resume: None }).await?;
         if self.post_copy_first {
             self.qmp.execute(commands::MigrateStartPostcopy {}).await?;
@@ -282,18 +315,12 @@ impl RamEngine for QemuEngine {
         self.look_whether_it_runs().await?;
         let info = self.qmp.execute(commands::QueryMigrate {}).await?;
         if let Some(ram) = &info.ram {
-            self.rounds.update(ram);
+            self.count_rounds(ram);
         }
         if let (Some(budget), Some(disks)) = (&mut self.budget, &self.disks)
             && let Some(rate) = budget.for_ram(self.started.elapsed(), disks.sent())
         {
             self.qmp.execute(self.sends_at_most(Some(rate))).await?;
-        }
-        if self.holds_switchover && self.rounds.begun > 1 {
-            if let Some(disks) = &self.disks {
-                disks.settle().await?;
-            }
-            self.permit_switchover().await?;
         }
         if info.status == Some(MigrationStatus::PreSwitchover)
             && let Some(disks) = self.disks.take()
@@ -315,7 +342,12 @@ impl RamEngine for QemuEngine {
                 parameters.set_throttle(*share);
                 self.qmp.execute(parameters).await?;
             }
-            Action::Pause => self.pause().await?,
+            Action::Allow(pause) => self.permit_switchover(*pause).await?,
+            Action::Pause => {
+                self.pause().await?;
+                // QEMU's longest: nothing is written any more, and whatever is left is to be sent.
+                self.permit_switchover(LONGEST_PAUSE).await?;
+            }
             Action::Continue | Action::Pace(_) | Action::GiveUp(_) => {}
         }
         Ok(())
@@ -431,24 +463,42 @@ impl Rounds {
 }
 
 /// Bytes a second, smoothed over the last second or so.
+///
+/// Pages of zeroes cost next to nothing to send and something to find: while hardly anything else is found, what is sent
+/// tells nothing of what the link carries. Nor does it where there is nothing to send.
 #[derive(Default)]
 struct RateMeter {
-    last: Option<(u64, Instant)>,
+    last: Option<(Counted, Instant)>,
     rate: Option<f64>,
 }
 
+/// What QEMU has sent: bytes, pages, and of them those of zeroes.
+#[derive(Clone, Copy)]
+struct Counted {
+    bytes: u64,
+    normal: u64,
+    zero: u64,
+}
+
+/// So many pages of zeroes to one other, and it is not the link that holds QEMU up.
+const ZEROES: u64 = 4;
+
 impl RateMeter {
-    fn update(&mut self, total: u64, at: Instant) -> u64 {
+    fn update(&mut self, ram: &RamInfo, at: Instant) -> u64 {
+        let now = Counted { bytes: ram.transferred, normal: ram.normal, zero: ram.duplicate };
         if let Some((before, then)) = self.last {
             let seconds = at.duration_since(then).as_secs_f64();
             // News can come within a tick: too short to tell a rate from.
             if seconds < 0.05 {
                 return self.rate.unwrap_or(0.0) as u64;
             }
-            let sample = total.saturating_sub(before) as f64 / seconds;
-            self.rate = Some(self.rate.map_or(sample, |rate| rate + RATE_WEIGHT * (sample - rate)));
+            let (normal, zero) = (now.normal.saturating_sub(before.normal), now.zero.saturating_sub(before.zero));
+            if zero <= normal.saturating_mul(ZEROES) || self.rate.is_none() && normal > 0 {
+                let sample = now.bytes.saturating_sub(before.bytes) as f64 / seconds;
+                self.rate = Some(self.rate.map_or(sample, |rate| rate + RATE_WEIGHT * (sample - rate)));
+            }
         }
-        self.last = Some((total, at));
+        self.last = Some((now, at));
         self.rate.unwrap_or(0.0) as u64
     }
 }
@@ -463,9 +513,19 @@ mod tests {
         let begin = Instant::now();
         let mut rate = 0;
         for tick in 0..20 {
-            rate = meter.update(tick * 10_000_000, begin + TICK * tick as u32);
+            rate = meter.update(&sent(tick * 10_000_000, 0), begin + TICK * tick as u32);
         }
         assert!(rate.abs_diff(40_000_000) < 10, "{rate}");
+        // A stretch of zeroes, of which hardly anything is sent, does not make it slower.
+        for tick in 20..40 {
+            rate = meter.update(&sent(190_000_000 + tick * 1000, tick * 100_000), begin + TICK * tick as u32);
+        }
+        assert!(rate.abs_diff(40_000_000) < 10, "{rate}");
+    }
+
+    /// So many bytes, and pages of zeroes.
+    fn sent(bytes: u64, zeroes: u64) -> RamInfo {
+        RamInfo { transferred: bytes, normal: bytes >> 12, duplicate: zeroes, ..RamInfo::default() }
     }
 
     /// What QEMU tells after so many pages of 1000 were sent, and so many looks.
@@ -503,8 +563,8 @@ mod tests {
     fn news_within_a_tick_do_not_spoil_the_rate() {
         let mut meter = RateMeter::default();
         let begin = Instant::now();
-        meter.update(0, begin);
-        let rate = meter.update(10_000_000, begin + TICK);
-        assert_eq!(meter.update(10_000_000, begin + TICK + Duration::from_millis(1)), rate);
+        meter.update(&sent(0, 0), begin);
+        let rate = meter.update(&sent(10_000_000, 0), begin + TICK);
+        assert_eq!(meter.update(&sent(10_000_000, 0), begin + TICK + Duration::from_millis(1)), rate);
     }
 }

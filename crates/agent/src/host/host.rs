@@ -15,6 +15,8 @@ use super::disks::Signature;
 use super::idle::{Idle, IdleVm};
 use super::qemus::Qemus;
 use super::vm::{Stage, Vm};
+use vmferry_policy::Costs;
+
 use crate::config::Config;
 use crate::error::AgentError;
 use crate::journal::{Instance, Journal};
@@ -219,6 +221,12 @@ impl Host {
         let known = &self.state().switchovers;
         let longest = || known.iter().filter(|((_, kind), _)| *kind == post_copy).map(|(_, time)| *time).max();
         known.get(&(vm.to_owned(), post_copy)).copied().or_else(longest).unwrap_or(SWITCHOVER)
+    }
+
+    /// What switches of this VM cost, as far as its last ones tell.
+    pub(crate) fn costs_of(&self, vm: &str) -> Costs {
+        let [switchover, post_copy] = [false, true].map(|post_copy| self.switchover_time(vm, post_copy));
+        Costs { switchover, post_copy, ..Costs::default() }
     }
 
     pub(crate) fn note_switchover(&self, vm: &str, post_copy: bool, time: Duration) {

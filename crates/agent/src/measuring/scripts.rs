@@ -1,7 +1,7 @@
 //! A migration that is measured: its script says what is done, and nothing is decided.
 
 use vmferry_api::{Means, Script};
-use vmferry_policy::{Action, AfterRounds, Policy, Simple};
+use vmferry_policy::{Action, AfterRounds, LeastHarm, Policy};
 use vmferry_qemu::Features;
 
 use crate::engine::Setup;
@@ -53,6 +53,6 @@ pub(crate) fn policy_of(script: Option<&Script>) -> Box<dyn Policy> {
         Some(Script { post_copy_after: Some(rounds), .. }) => Box::new(AfterRounds::new(*rounds, Action::PostCopy)),
         Some(Script { pause_after: Some(rounds), .. }) => Box::new(AfterRounds::new(*rounds, Action::Pause)),
         Some(_) => Box::new(AfterRounds::never()),
-        None => Box::<Simple>::default(),
+        None => Box::<LeastHarm>::default(),
     }
 }

@@ -47,17 +47,19 @@ impl Run {
             }
             let asked = self.post_copy_is_asked_for(&seen.observation);
             let action = if asked { Action::PostCopy } else { policy.decide(&seen.observation) };
+            if let Some(words) = policy.words() {
+                self.teller.decided(words);
+            }
             match &action {
-                Action::Continue => {}
+                Action::Continue | Action::Allow(_) => {}
                 // What is left is sent while it stands still.
                 Action::Pause => self.migration.told.tell(MigrationEvent::Step { step: Step::SwitchOver }),
                 Action::PostCopy => self.migration.note(post_copy_in_words(&seen.observation, asked)),
                 Action::Throttle(share) => {
-                    self.migration
-                        .note(format!("The guest writes faster than the link carries: slowed by {} %.", share.0));
+                    self.migration.note(format!("So that it ends, the guest is slowed by {} %.", share.0));
                 }
                 Action::Pace(share) => self.migration.note(format!(
-                    "The guest writes faster than the link carries: its writes are held to {} % of what it does carry.",
+                    "So that it ends, the guest's writes are held to {} % of what the link carries.",
                     share.0
                 )),
                 Action::GiveUp(reason) => {
@@ -90,7 +92,7 @@ impl Run {
 fn post_copy_in_words(seen: &Observation, asked: bool) -> String {
     let why = match asked {
         true => "Post-copy, as asked for.",
-        false => "The guest writes faster than the link carries: post-copy.",
+        false => "Post-copy, as that harms the guest least.",
     };
     match seen.remaining.time_at(seen.link_rate) {
         Some(rest) => {

@@ -71,6 +71,7 @@ impl Run {
             rounds: totals.rounds,
             dirty_rate: totals.dirty_rate,
             throttle: book.throttle,
+            decisions: book.decisions.clone(),
             steps: book.times(),
             disks: self.disks_moved(),
         }

@@ -9,9 +9,9 @@ use std::time::Duration;
 
 use bytesize::ByteSize;
 use uuid::Uuid;
-use vmferry_api::{EngineName, MigrateRequest, PlanView, Security};
+use vmferry_api::{EngineName, MigrateRequest, PlanView, Prefer, Security};
 use vmferry_link::{Fingerprint, fastest_cipher};
-use vmferry_policy::Limits;
+use vmferry_policy::{BytesPerSec, Limits, Otherwise, Percent, Preference};
 use vmferry_qemu::inventory::Glimpse;
 use vmferry_qemu::qmp::commands;
 use vmferry_qemu::{
@@ -90,6 +90,17 @@ pub(super) fn limits(request: &MigrateRequest) -> Result<Limits, AgentError> {
         downtime: Duration::from_millis(request.downtime_ms),
         max_time: request.max_time_ms.map(Duration::from_millis),
         post_copy: request.post_copy,
+        slow: Percent(100),
+        bandwidth: request.bandwidth.map(BytesPerSec),
+        // Who says by when it has to be done, and forbids what would see to that, wants it to stay otherwise.
+        otherwise: match request.max_time_ms.is_some() && !request.post_copy {
+            true => Otherwise::GiveUp,
+            false => Otherwise::Finish,
+        },
+        prefer: match request.prefer {
+            Prefer::Short => Preference::Short,
+            Prefer::Gentle => Preference::Gentle,
+        },
     })
 }
 

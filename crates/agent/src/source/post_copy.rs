@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 use vmferry_api::{Code, in_one_line};
-use vmferry_policy::Limits;
+use vmferry_policy::{Costs, Limits};
 use vmferry_qemu::QmpError;
 
 use super::teller::Audience;
@@ -178,15 +178,14 @@ async fn reconnect(engine: &mut dyn RamEngine, peer: &Peer, id: Uuid, way: &Way)
     Ok(false)
 }
 
-/// Nothing is left to decide in post-copy.
-const NO_LIMITS: Limits = Limits { downtime: Duration::ZERO, max_time: None, post_copy: true };
-
 async fn resumed_qemu(host: &Host, vm: &Vm, record: &OutRecord) -> Result<Box<dyn RamEngine>, AgentError> {
     let (features, _) = host.qemus.features_of(vm).await?;
     let (uri, setup) = (String::new(), Setup::default());
     let wishes = qemu::Wishes {
         uri,
-        limits: NO_LIMITS,
+        // Nothing is left to decide in post-copy.
+        limits: Limits::default(),
+        costs: Costs::default(),
         bandwidth: None,
         setup,
         post_copy_first: false,
@@ -208,8 +207,9 @@ async fn resumed_external(host: &Host, vm: &Vm, record: &OutRecord) -> Result<Bo
             peer: record.peer_key,
             protection: (!plain).then_some(None),
         },
-        limits: NO_LIMITS,
-        besides: Duration::ZERO,
+        limits: Limits::default(),
+        costs: Costs::default(),
+        paces: false,
         bandwidth: None,
         delta_cache: 0,
         runs: record.running,

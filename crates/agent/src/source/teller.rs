@@ -10,6 +10,9 @@ use super::migration::Migration;
 use crate::engine::Seen;
 use crate::host::Host;
 
+/// So many decisions are in a report, at most.
+const KEPT_DECISIONS: usize = 200;
+
 /// Hears how a migration goes on.
 pub(super) trait Audience: Send + Sync {
     /// Something worth telling.
@@ -58,6 +61,8 @@ pub(super) struct Book {
     pub(super) downtime: Duration,
     /// How long that was expected to be.
     pub(super) predicted: Option<Duration>,
+    /// Each decision in words, as far as there are not too many.
+    pub(super) decisions: Vec<String>,
 }
 
 impl Book {
@@ -84,6 +89,7 @@ impl Teller {
             scripted,
             downtime: Duration::ZERO,
             predicted: None,
+            decisions: Vec::new(),
         };
         Self { host: Arc::clone(host), migration: Arc::clone(migration), book: Mutex::new(book) }
     }
@@ -102,6 +108,17 @@ impl Teller {
         tracing::debug!(vm = self.migration.vm, migration = %self.migration.id, ?step, "next step");
         self.lock().begun.push((step, Instant::now()));
         self.migration.told.tell(MigrationEvent::Step { step });
+    }
+
+    /// What the policy has decided, in its words.
+    pub(super) fn decided(&self, text: String) {
+        tracing::debug!(vm = self.migration.vm, migration = %self.migration.id, "{text}");
+        let mut book = self.lock();
+        if book.decisions.len() < KEPT_DECISIONS {
+            book.decisions.push(text.clone());
+        }
+        drop(book);
+        self.migration.told.tell(MigrationEvent::Decision { text });
     }
 
     /// The destination has what it needs, and the guest stands.

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use uuid::Uuid;
 use vmferry_api::client::{Client, ClientError, vm_path};
 use vmferry_api::{
-    Begun, Code, EngineName, Means as ScriptMeans, MigrateRequest, MigrationEvent, Problem, Report, Script, Step,
-    VmView,
+    Begun, Code, EngineName, Means as ScriptMeans, MigrateRequest, MigrationEvent, Prefer, Problem, Report, Script,
+    Step, VmView,
 };
 use vmferry_qemu::Accel;
 
@@ -110,6 +110,7 @@ pub(super) fn request(options: &RunOptions, to: &str) -> MigrateRequest {
         max_time_ms: None,
         bandwidth: scenario.bandwidth(),
         post_copy: scenario.post_copy,
+        prefer: Prefer::default(),
         script: (!scenario.automatic).then(|| Script {
             post_copy_after: scenario.post_copy_after,
             pause_after: scenario.pause_after,

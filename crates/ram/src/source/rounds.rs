@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::shipping::{CHUNK, Filling, Shipping, There};
-use super::{Inner, RamError, WriteLog, in_threads, workers};
+use super::{Inner, Look, RamError, WriteLog, in_threads, workers};
 use crate::PAGE;
 use crate::pages::PageSet;
 
@@ -30,13 +30,7 @@ const GLANCE: Duration = Duration::from_millis(150);
 const TELLING: u64 = 8192;
 /// So many of them are looked at each time, at most: 4 GiB, which takes one thread some milliseconds.
 const GLANCED: u64 = 1 << 20;
-/// What takes no longer than this is not worth another round.
-const LITTLE: Duration = Duration::from_millis(4);
-/// A round that leaves more than this share of what the last one left is not worth another one either.
-const SHRINKS: f64 = 0.7;
-/// How often what fits the downtime is tried to be made less.
-const MOST_ATTEMPTS: u32 = 6;
-/// How long the guest may take to be paused once it is time for it.
+/// How long the guest may take to be paused once it is time for it, and whoever decides that to say so.
 const PAUSE: Duration = Duration::from_millis(500);
 
 /// What looks have found, by block: pages that one after another finds written are hot.
@@ -189,7 +183,6 @@ impl Inner {
             }
         })?;
         self.lock().stale = 0;
-        let (mut before, mut attempts) = (u64::MAX, 0);
         while !self.is_stopped() {
             let since = looked.elapsed();
             looked = Instant::now();
@@ -204,22 +197,30 @@ impl Inner {
             };
             self.drain()?;
             let which = if paced { Which::All } else { Which::Cold(&heat) };
-            let look = looked.elapsed();
             let left = self.recount();
             let dirty_rate = rate_of(written, since);
             let rate = self.shipping.rate();
             let spared = self.last_sent.judge(&self.ram, &self.pending, left, rate).map_err(RamError::io)?;
             let time = self.time_for(left).map(|time| time.mul_f64(1.0 - spared));
-            let fits = time.is_some_and(|time| time + look <= self.downtime);
-            attempts = if fits { attempts + 1 } else { 0 };
-            let enough = time.is_some_and(|time| time <= LITTLE) || left as f64 > before as f64 * SHRINKS;
-            before = left;
+            let takes = |state: &super::State, most: fn(&super::State) -> Duration| {
+                !most(state).is_zero() && (left == 0 || time.is_some_and(|time| time <= most(state)))
+            };
             {
                 let mut state = self.lock();
                 state.round += 1;
                 state.dirty_rate = dirty_rate;
                 state.spared = spared;
-                if left == 0 || fits && (enough || attempts >= MOST_ATTEMPTS) {
+                state.look = Some(Look { interval: since, left: left * PAGE });
+                if takes(&state, |state| state.asks_within) {
+                    // What is sent before the word comes would only be in the way of the last pages.
+                    state.asks = true;
+                    self.news.notify_all();
+                    let waiting = |state: &mut super::State| state.asks && !self.is_stopped();
+                    (state, _) =
+                        self.news.wait_timeout_while(state, PAUSE, waiting).expect("no holder of this lock panics");
+                    state.asks = false;
+                }
+                if takes(&state, |state| state.allowed) {
                     state.converged = true;
                     self.news.notify_all();
                     // It is up to whoever watches to pause the guest.
@@ -424,7 +425,7 @@ impl Inner {
             state.dirty_rate = rate_of(rewritten, began.elapsed());
         }
         if sent >= TELLING {
-            state.stale = (rewritten * 100 / sent).min(100) as u8;
+            state.stale = rewritten.min(sent) * PAGE;
         }
         Ok(())
     }

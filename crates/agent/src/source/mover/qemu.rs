@@ -147,6 +147,7 @@ impl Mover for ByQemu {
         let wishes = Wishes {
             uri,
             limits: *task.limits,
+            costs: task.host.costs_of(task.vm.name()),
             bandwidth: task.bandwidth,
             setup,
             post_copy_first: self.pauses_first,

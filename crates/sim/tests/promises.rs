@@ -1,0 +1,92 @@
+//! What our policy promises, whatever the guest: on migrations that are only reckoned.
+
+use proptest::prelude::*;
+use vmferry_policy::{Action, LeastHarm, Limits, Otherwise, Percent};
+use vmferry_sim::{Case, End, Engine, Link, Outcome, best_in_hindsight, run};
+
+/// The case of this seed on a link that stays as it is.
+fn steady(seed: u64, limits: Limits) -> Case {
+    let case = Case::of(seed, limits);
+    Case { link: Link { changes: Vec::new(), ..case.link.clone() }, ..case }
+}
+
+fn decided(case: &Case, engine: Engine) -> Outcome {
+    run(&case.guest, &case.link, engine, case.limits, case.seed, None, &mut LeastHarm::default())
+}
+
+fn limits() -> impl Strategy<Value = Limits> {
+    (any::<[bool; 2]>(), prop_oneof![Just(0u8), Just(50), Just(100)]).prop_map(|([post_copy, gives_up], slow)| Limits {
+        post_copy,
+        slow: Percent(slow),
+        otherwise: if gives_up { Otherwise::GiveUp } else { Otherwise::Finish },
+        ..Limits::default()
+    })
+}
+
+fn engine() -> impl Strategy<Value = Engine> {
+    prop_oneof![Just(Engine::external()), Just(Engine::qemu())]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+
+    #[test]
+    fn it_always_ends_and_gives_up_only_where_that_is_allowed(seed in 0u64..1 << 32, limits in limits(), by in engine()) {
+        let case = steady(seed, limits);
+        let outcome = decided(&case, by);
+        prop_assert_ne!(outcome.end, End::TooLong, "{}: {:#?}", case.name, outcome.words);
+        let may_give_up = limits.otherwise == Otherwise::GiveUp && !limits.post_copy;
+        prop_assert!(outcome.end == End::Completed || may_give_up, "{}: {:#?}", case.name, outcome.words);
+    }
+
+    #[test]
+    fn no_lever_is_moved_twice_in_a_round_unless_more_is_known(seed in 0u64..1 << 32, limits in limits(), by in engine()) {
+        let case = steady(seed, limits);
+        let outcome = decided(&case, by);
+        let moved: Vec<(f64, u32)> = outcome.actions.iter()
+            .filter(|(_, _, action)| matches!(action, Action::Pace(_) | Action::Throttle(_)))
+            .map(|(at, round, _)| (*at, *round))
+            .collect();
+        for pair in moved.windows(2) {
+            let ((before, round), (after, next)) = (pair[0], pair[1]);
+            // The first round brings news all the time.
+            prop_assert!(next > round || round == 1 && after - before >= 0.25, "{}: {:?}", case.name, outcome.actions);
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn no_downtime_is_longer_than_allowed_where_a_simple_plan_would_have_kept_to_it(
+        seed in 0u64..1 << 32,
+        post_copy in any::<bool>(),
+    ) {
+        let case = steady(seed, Limits { post_copy, ..Limits::default() });
+        let outcome = decided(&case, Engine::external());
+        let allowed = case.limits.downtime.as_secs_f64();
+        // What is measured of a link is never exact.
+        if outcome.felt.downtime > allowed * 1.05 {
+            let best = best_in_hindsight(&case, Engine::external());
+            prop_assert!(best.felt.downtime > allowed, "{}: {:?} but {best:?}", case.name, outcome.felt);
+        }
+    }
+
+    #[test]
+    fn a_link_half_as_fast_again_is_never_worse_by_more_than_a_tenth(seed in 0u64..1 << 32, post_copy in any::<bool>()) {
+        let case = steady(seed, Limits { post_copy, ..Limits::default() });
+        let faster = Case { link: Link { rate: case.link.rate * 1.5, ..case.link.clone() }, ..case.clone() };
+        let harm = |case: &Case| decided(case, Engine::external()).felt.harm(case.limits.prefer);
+        // A post-copy that is just entered, or just not, is half a second.
+        prop_assert!(harm(&faster) <= harm(&case) * 1.1 + 0.5, "{}: {} and {}", case.name, harm(&faster), harm(&case));
+    }
+}
+
+#[test]
+fn the_same_seed_is_the_same_migration() {
+    for seed in 0..20 {
+        let case = Case::of(seed, Limits::default());
+        assert_eq!(decided(&case, Engine::external()), decided(&Case::of(seed, Limits::default()), Engine::external()));
+    }
+}
