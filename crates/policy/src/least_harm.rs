@@ -282,6 +282,10 @@ impl LeastHarm {
         let limits = seen.limits;
         let too_late = limits.max_time.filter(|most| seen.elapsed >= *most);
         if self.link.is_unknown() || seen.total.0 == 0 {
+            // Little was sent so far, or nothing: an engine that finds that what is left is little, or nothing, may end it.
+            if self.scans > 0 {
+                self.allow(limits.for_pages(&seen.costs).as_secs_f64());
+            }
             return self.wait_or_end(seen, too_late, "how fast the link is, is not known");
         }
         if let Some(allowed) = too_late.filter(|_| !limits.post_copy && limits.otherwise == Otherwise::GiveUp) {
@@ -518,6 +522,14 @@ mod tests {
         let stays = Limits { post_copy: false, otherwise: Otherwise::GiveUp, ..limits };
         let late = Observation { limits: stays, elapsed: Duration::from_secs(6), ..first };
         assert!(matches!(said(&mut LeastHarm::default(), &late)[..], [Action::GiveUp(Reason::OutOfTime { .. })]));
+    }
+
+    #[test]
+    fn a_guest_of_which_nothing_was_to_be_sent_moves_though_the_link_is_not_known() {
+        let mut policy = LeastHarm::default();
+        let seen = Observation { link_rate: BytesPerSec(0), sent: Bytes(0), ..after(2, 0.05, 50, 0) };
+        assert_eq!(said(&mut policy, &seen), [Action::Allow(Duration::from_millis(260))]);
+        assert_eq!(said(&mut policy, &seen), [], "once");
     }
 
     #[test]
