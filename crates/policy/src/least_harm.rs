@@ -62,6 +62,8 @@ pub struct LeastHarm {
     allowed: f64,
     paced: Percent,
     throttled: Percent,
+    /// The hardest throttle so far.
+    hardest: Percent,
     /// What was seen of the last two when it was looked last.
     slowed: Percent,
     /// What is still to be said.
@@ -247,7 +249,9 @@ impl LeastHarm {
             // QEMU takes a throttle up at a scan, and there is none in the first round.
             if seen.means.throttle && !is_first {
                 let most = THROTTLES.iter().filter(|it| **it <= seen.limits.slow.0);
-                ways.extend(most.filter(|it| **it != self.throttled.0).map(|it| Way::Throttle(Percent(*it))));
+                let tried = if leads_nowhere { self.hardest.0 } else { 0 };
+                let others = most.filter(|it| **it > tried && **it != self.throttled.0);
+                ways.extend(others.map(|it| Way::Throttle(Percent(*it))));
             }
         }
         ways
@@ -359,7 +363,10 @@ impl LeastHarm {
             Way::Throttle(share) => {
                 if share != self.throttled {
                     self.throttled = share;
-                    (self.idle_scans, self.least) = (0, f64::MAX);
+                    // What was tried already deserves no more patience.
+                    if share > self.hardest {
+                        (self.idle_scans, self.least, self.hardest) = (0, f64::MAX, share);
+                    }
                     self.queue.push_back(Action::Throttle(share));
                 }
                 self.allow(pages.min(most));
