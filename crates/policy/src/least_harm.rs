@@ -62,6 +62,8 @@ pub struct LeastHarm {
     allowed: f64,
     paced: Percent,
     throttled: Percent,
+    /// The hardest throttle so far.
+    hardest: Percent,
     /// What was seen of the last two when it was looked last.
     slowed: Percent,
     /// What is still to be said.
@@ -247,7 +249,9 @@ impl LeastHarm {
             // QEMU takes a throttle up at a scan, and there is none in the first round.
             if seen.means.throttle && !is_first {
                 let most = THROTTLES.iter().filter(|it| **it <= seen.limits.slow.0);
-                ways.extend(most.filter(|it| **it != self.throttled.0).map(|it| Way::Throttle(Percent(*it))));
+                let tried = if leads_nowhere { self.hardest.0 } else { 0 };
+                let others = most.filter(|it| **it > tried && **it != self.throttled.0);
+                ways.extend(others.map(|it| Way::Throttle(Percent(*it))));
             }
         }
         ways
@@ -282,6 +286,10 @@ impl LeastHarm {
         let limits = seen.limits;
         let too_late = limits.max_time.filter(|most| seen.elapsed >= *most);
         if self.link.is_unknown() || seen.total.0 == 0 {
+            // Little was sent so far, or nothing: an engine that finds that what is left is little, or nothing, may end it.
+            if self.scans > 0 {
+                self.allow(limits.for_pages(&seen.costs).as_secs_f64());
+            }
             return self.wait_or_end(seen, too_late, "how fast the link is, is not known");
         }
         if let Some(allowed) = too_late.filter(|_| !limits.post_copy && limits.otherwise == Otherwise::GiveUp) {
@@ -355,7 +363,10 @@ impl LeastHarm {
             Way::Throttle(share) => {
                 if share != self.throttled {
                     self.throttled = share;
-                    (self.idle_scans, self.least) = (0, f64::MAX);
+                    // What was tried already deserves no more patience.
+                    if share > self.hardest {
+                        (self.idle_scans, self.least, self.hardest) = (0, f64::MAX, share);
+                    }
                     self.queue.push_back(Action::Throttle(share));
                 }
                 self.allow(pages.min(most));
@@ -518,6 +529,14 @@ mod tests {
         let stays = Limits { post_copy: false, otherwise: Otherwise::GiveUp, ..limits };
         let late = Observation { limits: stays, elapsed: Duration::from_secs(6), ..first };
         assert!(matches!(said(&mut LeastHarm::default(), &late)[..], [Action::GiveUp(Reason::OutOfTime { .. })]));
+    }
+
+    #[test]
+    fn a_guest_of_which_nothing_was_to_be_sent_moves_though_the_link_is_not_known() {
+        let mut policy = LeastHarm::default();
+        let seen = Observation { link_rate: BytesPerSec(0), sent: Bytes(0), ..after(2, 0.05, 50, 0) };
+        assert_eq!(said(&mut policy, &seen), [Action::Allow(Duration::from_millis(260))]);
+        assert_eq!(said(&mut policy, &seen), [], "once");
     }
 
     #[test]

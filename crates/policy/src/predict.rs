@@ -26,8 +26,9 @@ const TIMESLICE: f64 = 0.01;
 const MOST_ROUNDS: u32 = 24;
 /// A processor that waits for its turn to write stands about as long as so many pages take on the link.
 const WRITERS: f64 = 8.0;
-/// Beginning to pace pauses the guest for about this share of the downtime allowed (`take_over` in the external engine).
-const TAKE_OVER: f64 = 0.5;
+/// What a guest waits more at worst where its writes begin to be paced than where it turns to post-copy: it took 0.8 to 1.8 s
+/// longer to rewrite 64 MiB (docs/FIGURES.md).
+const PACED_STALL: f64 = 1.0;
 
 /// How a migration stands.
 #[derive(Clone, Debug, PartialEq)]
@@ -216,13 +217,13 @@ impl Outlook {
         self.switch(now, after, left, rate)
     }
 
-    fn pace(&self, share: f64, now: bool, fits: f64, allowed: f64, luck: Luck) -> Play {
+    fn pace(&self, share: f64, now: bool, fits: f64, luck: Luck) -> Play {
         let rate = luck.rate(self.link);
         let mut play = self.slowing(fits, luck, now, |takes| {
             let (wanted, may) = (luck.of(self.dirty.after(takes)), share * rate * takes);
             (wanted.min(may), (may / wanted.max(1.0)).min(1.0))
         });
-        let begins = if self.paced > 0.0 { 0.0 } else { allowed * TAKE_OVER };
+        let begins = if self.paced > 0.0 { 0.0 } else { PACED_STALL };
         play.felt.stall = begins.max(WRITERS * PAGE / (share * rate).max(1.0));
         play
     }
@@ -254,12 +255,11 @@ impl Outlook {
     }
 
     fn play(&self, way: Way, limits: &Limits, luck: Luck) -> Play {
-        let allowed = limits.downtime.as_secs_f64();
         let fits = limits.for_pages(&self.costs).as_secs_f64() * FITS;
         match way {
             Way::Rounds(scans) => self.rounds(scans, luck),
-            Way::Pace(share) => self.pace(share.share().max(0.01), true, fits, allowed, luck),
-            Way::PaceAfter(share) => self.pace(share.share().max(0.01), false, fits, allowed, luck),
+            Way::Pace(share) => self.pace(share.share().max(0.01), true, fits, luck),
+            Way::PaceAfter(share) => self.pace(share.share().max(0.01), false, fits, luck),
             Way::Throttle(share) => self.throttle(share.share().min(0.99), fits, luck),
             Way::PostCopy => self.post_copy(luck.of(self.missing()), 0.0, 0.0, luck),
             Way::PostCopyAfter => {

@@ -482,6 +482,8 @@ struct Counted {
 
 /// So many pages of zeroes to one other, and it is not the link that holds QEMU up.
 const ZEROES: u64 = 4;
+/// Nor is it when there is no more to send than takes so many seconds.
+const ENOUGH: f64 = 0.1;
 
 impl RateMeter {
     fn update(&mut self, ram: &RamInfo, at: Instant) -> u64 {
@@ -493,8 +495,9 @@ impl RateMeter {
                 return self.rate.unwrap_or(0.0) as u64;
             }
             let (normal, zero) = (now.normal.saturating_sub(before.normal), now.zero.saturating_sub(before.zero));
-            if zero <= normal.saturating_mul(ZEROES) || self.rate.is_none() && normal > 0 {
-                let sample = now.bytes.saturating_sub(before.bytes) as f64 / seconds;
+            let sample = now.bytes.saturating_sub(before.bytes) as f64 / seconds;
+            let is_held_up = self.rate.is_none_or(|rate| sample > rate || ram.remaining as f64 > rate * ENOUGH);
+            if is_held_up && (zero <= normal.saturating_mul(ZEROES) || self.rate.is_none() && normal > 0) {
                 self.rate = Some(self.rate.map_or(sample, |rate| rate + RATE_WEIGHT * (sample - rate)));
             }
         }
@@ -521,11 +524,17 @@ mod tests {
             rate = meter.update(&sent(190_000_000 + tick * 1000, tick * 100_000), begin + TICK * tick as u32);
         }
         assert!(rate.abs_diff(40_000_000) < 10, "{rate}");
+        // Nor does having nothing to send.
+        for tick in 40..60 {
+            let idle = RamInfo { remaining: 4096, ..sent(190_020_000 + tick, 4_000_000) };
+            rate = meter.update(&idle, begin + TICK * tick as u32);
+        }
+        assert!(rate.abs_diff(40_000_000) < 10, "{rate}");
     }
 
     /// So many bytes, and pages of zeroes.
     fn sent(bytes: u64, zeroes: u64) -> RamInfo {
-        RamInfo { transferred: bytes, normal: bytes >> 12, duplicate: zeroes, ..RamInfo::default() }
+        RamInfo { transferred: bytes, normal: bytes >> 12, duplicate: zeroes, remaining: 1 << 30, ..RamInfo::default() }
     }
 
     /// What QEMU tells after so many pages of 1000 were sent, and so many looks.
