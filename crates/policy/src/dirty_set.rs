@@ -84,7 +84,7 @@ impl DirtySet {
         if let Some(head) = self.going_on {
             let has_near = self.points.iter().any(|(at, _)| *at < head && head / at < SAME);
             if has_near {
-                self.points.retain(|(at, _)| *at != head);
+                self.points.retain(|(at, _)| at.total_cmp(&head).is_ne());
             }
         }
         let interval = interval.max(LEAST);
@@ -125,7 +125,7 @@ impl DirtySet {
                 at += 1;
                 continue;
             }
-            let goes = if t1 == newest { at - 1 } else { at };
+            let goes = if t1.total_cmp(&newest).is_eq() { at - 1 } else { at };
             self.points.remove(goes);
             at = at.saturating_sub(1).max(1);
         }

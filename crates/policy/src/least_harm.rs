@@ -10,6 +10,7 @@
 //! nowhere are counted, and when there are enough of them only ways are left that end the migration.
 
 use std::collections::VecDeque;
+use std::fmt::Write;
 use std::time::Duration;
 
 use crate::harm::Felt;
@@ -123,7 +124,7 @@ impl LeastHarm {
         self.link.update(now, seen.link_rate.0 as f64);
         let total = seen.total.0 as f64;
         let dirty = self.dirty.get_or_insert_with(|| DirtySet::of(total));
-        if dirty.is_unknown() && dirty.total() != total {
+        if dirty.is_unknown() && dirty.total().total_cmp(&total).is_ne() {
             *dirty = DirtySet::of(total);
         }
         let throttled = std::mem::replace(&mut self.slowed, seen.throttle);
@@ -163,7 +164,7 @@ impl LeastHarm {
         if now < SETTLED || seen.total.0 == 0 {
             return false;
         }
-        if seen.round <= 1 && self.is_early(seen) {
+        if seen.round <= 1 && is_early(seen) {
             return false;
         }
         let Some(last) = &self.decided else { return true };
@@ -183,14 +184,6 @@ impl LeastHarm {
         let dirty = self.dirty.as_ref().filter(|dirty| seen.round <= 1 && !dirty.is_unknown());
         let takes = seen.total.time_at(seen.link_rate).unwrap_or_default();
         dirty.map_or(-1.0, |dirty| dirty.after(takes.as_secs_f64()).mid)
-    }
-
-    /// In a first round that takes minutes, what is seen in its first second tells little of it, and to wait costs
-    /// little beside it; unless time is short.
-    fn is_early(&self, seen: &Observation) -> bool {
-        let takes = seen.total.time_at(seen.link_rate).unwrap_or_default();
-        let evidence = takes.mul_f64(EVIDENCE);
-        seen.elapsed < evidence && seen.limits.max_time.is_none_or(|most| most > takes.saturating_mul(2))
     }
 
     fn outlook(&self, seen: &Observation) -> Outlook {
@@ -257,30 +250,6 @@ impl LeastHarm {
         ways
     }
 
-    fn weigh(&self, way: Way, seen: &Observation, outlook: &Outlook) -> Choice {
-        let limits = &seen.limits;
-        let prediction = predict(outlook, way, limits);
-        let (likeliest, worst) = (prediction.likeliest(), prediction.at_worst());
-        let judged = match way {
-            // What can be thought better of may turn out badly, but not take too long for anything else.
-            Way::Rounds(1..) | Way::Pace(_) | Way::PaceAfter(_) | Way::Throttle(_) => {
-                Felt { total: worst.total, ..likeliest }
-            }
-            Way::PostCopyAfter => Felt { total: worst.total, ..likeliest },
-            Way::Rounds(0) => Felt { downtime: worst.downtime, ..likeliest },
-            // Nothing of it depends on what is left but its end.
-            Way::PostCopy => Felt { downtime: 0.0, ..likeliest },
-        };
-        let mut exceeds = judged.exceeds(limits);
-        if prediction.slowed > limits.slow.share() + 1e-9
-            && matches!(way, Way::Pace(_) | Way::PaceAfter(_) | Way::Throttle(_))
-        {
-            exceeds += 100.0;
-        }
-        // Nobody enters post-copy for more downtime than rounds cost.
-        Choice { way, prediction, exceeds, harm: prediction.harm(limits.prefer) }
-    }
-
     fn choose(&mut self, seen: &Observation, scanned: bool) {
         let now = seen.elapsed.as_secs_f64();
         let limits = seen.limits;
@@ -297,7 +266,7 @@ impl LeastHarm {
         }
         let outlook = self.outlook(seen);
         let mut choices: Vec<Choice> =
-            self.ways(seen, &outlook).into_iter().map(|way| self.weigh(way, seen, &outlook)).collect();
+            self.ways(seen, &outlook).into_iter().map(|way| weigh(way, seen, &outlook)).collect();
         let worse = |a: &Choice, b: &Choice| {
             (a.exceeds, a.harm).partial_cmp(&(b.exceeds, b.harm)).unwrap_or(std::cmp::Ordering::Equal)
         };
@@ -455,10 +424,42 @@ impl LeastHarm {
             words.push_str(" (no way keeps the limits)");
         }
         if let Some(other) = other {
-            words.push_str(&format!("; rather than {}: {}", other.way, other.prediction));
+            let _ = write!(words, "; rather than {}: {}", other.way, other.prediction);
         }
         self.words = Some(words);
     }
+}
+
+/// In a first round that takes minutes, what is seen in its first second tells little of it, and to wait costs little
+/// beside it; unless time is short.
+fn is_early(seen: &Observation) -> bool {
+    let takes = seen.total.time_at(seen.link_rate).unwrap_or_default();
+    let evidence = takes.mul_f64(EVIDENCE);
+    seen.elapsed < evidence && seen.limits.max_time.is_none_or(|most| most > takes.saturating_mul(2))
+}
+
+fn weigh(way: Way, seen: &Observation, outlook: &Outlook) -> Choice {
+    let limits = &seen.limits;
+    let prediction = predict(outlook, way, limits);
+    let (likeliest, worst) = (prediction.likeliest(), prediction.at_worst());
+    let judged = match way {
+        // What can be thought better of may turn out badly, but not take too long for anything else.
+        Way::Rounds(1..) | Way::Pace(_) | Way::PaceAfter(_) | Way::Throttle(_) => {
+            Felt { total: worst.total, ..likeliest }
+        }
+        Way::PostCopyAfter => Felt { total: worst.total, ..likeliest },
+        Way::Rounds(0) => Felt { downtime: worst.downtime, ..likeliest },
+        // Nothing of it depends on what is left but its end.
+        Way::PostCopy => Felt { downtime: 0.0, ..likeliest },
+    };
+    let mut exceeds = judged.exceeds(limits);
+    if prediction.slowed > limits.slow.share() + 1e-9
+        && matches!(way, Way::Pace(_) | Way::PaceAfter(_) | Way::Throttle(_))
+    {
+        exceeds += 100.0;
+    }
+    // Nobody enters post-copy for more downtime than rounds cost.
+    Choice { way, prediction, exceeds, harm: prediction.harm(limits.prefer) }
 }
 
 #[cfg(test)]

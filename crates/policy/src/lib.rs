@@ -210,8 +210,7 @@ impl std::fmt::Display for Reason {
             Reason::NotConverging { dirty_rate, link_rate, instead } => {
                 write!(
                     f,
-                    "the guest writes {}, the link carries {}, and nothing that is allowed keeps the limits",
-                    dirty_rate, link_rate
+                    "the guest writes {dirty_rate}, the link carries {link_rate}, and nothing that is allowed keeps the limits"
                 )?;
                 match instead.as_str() {
                     "" => Ok(()),

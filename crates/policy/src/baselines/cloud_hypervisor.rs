@@ -1,7 +1,7 @@
 //! Cloud Hypervisor: rounds until the next one would take no longer than 300 ms, for an hour.
 //!
 //! `is_precopy_converged` in its `vmm/src/lib.rs`; the bandwidth is that of the last round
-//! (`vm-migration/src/context.rs`); defaults are in docs/live_migration.md there. It looks only when a round begins,
+//! (`vm-migration/src/context.rs`); defaults are in `docs/live_migration.md` there. It looks only when a round begins,
 //! where a QEMU that is allowed as much looks within rounds too. Its post-copy is chosen before the start.
 
 use std::time::Duration;
