@@ -34,7 +34,7 @@ fn named(seed: u64, guest: &Guest, link: &Link) -> String {
     let changes = match link.changes.as_slice() {
         [] => "",
         [(_, share), ..] if *share == 0.0 => ", an outage",
-        [_, .., (_, share)] if *share == 1.0 => ", a tenth for a while",
+        [_, .., (_, share)] if share.total_cmp(&1.0).is_eq() => ", a tenth for a while",
         _ => ", which changes",
     };
     format!("{seed}: {} of {:.1} GiB, {:.0} Mbit/s{changes}", guest.name, guest.ram() / GIB, link.rate / MBIT)

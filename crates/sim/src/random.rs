@@ -1,4 +1,4 @@
-//! Chance that is the same for ever: SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators",
+//! Chance that is the same for ever: `SplitMix64` (Steele, Lea, Flood: "Fast splittable pseudorandom number generators",
 //! OOPSLA 2014). A library's generator may change, and with it every case that somebody wrote down.
 
 /// See the module's text.
@@ -12,7 +12,7 @@ impl Random {
     }
 
     /// Any number.
-    pub fn next(&mut self) -> u64 {
+    pub fn bits(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut mixed = self.0;
         mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -22,7 +22,7 @@ impl Random {
 
     /// From 0 to less than 1.
     pub fn share(&mut self) -> f64 {
-        (self.next() >> 11) as f64 / (1u64 << 53) as f64
+        (self.bits() >> 11) as f64 / (1u64 << 53) as f64
     }
 
     /// From `low` to `high`, as likely to double anywhere.
