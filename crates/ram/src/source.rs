@@ -273,7 +273,7 @@ impl Source {
             resumed: resume,
             pacing: Pacing::default(),
             stop: AtomicBool::new(false),
-            state: Mutex::new(State { phase, allowed, ..State::default() }),
+            state: Mutex::new(State { allowed, phase, ..State::default() }),
             news: Condvar::new(),
         });
         let source = Self { inner, threads: Mutex::default() };

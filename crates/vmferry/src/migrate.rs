@@ -300,7 +300,6 @@ impl View for LineView {
             MigrationEvent::Step { step } => eprintln!("{}", step_in_words(*step)),
             MigrationEvent::Note { text } => eprintln!("note: {text}"),
             MigrationEvent::Decision { text } if self.decisions => eprintln!("decided: {text}"),
-            MigrationEvent::Decision { .. } => {}
             MigrationEvent::Progress(progress) => {
                 // Before QEMU has counted its RAM there is nothing to tell.
                 if progress.total > 0 && self.last_line.is_none_or(|at| at.elapsed() >= LINE_EVERY) {
@@ -308,7 +307,7 @@ impl View for LineView {
                     eprintln!("{:<12} {}", step_in_words(progress.step), figures(progress));
                 }
             }
-            MigrationEvent::Finished(_) | MigrationEvent::Failed(_) => {}
+            MigrationEvent::Decision { .. } | MigrationEvent::Finished(_) | MigrationEvent::Failed(_) => {}
         }
     }
 }

@@ -27,7 +27,9 @@ pub(crate) fn run(options: &SimOptions) -> Result<(), Failure> {
         false => cases(options.seed, count, limits).collect(),
     };
     if options.replay {
-        cases.iter().for_each(|case| replay(case, &by));
+        for case in &cases {
+            replay(case, &by);
+        }
         return Ok(());
     }
     let table = Table::of(&cases, &by, options.hindsight);
@@ -47,14 +49,14 @@ pub(crate) fn run(options: &SimOptions) -> Result<(), Failure> {
 /// Those of these names; all when none is named.
 fn wanted(names: &[String]) -> Result<Vec<Contestant>, Failure> {
     let all = contestants();
-    let named = names.iter().map(|name| {
+    let wanted = names.iter().map(|name| {
         let known = || all.iter().map(|it| it.name).collect::<Vec<_>>().join(", ");
         let found = all.iter().find(|it| it.name == name).copied();
         found.ok_or_else(|| Failure::NoPolicy { name: name.clone(), known: known() })
     });
     match names {
         [] => Ok(all.clone()),
-        _ => named.collect(),
+        _ => wanted.collect(),
     }
 }
 
@@ -63,7 +65,9 @@ fn replay(case: &Case, by: &[Contestant]) {
     for by in by {
         let outcome = play(case, by);
         println!("\n{}: {:?}", by.name, outcome.end);
-        outcome.words.iter().for_each(|words| println!("  {words}"));
+        for words in &outcome.words {
+            println!("  {words}");
+        }
         for (at, round, action) in &outcome.actions {
             println!("  {at:.1} s, round {round}: {action:?}");
         }
