@@ -36,7 +36,8 @@ fn signal(pid: u32, signal: Signal) {
 async fn stuck_at_the_switchover(bed: &Bed, user: &Qmp) -> (tokio::process::Child, u32) {
     // The last round leaves about half a second's worth.
     let has_begun = |event: &MigrationEvent| matches!(event, MigrationEvent::Progress(it) if it.round >= 2);
-    let migrate = bed.begin_migration(&["--bandwidth", "40MiB/s", "--downtime", "3s"], has_begun).await;
+    let rounds = ["--bandwidth", "40MiB/s", "--downtime", "3s", "--no-post-copy"];
+    let migrate = bed.begin_migration(&rounds, has_begun).await;
     let beta = bed.beta().agent_pid().expect("it runs");
     let is_paused = async || user.execute(QueryStatus {}).await.expect("QEMU answers").status != RunState::Running;
     bed.eventually("the guest is paused with its agent there stopped", async || {
@@ -68,7 +69,8 @@ async fn a_migration_can_be_cancelled_in_every_phase_up_to_post_copy_which_goes_
     assert_undone(&bed, migrate, "while the destination prepares").await;
 
     let second_round = |event: &MigrationEvent| matches!(event, MigrationEvent::Progress(it) if it.round >= 2);
-    let migrate = bed.begin_migration(&["--bandwidth", "40MiB/s", "--downtime", "1ms"], second_round).await;
+    let rounds = ["--bandwidth", "40MiB/s", "--downtime", "1ms", "--no-post-copy"];
+    let migrate = bed.begin_migration(&rounds, second_round).await;
     cancel(&bed).await;
     assert_undone(&bed, migrate, "in a later round").await;
     bed.assert_never_stopped().await;

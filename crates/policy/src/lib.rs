@@ -72,6 +72,13 @@ impl Default for Limits {
 }
 
 impl Limits {
+    /// The same where post-copy may not be used: who says by when it has to be done wants the guest to stay otherwise.
+    #[must_use]
+    pub fn without_post_copy(self) -> Self {
+        let otherwise = if self.max_time.is_some() { Otherwise::GiveUp } else { self.otherwise };
+        Self { post_copy: false, otherwise, ..self }
+    }
+
     /// For how long pages may be sent while nobody runs the guest: what the rest of a switchover leaves of the downtime,
     /// and however long that takes, a quarter.
     pub fn for_pages(&self, costs: &Costs) -> Duration {

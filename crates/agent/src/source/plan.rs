@@ -11,7 +11,7 @@ use bytesize::ByteSize;
 use uuid::Uuid;
 use vmferry_api::{EngineName, MigrateRequest, PlanView, Prefer, Security};
 use vmferry_link::{Fingerprint, fastest_cipher};
-use vmferry_policy::{BytesPerSec, Limits, Otherwise, Percent, Preference};
+use vmferry_policy::{BytesPerSec, Limits, Preference};
 use vmferry_qemu::inventory::Glimpse;
 use vmferry_qemu::qmp::commands;
 use vmferry_qemu::{
@@ -86,22 +86,17 @@ pub(super) fn limits(request: &MigrateRequest) -> Result<Limits, AgentError> {
     if let Some(rate) = request.bandwidth.filter(|rate| *rate < LEAST_BANDWIDTH) {
         return bad(format!("a bandwidth of {rate} bytes a second makes no sense: give at least 1 MiB/s"));
     }
-    Ok(Limits {
+    let limits = Limits {
         downtime: Duration::from_millis(request.downtime_ms),
         max_time: request.max_time_ms.map(Duration::from_millis),
-        post_copy: request.post_copy,
-        slow: Percent(100),
         bandwidth: request.bandwidth.map(BytesPerSec),
-        // Who says by when it has to be done, and forbids what would see to that, wants it to stay otherwise.
-        otherwise: match request.max_time_ms.is_some() && !request.post_copy {
-            true => Otherwise::GiveUp,
-            false => Otherwise::Finish,
-        },
         prefer: match request.prefer {
             Prefer::Short => Preference::Short,
             Prefer::Gentle => Preference::Gentle,
         },
-    })
+        ..Limits::default()
+    };
+    Ok(if request.post_copy { limits } else { limits.without_post_copy() })
 }
 
 /// Refuses everything that can be refused; nothing is touched, here or there, except that a measuring guest's boot files

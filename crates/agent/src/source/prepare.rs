@@ -29,7 +29,7 @@ impl Run {
         }
         if let Some(why) = prepared.post_copy_obstacle.as_ref().filter(|_| self.limits.post_copy) {
             self.migration.note(format!("Post-copy is not possible: at {}: {why}.", self.plan.view.to));
-            self.limits.post_copy = false;
+            self.limits = self.limits.without_post_copy();
         }
         self.same_machine(&prepared).await?;
         mover.engine(&mut self.task(), &prepared).await

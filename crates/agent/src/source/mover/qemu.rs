@@ -133,7 +133,9 @@ impl Mover for ByQemu {
         if setup != task.offer.setup {
             set_to(task, &setup).await?;
         }
-        task.limits.post_copy &= setup.has("postcopy-ram");
+        if !setup.has("postcopy-ram") {
+            *task.limits = task.limits.without_post_copy();
+        }
         if self.pauses_first && !task.limits.post_copy {
             return Err(only_by_post_copy(task.vm));
         }
