@@ -9,17 +9,7 @@
 
 use std::time::Duration;
 
-use crate::Limits;
-
-/// What matters more.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Preference {
-    /// That it is soon over.
-    #[default]
-    Short,
-    /// That the guest feels little of it.
-    Gentle,
-}
+use crate::{Limits, Preference};
 
 /// What a second of each costs; `entering` is for a switch to post-copy as such.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -20,7 +20,6 @@ mod units;
 
 pub use after_rounds::AfterRounds;
 pub use dirty_set::{DirtySet, Range};
-pub use harm::Preference;
 pub use least_harm::LeastHarm;
 pub use link::LinkRate;
 pub use units::{Bytes, BytesPerSec, Percent};
@@ -84,6 +83,16 @@ impl Limits {
     pub fn for_pages(&self, costs: &Costs) -> Duration {
         self.downtime.saturating_sub(costs.switchover).max(self.downtime / 4)
     }
+}
+
+/// What matters more.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Preference {
+    /// That it is soon over.
+    #[default]
+    Short,
+    /// That the guest feels little of it.
+    Gentle,
 }
 
 /// What is done when no way keeps the limits.

@@ -8,9 +8,9 @@
 
 use std::time::Duration;
 
-use crate::harm::{Felt, Preference};
+use crate::harm::Felt;
 use crate::units::time;
-use crate::{Bytes, Costs, DirtySet, Limits, Means, Percent, Range};
+use crate::{Bytes, Costs, DirtySet, Limits, Means, Percent, Preference, Range};
 
 const PAGE: f64 = 4096.0;
 const GIB: f64 = 1_073_741_824.0;

@@ -138,6 +138,8 @@ fn a_qemu_and_we_never_have_the_same_image() {
     drop(ours);
     let (image, socket) = (bed.text("image"), bed.text("theirs"));
     let _theirs = bed.start("theirs", "qemu-nbd", &["-t", "-f", "raw", "-k", &socket, &image]);
+    // It listens before it opens the image, and answers after that.
+    run("qemu-io", &["-r", "-f", "raw", "-c", "read 0 512", &format!("nbd+unix:///?socket={socket}")]);
     for access in [Access::Write, Access::Read] {
         let error = File::open(&bed.path("image"), access).err().unwrap();
         assert!(std::error::Error::source(&error).unwrap().to_string().contains("another process"), "{error}");

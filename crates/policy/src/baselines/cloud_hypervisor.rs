@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::{Action, Observation, Phase, Policy, Reason};
 
-use super::Levers;
+use super::levers::Levers;
 
 const DOWNTIME_MS: u64 = 300;
 const TIMEOUT: Duration = Duration::from_secs(3600);

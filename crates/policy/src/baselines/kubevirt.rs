@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::{Action, Observation, Phase, Policy, Reason};
 
-use super::{Every, Levers, per_gib};
+use super::levers::{Every, Levers, per_gib};
 
 /// QEMU's, which it leaves alone.
 const DOWNTIME_MS: u64 = 300;

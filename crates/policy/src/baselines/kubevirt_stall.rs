@@ -9,7 +9,7 @@ use std::time::Duration;
 use crate::{Action, Observation, Phase, Policy, Reason};
 
 use super::kubevirt::COMPLETION;
-use super::{Every, Levers, per_gib};
+use super::levers::{Every, Levers, per_gib};
 
 const DOWNTIME: Duration = Duration::from_millis(300);
 /// `maxDowntimeMs`, and by how much more it may seem to take: `precopyPossibleFactor`.

@@ -9,7 +9,8 @@
 
 use crate::{Action, BytesPerSec, Observation, Phase, Policy};
 
-use super::{AutoConverge, Levers};
+use super::auto_converge::AutoConverge;
+use super::levers::Levers;
 
 const DOWNTIME_MS: u64 = 300;
 pub(super) const QEMU_BANDWIDTH: BytesPerSec = BytesPerSec(128 << 20);

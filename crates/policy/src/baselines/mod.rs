@@ -7,6 +7,7 @@ mod auto_converge;
 mod cloud_hypervisor;
 mod kubevirt;
 mod kubevirt_stall;
+mod levers;
 mod libvirt;
 mod nova;
 mod ovirt;
@@ -21,10 +22,7 @@ pub use nova::Nova;
 pub use ovirt::Ovirt;
 pub use proxmox::Proxmox;
 
-use std::collections::VecDeque;
-use std::time::Duration;
-
-use crate::{Action, Bytes, BytesPerSec, Observation, Policy};
+use crate::{BytesPerSec, Policy};
 
 /// A manager by name.
 #[derive(Clone, Copy)]
@@ -73,65 +71,12 @@ pub fn by_name(name: &str) -> Option<&'static Baseline> {
     ALL.iter().find(|it| it.name == name)
 }
 
-/// What is still to be said to QEMU, and how long it may have it stand.
-#[derive(Clone, Debug, Default)]
-struct Levers {
-    queue: VecDeque<Action>,
-    allowed: Duration,
-    over: bool,
-}
-
-impl Levers {
-    fn allow(&mut self, pause: Duration) {
-        if pause != self.allowed {
-            self.allowed = pause;
-            self.queue.push_back(Action::Allow(pause));
-        }
-    }
-
-    fn allow_ms(&mut self, ms: u64) {
-        self.allow(Duration::from_millis(ms));
-    }
-
-    /// Nothing is decided after this.
-    fn last(&mut self, action: Action) {
-        if !std::mem::replace(&mut self.over, true) {
-            self.queue.push_back(action);
-        }
-    }
-
-    fn next(&mut self) -> Action {
-        self.queue.pop_front().unwrap_or(Action::Continue)
-    }
-}
-
-/// Looks only so often.
-#[derive(Clone, Copy, Debug, Default)]
-struct Every {
-    last: Option<Duration>,
-}
-
-impl Every {
-    fn is_due(&mut self, seen: &Observation, every: Duration) -> bool {
-        let is_due = self.last.is_none_or(|last| seen.elapsed >= last.saturating_add(every));
-        if is_due {
-            self.last = Some(seen.elapsed);
-        }
-        is_due
-    }
-}
-
-const GIB: f64 = 1_073_741_824.0;
-
-/// So many seconds for each GiB of the guest's RAM, of which at least so many count.
-fn per_gib(total: Bytes, least: f64, seconds: f64) -> Duration {
-    crate::units::seconds((total.0 as f64 / GIB).max(least) * seconds)
-}
-
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::{Costs, Limits, Means, Percent, Phase, Reason, Scan};
+    use std::time::Duration;
+
+    use crate::{Action, Bytes, Costs, Limits, Means, Observation, Percent, Phase, Reason, Scan};
 
     pub(crate) fn seen(elapsed: f64, round: u32, remaining: u64) -> Observation {
         Observation {

@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use crate::{Action, Observation, Phase, Policy, Reason};
 
-use super::{AutoConverge, Every, Levers, per_gib};
+use super::auto_converge::AutoConverge;
+use super::levers::{Every, Levers, per_gib};
 
 /// `live_migration_downtime`, in ms, and in how many steps it gets there.
 const DOWNTIME: f64 = 500.0;

@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use crate::{Action, Observation, Phase, Policy, Reason};
 
-use super::{AutoConverge, Every, Levers};
+use super::auto_converge::AutoConverge;
+use super::levers::{Every, Levers};
 
 const INITIAL_MS: u64 = 100;
 const POLL: Duration = Duration::from_secs(10);

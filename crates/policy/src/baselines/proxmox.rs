@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crate::{Action, Observation, Phase, Policy};
 
-use super::{Every, Levers};
+use super::levers::{Every, Levers};
 
 const DOWNTIME_MS: u64 = 100;
 const GROWN: u32 = 5;
