@@ -16,7 +16,7 @@ use vmferry_nbd::transfer::{Before, LARGEST, receive};
 use super::copies::{Arrival, Copies};
 use crate::engine::external::link_options;
 use crate::error::{AgentError, ImageError};
-use crate::host::{Host, Images};
+use crate::host::{Host, Images, beside};
 use crate::known;
 use crate::peers::trust::Caller;
 use crate::peers::{CopyAccepted, CopyOffer};
@@ -31,9 +31,7 @@ const AGAIN: Duration = Duration::from_millis(50);
 
 /// What a copy that is to have this path is called while it is not whole.
 pub(crate) fn part_of(path: &Path) -> PathBuf {
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(PART);
-    path.with_file_name(name)
+    beside(path, PART)
 }
 
 /// Another host would like to copy an image to here.

@@ -26,10 +26,10 @@ use vmferry_nbd::known::{Base, Bases};
 
 use super::arrival::{Arrivals, Expected};
 use super::formatted::Formatted;
-use super::parts::{Parts, beside};
+use super::parts::Parts;
 use crate::engine::external::link_options;
 use crate::error::{AgentError, ImageError};
-use crate::host::{DiskNotes, Host, Images, write_durably};
+use crate::host::{DiskNotes, Host, Images, beside, write_durably};
 use crate::known;
 use crate::peers::OwnImage;
 

@@ -10,7 +10,7 @@ use std::time::Duration;
 use vmferry_api::in_one_line;
 
 use crate::error::ImageError;
-use crate::host::{DiskNotes, Host, Images};
+use crate::host::{DiskNotes, Host, Images, beside};
 
 /// What follows the name of a disk of which some has arrived.
 const ARRIVED: &str = ".vmferry-arrived";
@@ -18,13 +18,6 @@ const ARRIVED: &str = ".vmferry-arrived";
 const KEPT: Duration = Duration::from_secs(24 * 60 * 60);
 /// How often it is looked for what was kept for long enough.
 const LOOK: Duration = Duration::from_secs(10 * 60);
-
-/// This path, with more behind its name.
-pub(super) fn beside(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(suffix);
-    path.with_file_name(name)
-}
 
 /// Those of one VM.
 pub(super) struct Parts<'a> {

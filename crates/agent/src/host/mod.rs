@@ -34,7 +34,7 @@ pub(crate) use drift::{drift_of, keep_from_starting, record_drift};
 pub(crate) use folders::{bind_anew, make_private_dir, write_durably};
 pub(crate) use host::{Follower, Host, MOST_TRIALS, Trusts};
 pub(crate) use idle::{Idle, IdleVm};
-pub(crate) use images::Images;
+pub(crate) use images::{Images, beside};
 pub(crate) use launch::describe;
 pub(crate) use lifecycle::{adopt, check_name, pause, resume, run, set_autostart, start, stop};
 pub(crate) use logs::bound_logs;
