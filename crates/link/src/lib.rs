@@ -58,6 +58,16 @@ pub fn thread_cpu() -> std::time::Duration {
     rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime).try_into().unwrap_or_default()
 }
 
+/// From here on the calling thread goes before others of this machine, where that is allowed: somebody waits for what it
+/// does, which is little each time.
+pub fn go_first() {
+    // Who may not (`CAP_SYS_NICE`) takes its turn.
+    let _ = rustix::process::setpriority_process(None, FIRST);
+}
+
+/// The nice value of threads that go first.
+const FIRST: i32 = -15;
+
 /// So many unpredictable bytes.
 pub fn random_bytes<const N: usize>() -> [u8; N] {
     let mut bytes = [0; N];

@@ -48,6 +48,8 @@ use shipping::{CHUNK, Filling, Shipping, There};
 const ANSWER: Duration = Duration::from_secs(30);
 /// How much of the device state is sent at once, in bytes.
 const STATE_PIECE: usize = 64 << 10;
+/// So few stale pages are taken away in some milliseconds, one here and one there.
+const FEW_STALE: u64 = 512;
 /// More threads than these are not needed to keep a link busy.
 const MOST_WORKERS: usize = 8;
 
@@ -212,7 +214,7 @@ struct State {
     busy: Option<Instant>,
     /// Where post-copy sends from next: block and page.
     cursor: (usize, u64),
-    /// When a fault was told of last.
+    /// When a fault was told of last, or the guest was let go.
     wanted: Option<Instant>,
     /// For how long nothing else was sent because of faults.
     quiet: Duration,
@@ -282,7 +284,10 @@ impl Source {
         source.inner.link.send_urgent(HELLO, Hello { resume, blocks }.encode())?;
         source.inner.wait_for(|state| state.ready)?;
         match resume {
-            true => source.spawn_pushing()?,
+            true => {
+                source.inner.shipping.begin_post_copy();
+                source.spawn_pushing()?;
+            }
             false => source.spawn("ram-rounds", |inner| {
                 inner.rounds();
                 Ok(())
@@ -365,11 +370,19 @@ impl Source {
             inner.glance()?;
         }
         inner.forget_holes()?;
-        inner.look_on()?;
-        inner.tell_missing()?;
-        inner.lock().phase = Phase::Punching;
-        inner.link.send_urgent(PUNCH, Vec::new())?;
-        inner.wait_for(|state| state.phase == Phase::PreCopy)
+        let mut before = u64::MAX;
+        loop {
+            inner.look_on()?;
+            let stale = inner.tell_missing()?;
+            inner.lock().phase = Phase::Punching;
+            inner.link.send_urgent(PUNCH, Vec::new())?;
+            inner.wait_for(|state| state.phase == Phase::PreCopy)?;
+            // What became stale meanwhile is less each time, unless the guest is faster than that.
+            if stale <= FEW_STALE || stale > before / 2 {
+                return Ok(());
+            }
+            before = stale;
+        }
     }
 
     /// Tells the destination what it does not have, of a guest that is paused for good: after this the guest may run
@@ -387,6 +400,10 @@ impl Source {
         }
         inner.link.send_urgent(ARM, inner.shipping.frames().to_le_bytes().to_vec())?;
         inner.wait_for(|state| state.phase == Phase::PostCopy)?;
+        // One page after the other, as somebody may wait for one of them already.
+        inner.shipping.begin_post_copy();
+        inner.send_first_pages()?;
+        inner.lock().wanted = Some(Instant::now());
         inner.let_state_go()?;
         self.spawn_pushing()
     }
@@ -446,7 +463,6 @@ impl Source {
     }
 
     fn spawn_pushing(&self) -> Result<(), RamError> {
-        self.inner.shipping.begin_post_copy();
         for _ in 0..workers() {
             self.spawn("ram-push", Inner::push)?;
         }
@@ -587,14 +603,15 @@ impl Inner {
         Ok(())
     }
 
-    /// What the destination was not told yet: with the guest paused that is little.
-    fn tell_missing(&self) -> Result<(), RamError> {
+    /// What the destination was not told yet: with the guest paused that is little. Gives back how many pages that are.
+    fn tell_missing(&self) -> Result<u64, RamError> {
         let told = self.told.lock().expect("no holder of this lock panics");
+        let mut new = 0;
         for frame in encode_missing(&self.pending, &told) {
             self.link.send_urgent(MISSING, frame.clone())?;
-            decode_missing(&frame, &told)?;
+            new += decode_missing(&frame, &told)?;
         }
-        Ok(())
+        Ok(new)
     }
 
     /// The destination's QEMU may look into the RAM.

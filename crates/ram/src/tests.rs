@@ -344,6 +344,58 @@ fn a_guest_that_leaves_by_post_copy_within_the_first_round_was_seen_to_write() {
     }
 }
 
+/// Tells of so many pages at each look, one here and one there, and of none at the looks after those.
+struct Told(Mutex<std::vec::IntoIter<u64>>);
+
+impl WriteLog for Arc<Told> {
+    fn protect(&self, _: usize, _: Range<u64>) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn written(&self, _: usize, bytes: Range<u64>, out: &mut Vec<Range<u64>>) -> io::Result<()> {
+        let mut looks = self.0.lock().unwrap();
+        let first = looks.as_slice().iter().sum::<u64>();
+        let pages = looks.next().unwrap_or(0);
+        let all = (first - pages..first).map(|page| bytes.start + 2 * page * PAGE);
+        out.extend(all.map(|start| start..start + PAGE));
+        Ok(())
+    }
+
+    fn take_written(&self, block: usize, bytes: Range<u64>, out: &mut Vec<Range<u64>>) -> io::Result<()> {
+        self.written(block, bytes, out)
+    }
+
+    fn prepare_pacing(&mut self, _: &GuestRam) -> Result<WriteFaults, TrackingError> {
+        unreachable!("it is not paced")
+    }
+
+    fn pace(&mut self, _: usize, _: Range<u64>) -> io::Result<()> {
+        unreachable!("it is not paced")
+    }
+}
+
+#[test]
+fn what_is_stale_is_taken_away_until_little_more_becomes_so() {
+    // What the guest writes while that is done, and how many looks are left after it.
+    for (looks, left) in [(vec![9000, 3000, 400, 77], 1), (vec![9000, 8000, 7000, 6000], 2), (vec![100, 9000], 1)] {
+        let sizes = [256 * MIB];
+        let (here, there) = links(None);
+        let (_landing, taking) = arriving(there, &sizes);
+        let ram = GuestRam::of_our_own(&sizes);
+        (0..sizes[0]).step_by(MIB as usize).for_each(|at| ram.blocks()[0].write_at(at, &[1]).unwrap());
+        let log = Arc::new(Told(Mutex::new(Vec::new().into_iter())));
+        let source = Source::begin_with(ram, Some(Box::new(Arc::clone(&log))), here, DOWNTIME, 0, None).unwrap();
+        // It waits to be told what to do, and looks no more until then.
+        while !source.wait(Duration::from_millis(1)).unwrap().converged {}
+        *log.0.lock().unwrap() = looks.into_iter();
+        source.prepare_post_copy().unwrap();
+        assert_eq!(log.0.lock().unwrap().len(), left);
+        source.abandon();
+        drop(source);
+        taking.join().unwrap().unwrap_err();
+    }
+}
+
 #[test]
 fn other_ram_is_refused_in_words_on_both_sides() {
     let (here, there) = links(None);

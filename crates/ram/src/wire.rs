@@ -316,8 +316,8 @@ pub(crate) fn encode_missing<'a>(sets: &'a [PageSet], told: &'a [PageSet]) -> im
     })
 }
 
-/// Adds what such a frame tells to the sets.
-pub(crate) fn decode_missing(bytes: &[u8], sets: &[PageSet]) -> Result<(), Malformed> {
+/// Adds what such a frame tells to the sets; gives back how many pages of it were not there.
+pub(crate) fn decode_missing(bytes: &[u8], sets: &[PageSet]) -> Result<u64, Malformed> {
     let mut reader = Reader(bytes);
     let set = sets.get(reader.u32()? as usize).ok_or(Malformed("pages of an unknown block are missing"))?;
     let first = reader.u64()?;
@@ -326,10 +326,8 @@ pub(crate) fn decode_missing(bytes: &[u8], sets: &[PageSet]) -> Result<(), Malfo
     if !fits || first + pages > set.pages().next_multiple_of(64) || !reader.0.len().is_multiple_of(8) {
         return Err(Malformed("pages beyond the end of their block are missing"));
     }
-    for (index, word) in reader.0.chunks_exact(8).enumerate() {
-        set.insert_word(first + index as u64 * 64, u64::from_le_bytes(word.try_into().expect("eight bytes")));
-    }
-    Ok(())
+    let words = reader.0.as_chunks().0.iter().enumerate();
+    Ok(words.map(|(index, word)| set.insert_word(first + index as u64 * 64, u64::from_le_bytes(*word))).sum())
 }
 
 /// How long a guest waited for pages in post-copy, from when the destination's agent heard of a fault until the page was

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::LinkDown;
 use super::reading::Reading;
-use super::state::{LAST_WORDS, Shared, State};
+use super::state::{LAST_WORDS, Shared, State, URGENT};
 use super::writing::Writing;
 use crate::channel::{Cutter, ReadHalf, WriteHalf};
 use crate::dial::Dialer;
@@ -52,7 +52,12 @@ pub(super) enum StreamError {
 pub(crate) fn start(link: &Arc<Shared>, dialer: Option<&Arc<dyn Dialer>>) -> Result<(), LinkDown> {
     for index in 0..link.work.len() {
         let (shared, dialer) = (Arc::clone(link), dialer.cloned());
-        let run = move || keep_connected(&shared, index, dialer.as_deref());
+        let run = move || {
+            if index == URGENT {
+                crate::go_first();
+            }
+            keep_connected(&shared, index, dialer.as_deref());
+        };
         if let Err(error) = std::thread::Builder::new().name(format!("link-{index}")).spawn(run) {
             let down = LinkDown::Thread(Arc::new(error));
             link.fail(down.clone());

@@ -69,10 +69,17 @@ pub fn serve(link: &Link, landing: &Landing, qemu: Option<&UnixStream>) -> Resul
             scope.spawn(|| session.part(Session::take_bulk));
         }
         scope.spawn(|| session.part(Session::tell_placed));
-        scope.spawn(|| session.part(Session::take_faults));
         scope.spawn(|| session.part(|session| session.hand_over_state(to_qemu, qemu)));
-        session.part(|session| session.take_urgent(pieces));
-        session.end();
+        // A guest waits for what these do.
+        scope.spawn(|| {
+            vmferry_link::go_first();
+            session.part(Session::take_faults);
+        });
+        scope.spawn(|| {
+            vmferry_link::go_first();
+            session.part(|session| session.take_urgent(pieces));
+            session.end();
+        });
     });
     if landing.missing().is_none()
         && let Err(error) = landing.forget_post_copy()

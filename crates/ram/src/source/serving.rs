@@ -7,21 +7,32 @@ use std::time::{Duration, Instant};
 
 use super::shipping::{Shipping, There};
 use super::{Inner, Phase, RamError, workers};
+use crate::PAGE;
 use crate::wire::{
     ARMED, BUSY, COMPLETE, FaultTimes, MISSING, Malformed, PLACED, PUNCHED, READY, REFUSED, WANT, Want, decode_missing,
     decode_number,
 };
 
-/// What nobody asked for is not sent while a fault is no longer ago than that...
-const QUIET: Duration = Duration::from_millis(4);
+/// What nobody asked for is not sent while a fault, or the switch, is no longer ago than that: a fault after it would wait
+/// for all that fills the link meanwhile...
+const QUIET: Duration = Duration::from_millis(10);
 /// ...but for no longer than that in all: the link is not to lie idle for a guest that jumps.
 const QUIET_AT_MOST: Duration = Duration::from_millis(300);
+/// So long may pages take that go with the pause.
+const WITH_THE_PAUSE: Duration = Duration::from_millis(8);
+/// So many may go at least: 64 KiB.
+const LEAST_WITH_THE_PAUSE: u64 = 16;
+/// The most pages that lie alone.
+const ALONE: u64 = 16;
+/// So many runs are looked at for them: a large guest is not walked through while it is paused.
+const MOST_RUNS_SEEN: u64 = 1 << 16;
 /// How often it is looked whether the guest asks for less.
 const GLANCE: Duration = Duration::from_micros(500);
 
 impl Inner {
     /// Hears what the destination says, until the link is over.
     pub(super) fn listen(&self) -> Result<(), RamError> {
+        vmferry_link::go_first();
         let blocks: Vec<u64> = self.pending.iter().map(crate::pages::PageSet::pages).collect();
         while let Some(frame) = self.link.recv_urgent()? {
             match frame.kind {
@@ -38,7 +49,7 @@ impl Inner {
                     self.lock().ready = true;
                 }
                 // Only to a source that resumes: before it is ready.
-                MISSING if self.resumed && !self.lock().ready => decode_missing(&frame.payload, &self.pending)?,
+                MISSING if self.resumed && !self.lock().ready => drop(decode_missing(&frame.payload, &self.pending)?),
                 PUNCHED if self.lock().phase == Phase::Punching => self.lock().phase = Phase::PreCopy,
                 ARMED if self.lock().phase == Phase::Arming => self.lock().phase = Phase::PostCopy,
                 BUSY => self.lock().busy = Some(Instant::now()),
@@ -77,6 +88,31 @@ impl Inner {
             self.shipping.ship_urgently(frame)?;
         }
         Ok(())
+    }
+
+    /// Sends what the guest is likely to touch first, so that it is there before the guest runs: stale pages that lie alone.
+    /// Who rewrites much at a time leaves long runs; a kernel's own data, stacks and page tables are written here and there.
+    pub(super) fn send_first_pages(&self) -> Result<(), RamError> {
+        let fit = self.shipping.rate() as f64 * WITH_THE_PAUSE.as_secs_f64() / PAGE as f64;
+        let mut left = (fit as u64).max(LEAST_WITH_THE_PAUSE);
+        let (mut frame, mut runs) = (self.shipping.filling(), 0);
+        'all: for (block, set) in self.pending.iter().enumerate() {
+            let mut from = 0;
+            while let Some(run) = set.next_run(from..set.pages()) {
+                from = run.end;
+                runs += 1;
+                if runs > MOST_RUNS_SEEN || left == 0 {
+                    break 'all;
+                }
+                let length = run.end - run.start;
+                if length <= ALONE.min(left) {
+                    left -= length;
+                    self.fewer(set.remove(run.clone()));
+                    self.read(&mut frame, block, run, There::Something, Shipping::ship_urgently)?;
+                }
+            }
+        }
+        Ok(self.shipping.ship_urgently(frame)?)
     }
 
     /// Waits while the guest asks for page after page.
