@@ -5,6 +5,7 @@ mod disk;
 mod moving;
 mod nbd;
 mod sim;
+mod tune;
 
 pub(crate) use bench::{
     BatchOptions, Bench, BenchLinkOptions, BenchRamOptions, BenchRunOptions, CompareOptions, ImportOptions, PageOptions,
@@ -14,6 +15,7 @@ pub(crate) use disk::{Disk, DiskMoveOptions};
 pub(crate) use moving::MoveOptions;
 pub(crate) use nbd::{ClientTlsOptions, CopyOptions, InfoOptions, Nbd, ServeOptions, ServerTlsOptions};
 pub(crate) use sim::SimOptions;
+pub(crate) use tune::TuneOptions;
 
 use std::path::PathBuf;
 
@@ -152,6 +154,9 @@ it up. PATH has to be in one of the folders that image_folders names in the othe
     /// Try policies out on migrations that are only reckoned: ours beside what other managers decide
     #[command(after_long_help = sim::SIM_HELP)]
     Sim(SimOptions),
+    /// Change the limits of a migration that is under way
+    #[command(after_long_help = tune::TUNE_HELP)]
+    Tune(TuneOptions),
     /// Have the destination run a VM that is being migrated at once; what is missing of its memory follows
     PostCopy {
         /// The VM's name
@@ -294,6 +299,10 @@ pub(crate) struct MigrateOptions {
     /// Who moves the memory: external (the agents) or qemu (QEMU itself) [default: as this host's agent is configured]
     #[arg(long, value_name = "ENGINE")]
     pub engine: Option<EngineName>,
+    /// Whose policy decides: vmferry's, or what another manager does, by its name in `vmferry sim` (such as nova or proxmox);
+    /// these steer QEMU's own migration (--engine qemu), by limits of their own [default: vmferry]
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["downtime", "max_time", "prefer"])]
+    pub policy: Option<String>,
     /// I know that the VM's disks are the same on both hosts, also where vmferry cannot tell
     #[arg(long)]
     pub disks_are_shared: bool,

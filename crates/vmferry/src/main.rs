@@ -15,6 +15,7 @@ mod nbd;
 mod pair;
 mod resolve;
 mod sim;
+mod tune;
 mod vms;
 mod watched;
 
@@ -71,6 +72,7 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Sim(options) => sim::run(&options),
         Command::Move(options) => moving::run(&client()?, options).await,
         Command::Copy(options) => copy::run(&client()?, options).await,
+        Command::Tune(options) => tune::run(&client()?, options).await,
         Command::PostCopy { name } => migrate::post_copy(&client()?, &name).await,
         Command::Cancel { name } => migrate::cancel(&client()?, &name).await,
         Command::Resolve { name, keep_here, yes, .. } => {

@@ -13,6 +13,8 @@ use crate::failure::Failure;
 use crate::pair::over_ssh;
 use crate::vms::{memory, places, print_json, print_table};
 
+/// Whose policy decides unless its user wants another.
+const OURS: &str = "vmferry";
 /// Between two lines of progress where there is no terminal.
 const LINE_EVERY: Duration = Duration::from_secs(1);
 
@@ -28,6 +30,7 @@ pub(crate) async fn run(client: &Client, options: MigrateOptions) -> Result<(), 
         prefer: options.prefer,
         script: None,
         engine: options.engine,
+        policy: options.policy,
         disks_are_shared: options.disks_are_shared,
         copy_disks: !options.no_copy_disks,
         disks: places(options.disks)?,
@@ -148,6 +151,9 @@ fn tell_plan(plan: &PlanView) {
     println!("  qemu         {} here, {} there", plan.source_qemu, plan.destination_qemu);
     println!("  machine      {}, {}", plan.machine, plan.accelerator);
     println!("  RAM engine   {} ({})", plan.engine, plan.capabilities.join(", "));
+    if plan.policy != OURS {
+        println!("  policy       {}", plan.policy);
+    }
     println!("  protection   {}", plan.protection);
     for note in &plan.notes {
         println!("  note         {note}");
@@ -186,8 +192,14 @@ fn tell_report(report: &Report) {
         report.rounds,
         if report.rounds == 1 { "round" } else { "rounds" }
     );
+    if report.policy != OURS {
+        println!("  decided by   {}", report.policy);
+    }
     if report.dirty_rate > 0 {
         println!("  dirty rate   {}", rate(report.dirty_rate));
+    }
+    for how in &report.tuned {
+        println!("  changed      after {}: {}", seconds(how.elapsed_ms as f64), how.text);
     }
     if report.throttle > 1 {
         println!("  slowed       the guest, by up to {} %", report.throttle);
@@ -276,6 +288,7 @@ impl View for BarView {
             MigrationEvent::Note { text } => self.bar.println(format!("note: {text}")),
             MigrationEvent::Decision { text } if self.decisions => self.bar.println(format!("decided: {text}")),
             MigrationEvent::Decision { .. } => {}
+            MigrationEvent::Tuned(how) => self.bar.println(format!("limits: {}", how.text)),
             MigrationEvent::Progress(progress) => {
                 self.bar.set_prefix(step_in_words(progress.step));
                 self.bar.set_length(progress.total.max(1));
@@ -300,6 +313,7 @@ impl View for LineView {
             MigrationEvent::Step { step } => eprintln!("{}", step_in_words(*step)),
             MigrationEvent::Note { text } => eprintln!("note: {text}"),
             MigrationEvent::Decision { text } if self.decisions => eprintln!("decided: {text}"),
+            MigrationEvent::Tuned(how) => eprintln!("limits: {}", how.text),
             MigrationEvent::Progress(progress) => {
                 // Before QEMU has counted its RAM there is nothing to tell.
                 if progress.total > 0 && self.last_line.is_none_or(|at| at.elapsed() >= LINE_EVERY) {

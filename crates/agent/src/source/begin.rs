@@ -8,9 +8,11 @@ use vmferry_api::{MigrateRequest, PlanView};
 use vmferry_custody::OutStep;
 
 use super::custody::Custody;
+use super::decider;
+use super::limits::Asked;
 use super::migration::Migration;
 use super::outgoing::Outgoing;
-use super::plan::{claim, limits, plan, predict};
+use super::plan::{claim, plan, predict};
 use super::run::Run;
 use super::teller::Teller;
 use crate::error::AgentError;
@@ -25,7 +27,9 @@ pub(crate) async fn begin(
 ) -> Result<(PlanView, Option<Arc<Migration>>), AgentError> {
     let (host, begun) = (&outgoing.host, Instant::now());
     let id = Uuid::new_v4();
-    let limits = limits(&request)?;
+    let asked = Asked::of(&request);
+    let limits = asked.limits()?;
+    let baseline = decider::baseline_of(&request, host.config.engine)?;
     let vm = host.vm(name)?;
     let claim = claim(&vm)?;
     let mut plan = plan(host, &vm, id, &request).await?;
@@ -45,7 +49,7 @@ pub(crate) async fn begin(
         running: plan.offer.running,
         step: OutStep::CopyRam,
     };
-    let migration = Migration::new(id, name, plan.peer.apart(), limits.post_copy);
+    let (migration, changes) = Migration::new(id, name, plan.peer.apart(), limits.post_copy);
     let teller = Arc::new(Teller::new(host, &migration, begun, request.script.is_some()));
     let custody = Custody::begin(host, record, plan.peer.clone());
     custody.open(teller.as_ref()).await?;
@@ -53,7 +57,7 @@ pub(crate) async fn begin(
     outgoing.add(Arc::clone(&migration));
     claim.keep(Stage::Migrating(id));
     let view = plan.view.clone();
-    let bandwidth = request.bandwidth.or(plan.rate);
+    let bandwidth = decider::cap(baseline, request.bandwidth.or(plan.rate));
     let run = Run {
         host: Arc::clone(host),
         outgoing: Arc::clone(outgoing),
@@ -62,9 +66,14 @@ pub(crate) async fn begin(
         teller,
         vm: Arc::clone(&vm),
         plan,
+        asked,
         limits,
         bandwidth,
+        changes: Some(changes),
+        post_copy_obstacle: None,
+        copies_ram: false,
         script: request.script,
+        baseline,
         to: request.to,
         keep: None,
         relay: None,

@@ -3,10 +3,12 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use vmferry_api::MigrationEvent;
 
+use super::changes::{Change, changes};
 use super::told::Told;
 use crate::peers::Peer;
 
@@ -20,24 +22,29 @@ pub(crate) struct Migration {
     pub(crate) peer: Peer,
     pub(super) cancel: CancellationToken,
     /// The user allows post-copy.
-    may_post_copy: bool,
+    may_post_copy: AtomicBool,
     /// The user wants it now.
     pub(super) wants_post_copy: AtomicBool,
+    /// How its user changes its limits.
+    pub(super) changes: mpsc::Sender<Change>,
     /// What it tells.
     pub(crate) told: Told,
 }
 
 impl Migration {
-    pub(super) fn new(id: Uuid, vm: &str, peer: Peer, may_post_copy: bool) -> Arc<Self> {
-        Arc::new(Self {
+    pub(super) fn new(id: Uuid, vm: &str, peer: Peer, may_post_copy: bool) -> (Arc<Self>, mpsc::Receiver<Change>) {
+        let (changes, wanted) = changes();
+        let migration = Self {
             id,
             vm: vm.into(),
             peer,
             cancel: CancellationToken::new(),
-            may_post_copy,
+            may_post_copy: AtomicBool::new(may_post_copy),
             wants_post_copy: AtomicBool::new(false),
+            changes,
             told: Told::nothing(),
-        })
+        };
+        (Arc::new(migration), wanted)
     }
 
     pub(super) fn note(&self, text: impl Into<String>) {
@@ -56,10 +63,15 @@ impl Migration {
         self.cancel.is_cancelled()
     }
 
+    pub(super) fn allow_post_copy(&self, allowed: bool) {
+        self.may_post_copy.store(allowed, Ordering::Relaxed);
+    }
+
     /// Asks it to switch to post-copy as soon as it can, if it has not. False when the user has forbidden that.
     #[must_use]
     pub(crate) fn post_copy(&self) -> bool {
-        self.wants_post_copy.store(self.may_post_copy, Ordering::Relaxed);
-        self.may_post_copy
+        let may = self.may_post_copy.load(Ordering::Relaxed);
+        self.wants_post_copy.store(may, Ordering::Relaxed);
+        may
     }
 }

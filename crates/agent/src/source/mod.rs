@@ -17,11 +17,14 @@
 
 mod all_disks;
 mod begin;
+mod changes;
 mod copy_disks;
 mod copy_ram;
 mod custody;
+mod decider;
 mod end;
 mod fences;
+mod limits;
 mod look;
 mod migration;
 mod mover;
@@ -35,6 +38,7 @@ mod serve;
 mod settle;
 mod teller;
 mod told;
+mod tune;
 
 pub(crate) use begin::begin;
 pub(crate) use fences::keep as keep_fences;
