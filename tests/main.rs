@@ -27,6 +27,7 @@ mod moving;
 mod places;
 mod policies;
 mod proxy;
+mod queue;
 mod refusals;
 mod states;
 mod torture;

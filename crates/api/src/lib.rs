@@ -9,6 +9,7 @@ mod disk;
 mod migration;
 mod peers;
 mod problem;
+mod queue;
 mod settings;
 pub mod trial;
 mod tune;
@@ -24,6 +25,7 @@ pub use migration::{
 };
 pub use peers::{Hello, PairRequest, PeerView, PeersView, TokenRequest, TokenView};
 pub use problem::{Code, Problem, in_one_line};
+pub use queue::{ManyBegun, MigrateManyRequest, RefusedVm};
 pub use settings::{DEFAULT_PORT, Listen, Rate, Security};
 pub use trial::TrialRequest;
 pub use tune::TuneRequest;

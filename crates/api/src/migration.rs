@@ -233,6 +233,13 @@ pub struct Tuned {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case", tag = "event")]
 pub enum MigrationEvent {
+    /// It waits for its turn.
+    Queued {
+        /// The how manyth it is of those that wait to go there, from 1.
+        place: u32,
+        /// What it waits for.
+        text: String,
+    },
     /// Which step began.
     Step {
         /// The step.
@@ -382,7 +389,7 @@ pub struct MigrationView {
     pub to: String,
     /// When it began, in seconds since 1970.
     pub started: u64,
-    /// The step in the journal: `prepare`, `copy-ram`, `commit`, `post-copy`, `retire`, `done`, `abandoned`.
+    /// `queued`, or the step in the journal: `prepare`, `copy-ram`, `commit`, `post-copy`, `retire`, `done`, `abandoned`.
     pub step: String,
     /// How it ended, or what keeps it from ending.
     pub outcome: Option<String>,

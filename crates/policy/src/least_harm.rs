@@ -105,11 +105,11 @@ struct Choice {
 
 impl Policy for LeastHarm {
     fn decide(&mut self, seen: &Observation) -> Action {
-        if seen.phase != Phase::PreCopy || self.over {
-            return Action::Continue;
-        }
         if let Some(before) = self.limits.replace(seen.limits).filter(|before| *before != seen.limits) {
             self.limits_are_others(seen, before);
+        }
+        if seen.phase != Phase::PreCopy || self.over {
+            return Action::Continue;
         }
         let scanned = self.take_in(seen);
         if let Some(action) = self.queue.pop_front() {
@@ -172,6 +172,8 @@ impl LeastHarm {
             self.link.is_capped(seen.limits.bandwidth.map(|it| it.0 as f64), self.settled);
         }
         self.queue.retain(|it| !matches!(it, Action::Allow(_)));
+        // What it said last may not have been done: nobody changes limits after a switch.
+        self.over = false;
         (self.allowed, self.hopeless, self.said_wait) = (0.0, 0, false);
     }
 

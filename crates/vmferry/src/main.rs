@@ -14,6 +14,7 @@ mod moving;
 mod nbd;
 mod pair;
 mod resolve;
+mod several;
 mod sim;
 mod tune;
 mod vms;
@@ -68,6 +69,7 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Resume { name } => vms::resume(&client()?, &name).await,
         Command::Autostart { name, on } => vms::autostart(&client()?, &name, on == "on").await,
         Command::Console { name } => console::run(&client()?, &name).await,
+        Command::Migrate(options) if options.names.len() > 1 => several::run(&client()?, options).await,
         Command::Migrate(options) => migrate::run(&client()?, options).await,
         Command::Sim(options) => sim::run(&options),
         Command::Move(options) => moving::run(&client()?, options).await,

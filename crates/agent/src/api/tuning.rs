@@ -9,8 +9,8 @@ use utoipa_axum::routes;
 use vmferry_api::{Problem, TuneRequest, Tuned};
 
 use super::Answer;
+use super::local::migration_of;
 use crate::agent::Agent;
-use crate::error::AgentError;
 
 pub(super) fn routes() -> OpenApiRouter<Arc<Agent>> {
     OpenApiRouter::new().routes(routes!(tune))
@@ -26,7 +26,6 @@ async fn tune(
     Json(wanted): Json<TuneRequest>,
 ) -> Answer<Tuned> {
     agent.host.found(&name).await?;
-    let none = || AgentError::Conflict { message: format!("{name} is not being migrated"), hint: None };
-    let migration = agent.outgoing.migration_of(&name).ok_or_else(none)?;
+    let migration = migration_of(&agent, &name)?;
     Ok(Json(migration.tune(wanted).await?))
 }

@@ -12,6 +12,8 @@ use crate::engine::movable::came_up;
 use crate::engine::{RamEngine, Seen};
 use crate::error::AgentError;
 
+const HELD_UP: &str = "Post-copy has to wait: as many guests of this host are in it as may be.";
+
 impl Run {
     /// Nothing has come up since the plan that keeps the guest from being moved as planned.
     async fn as_planned(&self) -> Result<(), AgentError> {
@@ -29,6 +31,9 @@ impl Run {
     pub(super) async fn copy_ram(&mut self, engine: &mut dyn RamEngine) -> Result<Seen, AgentError> {
         self.teller.step(Step::CopyRam);
         self.as_planned().await?;
+        if self.plan.mover.pauses_first() {
+            self.waits_for_post_copy().await?;
+        }
         engine.start().await?;
         let mut policy = decider::policy(self.baseline, self.script.as_ref());
         loop {
@@ -53,7 +58,11 @@ impl Run {
                 self.no_more_changes();
             }
             let asked = self.post_copy_is_asked_for(&seen.observation);
-            let action = if asked { Action::PostCopy } else { policy.decide(&seen.observation) };
+            let decided = if asked { Action::PostCopy } else { policy.decide(&seen.observation) };
+            let (action, is_held_up) = self.turn.take(decided, asked, self.limits.post_copy);
+            if is_held_up {
+                self.migration.note(HELD_UP);
+            }
             if let Some(words) = policy.words() {
                 self.teller.decided(words);
             }
@@ -85,6 +94,18 @@ impl Run {
                 self.as_planned().await?;
             }
             engine.apply(&action).await?;
+        }
+    }
+
+    /// Of one that goes by post-copy from its first byte: the guest runs here until it may.
+    async fn waits_for_post_copy(&mut self) -> Result<(), AgentError> {
+        if self.turn.try_seat() {
+            return Ok(());
+        }
+        self.migration.note(HELD_UP);
+        tokio::select! {
+            () = self.turn.wait() => Ok(()),
+            () = self.migration.cancel.cancelled() => Err(self.cancelled()),
         }
     }
 

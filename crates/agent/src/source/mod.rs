@@ -39,10 +39,11 @@ mod settle;
 mod teller;
 mod told;
 mod tune;
+mod turn;
 
-pub(crate) use begin::begin;
+pub(crate) use begin::{Checked, begin, check};
 pub(crate) use fences::keep as keep_fences;
-pub(crate) use migration::Migration;
+pub(crate) use migration::{Migration, Seat};
 pub(crate) use outgoing::Outgoing;
 pub(crate) use plan::contents_of;
 pub(crate) use resolve::{discard, resolve};

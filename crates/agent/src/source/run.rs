@@ -21,6 +21,7 @@ use super::outgoing::Outgoing;
 use super::plan::Plan;
 use super::post_copy::Serving;
 use super::teller::Teller;
+use super::turn::Turn;
 use crate::engine::budget::Budget;
 use crate::engine::disks::Mirrors;
 use crate::engine::{RamEngine, Seen};
@@ -50,6 +51,10 @@ pub(super) struct Run {
     pub(super) changes: Option<mpsc::Receiver<Change>>,
     /// Why the destination cannot run it before all of its RAM is there, if so.
     pub(super) post_copy_obstacle: Option<String>,
+    /// When it may be in post-copy.
+    pub(super) turn: Turn,
+    /// With how many it shares the bandwidth that its user allows, this one among them.
+    pub(super) siblings: u32,
     /// Its disks are in step, and leave some of the bandwidth to its RAM.
     pub(super) copies_ram: bool,
     pub(super) script: Option<Script>,
@@ -86,6 +91,7 @@ impl Run {
         let serving = Some(Serving::new(way, self.relay.take()));
         let mut hands = Hands { engine, serving, audience: self.teller.as_ref() };
         self.custody.drive(&mut hands).await;
+        self.turn.give_back();
         if let (Phase::Owned, Some(mirrors)) = (self.custody.phase(), &self.mirrors) {
             mirrors.end().await;
         }

@@ -7,8 +7,9 @@ use std::time::Duration;
 
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::oneshot;
-use vmferry_api::{TuneRequest, Tuned};
-use vmferry_policy::Limits;
+use vmferry_api::{TuneRequest, Tuned, in_one_line};
+use vmferry_policy::queue::share;
+use vmferry_policy::{BytesPerSec, Limits};
 
 use super::changes::Change;
 use super::decider;
@@ -41,7 +42,7 @@ impl Migration {
 impl Run {
     /// Takes in what its user has changed meanwhile, `elapsed` after the copy began; true when something was.
     pub(super) async fn take_changes(&mut self, engine: &mut dyn RamEngine, elapsed: Duration) -> bool {
-        let mut changed = false;
+        let mut changed = self.take_share(engine).await;
         while let Some(Change { wanted, answer }) = self.changes.as_mut().and_then(|it| it.try_recv().ok()) {
             let taken = self.tune(engine, &wanted, elapsed).await;
             changed |= taken.is_ok();
@@ -49,6 +50,23 @@ impl Run {
             let _ = answer.send(taken);
         }
         changed
+    }
+
+    /// Takes its share of the bandwidth where it has one limit with others, as far as that is another than before; true if
+    /// so.
+    async fn take_share(&mut self, engine: &mut dyn RamEngine) -> bool {
+        if self.changes.is_none() {
+            return false;
+        }
+        let siblings = self.migration.siblings();
+        if siblings == std::mem::replace(&mut self.siblings, siblings) || self.asked.bandwidth.is_none() {
+            return false;
+        }
+        let taken = self.set(engine, self.asked, self.limits).await;
+        if let Err(error) = &taken {
+            tracing::warn!(vm = self.vm.name(), error = in_one_line(error), "cannot send at another rate");
+        }
+        taken.is_ok()
     }
 
     /// Nothing is changed any more.
@@ -74,7 +92,17 @@ impl Run {
         if tuned.text.is_empty() {
             return Ok(tuned);
         }
-        let bandwidth = decider::cap(self.baseline, asked.bandwidth.or(self.plan.rate));
+        self.set(engine, asked, limits).await?;
+        self.migration.allow_post_copy(limits.post_copy);
+        self.teller.tuned(tuned.clone());
+        Ok(tuned)
+    }
+
+    /// These limits hold from now on.
+    async fn set(&mut self, engine: &mut dyn RamEngine, asked: Asked, limits: Limits) -> Result<(), AgentError> {
+        let own = self.own_share(&asked);
+        let limits = Limits { bandwidth: own.map(BytesPerSec), ..limits };
+        let bandwidth = decider::cap(self.baseline, own.or(self.plan.rate));
         engine.set_limits(limits, bandwidth).await?;
         if let Some(mirrors) = &self.mirrors {
             // Until the RAM is copied they have all of it.
@@ -82,9 +110,12 @@ impl Run {
             mirrors.set_rate(share);
         }
         (self.asked, self.limits, self.bandwidth) = (asked, limits, bandwidth);
-        self.migration.allow_post_copy(limits.post_copy);
-        self.teller.tuned(tuned.clone());
-        Ok(tuned)
+        Ok(())
+    }
+
+    /// What of its user's limit of bandwidth is its own, in bytes a second.
+    fn own_share(&self, asked: &Asked) -> Option<u64> {
+        asked.bandwidth.map(|budget| share(BytesPerSec(budget), self.siblings).0)
     }
 
     /// The limits, as far as this migration can still keep to them.

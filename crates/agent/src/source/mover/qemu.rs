@@ -63,13 +63,12 @@ impl ByQemu {
         }
         let scripted = request.script.as_ref().map(|script| setup_for(vm, features, has, script)).transpose()?;
         let loses_writes = guest.running && migration::loses_writes(features, &vm.accelerator);
-        let means: Vec<String> = match &scripted {
-            Some(setup) => setup.capabilities.clone(),
-            None => {
-                let uses = decider::uses(baseline, request.post_copy);
-                let means = means::means(features, has, uses, !there.own_disks.is_empty());
-                means.into_iter().map(str::to_owned).collect()
-            }
+        let means: Vec<String> = if let Some(setup) = &scripted {
+            setup.capabilities.clone()
+        } else {
+            let uses = decider::uses(baseline, request.post_copy);
+            let means = means::means(features, has, uses, !there.own_disks.is_empty());
+            means.into_iter().map(str::to_owned).collect()
         };
         if let Some(baseline) = baseline {
             if let Some(reason) = decider::lacks(baseline, request.post_copy, &means) {
