@@ -12,6 +12,7 @@ use crate::disk_moves::DiskMoves;
 use crate::host::{Follower, Host, Trusts, Vm};
 use crate::journal::Journal;
 use crate::measuring::witness;
+use crate::queue::Queue;
 use crate::source::Outgoing;
 use crate::vm_moves::VmMoves;
 
@@ -21,6 +22,8 @@ pub(crate) struct Agent {
     pub(crate) host: Arc<Host>,
     /// What leaves it.
     pub(crate) outgoing: Arc<Outgoing>,
+    /// Migrations away from it that are asked for, those that have to wait among them.
+    pub(crate) queue: Arc<Queue>,
     /// What comes to it.
     pub(crate) incoming: Arc<Incoming>,
     /// Images that are copied.
@@ -48,7 +51,8 @@ impl Agent {
         let vm_moves = VmMoves::new(Arc::clone(&host), Arc::clone(&copies));
         let disks = Arc::downgrade(&disk_moves);
         host.tell(Box::new(Followers { leaving, coming, disks }));
-        Arc::new(Self { host, outgoing, incoming, copies, disk_moves, vm_moves })
+        let queue = Queue::new(Arc::clone(&outgoing));
+        Arc::new(Self { host, outgoing, queue, incoming, copies, disk_moves, vm_moves })
     }
 }
 

@@ -1,6 +1,7 @@
 //! The agent's configuration: a TOML file with a sane default for every key, so none is needed.
 
 use std::net::IpAddr;
+use std::num::NonZeroU8;
 use std::path::{Path, PathBuf};
 
 use bytesize::ByteSize;
@@ -105,6 +106,8 @@ pub struct Config {
     /// A QEMU whose user may not have the kernel wait for pages is lent `/dev/userfaultfd` while that is set up. Without
     /// it such guests can neither leave nor arrive by post-copy, nor be paced.
     pub lend_userfaultfd: bool,
+    /// How many guests that leave this host may be in post-copy at a time, in which each needs two hosts.
+    pub post_copies: NonZeroU8,
     /// How log lines are written.
     pub log_format: LogFormat,
 }
@@ -129,6 +132,7 @@ impl Default for Config {
             engine: EngineName::default(),
             delta_cache: ByteSize::mib(64),
             lend_userfaultfd: true,
+            post_copies: NonZeroU8::MIN,
             log_format: LogFormat::Text,
         }
     }
@@ -249,6 +253,7 @@ mod tests {
             "index_images",
             "delta_cache",
             "lend_userfaultfd",
+            "post_copies",
             "log_format",
         ] {
             assert!(uncommented.contains(&format!("{key} =")), "{key} is not shown");

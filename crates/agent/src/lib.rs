@@ -2,8 +2,8 @@
 //!
 //! Where to find what, from the bottom up: `host` the VMs of this host, `journal` what must not be forgotten; `engine`
 //! what copies RAM; `peers` other agents; `measuring` what only measurements need; `known` what need not be sent here; `copying` images that no guest runs
-//! from; `disk_moves` disks that get another place on this host; `source` the source's side of a migration, `destination`
-//! the destination's; `vm_moves` VMs that move while they do not run; `recovery` what an agent does with what its predecessor left; `api` the routes. No module imports one
+//! from; `disk_moves` disks that get another place on this host; `source` the source's side of a migration, `queue` those that wait
+//! for their turn, `destination` the destination's; `vm_moves` VMs that move while they do not run; `recovery` what an agent does with what its predecessor left; `api` the routes. No module imports one
 //! that imports it.
 
 mod agent;
@@ -19,6 +19,7 @@ pub mod journal;
 mod known;
 mod measuring;
 pub mod peers;
+mod queue;
 mod recovery;
 mod server;
 mod shown;

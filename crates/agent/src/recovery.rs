@@ -44,6 +44,7 @@ pub(crate) async fn recover(agent: &Arc<Agent>) -> Result<(), AgentError> {
         }
     }
     agent.vm_moves.take_up().await?;
+    agent.queue.take_up().await?;
     find_by_process(agent);
     destination::sweep_disks(&agent.host).await
 }

@@ -120,6 +120,7 @@ pub async fn serve(config: Config, end: CancellationToken) -> Result<(), ServeEr
     tracing::info!(name = agent.host.config.name, socket = %socket.display(), version = env!("CARGO_PKG_VERSION"), "ready");
     tell_systemd(&[sd_notify::NotifyState::Ready]);
     tokio::spawn(recovery::see_to_the_ended(Arc::clone(&agent)));
+    tokio::spawn(Arc::clone(&agent.queue).drive());
     tokio::spawn(source::keep_fences(Arc::clone(&agent.host)));
     tokio::spawn(host::bound_logs(Arc::clone(&agent.host)));
     tokio::spawn(destination::remove_old_parts(Arc::clone(&agent.host)));
@@ -128,6 +129,7 @@ pub async fn serve(config: Config, end: CancellationToken) -> Result<(), ServeEr
     tokio::spawn(async move { learning.qemus.learn_qemu().await });
     end.cancelled().await;
     tell_systemd(&[sd_notify::NotifyState::Stopping]);
+    agent.queue.close();
     agent.outgoing.cancel_all().await;
     // Consoles and event streams never end by themselves; they are cut.
     let _ = tokio::time::timeout(FAREWELL, served).await;

@@ -9,8 +9,10 @@ mod disk;
 mod migration;
 mod peers;
 mod problem;
+mod queue;
 mod settings;
 pub mod trial;
+mod tune;
 mod vm;
 mod vm_move;
 pub mod witness;
@@ -19,11 +21,13 @@ pub use copy::{CopyBegun, CopyEvent, CopyProgress, CopyReport, CopyRequest};
 pub use disk::{DiskMoveRequest, DiskMoveState, DiskMoveView, DiskView};
 pub use migration::{
     Begun, DiskMoved, EngineName, Faults, Means, MigrateRequest, MigrationEvent, MigrationView, PlanView, Prefer,
-    Progress, Report, Script, Step, StepTime,
+    Progress, Report, Script, Step, StepTime, Tuned,
 };
 pub use peers::{Hello, PairRequest, PeerView, PeersView, TokenRequest, TokenView};
 pub use problem::{Code, Problem, in_one_line};
+pub use queue::{ManyBegun, MigrateManyRequest, RefusedVm};
 pub use settings::{DEFAULT_PORT, Listen, Rate, Security};
 pub use trial::TrialRequest;
+pub use tune::TuneRequest;
 pub use vm::{AdoptRequest, Autostart, Resolve, RunRequest, StartRequest, Started, StopRequest, VmSpec, VmView};
 pub use vm_move::{VmMoveDisk, VmMoveRequest, VmMoveState, VmMoveView};

@@ -34,6 +34,9 @@ pub struct MigrateRequest {
     /// The RAM engine; without it the host's configuration decides.
     #[serde(default)]
     pub engine: Option<EngineName>,
+    /// Whose policy decides: `vmferry`, or a baseline's name, which takes the engine `qemu`.
+    #[serde(default)]
+    pub policy: Option<String>,
     /// The user vouches that block devices of this VM are the same on both hosts.
     #[serde(default)]
     pub disks_are_shared: bool,
@@ -136,6 +139,9 @@ pub struct PlanView {
     pub to: String,
     /// The RAM engine.
     pub engine: String,
+    /// Whose policy decides: `vmferry`, a baseline's name, or `script`.
+    #[serde(default)]
+    pub policy: String,
     /// Guest RAM, in bytes.
     pub ram_bytes: u64,
     /// How much of it the host has given to the guest so far, in bytes: what the first round sends at most.
@@ -214,10 +220,26 @@ pub struct Progress {
     pub throttle: u8,
 }
 
+/// The limits of a migration were changed while it ran.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Tuned {
+    /// Since the copy began, in ms.
+    pub elapsed_ms: u64,
+    /// What is otherwise than before, in one line; empty when nothing is.
+    pub text: String,
+}
+
 /// What a migration tells while it runs; the last one is `finished` or `failed`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case", tag = "event")]
 pub enum MigrationEvent {
+    /// It waits for its turn.
+    Queued {
+        /// The how manyth it is of those that wait to go there, from 1.
+        place: u32,
+        /// What it waits for.
+        text: String,
+    },
     /// Which step began.
     Step {
         /// The step.
@@ -233,6 +255,8 @@ pub enum MigrationEvent {
         /// One line of words and numbers.
         text: String,
     },
+    /// Its user has changed its limits.
+    Tuned(Tuned),
     /// How far it is, several times a second.
     Progress(Progress),
     /// It is over and the guest runs on the destination.
@@ -270,6 +294,9 @@ pub struct Report {
     pub to: String,
     /// The RAM engine.
     pub engine: String,
+    /// Whose policy decided: `vmferry`, a baseline's name, or `script`.
+    #[serde(default)]
+    pub policy: String,
     /// Post-copy was used.
     pub post_copy: bool,
     /// The guest was paused before the first byte, since its QEMU loses track of what a running guest writes.
@@ -307,6 +334,9 @@ pub struct Report {
     /// What the policy decided, one line each; the first 200.
     #[serde(default)]
     pub decisions: Vec<String>,
+    /// How its user changed its limits while it ran.
+    #[serde(default)]
+    pub tuned: Vec<Tuned>,
     /// How long each step took.
     pub steps: Vec<StepTime>,
     /// The disks that moved with the guest.
@@ -359,7 +389,7 @@ pub struct MigrationView {
     pub to: String,
     /// When it began, in seconds since 1970.
     pub started: u64,
-    /// The step in the journal: `prepare`, `copy-ram`, `commit`, `post-copy`, `retire`, `done`, `abandoned`.
+    /// `queued`, or the step in the journal: `prepare`, `copy-ram`, `commit`, `post-copy`, `retire`, `done`, `abandoned`.
     pub step: String,
     /// How it ended, or what keeps it from ending.
     pub outcome: Option<String>,

@@ -24,7 +24,9 @@ pub struct Scenario {
     pub engines: Vec<EngineName>,
     /// vmferry's policy decides, rather than what follows.
     pub automatic: bool,
-    /// vmferry's policy may turn to post-copy.
+    /// Another policy than vmferry's decides, of this name.
+    pub policy: Option<String>,
+    /// The policy may turn to post-copy.
     pub post_copy: bool,
     /// Turn to post-copy when so many rounds are done.
     pub post_copy_after: Option<u32>,
@@ -75,6 +77,7 @@ struct File {
     engines: Vec<EngineName>,
     #[serde(default)]
     automatic: bool,
+    policy: Option<String>,
     #[serde(default = "yes")]
     post_copy: bool,
     post_copy_after: Option<u32>,
@@ -223,6 +226,14 @@ standard! {
     "vmferry-no-post-copy-300mbit",
     "vmferry-no-post-copy-1gbit",
     "vmferry-no-post-copy-10gbit",
+    "libvirt",
+    "libvirt-auto-converge",
+    "libvirt-post-copy",
+    "nova",
+    "nova-force",
+    "proxmox",
+    "ovirt-post-copy",
+    "kubevirt-tuning",
 }
 
 /// The names of the scenarios that are compiled in.
@@ -263,6 +274,7 @@ impl Scenario {
             about: file.about,
             engines: file.engines,
             automatic: file.automatic,
+            policy: file.policy,
             post_copy: file.post_copy,
             post_copy_after: file.post_copy_after,
             pause_after: file.pause_after,
@@ -289,6 +301,10 @@ impl Scenario {
         } else if self.automatic && self.qemu.iter().any(|it| !it.capabilities.is_empty() || !it.parameters.is_empty())
         {
             Some("it is automatic, so that vmferry decides which means of QEMU are used")
+        } else if self.policy.is_some() && (!self.automatic || self.engines != [EngineName::Qemu]) {
+            Some(
+                "a policy of another manager's steers QEMU, and nothing else is said: automatic = true, engines = [\"qemu\"]",
+            )
         } else if self.post_copy_after.is_some() && self.pause_after.is_some() {
             Some("a guest that is paused does not go on to post-copy: give one of pause-after and post-copy-after")
         } else if self.post_copy_after.is_some() && by_qemu && !self.qemu.iter().all(post_copy) {
@@ -358,6 +374,7 @@ mod tests {
             ("pause-aftre = 3", "pause-after"),
             ("post-copy-after = 3", "postcopy-ram"),
             ("automatic = true\npause-after = 1", "automatic"),
+            ("policy = \"nova\"", "automatic = true"),
             ("bandwidth = \"fast\"", "100mbit"),
             ("downtime = \"later\"", "downtime"),
             ("post-copy = false", "automatic"),

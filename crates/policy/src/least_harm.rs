@@ -22,6 +22,8 @@ use crate::{
 
 /// Before this nothing is decided: the link's rate is just being found out.
 const SETTLED: f64 = 0.3;
+/// A link that is capped anew, or no more, is measured right after so long: engines smooth what they measure.
+const SETTLES: f64 = 2.0;
 /// In the first round it is decided anew after so long, if more is known.
 const AGAIN: f64 = 0.25;
 /// So much of the first round must be over before anything is decided.
@@ -72,6 +74,10 @@ pub struct LeastHarm {
     decided: Option<Decided>,
     /// Nothing is left to decide.
     over: bool,
+    /// What the user has set, as of the last look; nothing is decided before this, in seconds, as the link's rate is about to
+    /// be another one.
+    limits: Option<Limits>,
+    settled: f64,
     words: Option<String>,
     said_wait: bool,
 }
@@ -99,6 +105,9 @@ struct Choice {
 
 impl Policy for LeastHarm {
     fn decide(&mut self, seen: &Observation) -> Action {
+        if let Some(before) = self.limits.replace(seen.limits).filter(|before| *before != seen.limits) {
+            self.limits_are_others(seen, before);
+        }
         if seen.phase != Phase::PreCopy || self.over {
             return Action::Continue;
         }
@@ -156,8 +165,24 @@ impl LeastHarm {
         true
     }
 
+    /// Its user has changed them: what was allowed within the others the engine has taken back.
+    fn limits_are_others(&mut self, seen: &Observation, before: Limits) {
+        if seen.limits.bandwidth != before.bandwidth {
+            self.settled = seen.elapsed.as_secs_f64() + SETTLES;
+            self.link.is_capped(seen.limits.bandwidth.map(|it| it.0 as f64), self.settled);
+        }
+        self.queue.retain(|it| !matches!(it, Action::Allow(_)));
+        // What it said last may not have been done: nobody changes limits after a switch.
+        self.over = false;
+        (self.allowed, self.hopeless, self.said_wait) = (0.0, 0, false);
+    }
+
     fn is_news(&self, seen: &Observation, scanned: bool) -> bool {
         let now = seen.elapsed.as_secs_f64();
+        let is_late = seen.limits.max_time.is_some_and(|most| seen.elapsed >= most);
+        if now < self.settled && !is_late {
+            return false;
+        }
         if scanned {
             return true;
         }
@@ -174,7 +199,6 @@ impl LeastHarm {
         if now - last.at < AGAIN.max(now * EVIDENCE) {
             return false;
         }
-        let is_late = seen.limits.max_time.is_some_and(|most| seen.elapsed >= most);
         let is_off = |before: f64, now: f64| (now - before).abs() > before.abs() * NEWS;
         is_late || is_off(last.rate, seen.link_rate.0 as f64) || is_off(last.leaves, self.leaves(seen))
     }
@@ -556,6 +580,26 @@ mod tests {
             got_used_to_it.extend(said(&mut policy, &Observation { elapsed: seconds(at), ..no_slowing }));
         }
         assert_eq!(got_used_to_it, [Action::PostCopy]);
+    }
+
+    #[test]
+    fn limits_that_change_have_what_is_allowed_said_anew_and_a_lower_cap_is_no_collapse() {
+        let mut policy = LeastHarm::default();
+        for (round, elapsed) in [(2, 80.0), (3, 80.1), (4, 80.2), (5, 80.3)] {
+            said(&mut policy, &after(round, elapsed, 100, 10));
+        }
+        assert!(policy.allowed >= 0.1, "{policy:?}");
+        let less = Limits { downtime: Duration::from_millis(60), ..Limits::default() };
+        let again = said(&mut policy, &Observation { limits: less, ..after(5, 80.4, 100, 10) });
+        let allowed = again.iter().filter_map(|it| if let Action::Allow(pause) = it { Some(*pause) } else { None });
+        assert!(allowed.clone().all(|pause| pause <= less.downtime), "{again:?}");
+        let capped = Limits { bandwidth: Some(BytesPerSec(10 << 20)), ..less };
+        let lags = Observation { limits: capped, ..after(6, 80.5, 100, 10) };
+        assert_eq!(said(&mut policy, &lags), [], "it is not known yet what the link is");
+        let known = Observation { elapsed: seconds(83.0), link_rate: BytesPerSec(10 << 20), ..lags };
+        said(&mut policy, &known);
+        assert!(policy.decided.as_ref().is_some_and(|it| it.limits == capped), "{policy:?}");
+        assert!(policy.words().is_some_and(|it| !it.contains("may come back")));
     }
 
     #[test]

@@ -16,6 +16,7 @@ pub mod harm;
 mod least_harm;
 mod link;
 pub mod predict;
+pub mod queue;
 mod units;
 
 pub use after_rounds::AfterRounds;

@@ -17,11 +17,24 @@ pub struct LinkRate {
     usual: f64,
     deviation: f64,
     seen: f64,
+    /// It cannot carry more than this, which is believed of what is measured when that had the time to follow.
+    cap: Option<(f64, f64)>,
 }
 
 impl LinkRate {
+    /// From this moment on so much is sent at most, in bytes a second, or as much as goes: what was known is what used to
+    /// be, and what is measured follows until `settled`.
+    pub fn is_capped(&mut self, rate: Option<f64>, settled: f64) {
+        self.cap = rate.map(|rate| (rate, settled));
+        self.usual = 0.0;
+    }
+
     /// At this moment, in seconds, so much was measured.
     pub fn update(&mut self, at: f64, rate: f64) {
+        let rate = match self.cap {
+            Some((cap, settled)) if at < settled => rate.min(cap),
+            _ => rate,
+        };
         let passed = (at - self.seen).clamp(0.0, 10.0);
         self.seen = at.max(self.seen);
         self.now = rate.max(0.0);
@@ -57,6 +70,22 @@ impl LinkRate {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_link_that_is_capped_has_not_collapsed_and_is_not_believed_to_be_faster() {
+        let mut link = LinkRate::default();
+        for tick in 0..100 {
+            link.update(f64::from(tick) * 0.1, 1e8);
+        }
+        link.is_capped(Some(1e7), 12.0);
+        link.update(10.1, 9e7);
+        assert!(link.range().mid <= 1e7 && !link.has_collapsed(), "{link:?}");
+        link.update(12.1, 1e7);
+        assert!(!link.has_collapsed(), "{link:?}");
+        link.is_capped(None, 20.0);
+        link.update(18.1, 9e7);
+        assert!(link.range().mid > 8e7, "{link:?}");
+    }
 
     #[test]
     fn a_link_that_drops_to_a_tenth_has_collapsed_until_one_gets_used_to_it() {

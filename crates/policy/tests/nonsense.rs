@@ -18,13 +18,14 @@ fn duration() -> impl Strategy<Value = Duration> {
 }
 
 fn limits() -> impl Strategy<Value = Limits> {
-    (duration(), proptest::option::of(duration()), any::<[bool; 3]>(), any::<u8>()).prop_map(
-        |(downtime, max_time, [post_copy, gives_up, gentle], slow)| Limits {
+    let bandwidth = proptest::option::of(number());
+    (duration(), proptest::option::of(duration()), any::<[bool; 3]>(), any::<u8>(), bandwidth).prop_map(
+        |(downtime, max_time, [post_copy, gives_up, gentle], slow, bandwidth)| Limits {
             downtime,
             max_time,
             post_copy,
             slow: Percent(slow),
-            bandwidth: None,
+            bandwidth: bandwidth.map(BytesPerSec),
             otherwise: if gives_up { Otherwise::GiveUp } else { Otherwise::Finish },
             prefer: if gentle { Preference::Gentle } else { Preference::Short },
         },

@@ -238,8 +238,8 @@ impl Source {
     }
 
     /// From now on this much is sent at most, in bytes a second.
-    pub fn set_rate(&self, rate: u64) {
-        self.inner.link.set_rate(Some(rate));
+    pub fn set_rate(&self, rate: Option<u64>) {
+        self.inner.link.set_rate(rate);
     }
 
     /// Post-copy goes on over a new link; the guest stays paused.

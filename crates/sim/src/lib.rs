@@ -18,7 +18,7 @@ pub use cases::{Case, cases, published};
 pub use engine::{Engine, EngineKind};
 pub use guest::{Guest, Part};
 pub use link::Link;
-pub use migration::{End, Outcome, run};
+pub use migration::{End, Outcome, run, run_tuned};
 pub use oracle::best_in_hindsight;
 pub use random::Random;
 pub use table::{Contestant, Row, Table, contestants, play};

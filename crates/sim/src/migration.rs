@@ -65,8 +65,11 @@ struct Migration<'a> {
     link: &'a Link,
     engine: Engine,
     limits: Limits,
+    /// When these are others, in seconds; the last one comes first.
+    changes: Vec<(f64, Limits)>,
     random: Random,
-    /// A limit of its own to what is sent.
+    /// What its manager limits what is sent to, and that and the user's limit together.
+    managed: Option<BytesPerSec>,
     bandwidth: f64,
     at: f64,
     /// It has failed then.
@@ -105,6 +108,19 @@ pub fn run(
     bandwidth: Option<BytesPerSec>,
     policy: &mut dyn Policy,
 ) -> Outcome {
+    run_tuned(guest, link, engine, (limits, &[]), seed, bandwidth, policy)
+}
+
+/// The same where the user changes the limits at these times, in seconds.
+pub fn run_tuned(
+    guest: &Guest,
+    link: &Link,
+    engine: Engine,
+    (limits, changes): (Limits, &[(f64, Limits)]),
+    seed: u64,
+    managed: Option<BytesPerSec>,
+    policy: &mut dyn Policy,
+) -> Outcome {
     let parts = guest.parts.len();
     let outcome = Outcome {
         end: End::TooLong,
@@ -115,15 +131,19 @@ pub fn run(
         actions: Vec::new(),
         words: Vec::new(),
     };
-    let caps = [bandwidth, limits.bandwidth].into_iter().flatten().map(|it| it.0 as f64);
-    let bandwidth = caps.fold(engine.most_rate, f64::min);
-    let once = guest.parts.iter().map(|part| part.bytes).sum::<f64>() / link.rate.min(bandwidth).max(1.0);
+    let mut changes = changes.to_vec();
+    changes.sort_by(|a, b| b.0.total_cmp(&a.0));
+    let bandwidth = least(engine, managed, limits);
+    let slowest = changes.iter().map(|(_, limits)| least(engine, managed, *limits)).fold(bandwidth, f64::min);
+    let once = guest.parts.iter().map(|part| part.bytes).sum::<f64>() / link.rate.min(slowest).max(1.0);
     let mut migration = Migration {
         guest,
         link,
         engine,
         limits,
+        changes,
         random: Random::new(seed),
+        managed,
         bandwidth,
         at: 0.0,
         longest: LONGEST.0.max(once * LONGEST.1),
@@ -151,6 +171,12 @@ pub fn run(
     migration.outcome
 }
 
+/// The most that is sent, in bytes a second.
+fn least(engine: Engine, managed: Option<BytesPerSec>, limits: Limits) -> f64 {
+    let caps = [managed, limits.bandwidth].into_iter().flatten().map(|it| it.0 as f64);
+    caps.fold(engine.most_rate, f64::min)
+}
+
 /// What a step came to.
 enum Now {
     GoesOn,
@@ -162,6 +188,7 @@ impl Migration<'_> {
         let mut polled = 0.0;
         while self.at < self.longest {
             let scanned = self.step();
+            self.tune();
             if scanned || self.at >= polled + self.engine.poll {
                 polled = self.at;
                 self.measure();
@@ -178,6 +205,17 @@ impl Migration<'_> {
             }
         }
         self.outcome.felt.total = self.at;
+    }
+
+    /// The user's limits are others from now on. Engines take back what was allowed within those before.
+    fn tune(&mut self) {
+        while let Some((_, limits)) = self.changes.pop_if(|(at, _)| *at <= self.at) {
+            if self.paused_at.is_none() {
+                self.allowed = 0.0;
+                self.limits = limits;
+                self.bandwidth = least(self.engine, self.managed, limits);
+            }
+        }
     }
 
     fn rate(&self) -> f64 {

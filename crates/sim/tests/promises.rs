@@ -1,9 +1,11 @@
 //! What our policy promises, whatever the guest: on migrations that are only reckoned.
 
+use std::time::Duration;
+
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
-use vmferry_policy::{Action, LeastHarm, Limits, Otherwise, Percent};
-use vmferry_sim::{Case, End, Engine, Link, Outcome, best_in_hindsight, run};
+use vmferry_policy::{Action, BytesPerSec, LeastHarm, Limits, Otherwise, Percent};
+use vmferry_sim::{Case, End, Engine, Link, Outcome, best_in_hindsight, run, run_tuned};
 
 /// The case of this seed on a link that stays as it is.
 fn steady(seed: u64, limits: Limits) -> Case {
@@ -102,5 +104,82 @@ fn the_same_seed_is_the_same_migration() {
     for seed in 0..20 {
         let case = Case::of(seed, Limits::default());
         assert_eq!(decided(&case, Engine::external()), decided(&Case::of(seed, Limits::default()), Engine::external()));
+    }
+}
+
+/// Other limits after a share of the time that all RAM takes: when, the downtime in ms, post-copy or not, and a share of the
+/// link to send with, or all of it.
+fn change() -> impl Strategy<Value = (f64, u64, bool, Option<f64>)> {
+    let downtime = prop_oneof![Just(50u64), Just(300), Just(1000)];
+    (0.02..1.5f64, downtime, any::<bool>(), proptest::option::of(0.3..0.9f64))
+}
+
+/// A case whose user changes the limits, in seconds.
+fn tuned(seed: u64, limits: Limits, change: (f64, u64, bool, Option<f64>)) -> (Case, Vec<(f64, Limits)>) {
+    let case = steady(seed, limits);
+    let (share, downtime, post_copy, bandwidth) = change;
+    let at = case.guest.ram() / case.link.rate * share;
+    let bandwidth = bandwidth.map(|share| BytesPerSec((case.link.rate * share) as u64));
+    let downtime = Duration::from_millis(downtime);
+    let changes = vec![(at, Limits { downtime, post_copy, bandwidth, ..limits })];
+    (case, changes)
+}
+
+proptest! {
+    #![proptest_config(cases(96))]
+
+    #[test]
+    fn limits_that_change_in_the_middle_are_kept_and_it_ends_all_the_same(
+        seed in 0u64..1 << 32,
+        limits in limits(),
+        change in change(),
+        by in engine(),
+    ) {
+        let (case, changes) = tuned(seed, limits, change);
+        let mut policy = LeastHarm::default();
+        let outcome = run_tuned(&case.guest, &case.link, by, (limits, &changes), seed, None, &mut policy);
+        prop_assert_ne!(outcome.end, End::TooLong, "{}: {:?} {:#?}", case.name, changes, outcome.words);
+        let (at, new) = changes[0];
+        let in_force = |when: f64| if when >= at { new } else { limits };
+        for (when, _, action) in &outcome.actions {
+            let limits = in_force(*when);
+            match action {
+                Action::PostCopy => prop_assert!(limits.post_copy, "{}: {} {:?}", case.name, when, changes),
+                Action::GiveUp(_) => prop_assert!(limits.otherwise == Otherwise::GiveUp && !limits.post_copy),
+                _ => {}
+            }
+        }
+        // The first round brings news all the time, and so does a user.
+        let moved: Vec<(f64, u32)> = outcome.actions.iter()
+            .filter(|(_, _, action)| matches!(action, Action::Pace(_) | Action::Throttle(_)))
+            .map(|(at, round, _)| (*at, *round))
+            .collect();
+        for pair in moved.windows(2) {
+            let ((before, round), (after, next)) = (pair[0], pair[1]);
+            let is_tuned = before < at && at <= after;
+            prop_assert!(next > round || is_tuned || round == 1 && after - before >= 0.25, "{}: {:?}", case.name, outcome.actions);
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(cases(24))]
+
+    #[test]
+    fn no_downtime_is_longer_than_allowed_after_a_change_where_a_simple_plan_would_have_kept_to_it(
+        seed in 0u64..1 << 32,
+        change in change(),
+    ) {
+        let (case, changes) = tuned(seed, Limits::default(), change);
+        let mut policy = LeastHarm::default();
+        let (limits, by) = (case.limits, Engine::external());
+        let outcome = run_tuned(&case.guest, &case.link, by, (limits, &changes), seed, None, &mut policy);
+        let switched = outcome.felt.total - outcome.felt.at_risk - outcome.felt.downtime;
+        let limits = if switched >= changes[0].0 { changes[0].1 } else { limits };
+        let allowed = limits.downtime.as_secs_f64();
+        if outcome.felt.downtime > allowed * 1.05 {
+            let best = best_in_hindsight(&Case { limits, ..case.clone() }, by);
+            prop_assert!(best.felt.downtime > allowed, "{}: {:?} {:#?} but {:?}", case.name, changes, outcome.words, best);
+        }
     }
 }

@@ -5,6 +5,7 @@ mod disk;
 mod moving;
 mod nbd;
 mod sim;
+mod tune;
 
 pub(crate) use bench::{
     BatchOptions, Bench, BenchLinkOptions, BenchRamOptions, BenchRunOptions, CompareOptions, ImportOptions, PageOptions,
@@ -14,6 +15,7 @@ pub(crate) use disk::{Disk, DiskMoveOptions};
 pub(crate) use moving::MoveOptions;
 pub(crate) use nbd::{ClientTlsOptions, CopyOptions, InfoOptions, Nbd, ServeOptions, ServerTlsOptions};
 pub(crate) use sim::SimOptions;
+pub(crate) use tune::TuneOptions;
 
 use std::path::PathBuf;
 
@@ -32,6 +34,21 @@ Exit codes:
   7    no agent answers on this host
   8    too late to cancel: the guest is at its destination, or may be
   130  cancelled; the guest runs on at the source";
+
+const MIGRATE_HELP: &str = "\
+Examples:
+  vmferry migrate web1 --to beta
+  vmferry migrate web1 --to beta --dry-run
+  vmferry migrate web1 web2 db1 --to beta --bandwidth 500MiB/s
+
+Over one link several are done soonest one after the other, so they go in turn: quiet guests first; two at once only where
+one alone cannot fill the link. All are checked before the first one begins; one that cannot go is named and keeps no
+other. The agent holds the queue, also when it is started anew: `vmferry migrations` shows it, `vmferry cancel NAME` takes
+one out. What is asked for separately while another goes to the same host waits for its turn, too.
+
+Ctrl-C cancels one that was asked for alone. Of several it only ends the looking: the agent goes on with them.
+
+Exit codes are those of `vmferry --help`; of several the worst.";
 
 /// Hands-off live migration for QEMU/KVM guests.
 #[derive(Parser)]
@@ -132,8 +149,8 @@ shared memory for RAM when only -m is given. The VM outlives the agent.")]
         /// Its name
         name: String,
     },
-    /// Move a running VM to another host
-    #[command(after_long_help = EXIT_CODES)]
+    /// Move a running VM to another host, or several, one after the other
+    #[command(after_long_help = MIGRATE_HELP)]
     Migrate(MigrateOptions),
     /// Move a VM that does not run to another host, with its disks
     #[command(after_long_help = moving::MOVE_HELP)]
@@ -152,12 +169,15 @@ it up. PATH has to be in one of the folders that image_folders names in the othe
     /// Try policies out on migrations that are only reckoned: ours beside what other managers decide
     #[command(after_long_help = sim::SIM_HELP)]
     Sim(SimOptions),
+    /// Change the limits of a migration that is under way
+    #[command(after_long_help = tune::TUNE_HELP)]
+    Tune(TuneOptions),
     /// Have the destination run a VM that is being migrated at once; what is missing of its memory follows
     PostCopy {
         /// The VM's name
         name: String,
     },
-    /// Cancel the migration of a VM; the guest runs on here
+    /// Cancel the migration of a VM, or take it out of the queue; the guest runs on here
     Cancel {
         /// The VM's name
         name: String,
@@ -222,7 +242,7 @@ QEMU here with any arguments, as the agent's user.")]
         /// Its name, or its fingerprint
         peer: String,
     },
-    /// List the last migrations away from this host, and how they ended
+    /// List the migrations away from this host: those that wait, and how the last ones ended
     Migrations {
         /// Print JSON
         #[arg(long)]
@@ -259,8 +279,9 @@ pub(crate) struct AgentOptions {
 
 #[derive(Args)]
 pub(crate) struct MigrateOptions {
-    /// The VM's name
-    pub name: String,
+    /// The VM's name, or those of several
+    #[arg(required = true, value_name = "NAME")]
+    pub names: Vec<String>,
     /// The destination: a peer's name, its address, or ssh://[USER@]HOST[:PORT] to pair with it over ssh first
     #[arg(long, value_name = "HOST")]
     pub to: String,
@@ -276,7 +297,7 @@ pub(crate) struct MigrateOptions {
     /// Be done by then: post-copy starts early enough; without post-copy, give up
     #[arg(long, value_name = "TIME", allow_hyphen_values = true, value_parser = duration)]
     pub max_time: Option<std::time::Duration>,
-    /// Send no faster than this [default: as fast as the link carries]
+    /// Send no faster than this, all together [default: as fast as the link carries]
     #[arg(long, value_name = "RATE", allow_hyphen_values = true, value_parser = rate)]
     pub bandwidth: Option<u64>,
     /// Never run the guest on the destination before all of its memory is there
@@ -294,6 +315,10 @@ pub(crate) struct MigrateOptions {
     /// Who moves the memory: external (the agents) or qemu (QEMU itself) [default: as this host's agent is configured]
     #[arg(long, value_name = "ENGINE")]
     pub engine: Option<EngineName>,
+    /// Whose policy decides: vmferry's, or what another manager does, by its name in `vmferry sim` (such as nova or proxmox);
+    /// these steer QEMU's own migration (--engine qemu), by limits of their own [default: vmferry]
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["downtime", "max_time", "prefer"])]
+    pub policy: Option<String>,
     /// I know that the VM's disks are the same on both hosts, also where vmferry cannot tell
     #[arg(long)]
     pub disks_are_shared: bool,

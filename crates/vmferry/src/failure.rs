@@ -23,6 +23,12 @@ pub(crate) enum Failure {
     Agent(#[from] ClientError),
     #[error("stopped looking; the migration was asked to cancel and may still be under way")]
     StoppedLooking,
+    #[error("stopped looking; the agent goes on with {0}")]
+    LeftToTheAgent(String),
+    #[error("{failed} of {of} VMs were not migrated")]
+    SomeFailed { failed: usize, of: usize, code: u8 },
+    #[error("{0} is for one VM: migrate that one by itself")]
+    OnlyForOne(&'static str),
     #[error("lost sight of the copy")]
     LostCopy,
     #[error("lost sight of the move; the same command goes on with it when the agent is back")]
@@ -107,6 +113,10 @@ impl Failure {
             Self::Agent(ClientError::LostSight) | Self::StoppedLooking => {
                 Some("the guest runs on; `vmferry migrations` tells what became of the migration".into())
             }
+            Self::LeftToTheAgent(_) => Some(
+                "`vmferry migrations` shows how they stand; `vmferry cancel NAME` cancels one, or takes it out of the queue"
+                    .into(),
+            ),
             Self::LostCopy => Some("the same command goes on from what has arrived".into()),
             _ => None,
         }
@@ -116,11 +126,17 @@ impl Failure {
         match self {
             Self::Agent(ClientError::NoAgent { .. }) => 7,
             Self::Agent(ClientError::Problem(problem)) => exit_code(problem.code),
-            Self::Agent(ClientError::LostSight) | Self::StoppedLooking | Self::LostCopy | Self::LostMove => 6,
+            Self::Agent(ClientError::LostSight)
+            | Self::StoppedLooking
+            | Self::LostCopy
+            | Self::LostMove
+            | Self::LeftToTheAgent(_) => 6,
+            Self::SomeFailed { code, .. } => *code,
             Self::Measure(error) | Self::Batch(BatchError::Run(error)) => measuring_code(error),
             Self::Nbd(error) => error.exit_code(),
             Self::Interrupted => 130,
             Self::BadSshHost(_)
+            | Self::OnlyForOne(_)
             | Self::BadTarget(_)
             | Self::TwoPlaces(_)
             | Self::NoPolicy { .. }
@@ -158,7 +174,14 @@ fn measuring_code(error: &RunError) -> u8 {
     }
 }
 
-fn exit_code(code: Code) -> u8 {
+/// Of several exit codes the one that a user has to know of first.
+pub(crate) fn worst(codes: impl Iterator<Item = u8>) -> u8 {
+    const FIRST: [u8; 7] = [6, 8, 4, 5, 1, 130, 3];
+    let rank = |code: &u8| FIRST.iter().position(|it| it == code).unwrap_or(FIRST.len());
+    codes.min_by_key(rank).unwrap_or(0)
+}
+
+pub(crate) fn exit_code(code: Code) -> u8 {
     match code {
         Code::Internal | Code::QemuFailed | Code::Other => 1,
         Code::MigrationFailed | Code::CopyFailed => 4,
@@ -173,6 +196,15 @@ fn exit_code(code: Code) -> u8 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn of_several_exit_codes_the_one_about_a_guest_at_risk_comes_first() {
+        assert_eq!(
+            [3, 130, 6, 4].into_iter().max_by_key(|it| u8::from(worst([3, 130, 6, 4].into_iter()) == *it)),
+            Some(6)
+        );
+        assert_eq!((worst([3, 5].into_iter()), worst(std::iter::empty())), (5, 0));
+    }
 
     #[test]
     fn every_exit_code_of_the_help_is_given_for_something() {

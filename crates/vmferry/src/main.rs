@@ -14,7 +14,9 @@ mod moving;
 mod nbd;
 mod pair;
 mod resolve;
+mod several;
 mod sim;
+mod tune;
 mod vms;
 mod watched;
 
@@ -67,10 +69,12 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Resume { name } => vms::resume(&client()?, &name).await,
         Command::Autostart { name, on } => vms::autostart(&client()?, &name, on == "on").await,
         Command::Console { name } => console::run(&client()?, &name).await,
+        Command::Migrate(options) if options.names.len() > 1 => several::run(&client()?, options).await,
         Command::Migrate(options) => migrate::run(&client()?, options).await,
         Command::Sim(options) => sim::run(&options),
         Command::Move(options) => moving::run(&client()?, options).await,
         Command::Copy(options) => copy::run(&client()?, options).await,
+        Command::Tune(options) => tune::run(&client()?, options).await,
         Command::PostCopy { name } => migrate::post_copy(&client()?, &name).await,
         Command::Cancel { name } => migrate::cancel(&client()?, &name).await,
         Command::Resolve { name, keep_here, yes, .. } => {

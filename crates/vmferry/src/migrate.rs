@@ -13,42 +13,33 @@ use crate::failure::Failure;
 use crate::pair::over_ssh;
 use crate::vms::{memory, places, print_json, print_table};
 
+/// Whose policy decides unless its user wants another.
+const OURS: &str = "vmferry";
 /// Between two lines of progress where there is no terminal.
 const LINE_EVERY: Duration = Duration::from_secs(1);
 
 pub(crate) async fn run(client: &Client, options: MigrateOptions) -> Result<(), Failure> {
-    let path = format!("{}/migration", vm_path(&options.name));
-    let request = MigrateRequest {
-        to: over_ssh(client, options.to).await?,
-        dry_run: options.dry_run,
-        downtime_ms: options.downtime.as_millis() as u64,
-        max_time_ms: options.max_time.map(|time| time.as_millis() as u64),
-        bandwidth: options.bandwidth,
-        post_copy: !options.no_post_copy,
-        prefer: options.prefer,
-        script: None,
-        engine: options.engine,
-        disks_are_shared: options.disks_are_shared,
-        copy_disks: !options.no_copy_disks,
-        disks: places(options.disks)?,
-    };
-    let mut record = match &options.record {
-        Some(_) => Some(LiveRecord::begin(&client.get(&vm_path(&options.name)).await?, &request)),
+    let name = options.names.first().cloned().unwrap_or_default();
+    let path = format!("{}/migration", vm_path(&name));
+    let (file, json, verbose) = (options.record.clone(), options.json, options.verbose);
+    let request = request(client, options).await?;
+    let mut record = match &file {
+        Some(_) => Some(LiveRecord::begin(&client.get(&vm_path(&name)).await?, &request)),
         None => None,
     };
     let begun: Begun = client.post(&path, &request).await?;
     let Some(id) = begun.id else {
-        if options.json {
+        if json {
             print_json(&begun.plan);
         } else {
             tell_plan(&begun.plan);
         }
         return Ok(());
     };
-    let mut view: Box<dyn View> = match (options.json, std::io::stderr().is_terminal()) {
+    let mut view: Box<dyn View> = match (json, std::io::stderr().is_terminal()) {
         (true, _) => Box::new(JsonView),
-        (false, true) => Box::new(BarView::new(options.verbose)),
-        (false, false) => Box::new(LineView { decisions: options.verbose, last_line: None }),
+        (false, true) => Box::new(BarView::new(verbose)),
+        (false, false) => Box::new(LineView::new(verbose, "")),
     };
     let events = format!("/v1/migrations/{id}/events");
     if let Some(record) = &mut record {
@@ -66,7 +57,7 @@ pub(crate) async fn run(client: &Client, options: MigrateOptions) -> Result<(), 
         }
     });
     let ended = cancel_on_interrupt(client, &path, follow).await;
-    if let Some((record, path)) = record.zip(options.record) {
+    if let Some((record, path)) = record.zip(file) {
         // A migration that failed is what a report is wanted of most.
         let text = record.finish().to_json();
         if let Err(source) = std::fs::write(&path, text) {
@@ -79,10 +70,29 @@ pub(crate) async fn run(client: &Client, options: MigrateOptions) -> Result<(), 
         }
     }
     let report = ended??;
-    if !options.json {
+    if !json {
         tell_report(&report);
     }
     Ok(())
+}
+
+/// What is asked of the agent.
+pub(crate) async fn request(client: &Client, options: MigrateOptions) -> Result<MigrateRequest, Failure> {
+    Ok(MigrateRequest {
+        to: over_ssh(client, options.to).await?,
+        dry_run: options.dry_run,
+        downtime_ms: options.downtime.as_millis() as u64,
+        max_time_ms: options.max_time.map(|time| time.as_millis() as u64),
+        bandwidth: options.bandwidth,
+        post_copy: !options.no_post_copy,
+        prefer: options.prefer,
+        script: None,
+        engine: options.engine,
+        policy: options.policy,
+        disks_are_shared: options.disks_are_shared,
+        copy_disks: !options.no_copy_disks,
+        disks: places(options.disks)?,
+    })
 }
 
 /// Ctrl-C asks the agent to cancel and waits for what comes of it; a second one stops waiting.
@@ -137,7 +147,7 @@ pub(crate) async fn list(client: &Client, json: bool) -> Result<(), Failure> {
     Ok(())
 }
 
-fn tell_plan(plan: &PlanView) {
+pub(crate) fn tell_plan(plan: &PlanView) {
     println!("{} can move to {}; nothing was touched.", plan.vm, plan.to);
     println!("  memory       {}, of which the guest uses {}", memory(plan.ram_bytes), memory(plan.ram_used_bytes));
     println!("  link         {} in a short trial", rate(plan.link_rate));
@@ -148,13 +158,16 @@ fn tell_plan(plan: &PlanView) {
     println!("  qemu         {} here, {} there", plan.source_qemu, plan.destination_qemu);
     println!("  machine      {}, {}", plan.machine, plan.accelerator);
     println!("  RAM engine   {} ({})", plan.engine, plan.capabilities.join(", "));
+    if plan.policy != OURS {
+        println!("  policy       {}", plan.policy);
+    }
     println!("  protection   {}", plan.protection);
     for note in &plan.notes {
         println!("  note         {note}");
     }
 }
 
-fn tell_report(report: &Report) {
+pub(crate) fn tell_report(report: &Report) {
     println!("{} runs on {} now.", report.vm, report.to);
     println!("  total        {}", seconds(report.total_ms));
     match report.predicted_downtime_ms {
@@ -186,8 +199,14 @@ fn tell_report(report: &Report) {
         report.rounds,
         if report.rounds == 1 { "round" } else { "rounds" }
     );
+    if report.policy != OURS {
+        println!("  decided by   {}", report.policy);
+    }
     if report.dirty_rate > 0 {
         println!("  dirty rate   {}", rate(report.dirty_rate));
+    }
+    for how in &report.tuned {
+        println!("  changed      after {}: {}", seconds(how.elapsed_ms as f64), how.text);
     }
     if report.throttle > 1 {
         println!("  slowed       the guest, by up to {} %", report.throttle);
@@ -242,7 +261,7 @@ fn figures(progress: &Progress) -> String {
 }
 
 /// Shows a migration's events as they come.
-trait View {
+pub(crate) trait View {
     fn show(&mut self, event: &MigrationEvent);
 }
 
@@ -272,10 +291,15 @@ impl BarView {
 impl View for BarView {
     fn show(&mut self, event: &MigrationEvent) {
         match event {
+            MigrationEvent::Queued { place, text } => {
+                self.bar.set_prefix("queued");
+                self.bar.set_message(format!("place {place}: {text}"));
+            }
             MigrationEvent::Step { step } => self.bar.set_prefix(step_in_words(*step)),
             MigrationEvent::Note { text } => self.bar.println(format!("note: {text}")),
             MigrationEvent::Decision { text } if self.decisions => self.bar.println(format!("decided: {text}")),
             MigrationEvent::Decision { .. } => {}
+            MigrationEvent::Tuned(how) => self.bar.println(format!("limits: {}", how.text)),
             MigrationEvent::Progress(progress) => {
                 self.bar.set_prefix(step_in_words(progress.step));
                 self.bar.set_length(progress.total.max(1));
@@ -288,23 +312,35 @@ impl View for BarView {
 }
 
 /// For a log.
-struct LineView {
+pub(crate) struct LineView {
     last_line: Option<Instant>,
+    /// Whose line it is, where that is not clear.
+    whose: String,
     /// Decisions are shown too.
     decisions: bool,
 }
 
+impl LineView {
+    pub(crate) fn new(decisions: bool, whose: &str) -> Self {
+        let whose = if whose.is_empty() { String::new() } else { format!("{whose}: ") };
+        Self { last_line: None, whose, decisions }
+    }
+}
+
 impl View for LineView {
     fn show(&mut self, event: &MigrationEvent) {
+        let whose = &self.whose;
         match event {
-            MigrationEvent::Step { step } => eprintln!("{}", step_in_words(*step)),
-            MigrationEvent::Note { text } => eprintln!("note: {text}"),
-            MigrationEvent::Decision { text } if self.decisions => eprintln!("decided: {text}"),
+            MigrationEvent::Queued { place, text } => eprintln!("{whose}queued, place {place}: {text}"),
+            MigrationEvent::Step { step } => eprintln!("{whose}{}", step_in_words(*step)),
+            MigrationEvent::Note { text } => eprintln!("{whose}note: {text}"),
+            MigrationEvent::Decision { text } if self.decisions => eprintln!("{whose}decided: {text}"),
+            MigrationEvent::Tuned(how) => eprintln!("{whose}limits: {}", how.text),
             MigrationEvent::Progress(progress) => {
                 // Before QEMU has counted its RAM there is nothing to tell.
                 if progress.total > 0 && self.last_line.is_none_or(|at| at.elapsed() >= LINE_EVERY) {
                     self.last_line = Some(Instant::now());
-                    eprintln!("{:<12} {}", step_in_words(progress.step), figures(progress));
+                    eprintln!("{whose}{:<12} {}", step_in_words(progress.step), figures(progress));
                 }
             }
             MigrationEvent::Decision { .. } | MigrationEvent::Finished(_) | MigrationEvent::Failed(_) => {}

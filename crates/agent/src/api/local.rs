@@ -18,9 +18,9 @@ use uuid::Uuid;
 use vmferry_api::client::CONSOLE_PROTOCOL;
 use vmferry_api::trial::TrialResult;
 use vmferry_api::{
-    AdoptRequest, Autostart, Begun, EngineName, Hello, MigrateRequest, MigrationEvent, MigrationView, PairRequest,
-    PeerView, PeersView, Problem, Resolve, RunRequest, StartRequest, Started, StopRequest, TokenRequest, TokenView,
-    TrialRequest, VmView, in_one_line,
+    AdoptRequest, Autostart, Begun, EngineName, Hello, ManyBegun, MigrateManyRequest, MigrateRequest, MigrationEvent,
+    MigrationView, PairRequest, PeerView, PeersView, Problem, Resolve, RunRequest, StartRequest, Started, StopRequest,
+    TokenRequest, TokenView, TrialRequest, VmView, in_one_line,
 };
 
 use super::{Answer, ApiError, upgraded};
@@ -54,7 +54,7 @@ pub(crate) fn routes() -> OpenApiRouter<Arc<Agent>> {
         .routes(routes!(migrate, cancel))
         .routes(routes!(resolve))
         .routes(routes!(post_copy))
-        .routes(routes!(migrations))
+        .routes(routes!(migrations, migrate_many))
         .routes(routes!(events))
         .routes(routes!(witness))
         .routes(routes!(witness_there))
@@ -203,31 +203,37 @@ async fn witness(State(agent): Shared, Path(name): Path<String>, request: Reques
     responses((status = 101, description = "upgraded to vmferry-witness"), (status = "default", body = Problem)))]
 async fn witness_there(State(agent): Shared, Path(id): Path<Uuid>, request: Request) -> Result<Response, ApiError> {
     let migration = agent.outgoing.migration(id).ok_or_else(|| not_followed(id))?;
-    let mut there = migration.peer.witness(id).await?;
+    let peer = migration.peer().ok_or_else(|| not_followed(id))?;
+    let mut there = peer.witness(id).await?;
     upgraded(request, vmferry_api::witness::PROTOCOL, |mut here| async move {
         // Whoever closes it, or breaks, ends it.
         let _ = tokio::io::copy_bidirectional(&mut here, &mut there).await;
     })
 }
 
-/// Plans a migration and, unless it is a dry run, starts it.
+/// Plans a migration and, unless it is a dry run, has it begin: at once, or when the link is free for it.
 #[utoipa::path(post, path = "/v1/vms/{name}/migration", params(("name" = String, Path)), request_body = MigrateRequest,
     responses((status = 200, body = Begun), (status = "default", body = Problem)))]
 async fn migrate(State(agent): Shared, Path(name): Path<String>, Json(request): Json<MigrateRequest>) -> Answer<Begun> {
     // In a task of its own: a user who goes away meanwhile must not leave a migration that nobody drives.
-    let begun = tokio::spawn(async move {
-        agent.host.found(&name).await?;
-        source::begin(&agent.outgoing, &name, request).await
-    });
-    let (plan, migration) = begun.await.expect("beginning does not panic")?;
-    Ok(Json(Begun { plan, id: migration.map(|it| it.id) }))
+    let begun = tokio::spawn(async move { agent.queue.ask(&name, request).await });
+    Ok(Json(begun.await.expect("beginning does not panic")?))
+}
+
+/// Plans the migrations of several VMs and, unless it is a dry run, has those that can go begin, each when the link is free
+/// for it: quiet guests first.
+#[utoipa::path(post, path = "/v1/migrations", request_body = MigrateManyRequest,
+    responses((status = 200, body = ManyBegun), (status = "default", body = Problem)))]
+async fn migrate_many(State(agent): Shared, Json(wanted): Json<MigrateManyRequest>) -> Answer<ManyBegun> {
+    let begun = tokio::spawn(async move { agent.queue.ask_for_many(wanted).await });
+    Ok(Json(begun.await.expect("beginning does not panic")?))
 }
 
 /// Cancels the migration or the move of a VM; the events of a migration tell how it ends.
 #[utoipa::path(delete, path = "/v1/vms/{name}/migration", params(("name" = String, Path)),
     responses((status = 204), (status = "default", body = Problem)))]
 async fn cancel(State(agent): Shared, Path(name): Path<String>) -> Result<StatusCode, ApiError> {
-    if agent.vm_moves.cancel(&name)? {
+    if agent.vm_moves.cancel(&name)? || agent.queue.cancel(&name).await? {
         return Ok(StatusCode::NO_CONTENT);
     }
     agent.host.found(&name).await?;
@@ -314,16 +320,35 @@ async fn post_copy(State(agent): Shared, Path(name): Path<String>) -> Result<Sta
     Err(AgentError::Conflict { message, hint: Some("cancel it, and begin again without --no-post-copy".into()) }.into())
 }
 
-fn migration_of(agent: &Agent, name: &str) -> Result<Arc<Migration>, AgentError> {
-    agent.host.vm(name)?;
-    let none = || AgentError::Conflict { message: format!("{name} is not being migrated"), hint: None };
-    agent.outgoing.migration_of(name).ok_or_else(none)
+/// It does not only wait for its turn.
+fn under_way(migration: &Migration) -> Result<(), AgentError> {
+    match migration.peer() {
+        Some(_) => Ok(()),
+        None => Err(AgentError::Conflict {
+            message: format!("the migration of {} waits for its turn, and has not begun", migration.vm),
+            hint: Some(format!(
+                "`vmferry cancel {}` takes it out of the queue, to be asked for otherwise",
+                migration.vm
+            )),
+        }),
+    }
 }
 
-/// The last migrations away from this host, newest first.
+pub(super) fn migration_of(agent: &Agent, name: &str) -> Result<Arc<Migration>, AgentError> {
+    agent.host.vm(name)?;
+    let none = || AgentError::Conflict { message: format!("{name} is not being migrated"), hint: None };
+    let migration = agent.outgoing.migration_of(name).ok_or_else(none)?;
+    under_way(&migration)?;
+    Ok(migration)
+}
+
+/// The migrations away from this host: those that wait for their turn, in their order, and the last that have begun, newest
+/// first.
 #[utoipa::path(get, path = "/v1/migrations", responses((status = 200, body = Vec<MigrationView>)))]
 async fn migrations(State(agent): Shared) -> Answer<Vec<MigrationView>> {
-    Ok(Json(agent.host.journal.last_out(LISTED).await?))
+    let mut all = agent.queue.views();
+    all.extend(agent.host.journal.last_out(LISTED).await?);
+    Ok(Json(all))
 }
 
 /// What a migration tells: server-sent events, each a `MigrationEvent`; the stream ends with the migration.

@@ -9,6 +9,7 @@ mod disks;
 mod local;
 mod moves;
 mod peers;
+mod tuning;
 
 use std::sync::Arc;
 
@@ -99,7 +100,8 @@ pub(crate) fn local_router(agent: &Arc<Agent>) -> axum::Router {
         .merge(local::routes())
         .merge(copies::routes())
         .merge(disks::routes())
-        .merge(moves::routes());
+        .merge(moves::routes())
+        .merge(tuning::routes());
     let (router, _) = all.split_for_parts();
     router
         .route("/openapi.json", axum::routing::get(move || std::future::ready(Json(document.clone()))))
@@ -120,6 +122,7 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
         .merge(copies::routes())
         .merge(disks::routes())
         .merge(moves::routes())
+        .merge(tuning::routes())
         .merge(peers::routes())
         .split_for_parts();
     document

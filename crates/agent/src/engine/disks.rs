@@ -245,8 +245,8 @@ impl Mirrors {
     }
 
     /// From now on they are sent at this rate at most, in bytes a second.
-    pub(crate) fn set_rate(&self, rate: u64) {
-        self.carrier.set_rate(Some(rate));
+    pub(crate) fn set_rate(&self, rate: Option<u64>) {
+        self.carrier.set_rate(rate);
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Listening>> {

@@ -511,7 +511,7 @@ impl RamEngine for ExternalEngine {
         if let (Some(budget), Some(disks)) = (&mut self.budget, &self.disks)
             && let Some(rate) = budget.for_ram(self.started.elapsed(), disks.sent())
         {
-            source.set_rate(rate);
+            source.set_rate(Some(rate));
         }
         self.look_whether_it_runs().await?;
         // Once the guest is paused, every moment counts.
@@ -550,6 +550,24 @@ impl RamEngine for ExternalEngine {
             Action::Continue | Action::Throttle(_) | Action::GiveUp(_) => {}
         }
         source.answer(self.last.as_ref().map_or(0, |last| last.round));
+        Ok(())
+    }
+
+    async fn set_limits(&mut self, limits: Limits, bandwidth: Option<u64>) -> Result<(), EngineError> {
+        if bandwidth != self.wishes.bandwidth {
+            match (&self.source, &self.link) {
+                (Some(source), _) => source.set_rate(bandwidth),
+                (None, Some(link)) => link.set_rate(bandwidth),
+                (None, None) => {}
+            }
+            self.budget = bandwidth.map(Budget::new);
+        }
+        if let Some(source) = &self.source {
+            // How fast the link is now is known in a second or two.
+            source.allow(Duration::ZERO);
+            source.ask_within(limits.for_pages(&self.wishes.costs));
+        }
+        (self.wishes.limits, self.wishes.bandwidth) = (limits, bandwidth);
         Ok(())
     }
 

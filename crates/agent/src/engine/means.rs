@@ -14,35 +14,42 @@ use vmferry_qemu::{Features, Qmp, QmpError};
 use super::Setup;
 use crate::error::AgentError;
 
+/// What whoever decides makes use of.
+#[derive(Clone, Copy)]
+pub(crate) struct Uses {
+    pub(crate) post_copy: bool,
+    /// The guest can be slowed down.
+    pub(crate) throttle: bool,
+    /// Several connections, where it is not post-copy's.
+    pub(crate) multifd: bool,
+}
+
 /// Chooses QEMU's means for one migration; `there` tells which capabilities the destination's QEMU has. Leaves the
 /// source's QEMU set to them.
 pub(crate) async fn choose(
     qmp: &Qmp,
     here: &Features,
     there: impl Fn(&str) -> bool,
-    post_copy: bool,
+    uses: Uses,
     has_disks: bool,
 ) -> Result<Setup, QmpError> {
-    let wanted = means(here, there, post_copy, has_disks);
+    let wanted = means(here, there, uses, has_disks);
     set_capabilities(qmp, here.capabilities(), &wanted).await?;
     Ok(setup(&wanted))
 }
 
 /// What both QEMUs have and that goes together. A guest that takes disks along is paused before its devices' state goes, so
 /// that these can go first.
-pub(crate) fn means(
-    here: &Features,
-    there: impl Fn(&str) -> bool,
-    post_copy: bool,
-    has_disks: bool,
-) -> Vec<&'static str> {
+pub(crate) fn means(here: &Features, there: impl Fn(&str) -> bool, uses: Uses, has_disks: bool) -> Vec<&'static str> {
     let both = |name: &&str| here.has_capability(name) && there(name);
-    let copy: &[&str] = match post_copy && both(&"postcopy-ram") {
+    let copy: &[&str] = match uses.post_copy && both(&"postcopy-ram") {
         true => &["postcopy-ram", "postcopy-preempt"],
-        false => &["multifd"],
+        false if uses.multifd => &["multifd"],
+        false => &[],
     };
+    let throttle: &[&str] = if uses.throttle { &["auto-converge"] } else { &[] };
     let pause: &[&str] = if has_disks { &[PAUSE_BEFORE_SWITCHOVER] } else { &[] };
-    ["events", "return-path", "auto-converge"].iter().chain(copy).chain(pause).copied().filter(both).collect()
+    ["events", "return-path"].iter().chain(throttle).chain(copy).chain(pause).copied().filter(both).collect()
 }
 
 fn setup(wanted: &[&str]) -> Setup {

@@ -22,7 +22,7 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use vmferry_link::{Cipher, SessionId, SessionKey, usual_streams};
-use vmferry_policy::{Action, Observation};
+use vmferry_policy::{Action, Limits, Observation};
 use vmferry_qemu::{Qmp, QmpError, StreamKey};
 use vmferry_ram::FaultTimes;
 
@@ -169,6 +169,15 @@ pub trait RamEngine: Send {
 
     /// Does what the policy said. [`Action::GiveUp`] is the migration's to do, by [`RamEngine::stop_copying`].
     async fn apply(&mut self, action: &Action) -> Result<(), EngineError>;
+
+    /// From now on these limits hold, and so much is sent at most, in bytes a second. What the policy has allowed is taken
+    /// back where it may exceed them: the policy sees the change, and allows anew. Only before the switchover.
+    async fn set_limits(&mut self, limits: Limits, bandwidth: Option<u64>) -> Result<(), EngineError>;
+
+    /// Why it can no longer be made to go on by post-copy, if so.
+    fn post_copy_obstacle(&self) -> Option<String> {
+        None
+    }
 
     /// Post-copy goes on over a new connection to the destination, which waits for it.
     async fn reconnect(&mut self, to: &NewConnection) -> Result<(), EngineError>;

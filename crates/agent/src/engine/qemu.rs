@@ -353,6 +353,24 @@ impl RamEngine for QemuEngine {
         Ok(())
     }
 
+    async fn set_limits(&mut self, limits: Limits, bandwidth: Option<u64>) -> Result<(), EngineError> {
+        // QEMU knows within a tenth of a second what it can send, and so when a pause takes as long as it may.
+        let downtime_limit = match limits.downtime != self.limits.downtime {
+            true if self.runs => Some(NO_SWITCHOVER_MS),
+            true if self.permitted => Some(limits.downtime.as_millis() as u64),
+            _ => None,
+        };
+        let parameters = MigrationParameters { downtime_limit, ..self.sends_at_most(bandwidth) };
+        self.qmp.execute(parameters).await?;
+        (self.limits, self.bandwidth, self.budget) = (limits, bandwidth, bandwidth.map(Budget::new));
+        Ok(())
+    }
+
+    fn post_copy_obstacle(&self) -> Option<String> {
+        let has = self.setup.has("postcopy-ram");
+        (!has).then(|| "QEMU was not set up for it when the migration began".into())
+    }
+
     async fn reconnect(&mut self, to: &NewConnection) -> Result<(), EngineError> {
         let NewConnection::Uri(uri) = to else {
             return Err(EngineError::Failed { reason: "the destination's QEMU waits nowhere".into() });

@@ -15,6 +15,7 @@ mod instance;
 mod moves;
 mod outgoing;
 mod peers;
+mod queued;
 mod schema;
 mod vms;
 
@@ -23,6 +24,7 @@ pub use instance::Instance;
 pub use moves::{Coming, ComingDisk, FileId, MoveIn, MoveOut, Written};
 pub use outgoing::{Fence, OutRecord};
 pub use peers::{Joined, PeerRecord};
+pub use queued::QueuedRecord;
 pub use vms::VmRecord;
 
 use std::path::{Path, PathBuf};

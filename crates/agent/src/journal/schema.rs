@@ -8,7 +8,7 @@ use super::{Result, now, unreadable};
 
 /// What makes the tables of each version from those of the version before; `PRAGMA user_version` tells which one a file
 /// has.
-const SCHEMA: [&str; 5] = [
+const SCHEMA: [&str; 6] = [
     "
 CREATE TABLE vms (
     name       TEXT PRIMARY KEY,
@@ -112,6 +112,20 @@ CREATE TABLE moves_in (
 );
 CREATE UNIQUE INDEX one_move_out ON moves_out (vm) WHERE done = 0;
 CREATE UNIQUE INDEX one_move_in ON moves_in (vm) WHERE taken = 0;
+",
+    "
+-- Migrations that wait for their turn.
+CREATE TABLE queue (
+    place    INTEGER PRIMARY KEY,  -- in this order
+    id       TEXT NOT NULL UNIQUE, -- the migration's
+    vm       TEXT NOT NULL,
+    boot     TEXT NOT NULL,        -- its instance
+    pid      INTEGER NOT NULL,
+    start_time INTEGER NOT NULL,
+    request  TEXT NOT NULL,        -- MigrateRequest as JSON
+    batch    TEXT,                 -- of those that were asked for together
+    since    INTEGER NOT NULL      -- seconds since 1970
+);
 ",
 ];
 

@@ -6,26 +6,57 @@ use std::time::Instant;
 use uuid::Uuid;
 use vmferry_api::{MigrateRequest, PlanView};
 use vmferry_custody::OutStep;
+use vmferry_link::Fingerprint;
 
 use super::custody::Custody;
-use super::migration::Migration;
+use super::decider;
+use super::limits::Asked;
+use super::migration::{Migration, Seat};
 use super::outgoing::Outgoing;
-use super::plan::{claim, limits, plan, predict};
+use super::plan::{claim, plan, predict};
 use super::run::Run;
 use super::teller::Teller;
+use super::turn::Turn;
 use crate::error::AgentError;
 use crate::host::Stage;
-use crate::journal::OutRecord;
+use crate::journal::{Instance, OutRecord};
+use crate::peers::Peer;
+
+/// What a plan is for one that may have to wait: it can go, and where.
+pub(crate) struct Checked {
+    pub(crate) view: PlanView,
+    pub(crate) peer: Peer,
+    pub(crate) key: Fingerprint,
+    /// Which VM.
+    pub(crate) instance: Instance,
+}
+
+/// Plans a migration, and lets go of what that took.
+pub(crate) async fn check(
+    outgoing: &Arc<Outgoing>,
+    name: &str,
+    request: &MigrateRequest,
+) -> Result<Checked, AgentError> {
+    let host = &outgoing.host;
+    Asked::of(request).limits()?;
+    decider::baseline_of(request, host.config.engine)?;
+    let vm = host.vm(name)?;
+    let _claim = claim(&vm)?;
+    let plan = plan(host, &vm, Uuid::new_v4(), request).await?;
+    Ok(Checked { view: plan.view, peer: plan.peer, key: plan.peer_key, instance: vm.instance() })
+}
 
 /// Plans the migration and, unless it is a dry run, starts it.
 pub(crate) async fn begin(
     outgoing: &Arc<Outgoing>,
-    name: &str,
+    Seat { migration, changes }: Seat,
     request: MigrateRequest,
 ) -> Result<(PlanView, Option<Arc<Migration>>), AgentError> {
     let (host, begun) = (&outgoing.host, Instant::now());
-    let id = Uuid::new_v4();
-    let limits = limits(&request)?;
+    let (id, name) = (migration.id, migration.vm.as_str());
+    let asked = Asked::of(&request);
+    let limits = asked.limits()?;
+    let baseline = decider::baseline_of(&request, host.config.engine)?;
     let vm = host.vm(name)?;
     let claim = claim(&vm)?;
     let mut plan = plan(host, &vm, id, &request).await?;
@@ -45,15 +76,17 @@ pub(crate) async fn begin(
         running: plan.offer.running,
         step: OutStep::CopyRam,
     };
-    let migration = Migration::new(id, name, plan.peer.apart(), limits.post_copy);
+    migration.begins(plan.peer.apart(), plan.peer_key, limits.post_copy);
     let teller = Arc::new(Teller::new(host, &migration, begun, request.script.is_some()));
     let custody = Custody::begin(host, record, plan.peer.clone());
     custody.open(teller.as_ref()).await?;
     outgoing.is_open(&custody);
-    outgoing.add(Arc::clone(&migration));
+    if outgoing.migration(id).is_none() {
+        outgoing.add(Arc::clone(&migration));
+    }
     claim.keep(Stage::Migrating(id));
     let view = plan.view.clone();
-    let bandwidth = request.bandwidth.or(plan.rate);
+    let bandwidth = decider::cap(baseline, request.bandwidth.or(plan.rate));
     let run = Run {
         host: Arc::clone(host),
         outgoing: Arc::clone(outgoing),
@@ -62,9 +95,16 @@ pub(crate) async fn begin(
         teller,
         vm: Arc::clone(&vm),
         plan,
+        asked,
         limits,
         bandwidth,
+        changes: Some(changes),
+        post_copy_obstacle: None,
+        copies_ram: false,
+        turn: Turn::new(Arc::clone(&outgoing.post_copies)),
+        siblings: 1,
         script: request.script,
+        baseline,
         to: request.to,
         keep: None,
         relay: None,

@@ -8,13 +8,14 @@ use vmferry_qemu::qmp::commands::MirrorSync;
 use vmferry_qemu::written_images;
 
 use super::run::Run;
+use crate::engine::RamEngine;
 use crate::engine::disks::{Disk, Guest, Mirrors};
 use crate::error::AgentError;
 use crate::host::DiskNotes;
 
 impl Run {
     /// Copies the guest's own disks, where it has any that move with it.
-    pub(super) async fn copy_disks(&mut self) -> Result<(), AgentError> {
+    pub(super) async fn copy_disks(&mut self, engine: &mut dyn RamEngine) -> Result<(), AgentError> {
         let Some(session) = self.plan.offer.disks_session.clone() else { return Ok(()) };
         self.teller.step(Step::CopyDisks);
         let way = self.plan.protect.way_there(&self.host, &self.plan.peer, self.plan.peer_key);
@@ -35,6 +36,7 @@ impl Run {
                 seen = mirrors.wait() => seen?,
                 () = self.migration.cancel.cancelled() => return Err(self.cancelled()),
             };
+            self.take_changes(engine, begun.elapsed()).await;
             if let Some(limit) = seen.slowed {
                 self.migration.note(format!(
                     "The guest writes to its disks faster than they are copied: it may write {}/s until it has moved.",

@@ -3,14 +3,16 @@
 use std::sync::atomic::Ordering;
 
 use vmferry_api::{MigrationEvent, Step};
-use vmferry_policy::{Action, Observation};
+use vmferry_policy::{Action, Observation, Phase};
 
+use super::decider;
 use super::run::Run;
 use super::teller::Audience;
 use crate::engine::movable::came_up;
 use crate::engine::{RamEngine, Seen};
 use crate::error::AgentError;
-use crate::measuring::scripts::policy_of;
+
+const HELD_UP: &str = "Post-copy has to wait: as many guests of this host are in it as may be.";
 
 impl Run {
     /// Nothing has come up since the plan that keeps the guest from being moved as planned.
@@ -29,10 +31,13 @@ impl Run {
     pub(super) async fn copy_ram(&mut self, engine: &mut dyn RamEngine) -> Result<Seen, AgentError> {
         self.teller.step(Step::CopyRam);
         self.as_planned().await?;
+        if self.plan.mover.pauses_first() {
+            self.waits_for_post_copy().await?;
+        }
         engine.start().await?;
-        let mut policy = policy_of(self.script.as_ref());
+        let mut policy = decider::policy(self.baseline, self.script.as_ref());
         loop {
-            let seen = tokio::select! {
+            let mut seen = tokio::select! {
                 seen = engine.observe() => seen?,
                 () = self.migration.cancel.cancelled() => return Err(self.cancelled()),
             };
@@ -45,8 +50,19 @@ impl Run {
                 }
                 return Ok(seen);
             }
+            if seen.observation.phase == Phase::PreCopy {
+                if self.take_changes(engine, seen.observation.elapsed).await {
+                    seen.observation.limits = self.limits;
+                }
+            } else {
+                self.no_more_changes();
+            }
             let asked = self.post_copy_is_asked_for(&seen.observation);
-            let action = if asked { Action::PostCopy } else { policy.decide(&seen.observation) };
+            let decided = if asked { Action::PostCopy } else { policy.decide(&seen.observation) };
+            let (action, is_held_up) = self.turn.take(decided, asked, self.limits.post_copy);
+            if is_held_up {
+                self.migration.note(HELD_UP);
+            }
             if let Some(words) = policy.words() {
                 self.teller.decided(words);
             }
@@ -54,7 +70,10 @@ impl Run {
                 Action::Continue | Action::Allow(_) => {}
                 // What is left is sent while it stands still.
                 Action::Pause => self.migration.told.tell(MigrationEvent::Step { step: Step::SwitchOver }),
-                Action::PostCopy => self.migration.note(post_copy_in_words(&seen.observation, asked)),
+                Action::PostCopy => {
+                    let by = self.baseline.filter(|_| !asked).map(|it| it.name);
+                    self.migration.note(post_copy_in_words(&seen.observation, asked, by));
+                }
                 Action::Throttle(share) => {
                     self.migration.note(format!("So that it ends, the guest is slowed by {} %.", share.0));
                 }
@@ -67,6 +86,9 @@ impl Run {
                     return Err(AgentError::GaveUp { name, reason: reason.to_string() });
                 }
             }
+            if matches!(action, Action::Pause | Action::PostCopy) {
+                self.no_more_changes();
+            }
             // The last moment before QEMU lets go of it.
             if action == Action::PostCopy {
                 self.as_planned().await?;
@@ -75,9 +97,21 @@ impl Run {
         }
     }
 
+    /// Of one that goes by post-copy from its first byte: the guest runs here until it may.
+    async fn waits_for_post_copy(&mut self) -> Result<(), AgentError> {
+        if self.turn.try_seat() {
+            return Ok(());
+        }
+        self.migration.note(HELD_UP);
+        tokio::select! {
+            () = self.turn.wait() => Ok(()),
+            () = self.migration.cancel.cancelled() => Err(self.cancelled()),
+        }
+    }
+
     /// The user wants post-copy, and it is the moment for it.
     fn post_copy_is_asked_for(&self, seen: &Observation) -> bool {
-        let copies = seen.phase == vmferry_policy::Phase::PreCopy && seen.round > 0;
+        let copies = seen.phase == Phase::PreCopy && seen.round > 0;
         if !copies || !self.migration.wants_post_copy.swap(false, Ordering::Relaxed) {
             return false;
         }
@@ -89,15 +123,16 @@ impl Run {
 }
 
 /// With what the user risks by it.
-fn post_copy_in_words(seen: &Observation, asked: bool) -> String {
-    let why = match asked {
-        true => "Post-copy, as asked for.",
-        false => "Post-copy, as that harms the guest least.",
+fn post_copy_in_words(seen: &Observation, asked: bool, by: Option<&str>) -> String {
+    let why = match (asked, by) {
+        (true, _) => "Post-copy, as asked for.".into(),
+        (false, Some(manager)) => format!("Post-copy, as {manager} decides."),
+        (false, None) => "Post-copy, as that harms the guest least.".to_owned(),
     };
     match seen.remaining.time_at(seen.link_rate) {
         Some(rest) => {
             format!("{why} For about {:.0} s at most it needs both hosts.", rest.as_secs_f64().max(1.0).ceil())
         }
-        None => why.into(),
+        None => why,
     }
 }

@@ -52,6 +52,7 @@ impl Run {
             from: self.host.config.name.clone(),
             to: self.plan.view.to.clone(),
             engine: self.plan.mover.name().to_string(),
+            policy: self.plan.view.policy.clone(),
             post_copy: book.post_copy(),
             paused_first: self.plan.mover.pauses_first(),
             total_ms: book.request.elapsed().as_secs_f64() * 1e3,
@@ -72,6 +73,7 @@ impl Run {
             dirty_rate: totals.dirty_rate,
             throttle: book.throttle,
             decisions: book.decisions.clone(),
+            tuned: book.tuned.clone(),
             steps: book.times(),
             disks: self.disks_moved(),
         }

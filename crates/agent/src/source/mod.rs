@@ -17,11 +17,14 @@
 
 mod all_disks;
 mod begin;
+mod changes;
 mod copy_disks;
 mod copy_ram;
 mod custody;
+mod decider;
 mod end;
 mod fences;
+mod limits;
 mod look;
 mod migration;
 mod mover;
@@ -35,10 +38,12 @@ mod serve;
 mod settle;
 mod teller;
 mod told;
+mod tune;
+mod turn;
 
-pub(crate) use begin::begin;
+pub(crate) use begin::{Checked, begin, check};
 pub(crate) use fences::keep as keep_fences;
-pub(crate) use migration::Migration;
+pub(crate) use migration::{Migration, Seat};
 pub(crate) use outgoing::Outgoing;
 pub(crate) use plan::contents_of;
 pub(crate) use resolve::{discard, resolve};

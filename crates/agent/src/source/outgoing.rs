@@ -3,9 +3,11 @@
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use tokio::sync::Semaphore;
 use uuid::Uuid;
 use vmferry_api::in_one_line;
 use vmferry_custody::source::{Event, Phase, Refused};
+use vmferry_link::Fingerprint;
 
 use super::custody::Custody;
 use super::migration::Migration;
@@ -25,6 +27,8 @@ const FAREWELL: Duration = Duration::from_secs(20);
 pub(crate) struct Outgoing {
     /// From where.
     pub(crate) host: Arc<Host>,
+    /// Of those that may be in post-copy.
+    pub(super) post_copies: Arc<Semaphore>,
     migrations: Mutex<Vec<Arc<Migration>>>,
     /// Those that are driven.
     open: Mutex<Vec<Arc<Custody>>>,
@@ -33,14 +37,15 @@ pub(crate) struct Outgoing {
 impl Outgoing {
     /// Of this host: none yet.
     pub(crate) fn new(host: Arc<Host>) -> Arc<Self> {
-        Arc::new(Self { host, migrations: Mutex::default(), open: Mutex::default() })
+        let post_copies = Arc::new(Semaphore::new(host.config.post_copies.get().into()));
+        Arc::new(Self { host, post_copies, migrations: Mutex::default(), open: Mutex::default() })
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Arc<Migration>>> {
         self.migrations.lock().expect("no holder of this lock panics")
     }
 
-    pub(super) fn add(&self, migration: Arc<Migration>) {
+    pub(crate) fn add(&self, migration: Arc<Migration>) {
         let mut migrations = self.lock();
         migrations.push(migration);
         let surplus = migrations.len().saturating_sub(KEPT_MIGRATIONS);
@@ -102,6 +107,14 @@ impl Outgoing {
     /// The open migration of this VM.
     pub(crate) fn custody_of(&self, vm: &str) -> Option<Arc<Custody>> {
         self.open().iter().find(|it| it.record.vm == vm && !it.machine().is_at_rest()).cloned()
+    }
+
+    /// The guests that are at their destinations and wait for pages, with where that is: also those whose migrations an
+    /// earlier agent began.
+    pub(crate) fn in_post_copy(&self) -> Vec<(Fingerprint, String)> {
+        let open = self.open();
+        let waits = open.iter().filter(|it| matches!(it.phase(), Phase::Away { complete: false, .. }));
+        waits.map(|it| (it.record.peer_key, it.record.vm.clone())).collect()
     }
 
     /// How a VM stands that this agent has just found, when a migration of it is open.

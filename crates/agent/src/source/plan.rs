@@ -5,13 +5,11 @@ use std::net::IpAddr;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytesize::ByteSize;
 use uuid::Uuid;
-use vmferry_api::{EngineName, MigrateRequest, PlanView, Prefer, Security};
+use vmferry_api::{EngineName, MigrateRequest, PlanView, Security};
 use vmferry_link::{Fingerprint, fastest_cipher};
-use vmferry_policy::{BytesPerSec, Limits, Preference};
 use vmferry_qemu::inventory::Glimpse;
 use vmferry_qemu::qmp::commands;
 use vmferry_qemu::{
@@ -19,6 +17,7 @@ use vmferry_qemu::{
     written_images,
 };
 
+use super::decider::OURS;
 use super::mover::{ByAgents, ByQemu, Guest, Mover, Protect};
 use crate::engine::movable::{Planned, Slowed};
 use crate::engine::{NewSession, Protection, Setup, movable};
@@ -28,11 +27,6 @@ use crate::host::{
 };
 use crate::measuring::boot_files;
 use crate::peers::{CheckReply, Offer, OwnImage, Peer, trust};
-
-/// Limits a user may set.
-const DOWNTIME_MS: std::ops::RangeInclusive<u64> = 1..=60_000;
-const LEAST_BANDWIDTH: u64 = 1 << 20;
-const MAX_TIME_MS: std::ops::RangeInclusive<u64> = 1_000..=7 * 24 * 3600 * 1000;
 
 /// What `O_DIRECT` may want sizes to be multiples of, in bytes.
 const DIRECT: u64 = 4096;
@@ -73,30 +67,6 @@ pub(super) fn claim(vm: &Vm) -> Result<Claim<'_>, AgentError> {
         Stage::MovingDisk => refuse("a disk of it is being moved: wait for that, or cancel it".into()),
         _ => AgentError::MigrationRuns { name: name() },
     })
-}
-
-pub(super) fn limits(request: &MigrateRequest) -> Result<Limits, AgentError> {
-    let bad = |message: String| Err(AgentError::BadLimit { message });
-    if !DOWNTIME_MS.contains(&request.downtime_ms) {
-        return bad(format!("a downtime of {} ms makes no sense: give 1 ms to 60 s", request.downtime_ms));
-    }
-    if let Some(max) = request.max_time_ms.filter(|max| !MAX_TIME_MS.contains(max)) {
-        return bad(format!("a maximum time of {max} ms makes no sense: give 1 s to 7 days"));
-    }
-    if let Some(rate) = request.bandwidth.filter(|rate| *rate < LEAST_BANDWIDTH) {
-        return bad(format!("a bandwidth of {rate} bytes a second makes no sense: give at least 1 MiB/s"));
-    }
-    let limits = Limits {
-        downtime: Duration::from_millis(request.downtime_ms),
-        max_time: request.max_time_ms.map(Duration::from_millis),
-        bandwidth: request.bandwidth.map(BytesPerSec),
-        prefer: match request.prefer {
-            Prefer::Short => Preference::Short,
-            Prefer::Gentle => Preference::Gentle,
-        },
-        ..Limits::default()
-    };
-    Ok(if request.post_copy { limits } else { limits.without_post_copy() })
 }
 
 /// Refuses everything that can be refused; nothing is touched, here or there, except that a measuring guest's boot files
@@ -233,6 +203,11 @@ pub(super) async fn plan(host: &Host, vm: &Vm, id: Uuid, request: &MigrateReques
         vm: vm.name().into(),
         to: met.hello.name,
         engine: mover.name().to_string(),
+        policy: if request.script.is_some() {
+            "script".into()
+        } else {
+            request.policy.clone().unwrap_or_else(|| OURS.into())
+        },
         ram_bytes,
         ram_used_bytes: resident_memory(vm.pid).min(ram_bytes),
         link_rate: 0,

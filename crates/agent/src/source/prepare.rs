@@ -27,8 +27,10 @@ impl Run {
         for note in &prepared.notes {
             self.migration.note(note.clone());
         }
-        if let Some(why) = prepared.post_copy_obstacle.as_ref().filter(|_| self.limits.post_copy) {
-            self.migration.note(format!("Post-copy is not possible: at {}: {why}.", self.plan.view.to));
+        let to = &self.plan.view.to;
+        self.post_copy_obstacle = prepared.post_copy_obstacle.as_ref().map(|why| format!("at {to}: {why}"));
+        if let Some(why) = self.post_copy_obstacle.as_ref().filter(|_| self.limits.post_copy) {
+            self.migration.note(format!("Post-copy is not possible: {why}."));
             self.limits = self.limits.without_post_copy();
         }
         self.same_machine(&prepared).await?;

@@ -4,19 +4,24 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytesize::ByteSize;
+use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 use vmferry_api::{MigrationEvent, Script, in_one_line};
 use vmferry_custody::source::{Event, Phase, Qemu};
 use vmferry_policy::Limits;
+use vmferry_policy::baselines::Baseline;
 
 use super::all_disks::AllDisks;
+use super::changes::Change;
 use super::custody::{Custody, Hands};
+use super::limits::Asked;
 use super::migration::Migration;
 use super::outgoing::Outgoing;
 use super::plan::Plan;
 use super::post_copy::Serving;
 use super::teller::Teller;
+use super::turn::Turn;
 use crate::engine::budget::Budget;
 use crate::engine::disks::Mirrors;
 use crate::engine::{RamEngine, Seen};
@@ -37,9 +42,24 @@ pub(super) struct Run {
     pub(super) teller: Arc<Teller>,
     pub(super) vm: Arc<Vm>,
     pub(super) plan: Plan,
+    /// As its user said it.
+    pub(super) asked: Asked,
+    /// The same as far as it is possible.
     pub(super) limits: Limits,
     pub(super) bandwidth: Option<u64>,
+    /// What its user changes of that; none when it is too late for it.
+    pub(super) changes: Option<mpsc::Receiver<Change>>,
+    /// Why the destination cannot run it before all of its RAM is there, if so.
+    pub(super) post_copy_obstacle: Option<String>,
+    /// When it may be in post-copy.
+    pub(super) turn: Turn,
+    /// With how many it shares the bandwidth that its user allows, this one among them.
+    pub(super) siblings: u32,
+    /// Its disks are in step, and leave some of the bandwidth to its RAM.
+    pub(super) copies_ram: bool,
     pub(super) script: Option<Script>,
+    /// Another manager whose policy decides.
+    pub(super) baseline: Option<&'static Baseline>,
     pub(super) to: String,
     pub(super) keep: Option<AbortOnDropHandle<()>>,
     pub(super) relay: Option<Relay>,
@@ -51,7 +71,9 @@ impl Run {
     /// To its end, whichever that is.
     pub(super) async fn run(mut self) {
         let mut engine = None;
-        let stopped = match self.move_guest(&mut engine).await {
+        let moved = self.move_guest(&mut engine).await;
+        self.no_more_changes();
+        let stopped = match moved {
             Ok(seen) => {
                 self.hand_over(engine.as_ref().is_none_or(|engine| engine.guest_runs()), seen);
                 None
@@ -69,6 +91,7 @@ impl Run {
         let serving = Some(Serving::new(way, self.relay.take()));
         let mut hands = Hands { engine, serving, audience: self.teller.as_ref() };
         self.custody.drive(&mut hands).await;
+        self.turn.give_back();
         if let (Phase::Owned, Some(mirrors)) = (self.custody.phase(), &self.mirrors) {
             mirrors.end().await;
         }
@@ -113,10 +136,11 @@ impl Run {
         if self.plan.offer.disks_session.is_some() {
             engine.reserve().await?;
         }
-        self.copy_disks().await?;
+        self.copy_disks(engine).await?;
         if let (Some(mirrors), Some(cap)) = (&self.mirrors, self.bandwidth) {
-            mirrors.set_rate(Budget::for_disks(cap));
+            mirrors.set_rate(Some(Budget::for_disks(cap)));
         }
+        self.copies_ram = true;
         engine.brings_disks(Arc::new(AllDisks::flush(&self.vm, self.mirrors.clone()).await));
         self.copy_ram(engine).await
     }

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use vmferry_api::{MigrationEvent, Progress, Step, StepTime};
+use vmferry_api::{MigrationEvent, Progress, Step, StepTime, Tuned};
 use vmferry_custody::source::Phase;
 
 use super::migration::Migration;
@@ -63,6 +63,8 @@ pub(super) struct Book {
     pub(super) predicted: Option<Duration>,
     /// Each decision in words, as far as there are not too many.
     pub(super) decisions: Vec<String>,
+    /// How its limits were changed, as far as there are not too many.
+    pub(super) tuned: Vec<Tuned>,
 }
 
 impl Book {
@@ -90,6 +92,7 @@ impl Teller {
             downtime: Duration::ZERO,
             predicted: None,
             decisions: Vec::new(),
+            tuned: Vec::new(),
         };
         Self { host: Arc::clone(host), migration: Arc::clone(migration), book: Mutex::new(book) }
     }
@@ -119,6 +122,17 @@ impl Teller {
         }
         drop(book);
         self.migration.told.tell(MigrationEvent::Decision { text });
+    }
+
+    /// Its user has changed its limits.
+    pub(super) fn tuned(&self, how: Tuned) {
+        tracing::info!(vm = self.migration.vm, migration = %self.migration.id, "limits: {}", how.text);
+        let mut book = self.lock();
+        if book.tuned.len() < KEPT_DECISIONS {
+            book.tuned.push(how.clone());
+        }
+        drop(book);
+        self.migration.told.tell(MigrationEvent::Tuned(how));
     }
 
     /// The destination has what it needs, and the guest stands.

@@ -3,6 +3,7 @@
 use std::sync::{Mutex, MutexGuard};
 
 use tokio::sync::broadcast;
+use tokio::sync::broadcast::error::RecvError;
 use vmferry_api::{MigrationEvent, Progress};
 
 /// See the module's text.
@@ -42,6 +43,21 @@ impl Told {
     /// The last was told: it has ended, one way or the other.
     pub(crate) fn is_over(&self) -> bool {
         self.lock().history.last().is_some_and(MigrationEvent::is_last)
+    }
+
+    /// How far it was last.
+    pub(crate) fn progress(&self) -> Option<Progress> {
+        self.lock().progress
+    }
+
+    /// Waits until it has ended, one way or the other.
+    pub(crate) async fn end(&self) {
+        let mut live = self.watch().1;
+        while !self.is_over() {
+            if let Err(RecvError::Closed) = live.recv().await {
+                return;
+            }
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

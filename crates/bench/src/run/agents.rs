@@ -117,6 +117,7 @@ pub(super) fn request(options: &RunOptions, to: &str) -> MigrateRequest {
             means: means.collect(),
         }),
         engine: Some(options.engine),
+        policy: scenario.policy.clone(),
         disks_are_shared: false,
         copy_disks: true,
         disks: BTreeMap::new(),

@@ -12,6 +12,7 @@ mod libvirt;
 mod nova;
 mod ovirt;
 mod proxmox;
+mod spoken;
 
 pub use auto_converge::AutoConverge;
 pub use cloud_hypervisor::CloudHypervisor;
@@ -21,6 +22,7 @@ pub use libvirt::{Libvirt, PlainQemu};
 pub use nova::Nova;
 pub use ovirt::Ovirt;
 pub use proxmox::Proxmox;
+pub use spoken::Spoken;
 
 use crate::{BytesPerSec, Policy};
 
@@ -35,12 +37,18 @@ pub struct Baseline {
     pub bandwidth: Option<BytesPerSec>,
     /// It can turn to post-copy.
     pub post_copy: bool,
+    /// It slows the guest down.
+    pub throttle: bool,
     /// One for one migration.
     pub make: fn() -> Box<dyn Policy>,
 }
 
 const fn of(name: &'static str, about: &'static str, post_copy: bool, make: fn() -> Box<dyn Policy>) -> Baseline {
-    Baseline { name, about, bandwidth: None, post_copy, make }
+    Baseline { name, about, bandwidth: None, post_copy, throttle: false, make }
+}
+
+const fn slowing(baseline: Baseline) -> Baseline {
+    Baseline { throttle: true, ..baseline }
 }
 
 /// All of them.
@@ -50,15 +58,15 @@ pub const ALL: [Baseline; 16] = [
         ..of("qemu", "QEMU as it comes", false, || Box::<PlainQemu>::default())
     },
     of("libvirt", "virsh migrate --live", false, || Box::new(Libvirt::plain())),
-    of("libvirt-auto-converge", "with --auto-converge", false, || Box::new(Libvirt::auto_converge())),
+    slowing(of("libvirt-auto-converge", "with --auto-converge", false, || Box::new(Libvirt::auto_converge()))),
     of("libvirt-post-copy", "with --postcopy-after-precopy", true, || Box::new(Libvirt::post_copy_after_pre_copy())),
-    of("study-2016", "post-copy, else auto-converge", true, || Box::new(Libvirt::study())),
+    slowing(of("study-2016", "post-copy, else auto-converge", true, || Box::new(Libvirt::study()))),
     of("nova", "OpenStack Nova 2026.1", false, || Box::new(Nova::aborts())),
-    of("nova-force", "with force_complete and post-copy", true, || Box::new(Nova::forces())),
+    slowing(of("nova-force", "with force_complete and post-copy", true, || Box::new(Nova::forces()))),
     of("proxmox", "Proxmox VE", false, || Box::<Proxmox>::default()),
-    of("ovirt-minimal-downtime", "oVirt, Minimal downtime", false, || Box::new(Ovirt::minimal_downtime())),
-    of("ovirt-suspend", "oVirt, Suspend workload if needed", false, || Box::new(Ovirt::suspend_workload())),
-    of("ovirt-post-copy", "oVirt, Post-copy migration", true, || Box::new(Ovirt::post_copy())),
+    slowing(of("ovirt-minimal-downtime", "oVirt, Minimal downtime", false, || Box::new(Ovirt::minimal_downtime()))),
+    slowing(of("ovirt-suspend", "oVirt, Suspend workload if needed", false, || Box::new(Ovirt::suspend_workload()))),
+    slowing(of("ovirt-post-copy", "oVirt, Post-copy migration", true, || Box::new(Ovirt::post_copy()))),
     of("kubevirt", "KubeVirt, its defaults", false, || Box::new(KubeVirt::aborts())),
     of("kubevirt-tuning", "KubeVirt, VEP 291 (downtime)", false, || Box::<KubeVirtTuning>::default()),
     of("kubevirt-stall", "KubeVirt, VEP 248 (stall detection)", false, || Box::new(KubeVirtStall::new(false))),

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use async_trait::async_trait;
 use vmferry_api::{EngineName, MigrateRequest, in_one_line};
 use vmferry_link::Cipher;
+use vmferry_policy::baselines::Baseline;
 use vmferry_qemu::migration::{self, set_capabilities};
 use vmferry_qemu::{Endpoint, Features, StreamKey, protect_streams, tls_carries, tls_priority};
 
@@ -16,6 +17,7 @@ use crate::host::Vm;
 use crate::measuring::scripts::setup_for;
 use crate::peers::relay::Relay;
 use crate::peers::{CheckReply, Prepared};
+use crate::source::decider;
 use crate::source::post_copy::Way;
 
 /// A guest as it is now.
@@ -30,6 +32,8 @@ pub(crate) struct Guest {
 pub(crate) struct ByQemu {
     /// What a measurement sets it to.
     scripted: Option<Setup>,
+    /// Another manager that decides.
+    baseline: Option<&'static Baseline>,
     means: Vec<String>,
     notes: Vec<String>,
     pauses_first: bool,
@@ -50,21 +54,35 @@ impl ByQemu {
         if migration::crashes_copying(features, &vm.accelerator, &guest.blocks) {
             return Err(crashes(vm));
         }
+        let baseline = decider::baseline_of(request, EngineName::Qemu)?;
         let mut notes = Vec::new();
-        if request.post_copy && !has("postcopy-ram") {
+        if baseline.is_none() && request.post_copy && !has("postcopy-ram") {
             let lacks =
                 "Post-copy is not possible: the destination's QEMU lacks it; the guest is throttled if it must be.";
             notes.push(lacks.into());
         }
         let scripted = request.script.as_ref().map(|script| setup_for(vm, features, has, script)).transpose()?;
         let loses_writes = guest.running && migration::loses_writes(features, &vm.accelerator);
-        let means: Vec<String> = match &scripted {
-            Some(setup) => setup.capabilities.clone(),
-            None => means::means(features, has, request.post_copy, !there.own_disks.is_empty())
-                .into_iter()
-                .map(str::to_owned)
-                .collect(),
+        let means: Vec<String> = if let Some(setup) = &scripted {
+            setup.capabilities.clone()
+        } else {
+            let uses = decider::uses(baseline, request.post_copy);
+            let means = means::means(features, has, uses, !there.own_disks.is_empty());
+            means.into_iter().map(str::to_owned).collect()
         };
+        if let Some(baseline) = baseline {
+            if let Some(reason) = decider::lacks(baseline, request.post_copy, &means) {
+                return Err(not_by(vm, baseline, reason));
+            }
+            if loses_writes {
+                let reason = format!("{}, so that nothing is left to decide", loses_writes_in_words(vm));
+                return Err(not_by(vm, baseline, reason));
+            }
+            notes.push(format!(
+                "{} decides, by limits of its own: a downtime that is given is none of them.",
+                baseline.name
+            ));
+        }
         match &scripted {
             Some(_) if loses_writes => notes.push(format!("{}: expect damaged pages.", loses_writes_in_words(vm))),
             None if loses_writes && !means.iter().any(|it| it == "postcopy-ram") => return Err(only_by_post_copy(vm)),
@@ -78,7 +96,7 @@ impl ByQemu {
         }
         let pauses_first = loses_writes && scripted.is_none();
         let can_tls = can_tls && there.tls && tls_carries(guest.ram_bytes);
-        Ok(Self { scripted, means, notes, pauses_first, can_tls })
+        Ok(Self { scripted, baseline, means, notes, pauses_first, can_tls })
     }
 }
 
@@ -120,7 +138,8 @@ impl Mover for ByQemu {
         } else {
             let has = |name: &str| task.there.capabilities.contains(name);
             let has_disks = !task.offer.own_disks.is_empty();
-            means::choose(&task.vm.qmp, task.features, has, task.limits.post_copy, has_disks).await?
+            let uses = decider::uses(self.baseline, task.limits.post_copy);
+            means::choose(&task.vm.qmp, task.features, has, uses, has_disks).await?
         };
         task.offer.protection = protect(task).await?;
         Ok(())
@@ -189,6 +208,11 @@ async fn protect(task: &mut Task<'_>) -> Result<Protection, AgentError> {
     }
     vmferry_qemu::unprotect_streams(&vm.qmp).await?;
     Ok(if *task.protect == Protect::Not { Protection::Plain } else { Protection::Relay })
+}
+
+fn not_by(vm: &Vm, baseline: &Baseline, reason: String) -> AgentError {
+    let hint = Some(format!("without --policy {} vmferry decides", baseline.name));
+    AgentError::NotMigratable { name: vm.name().into(), reason, hint }
 }
 
 fn no_port(host: &str) -> AgentError {

@@ -1,0 +1,161 @@
+//! Has those that wait begin, each in its turn.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use vmferry_api::{MigrateRequest, PlanView, in_one_line};
+use vmferry_policy::queue::Waiting;
+use vmferry_policy::{Bytes, BytesPerSec};
+
+use super::asking::Queue;
+use super::entry::{Begun, Entry};
+use crate::error::AgentError;
+use crate::journal::{Instance, QueuedRecord};
+use crate::source::{self, Seat};
+
+/// Between two looks at what those under way send.
+const LOOK: Duration = Duration::from_millis(500);
+
+impl Queue {
+    /// For as long as the agent lives.
+    pub(crate) async fn drive(self: Arc<Self>) {
+        loop {
+            let in_post_copy = self.outgoing.in_post_copy();
+            let next = {
+                let mut line = self.lock();
+                let next = line.next(&in_post_copy);
+                if let Some(entry) = &next {
+                    let (migration, batch) = (Arc::clone(entry.migration()), entry.batch);
+                    let cap = entry.request.bandwidth.map(BytesPerSec);
+                    line.begun.push(Begun { migration, batch, there: None, cap });
+                    line.share();
+                }
+                next
+            };
+            if let Some(entry) = next {
+                tokio::spawn(Arc::clone(&self).takes_its_turn(entry));
+                continue;
+            }
+            let looks = !self.lock().waiting.is_empty();
+            tokio::select! {
+                () = self.news.notified() => {}
+                () = tokio::time::sleep(LOOK), if looks => {}
+            }
+        }
+    }
+
+    async fn takes_its_turn(self: Arc<Self>, entry: Entry) {
+        let Entry { seat, request, instance, .. } = entry;
+        let migration = Arc::clone(&seat.migration);
+        let begun = match self.is_still(&migration.vm, &instance).await {
+            Ok(()) => self.begin(seat, request).await,
+            Err(error) => {
+                self.is_over(&migration);
+                Err(error)
+            }
+        };
+        match begun {
+            Ok(_) => {
+                if let Err(error) = self.outgoing.host.journal.end_queued(migration.id, None).await {
+                    tracing::error!(vm = migration.vm, error = in_one_line(&error), "cannot note that it has begun");
+                }
+            }
+            Err(error) => {
+                self.does_not_begin(migration.id, in_one_line(&error)).await;
+                migration.does_not_begin(&error);
+            }
+        }
+    }
+
+    /// This VM is the one that it was when it was asked for.
+    async fn is_still(&self, vm: &str, instance: &Instance) -> Result<(), AgentError> {
+        if self.outgoing.host.found(vm).await?.instance() == *instance {
+            return Ok(());
+        }
+        Err(AgentError::Conflict { message: format!("{vm} was started anew since it was asked for"), hint: None })
+    }
+
+    /// Begins one that is counted as such already.
+    pub(super) async fn begin(self: &Arc<Self>, seat: Seat, request: MigrateRequest) -> Result<PlanView, AgentError> {
+        let migration = Arc::clone(&seat.migration);
+        let begun = source::begin(&self.outgoing, seat, request).await;
+        let mut line = self.lock();
+        match &begun {
+            Ok(_) => {
+                let there = migration.key();
+                line.begun.iter_mut().filter(|it| it.migration.id == migration.id).for_each(|it| it.there = there);
+                let queue = Arc::clone(self);
+                tokio::spawn(async move {
+                    migration.told.end().await;
+                    queue.is_over(&migration);
+                });
+            }
+            Err(_) => line.begun.retain(|it| it.migration.id != migration.id),
+        }
+        drop(line);
+        self.news.notify_one();
+        begun.map(|(plan, _)| plan)
+    }
+
+    fn is_over(&self, migration: &source::Migration) {
+        let mut line = self.lock();
+        line.begun.retain(|it| it.migration.id != migration.id);
+        line.share();
+        drop(line);
+        self.news.notify_one();
+    }
+
+    /// Goes on with what waited when the last agent ended.
+    pub(crate) async fn take_up(self: &Arc<Self>) -> Result<(), AgentError> {
+        for record in self.outgoing.host.journal.queued().await? {
+            tracing::info!(vm = record.vm, migration = %record.id, "waits for its turn again");
+            let entry = Entry {
+                seat: Seat::again(record.id, &record.vm),
+                instance: record.instance.clone(),
+                request: record.request.clone(),
+                batch: record.batch,
+                there: None,
+                guest: Waiting::default(),
+                since: record.since,
+                told: None,
+            };
+            self.outgoing.add(Arc::clone(entry.migration()));
+            self.lock().waiting.push(entry);
+            tokio::spawn(Arc::clone(self).look_again(record));
+        }
+        Ok(())
+    }
+
+    /// Whether it can still go, and where.
+    async fn look_again(self: Arc<Self>, record: QueuedRecord) {
+        let look = async || {
+            self.is_still(&record.vm, &record.instance).await?;
+            source::check(&self.outgoing, &record.vm, &record.request).await
+        };
+        let looked = loop {
+            match look().await {
+                // Its QEMU does not answer yet.
+                Err(AgentError::Busy { .. }) => tokio::time::sleep(LOOK).await,
+                looked => break looked,
+            }
+        };
+        let refused = {
+            let mut line = self.lock();
+            let place = line.waiting.iter().position(|it| it.migration().id == record.id);
+            match (place, looked) {
+                // Its user has cancelled it.
+                (None, _) => None,
+                (Some(place), Ok(checked)) => {
+                    line.waiting[place].guest.ram = Bytes(checked.view.ram_used_bytes);
+                    line.waiting[place].there = Some(checked.key);
+                    None
+                }
+                (Some(place), Err(error)) => Some((line.waiting.remove(place), error)),
+            }
+        };
+        if let Some((entry, error)) = refused {
+            self.ends(&entry, &error).await;
+        }
+        self.news.notify_one();
+    }
+}
