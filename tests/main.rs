@@ -25,6 +25,7 @@ mod many_vms;
 mod migrate;
 mod moving;
 mod places;
+mod predict;
 mod proxy;
 mod refusals;
 mod states;

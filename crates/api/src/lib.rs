@@ -8,6 +8,7 @@ mod copy;
 mod disk;
 mod migration;
 mod peers;
+mod prediction;
 mod problem;
 mod settings;
 pub mod trial;
@@ -22,6 +23,9 @@ pub use migration::{
     Progress, Report, Script, Step, StepTime,
 };
 pub use peers::{Hello, PairRequest, PeerView, PeersView, TokenRequest, TokenView};
+pub use prediction::{
+    Expected, Foretold, Made, PredictionView, USUAL_WATCH_MS, WATCH_MS, WatchedView, Watcher, WrittenWithin,
+};
 pub use problem::{Code, Problem, in_one_line};
 pub use settings::{DEFAULT_PORT, Listen, Rate, Security};
 pub use trial::TrialRequest;

@@ -13,6 +13,7 @@ mod migrate;
 mod moving;
 mod nbd;
 mod pair;
+mod predict;
 mod resolve;
 mod sim;
 mod vms;
@@ -68,6 +69,7 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Autostart { name, on } => vms::autostart(&client()?, &name, on == "on").await,
         Command::Console { name } => console::run(&client()?, &name).await,
         Command::Migrate(options) => migrate::run(&client()?, options).await,
+        Command::Predict(options) => predict::run(&client()?, options).await,
         Command::Sim(options) => sim::run(&options),
         Command::Move(options) => moving::run(&client()?, options).await,
         Command::Copy(options) => copy::run(&client()?, options).await,

@@ -3,34 +3,40 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use vmferry_api::{MigrateRequest, PlanView};
 use vmferry_custody::OutStep;
 
 use super::custody::Custody;
+use super::expect::Expecting;
+use super::forecast::Base;
+use super::foresee::{foresee, watch_time};
 use super::migration::Migration;
 use super::outgoing::Outgoing;
-use super::plan::{claim, limits, plan, predict};
+use super::plan::{claim, limits, plan};
 use super::run::Run;
 use super::teller::Teller;
 use crate::error::AgentError;
 use crate::host::Stage;
 use crate::journal::OutRecord;
 
-/// Plans the migration and, unless it is a dry run, starts it.
+/// Plans the migration and, unless it is a dry run, starts it. A dry run that becomes `unwanted` meanwhile ends.
 pub(crate) async fn begin(
     outgoing: &Arc<Outgoing>,
     name: &str,
     request: MigrateRequest,
+    unwanted: CancellationToken,
 ) -> Result<(PlanView, Option<Arc<Migration>>), AgentError> {
     let (host, begun) = (&outgoing.host, Instant::now());
     let id = Uuid::new_v4();
     let limits = limits(&request)?;
+    watch_time(&request)?;
     let vm = host.vm(name)?;
     let claim = claim(&vm)?;
     let mut plan = plan(host, &vm, id, &request).await?;
     if request.dry_run {
-        predict(&mut plan, limits.post_copy).await?;
+        foresee(host, &outgoing.foreseen, &vm, &mut plan, &request, limits, &unwanted).await?;
         return Ok((plan.view, None));
     }
     // That it can be committed or undone must not depend on what happens to the disk meanwhile.
@@ -54,6 +60,14 @@ pub(crate) async fn begin(
     claim.keep(Stage::Migrating(id));
     let view = plan.view.clone();
     let bandwidth = request.bandwidth.or(plan.rate);
+    let expecting = match &request.script {
+        Some(_) => Expecting::nothing(),
+        None => {
+            let base = Base::of(host, &vm, &plan, limits, bandwidth).await;
+            let before = outgoing.foreseen.take(name, plan.peer_key, base.limits, plan.mover.name());
+            Expecting::of(base, before)
+        }
+    };
     let run = Run {
         host: Arc::clone(host),
         outgoing: Arc::clone(outgoing),
@@ -69,6 +83,8 @@ pub(crate) async fn begin(
         keep: None,
         relay: None,
         mirrors: None,
+        expecting,
+        foretold: None,
     };
     tokio::spawn(run.run());
     Ok((view, Some(migration)))

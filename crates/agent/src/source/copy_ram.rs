@@ -37,6 +37,7 @@ impl Run {
                 () = self.migration.cancel.cancelled() => return Err(self.cancelled()),
             };
             self.teller.progress(&seen);
+            self.expecting.see(&seen.observation);
             self.custody.wants(engine.guest_runs()).await;
             if seen.ready_to_commit {
                 // The last moment to undo it: its disks are to be those that wait there.
@@ -46,6 +47,9 @@ impl Run {
                 return Ok(seen);
             }
             let asked = self.post_copy_is_asked_for(&seen.observation);
+            if asked || !engine.guest_runs() {
+                self.expecting.is_disturbed();
+            }
             let action = if asked { Action::PostCopy } else { policy.decide(&seen.observation) };
             if let Some(words) = policy.words() {
                 self.teller.decided(words);

@@ -17,11 +17,15 @@
 
 mod all_disks;
 mod begin;
+mod compare;
 mod copy_disks;
 mod copy_ram;
 mod custody;
 mod end;
+mod expect;
 mod fences;
+mod forecast;
+mod foresee;
 mod look;
 mod migration;
 mod mover;
@@ -35,6 +39,7 @@ mod serve;
 mod settle;
 mod teller;
 mod told;
+mod watch;
 
 pub(crate) use begin::begin;
 pub(crate) use fences::keep as keep_fences;

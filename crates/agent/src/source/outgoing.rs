@@ -8,6 +8,7 @@ use vmferry_api::in_one_line;
 use vmferry_custody::source::{Event, Phase, Refused};
 
 use super::custody::Custody;
+use super::foresee::Foreseen;
 use super::migration::Migration;
 use crate::error::AgentError;
 use crate::host::{Host, Stage};
@@ -28,12 +29,14 @@ pub(crate) struct Outgoing {
     migrations: Mutex<Vec<Arc<Migration>>>,
     /// Those that are driven.
     open: Mutex<Vec<Arc<Custody>>>,
+    /// What was predicted lately.
+    pub(super) foreseen: Foreseen,
 }
 
 impl Outgoing {
     /// Of this host: none yet.
     pub(crate) fn new(host: Arc<Host>) -> Arc<Self> {
-        Arc::new(Self { host, migrations: Mutex::default(), open: Mutex::default() })
+        Arc::new(Self { host, migrations: Mutex::default(), open: Mutex::default(), foreseen: Foreseen::default() })
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Arc<Migration>>> {
