@@ -36,7 +36,7 @@ pub struct PredictionView {
     pub lost_ms: Expected,
     /// The guest needs both hosts, in ms.
     pub at_risk_ms: Expected,
-    /// Sent over the link, in bytes.
+    /// Sent of its memory over the link, in bytes.
     pub sent: Expected,
     /// Pre-copy rounds in the likeliest case.
     pub rounds: u32,
@@ -117,7 +117,7 @@ pub struct Foretold {
     pub total_ms: Expected,
     /// Nobody runs the guest, in ms.
     pub downtime_ms: Expected,
-    /// Sent over the link, in bytes.
+    /// Sent of its memory over the link, in bytes.
     pub sent: Expected,
     /// How many migrations to this host had taught how far predictions are off.
     pub migrations: u32,

@@ -152,15 +152,16 @@ impl std::fmt::Display for Method {
 mod tests {
     use super::*;
     use crate::guest::{GIB, MIB};
-    use crate::observed::Since;
+    use crate::observed::{Since, Written};
     use std::time::Duration;
     use vmferry_policy::{LeastHarm, Otherwise};
 
     fn given(curve: impl Fn(f64) -> f64) -> Given {
         let times = (1..=12).map(|step| f64::from(step * step) / 144.0 * 3.0);
-        let written = times.map(|at| (at, curve(at))).collect();
+        let since = Since::Beginning;
+        let written = times.map(|after| Written { after, bytes: curve(after), since }).collect();
         Given {
-            observed: Observed { ram: 2.0 * GIB, used: 1.0 * GIB, written, since: Since::Beginning, processors: 1.0 },
+            observed: Observed { ram: 2.0 * GIB, used: 1.0 * GIB, written, processors: 1.0 },
             rate: Range { low: 108.0 * MIB, mid: 114.0 * MIB, high: 120.0 * MIB },
             round_trip: 0.0005,
             engine: Engine::external(),

@@ -24,7 +24,7 @@ pub use forecast::{Forecast, Given, Method, forecast};
 pub use guest::{Guest, Part};
 pub use link::Link;
 pub use migration::{End, Outcome, run};
-pub use observed::{Luck, Observed, Since};
+pub use observed::{Luck, Observed, Since, Written};
 pub use oracle::best_in_hindsight;
 pub use random::Random;
 pub use table::{Contestant, Row, Table, contestants, play};

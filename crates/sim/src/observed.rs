@@ -36,6 +36,17 @@ pub enum Luck {
     Bad,
 }
 
+/// So much was written within so long.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Written {
+    /// Seconds.
+    pub after: f64,
+    /// Bytes of pages, each counted once.
+    pub bytes: f64,
+    /// From when that was noted.
+    pub since: Since,
+}
+
 /// What was seen of a guest; see the module's text.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Observed {
@@ -43,10 +54,8 @@ pub struct Observed {
     pub ram: f64,
     /// What of that is more than zeroes, in bytes.
     pub used: f64,
-    /// Seconds, and how many bytes of pages were written within them; in the order of time. Nothing is known where it is empty.
-    pub written: Vec<(f64, f64)>,
-    /// From when that was noted.
-    pub since: Since,
+    /// How much was written within how long, in any order. Nothing is known where it is empty.
+    pub written: Vec<Written>,
     /// Its processors.
     pub processors: f64,
 }
@@ -107,20 +116,22 @@ impl Observed {
 
     fn parts(&self, luck: Luck) -> Vec<Part> {
         let part = |bytes: f64, takes: f64, sweeps| Part { bytes, rate: bytes / takes, sweeps, zero: false };
-        let points: Vec<(f64, f64)> =
-            self.written.iter().copied().filter(|(at, bytes)| *at > 0.0 && at.is_finite() && *bytes >= 0.0).collect();
-        let Some(&(end, last)) = points.last() else {
+        let is_sound = |it: &Written| it.after > 0.0 && it.after.is_finite() && it.bytes >= 0.0;
+        let mut points: Vec<Written> = self.written.iter().copied().filter(is_sound).collect();
+        points.sort_by(|a, b| a.after.total_cmp(&b.after));
+        let Some(&last) = points.last() else {
             return match luck {
                 Luck::Bad => vec![Part { bytes: self.used, rate: UNKNOWN, sweeps: true, zero: false }],
                 _ => Vec::new(),
             };
         };
-        if last <= 0.0 {
+        let end = last.after;
+        if points.iter().all(|it| it.bytes <= 0.0) {
             return Vec::new();
         }
         let found = match points.len() {
-            ..SHAPE => alone(end, last, self.since, luck),
-            _ => fit(&points, self.since),
+            ..SHAPE => alone(last, luck),
+            _ => fit(&points),
         };
         let (mut parts, mut goes_on) = (Vec::new(), 0.0);
         for (kind, bytes) in found {
@@ -143,7 +154,7 @@ impl Observed {
 }
 
 /// Of one measurement: what is hot and small, or a sweep, or something between.
-fn alone(end: f64, bytes: f64, since: Since, luck: Luck) -> Vec<(Kind, f64)> {
+fn alone(Written { after: end, bytes, since }: Written, luck: Luck) -> Vec<(Kind, f64)> {
     let kind = match luck {
         Luck::Good => Kind { takes: end / 8.0, sweeps: false },
         Luck::Usual => Kind { takes: end * SEEN, sweeps: false },
@@ -153,15 +164,16 @@ fn alone(end: f64, bytes: f64, since: Since, luck: Luck) -> Vec<(Kind, f64)> {
 }
 
 /// See the module's text.
-fn fit(points: &[(f64, f64)], since: Since) -> Vec<(Kind, f64)> {
-    let (first, (end, last)) = (points[0].0, points[points.len() - 1]);
+fn fit(points: &[Written]) -> Vec<(Kind, f64)> {
+    let (first, end) = (points[0].after, points[points.len() - 1].after);
+    let most = points.iter().map(|it| it.bytes).fold(0.0, f64::max);
     let times = std::iter::successors(Some(first / 2.0), |takes| Some(takes * STEP)).take_while(|it| *it <= end * 8.0);
     let kinds: Vec<Kind> = times.flat_map(|takes| [true, false].map(|sweeps| Kind { takes, sweeps })).collect();
-    let weights: Vec<f64> = points.iter().map(|(_, bytes)| (bytes + last * BLUR.0 + BLUR.1).powi(-2)).collect();
+    let weights: Vec<f64> = points.iter().map(|it| (it.bytes + most * BLUR.0 + BLUR.1).powi(-2)).collect();
     let shares: Vec<Vec<f64>> =
-        kinds.iter().map(|kind| points.iter().map(|(at, _)| kind.share(*at, since)).collect()).collect();
+        kinds.iter().map(|kind| points.iter().map(|it| kind.share(it.after, it.since)).collect()).collect();
     let mut bytes = vec![0.0; kinds.len()];
-    let mut missing: Vec<f64> = points.iter().map(|(_, bytes)| *bytes).collect();
+    let mut missing: Vec<f64> = points.iter().map(|it| it.bytes).collect();
     let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).zip(&weights).map(|((a, b), weight)| a * b * weight).sum::<f64>();
     let norms: Vec<f64> = shares.iter().map(|share| dot(share, share)).collect();
     for _ in 0..CHANGES {
@@ -194,8 +206,9 @@ mod tests {
     /// What is seen within three seconds of a guest with this curve.
     fn seen(curve: impl Fn(f64) -> f64) -> Observed {
         let times = (1..=12).map(|step| f64::from(step * step) / 144.0 * 3.0);
-        let written = times.map(|at| (at, curve(at))).collect();
-        Observed { ram: 4.0 * GIB, used: 2.0 * GIB, written, since: Since::Beginning, processors: 1.0 }
+        let since = Since::Beginning;
+        let written = times.map(|after| Written { after, bytes: curve(after), since }).collect();
+        Observed { ram: 4.0 * GIB, used: 2.0 * GIB, written, processors: 1.0 }
     }
 
     /// What a guest has written after so long.
@@ -242,7 +255,9 @@ mod tests {
     fn pages_that_were_watched_from_when_they_were_sent_tell_the_same_guest() {
         let truth = |t: f64| 100.0 * MIB * (1.0 - (-t / 0.5_f64).exp());
         let mean = |t: f64| (0..1000).map(|step| truth(t * (f64::from(step) + 0.5) / 1000.0)).sum::<f64>() / 1000.0;
-        let guest = Observed { since: Since::Sent, ..seen(mean) }.guest(Luck::Usual);
+        let mut observed = seen(mean);
+        observed.written.iter_mut().for_each(|it| it.since = Since::Sent);
+        let guest = observed.guest(Luck::Usual);
         for at in [0.1, 0.5, 2.0] {
             assert!((after(&guest, at) / truth(at) - 1.0).abs() < 0.2, "{at}: {} {}", after(&guest, at), truth(at));
         }
@@ -261,7 +276,8 @@ mod tests {
         for written in wild {
             for since in [Since::Beginning, Since::Sent] {
                 for luck in [Luck::Good, Luck::Usual, Luck::Bad] {
-                    let observed = Observed { since, written: written.clone(), ..seen(|_| 0.0) };
+                    let points = written.iter().map(|&(after, bytes)| Written { after, bytes, since });
+                    let observed = Observed { written: points.collect(), ..seen(|_| 0.0) };
                     let guest = observed.guest(luck);
                     assert!((guest.ram() - 4.0 * GIB).abs() < 1.0, "{written:?}: {guest:?}");
                     assert!(guest.parts.len() <= 16);

@@ -296,7 +296,8 @@ pub(crate) struct MigrateOptions {
     /// Say each decision, and what was expected of it
     #[arg(long, short)]
     pub verbose: bool,
-    /// Write a report of it there, which `vmferry bench page` draws; also when it does not complete
+    /// Write a report of it there, which `vmferry bench page` draws and `vmferry sim --trace` plays; also when it does not
+    /// complete
     #[arg(long, value_name = "FILE", conflicts_with = "dry_run")]
     pub record: Option<PathBuf>,
     /// Who moves the memory: external (the agents) or qemu (QEMU itself) [default: as this host's agent is configured]

@@ -16,6 +16,7 @@ mod pair;
 mod predict;
 mod resolve;
 mod sim;
+mod trace;
 mod vms;
 mod watched;
 

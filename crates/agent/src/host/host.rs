@@ -218,14 +218,9 @@ impl Host {
 
     /// How long a switchover of this VM takes besides its pages: as long as its last one from here, or any VM's.
     pub(crate) fn switchover_time(&self, vm: &str, post_copy: bool) -> Duration {
-        self.seen_switchover(vm, post_copy).unwrap_or(SWITCHOVER)
-    }
-
-    /// The same, where any was seen.
-    pub(crate) fn seen_switchover(&self, vm: &str, post_copy: bool) -> Option<Duration> {
         let known = &self.state().switchovers;
         let longest = || known.iter().filter(|((_, kind), _)| *kind == post_copy).map(|(_, time)| *time).max();
-        known.get(&(vm.to_owned(), post_copy)).copied().or_else(longest)
+        known.get(&(vm.to_owned(), post_copy)).copied().or_else(longest).unwrap_or(SWITCHOVER)
     }
 
     /// What switches of this VM cost, as far as its last ones tell.

@@ -60,13 +60,12 @@ pub(crate) async fn begin(
     claim.keep(Stage::Migrating(id));
     let view = plan.view.clone();
     let bandwidth = request.bandwidth.or(plan.rate);
-    let expecting = match &request.script {
-        Some(_) => Expecting::nothing(),
-        None => {
-            let base = Base::of(host, &vm, &plan, limits, bandwidth).await;
-            let before = outgoing.foreseen.take(name, plan.peer_key, base.limits, plan.mover.name());
-            Expecting::of(base, before)
-        }
+    let expecting = if request.script.is_none() {
+        let base = Base::of(&vm, &plan, limits, bandwidth).await;
+        let before = outgoing.foreseen.take(name, plan.peer_key, base.limits, plan.mover.name());
+        Expecting::of(base, before)
+    } else {
+        Expecting::nothing()
     };
     let run = Run {
         host: Arc::clone(host),

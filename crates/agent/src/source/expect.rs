@@ -6,7 +6,7 @@
 
 use tokio::task::JoinHandle;
 use vmferry_policy::{Observation, Range};
-use vmferry_sim::{Observed, Since};
+use vmferry_sim::{EngineKind, Observed, Since, Written};
 
 use super::forecast::{Base, Raw};
 
@@ -14,6 +14,8 @@ use super::forecast::{Base, Raw};
 const EARLY: (f64, u64) = (0.5, 48 << 20);
 /// Before this share of the first round.
 const SHARE: f64 = 0.05;
+/// Before so long nobody has looked what is stale, in seconds.
+const FIRST: f64 = 0.2;
 /// Between two looks that tell something, in seconds.
 const APART: f64 = 0.14;
 /// How far the link's rate may be from what it is at first.
@@ -26,8 +28,8 @@ pub(super) struct Expecting {
     base: Option<Base>,
     /// What was predicted before it was asked for.
     pub(super) before: Option<Raw>,
-    /// Seconds, and how much of all that is in use would be stale after so long.
-    points: Vec<(f64, f64)>,
+    /// How much of all that is in use would be stale after so long.
+    points: Vec<Written>,
     playing: Option<JoinHandle<Raw>>,
     /// Something came between that no prediction has to know.
     pub(super) disturbed: bool,
@@ -58,18 +60,19 @@ impl Expecting {
         let done = total - seen.remaining.0 as f64;
         // Zeroes, and what was packed, take less of the link than of the memory.
         let sent = (rate * at).min(done).max(1.0);
+        let point = |after, bytes| Written { after, bytes, since: Since::Sent };
         let first_round = if rate > 0.0 { used / rate } else { f64::INFINITY };
         let tells = match seen.scan {
             Some(scan) if seen.round > 1 => {
-                self.points.push((scan.interval.as_secs_f64(), scan.left.0 as f64));
+                self.points.push(point(scan.interval.as_secs_f64(), scan.left.0 as f64));
                 true
             }
             _ if base.pauses_first => at >= EARLY.0,
             _ => {
-                let is_new = self.points.last().is_none_or(|(last, _)| at >= last + APART);
-                let by_agents = seen.means.pace || !seen.means.throttle;
-                if by_agents && seen.sent.0 >= EARLY.1 && is_new {
-                    self.points.push((at, (seen.stale.0 as f64 / sent).min(1.0) * used));
+                let is_new = self.points.last().is_none_or(|last| at >= last.after + APART);
+                let by_agents = base.engine.kind == EngineKind::External;
+                if by_agents && at >= FIRST && seen.sent.0 >= EARLY.1 && is_new {
+                    self.points.push(point(at, (seen.stale.0 as f64 / sent).min(1.0) * used));
                 }
                 !self.points.is_empty() && at >= EARLY.0.max(first_round * SHARE)
             }
@@ -81,7 +84,7 @@ impl Expecting {
         let range = Range { low: rate * RATE.0, mid: rate, high: rate * RATE.1 };
         let (base, round_trip) = (base.clone(), seen.round_trip.as_secs_f64());
         let written = std::mem::take(&mut self.points);
-        let observed = Observed { ram: total, used, written, since: Since::Sent, processors: base.processors };
+        let observed = Observed { ram: total, used, written, processors: base.processors };
         self.playing = Some(tokio::task::spawn_blocking(move || {
             let mut raw = base.foresee(observed, range, round_trip);
             let bytes = &mut raw.forecast.bytes;

@@ -16,7 +16,7 @@ use crate::host::{Host, Vm};
 use crate::journal::Taught;
 
 /// What planning, and preparing the destination, takes while nothing was learnt, in seconds.
-const BEFORE: Range = Range { low: 0.4, mid: 0.8, high: 2.5 };
+const BEFORE: Range = Range { low: 0.15, mid: 0.4, high: 2.0 };
 /// What is left to be done when all RAM is there.
 const AFTER: Range = Range { low: 0.02, mid: 0.1, high: 0.6 };
 
@@ -91,12 +91,10 @@ pub(super) struct Base {
 }
 
 impl Base {
-    pub(super) async fn of(host: &Host, vm: &Vm, plan: &Plan, limits: Limits, bandwidth: Option<u64>) -> Self {
+    pub(super) async fn of(vm: &Vm, plan: &Plan, limits: Limits, bandwidth: Option<u64>) -> Self {
         let by_agents = plan.mover.name() == EngineName::External;
-        let usual = if by_agents { Engine::external() } else { Engine::qemu() };
-        let seen = |post_copy, usual| host.seen_switchover(vm.name(), post_copy).map_or(usual, |it| it.as_secs_f64());
-        let engine =
-            Engine { switchover: seen(false, usual.switchover), post_copy: seen(true, usual.post_copy), ..usual };
+        // What the last switchovers took is in what was learnt of downtimes, and would count twice here.
+        let engine = if by_agents { Engine::external() } else { Engine::qemu() };
         let mut limits = Limits { bandwidth: bandwidth.map(BytesPerSec), ..limits };
         if by_agents && !plan.mover.paces() {
             limits.slow = Percent(0);
@@ -138,7 +136,7 @@ impl Base {
             },
             _ => Range::default(),
         };
-        Raw { forecast: forecast(&given, policy), disks, disk_bytes: self.disks, pauses_first: self.pauses_first }
+        Raw { forecast: forecast(&given, policy), disks, pauses_first: self.pauses_first }
     }
 }
 
@@ -148,7 +146,6 @@ pub(super) struct Raw {
     pub(super) forecast: Forecast,
     /// How long its disks take, in seconds.
     disks: Range,
-    disk_bytes: f64,
     pauses_first: bool,
 }
 
@@ -157,18 +154,18 @@ impl Raw {
     pub(super) fn foretold(&self, lessons: &Lessons, made: Made, past: Option<f64>) -> Foretold {
         let before = match past {
             Some(past) => Range::exactly(past),
-            None => sum([lessons.correct(Figure::Before, BEFORE), self.disks, Range::default()]),
+            None => sum(&[lessons.correct(Figure::Before, BEFORE), self.disks]),
         };
         let copy = lessons.correct(Figure::Copy(made), self.forecast.total);
-        let total = sum([before, copy, lessons.correct(Figure::After, AFTER)]);
+        let total = sum(&[before, copy, lessons.correct(Figure::After, AFTER)]);
         let downtime = lessons.correct(Figure::Downtime, self.forecast.downtime);
-        let ram = lessons.correct(Figure::Sent(made), self.forecast.bytes);
+        let sent = lessons.correct(Figure::Sent(made), self.forecast.bytes);
         Foretold {
             made,
             method: self.method(),
             total_ms: expected(total, 1e3),
             downtime_ms: expected(downtime, 1e3),
-            sent: expected(sum([ram, Range::exactly(self.disk_bytes), Range::default()]), 1.0),
+            sent: expected(sent, 1.0),
             migrations: lessons.count(),
         }
     }
@@ -189,7 +186,7 @@ impl Raw {
             taught(Figure::Copy(made), self.forecast.total.mid, copy),
             taught(Figure::After, AFTER.mid, after),
             taught(Figure::Downtime, self.forecast.downtime.mid, downtime),
-            taught(Figure::Sent(made), self.forecast.bytes.mid, sent - self.disk_bytes),
+            taught(Figure::Sent(made), self.forecast.bytes.mid, sent),
         ]
     }
 }
@@ -198,7 +195,76 @@ pub(super) fn expected(range: Range, scale: f64) -> Expected {
     Expected { low: range.low * scale, likely: range.mid * scale, high: range.high * scale }
 }
 
-fn sum(of: [Range; 3]) -> Range {
+fn sum(of: &[Range]) -> Range {
     let add = |part: fn(&Range) -> f64| of.iter().map(part).sum();
     Range { low: add(|it| it.low), mid: add(|it| it.mid), high: add(|it| it.high) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vmferry_sim::{Since, Written};
+
+    const MIB: f64 = 1_048_576.0;
+
+    fn base() -> Base {
+        Base {
+            engine: Engine::external(),
+            limits: Limits::default(),
+            processors: 1.0,
+            ram: 1024.0 * MIB,
+            resident: 512.0 * MIB,
+            pauses_first: false,
+            disks: 0.0,
+            running: true,
+        }
+    }
+
+    fn foreseen(base: &Base) -> Raw {
+        let written = vec![Written { after: 1.0, bytes: MIB, since: Since::Beginning }];
+        let observed = Observed { ram: base.ram, used: base.resident, written, processors: 1.0 };
+        base.foresee(observed, Range { low: 90.0 * MIB, mid: 100.0 * MIB, high: 105.0 * MIB }, 0.001)
+    }
+
+    fn taught(figure: Figure, times: f64) -> Lessons {
+        let mut lesson = Lesson::default();
+        (0..30).for_each(|_| lesson.learn(1.0, times));
+        Lessons([(figure.name().to_owned(), lesson)].into())
+    }
+
+    #[test]
+    fn what_was_learnt_moves_the_figure_that_it_was_learnt_of_and_is_counted() {
+        let raw = foreseen(&base());
+        let [fresh, slow, packed, other] = [
+            Lessons(BTreeMap::new()),
+            taught(Figure::Copy(Made::Before), 2.0),
+            taught(Figure::Sent(Made::Before), 0.5),
+            taught(Figure::Sent(Made::AtStart), 0.5),
+        ]
+        .map(|lessons| raw.foretold(&lessons, Made::Before, None));
+        assert!((5000.0..7500.0).contains(&fresh.total_ms.likely), "512 MiB at 100 MiB/s: {fresh:?}");
+        assert_eq!((fresh.migrations, slow.migrations), (0, 30));
+        assert!(slow.total_ms.likely > fresh.total_ms.likely * 1.7, "{fresh:?} {slow:?}");
+        assert!((packed.sent.likely / fresh.sent.likely - 0.5).abs() < 0.02, "{packed:?}");
+        assert_eq!(other.sent, fresh.sent, "the one is predicted from another rate than the other");
+    }
+
+    #[test]
+    fn what_is_past_is_known_and_a_disk_takes_its_time_before() {
+        let none = Lessons(BTreeMap::new());
+        let raw = foreseen(&base());
+        let (before, now) = (raw.foretold(&none, Made::Before, None), raw.foretold(&none, Made::AtStart, Some(30.0)));
+        assert!(now.total_ms.low > 30_000.0 && before.total_ms.high < 30_000.0, "{before:?} {now:?}");
+        let disk = foreseen(&Base { disks: 2048.0 * MIB, ..base() }).foretold(&none, Made::Before, None);
+        let more = disk.total_ms.likely - before.total_ms.likely;
+        assert!((more - 20_480.0).abs() < 1.0, "2 GiB at 100 MiB/s: {more}");
+        assert_eq!(disk.sent, before.sent, "of its memory");
+    }
+
+    #[test]
+    fn a_guest_that_is_paused_first_goes_by_post_copy_from_the_first_byte() {
+        let raw = foreseen(&Base { pauses_first: true, engine: Engine::qemu(), ..base() });
+        assert_eq!(raw.method(), "post-copy from the first byte");
+        assert!(raw.forecast.at_risk.mid > 4.0, "{:?}", raw.forecast);
+    }
 }

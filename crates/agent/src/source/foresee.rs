@@ -10,7 +10,7 @@ use vmferry_api::trial::{Data, Trial};
 use vmferry_api::{EngineName, Made, MigrateRequest, PredictionView, Security, WATCH_MS, WatchedView, Watcher};
 use vmferry_link::{Fingerprint, usual_streams};
 use vmferry_policy::{Limits, Range};
-use vmferry_sim::{Observed, Since};
+use vmferry_sim::{Observed, Since, Written};
 
 use super::forecast::{Base, Lessons, Raw, expected};
 use super::mover::Protect;
@@ -78,7 +78,7 @@ pub(super) async fn foresee(
     unwanted: &CancellationToken,
 ) -> Result<(), AgentError> {
     let bandwidth = request.bandwidth.or(plan.rate);
-    let base = Base::of(host, vm, plan, limits, bandwidth).await;
+    let mut base = Base::of(vm, plan, limits, bandwidth).await;
     let engine = plan.mover.name();
     let by_agents = engine == EngineName::External;
     let trial = Trial {
@@ -109,11 +109,11 @@ pub(super) async fn foresee(
     let range = Range { low: rate * down, mid: rate, high: rate * up };
     let observed = observed(&base, &watched);
     let in_use = observed.used;
-    let mut base_seen = base.clone();
     if watched.by == Watcher::Agent {
-        base_seen.engine.scan = watched.longest_scan_ms / 1e3 / (base.ram / (1u64 << 30) as f64).max(0.1);
+        base.engine.scan = watched.longest_scan_ms / 1e3 / (base.ram / (1u64 << 30) as f64).max(0.1);
     }
-    let played = tokio::task::spawn_blocking(move || base_seen.foresee(observed, range, round_trip / 1e3));
+    let limits = base.limits;
+    let played = tokio::task::spawn_blocking(move || base.foresee(observed, range, round_trip / 1e3));
     let raw = played.await.expect("a play does not panic");
     let foretold = raw.foretold(&lessons, Made::Before, None);
     let of = |range: Range| expected(range, 1e3);
@@ -136,7 +136,7 @@ pub(super) async fn foresee(
         watched,
         migrations: foretold.migrations,
     });
-    foreseen.keep(vm.name(), plan.peer_key, Kept { at: Instant::now(), limits: base.limits, engine, raw });
+    foreseen.keep(vm.name(), plan.peer_key, Kept { at: Instant::now(), limits, engine, raw });
     Ok(())
 }
 
@@ -146,9 +146,10 @@ fn observed(base: &Base, watched: &WatchedView) -> Observed {
         Watcher::Agent => watched.in_use as f64,
         Watcher::Qemu | Watcher::Nobody => base.resident,
     };
+    let point = |after, bytes| Written { after, bytes, since: Since::Beginning };
     let written = match base.running {
-        true => watched.written.iter().map(|it| (it.ms / 1e3, it.bytes as f64)).collect(),
-        false => vec![(1.0, 0.0)],
+        true => watched.written.iter().map(|it| point(it.ms / 1e3, it.bytes as f64)).collect(),
+        false => vec![point(1.0, 0.0)],
     };
-    Observed { ram: base.ram, used, written, since: Since::Beginning, processors: base.processors }
+    Observed { ram: base.ram, used, written, processors: base.processors }
 }

@@ -116,10 +116,11 @@ fn ms(time: Duration) -> f64 {
 /// What QEMU answers to `query-dirty-rate`.
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
-struct DirtyRate {
+struct Told {
     status: String,
     /// In MiB a second, rounded down.
-    dirty_rate: Option<u64>,
+    #[serde(rename = "dirty-rate")]
+    rate: Option<u64>,
     /// In seconds.
     calc_time: u64,
 }
@@ -145,7 +146,7 @@ async fn by_qemu(
             return Ok(None);
         }
         let told = qmp.execute_raw("query-dirty-rate", json!({})).await.map_err(failed)?;
-        let told: DirtyRate = serde_json::from_value(told).map_err(|error| in_one_line(&error))?;
+        let told: Told = serde_json::from_value(told).map_err(|error| in_one_line(&error))?;
         if told.status == "measured" {
             break told;
         }
@@ -153,7 +154,7 @@ async fn by_qemu(
             return Err(format!("it was still {} after {} s", told.status, begun.elapsed().as_secs()));
         }
     };
-    let rate = told.dirty_rate.ok_or("it measured, and gives no rate")?;
+    let rate = told.rate.ok_or("it measured, and gives no rate")?;
     let within = told.calc_time.max(1);
     let written = WrittenWithin { ms: within as f64 * 1e3, bytes: (rate * within) << 20 };
     let ms = ms(begun.elapsed());
