@@ -218,3 +218,86 @@ async fn a_guest_that_qemu_moves_is_predicted_too_when_its_first_round_is_over()
     assert_eq!(foretold.made, Made::AtStart);
     assert!(holds(&foretold.total_ms, report.total_ms, 2.0), "{}", said(&report));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_was_recorded_or_watched_is_played_by_the_simulator() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let busy = GuestOptions { rate: Some(30 << 20), ..guest(Mode::Random) };
+    let bed = bed::start(external(1, 1), busy).await;
+    let (plan, _) = predicted(&bed, &[&SHORT[..], &["--bandwidth", "60MiB/s"]].concat()).await;
+    std::fs::write(path("watched"), serde_json::to_string(&plan).expect("plain data")).expect("written");
+    let report = report(&bed, &["--bandwidth", "60MiB/s", "--no-post-copy", "--record", &path("recorded")]).await;
+    let recorded = std::fs::read_to_string(path("recorded")).expect("it was written");
+    let recorded: serde_json::Value = serde_json::from_str(&recorded).expect("a report");
+    assert!(recorded["decisions"].as_array().is_some_and(|it| !it.is_empty()), "{recorded:#}");
+    for of in ["watched", "recorded"] {
+        let file = path(of);
+        let simulated = ["sim", "--trace", &file, "--cases", "3", "--policy", "vmferry", "--no-post-copy", "--json"];
+        let output = bed.alpha().vmferry(&simulated).await.expect("vmferry runs");
+        assert_success(&output, &bed);
+        let table: serde_json::Value = serde_json::from_slice(&output.stdout).expect("a table");
+        let total = table["rows"][0]["total"][0].as_f64().expect("a time");
+        let copied = report.steps.iter().find(|it| it.step == vmferry_api::Step::CopyRam).expect("it copied").ms / 1e3;
+        assert!(total > copied / 2.0 && total < copied * 2.0, "{of}: {total} and {copied}");
+    }
+    let file = path("none");
+    let refused = bed.alpha().vmferry(&["sim", "--trace", &file]).await.expect("vmferry runs");
+    assert!(refused.status.code() == Some(3) && text(&refused).contains("none"), "{}", text(&refused));
+}
+
+/// Guests of all kinds over links of several rates, there and back; prints how far each prediction was off.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "takes some minutes: make predictions"]
+async fn predictions_of_all_kinds_of_guests_are_about_right() {
+    let mut off = [Vec::new(), Vec::new(), Vec::new()];
+    for (mode, mib) in [(Mode::Idle, None), (Mode::Random, Some(30)), (Mode::HotCold, Some(60)), (Mode::Write, None)] {
+        let bed = bed::start(external(1, 1), GuestOptions { rate: mib.map(|it| it << 20), ..guest(mode) }).await;
+        for (round, rate) in ["60MiB/s", "120MiB/s", "250MiB/s", "80MiB/s"].iter().enumerate() {
+            for watched in [true, false] {
+                let hosts = [bed.alpha(), bed.beta()];
+                let here = usize::from(!watched);
+                let to = hosts[1 - here].address.to_string();
+                let wishes = ["--to", &to, "--bandwidth", rate];
+                if watched {
+                    assert_success(
+                        &hosts[here].vmferry(&[&["predict", VM], &wishes[..]].concat()).await.expect("runs"),
+                        &bed,
+                    );
+                }
+                let output =
+                    hosts[here].vmferry(&[&["migrate", VM, "--json"], &wishes[..]].concat()).await.expect("runs");
+                assert_success(&output, &bed);
+                let last = String::from_utf8_lossy(&output.stdout).lines().last().expect("a report").to_owned();
+                let event = serde_json::from_str(&last).expect("an event");
+                let vmferry_api::MigrationEvent::Finished(report) = event else { panic!("{last}") };
+                let Some(foretold) = &report.foretold else { panic!("nothing was foretold: {}", said(&report)) };
+                let pairs = [
+                    (foretold.total_ms, report.total_ms, 1.0),
+                    (foretold.downtime_ms, report.downtime_ms, 1.0),
+                    (foretold.sent, report.sent as f64, 1_048_576.0),
+                ];
+                let mut line = format!("{mode:?} {rate} {:?} {round}:", foretold.made);
+                for (off, (it, outcome, unit)) in off.iter_mut().zip(pairs) {
+                    let error = it.likely / outcome - 1.0;
+                    let [outcome, likely, low, high] = [outcome, it.likely, it.low, it.high].map(|of| of / unit);
+                    line.extend([format!(
+                        " {outcome:.0} ({likely:.0}: {low:.0} to {high:.0}; {:+.0} %) ",
+                        error * 100.0
+                    )]);
+                    off.push(error.abs());
+                }
+                println!("{line}{} / {}", foretold.method, report.method());
+            }
+        }
+    }
+    let of = |which: usize, share: f64| {
+        let mut all = off[which].clone();
+        all.sort_by(f64::total_cmp);
+        all[(all.len() as f64 * share) as usize] * 100.0
+    };
+    for (which, what) in ["total", "downtime", "sent"].into_iter().enumerate() {
+        println!("{what}: off by {:.0} % (median), {:.0} % (p90)", of(which, 0.5), of(which, 0.9));
+    }
+    assert!(of(0, 0.5) < 20.0 && of(2, 0.5) < 20.0);
+}
