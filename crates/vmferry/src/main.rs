@@ -85,7 +85,7 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Peers { json } => pair::list(&client()?, json).await,
         Command::Unpair { peer } => pair::unpair(&client()?, &peer).await,
         Command::Migrations { json } => migrate::list(&client()?, json).await,
-        Command::Bench(Bench::Run(options)) => bench::run(client, *options).await,
+        Command::Bench(Bench::Run(options)) => Box::pin(bench::run(client, *options)).await,
         Command::Bench(Bench::Batch(options)) => Box::pin(bench::batch(client, options)).await,
         Command::Bench(Bench::Compare(options)) => bench::compare(&options),
         Command::Bench(Bench::Page(options)) => bench::page(&options),

@@ -108,7 +108,7 @@ pub(super) async fn foresee(
     let (down, up) = RATE[usize::from(!by_agents)];
     let range = Range { low: rate * down, mid: rate, high: rate * up };
     let observed = observed(&base, &watched);
-    let in_use = observed.used;
+    let (in_use, was_watched) = (observed.used, watched.by != Watcher::Nobody);
     if watched.by == Watcher::Agent {
         base.engine.scan = watched.longest_scan_ms / 1e3 / (base.ram / (1u64 << 30) as f64).max(0.1);
     }
@@ -136,7 +136,10 @@ pub(super) async fn foresee(
         watched,
         migrations: foretold.migrations,
     });
-    foreseen.keep(vm.name(), plan.peer_key, Kept { at: Instant::now(), limits, engine, raw });
+    // What nobody has seen is no measure of how well it is foreseen.
+    if was_watched {
+        foreseen.keep(vm.name(), plan.peer_key, Kept { at: Instant::now(), limits, engine, raw });
+    }
     Ok(())
 }
 
