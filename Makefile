@@ -95,6 +95,12 @@ long-tests:
 	    disks::a_guest_that_writes_to_its_disk_faster_than_it_is_copied_is_slowed_and_has_its_own_limits_afterwards \
 	    machines::a_qemu_that_takes_its_time_to_start_is_waited_for
 
+# How far predictions of migrations are off: 32 of them.
+.PHONY: predictions
+predictions:
+	scripts/setup.sh --for-tests
+	cargo test --workspace --test system -- --ignored --exact predict::predictions_of_all_kinds_of_guests_are_about_right --nocapture
+
 soak: model machines slow-disk own-disks long-tests torture
 
 # The ten minutes begin when all is built.

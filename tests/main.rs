@@ -26,6 +26,7 @@ mod migrate;
 mod moving;
 mod places;
 mod policies;
+mod predict;
 mod proxy;
 mod queue;
 mod refusals;

@@ -127,7 +127,7 @@ async fn a_stranger_can_do_no_more_than_ask_who_is_there() {
     for (method, path, body) in [
         (Method::POST, "/v1/incoming/check".to_owned(), offer.as_str()),
         (Method::POST, "/v1/incoming".to_owned(), offer.as_str()),
-        (Method::POST, "/v1/link-trial".to_owned(), ""),
+        (Method::POST, "/v1/link-trials".to_owned(), ""),
         (Method::GET, format!("/v1/incoming/{id}"), ""),
         (Method::DELETE, format!("/v1/incoming/{id}"), ""),
         (Method::POST, format!("/v1/incoming/{id}/commit"), ""),

@@ -8,6 +8,7 @@ mod copy;
 mod disk;
 mod migration;
 mod peers;
+mod prediction;
 mod problem;
 mod queue;
 mod settings;
@@ -24,6 +25,9 @@ pub use migration::{
     Progress, Report, Script, Step, StepTime, Tuned,
 };
 pub use peers::{Hello, PairRequest, PeerView, PeersView, TokenRequest, TokenView};
+pub use prediction::{
+    Expected, Foretold, Made, PredictionView, USUAL_WATCH_MS, WATCH_MS, WatchedView, Watcher, WrittenWithin,
+};
 pub use problem::{Code, Problem, in_one_line};
 pub use queue::{ManyBegun, MigrateManyRequest, RefusedVm};
 pub use settings::{DEFAULT_PORT, Listen, Rate, Security};

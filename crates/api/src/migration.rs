@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
+use crate::prediction::{Foretold, PredictionView, USUAL_WATCH_MS};
 use crate::problem::Problem;
 
 /// Migrate a VM.
@@ -17,6 +18,9 @@ pub struct MigrateRequest {
     /// Only plan: check everything, touch nothing.
     #[serde(default)]
     pub dry_run: bool,
+    /// How long a dry run watches the guest, in ms; with 0 it does not, and predicts from what else is known.
+    #[serde(default = "usual_watch")]
+    pub watch_ms: u64,
     /// For how long nobody may run the guest at switchover, in ms.
     pub downtime_ms: u64,
     /// When the migration should be over, in ms.
@@ -51,6 +55,10 @@ pub struct MigrateRequest {
 
 fn yes() -> bool {
     true
+}
+
+fn usual_watch() -> u64 {
+    USUAL_WATCH_MS
 }
 
 /// What matters more in a migration.
@@ -131,7 +139,7 @@ impl std::str::FromStr for EngineName {
 }
 
 /// What a migration would do, found out without touching anything.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct PlanView {
     /// The VM.
     pub vm: String,
@@ -164,6 +172,9 @@ pub struct PlanView {
     pub protection: String,
     /// What the user should know, one plain sentence each.
     pub notes: Vec<String>,
+    /// What it is expected to do; only of a dry run.
+    #[serde(default)]
+    pub prediction: Option<PredictionView>,
 }
 
 /// A migration was planned and, unless it was a dry run, started.
@@ -308,6 +319,9 @@ pub struct Report {
     /// How long that was expected to be when the guest was paused, where that could be told.
     #[serde(default)]
     pub predicted_downtime_ms: Option<f64>,
+    /// What it was expected to do before it did, where that could be told.
+    #[serde(default)]
+    pub foretold: Option<Foretold>,
     /// The same as QEMU reckons it, where it does.
     pub qemu_downtime_ms: Option<u64>,
     /// Sent over the link, in bytes.

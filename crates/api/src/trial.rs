@@ -88,6 +88,13 @@ pub struct TrialResult {
     pub packing: Vec<String>,
 }
 
+impl TrialResult {
+    /// How fast it was, in bytes a second.
+    pub fn rate(&self) -> f64 {
+        self.bytes as f64 / (self.time_ms / 1e3).max(1e-3)
+    }
+}
+
 /// A trial that makes no sense.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]

@@ -60,6 +60,7 @@ impl LiveRecord {
         match event {
             MigrationEvent::Note { text } => self.report.notes.push(text.clone()),
             MigrationEvent::Tuned(how) => self.report.notes.push(format!("Its limits were changed: {}.", how.text)),
+            MigrationEvent::Decision { text } => self.report.decisions.push(text.clone()),
             // The agents know when the guest changed hands to within what they need to tell it.
             MigrationEvent::Step { step: Step::Commit } => self.recorder.mark(MarkKind::Left),
             MigrationEvent::Finished(theirs) => {

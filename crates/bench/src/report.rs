@@ -64,6 +64,9 @@ pub struct RunReport {
     /// What a reader should know, one plain sentence each.
     #[serde(default)]
     pub notes: Vec<String>,
+    /// What its policy decided, and why, one line each; nothing where none decided.
+    #[serde(default)]
+    pub decisions: Vec<String>,
 }
 
 /// What a report was taken from.
@@ -442,6 +445,7 @@ impl RunReport {
             marks: Vec::new(),
             samples: Samples::default(),
             notes: Vec::new(),
+            decisions: Vec::new(),
         }
     }
 

@@ -7,13 +7,14 @@
 //!
 //! [`LeastHarm`] is ours: it predicts what each way forward would do ([`predict`](mod@predict)) from what scans have
 //! told of the guest ([`DirtySet`]), and takes the one that harms the guest least ([`harm`](mod@harm)). docs/POLICY.md
-//! has the formulas. [`baselines`] are what others decide.
+//! has the formulas. [`baselines`] are what others decide. A [`Lesson`] is what came of earlier predictions.
 
 mod after_rounds;
 pub mod baselines;
 mod dirty_set;
 pub mod harm;
 mod least_harm;
+mod lesson;
 mod link;
 pub mod predict;
 pub mod queue;
@@ -22,6 +23,7 @@ mod units;
 pub use after_rounds::AfterRounds;
 pub use dirty_set::{DirtySet, Range};
 pub use least_harm::LeastHarm;
+pub use lesson::Lesson;
 pub use link::LinkRate;
 pub use units::{Bytes, BytesPerSec, Percent};
 

@@ -33,6 +33,8 @@
 //! come: no page goes again before its last frame is in place. Trials before each round tell whether it pays, and how
 //! much less than all of it the link will have to carry.
 //!
+//! [`Watch`] tracks a guest and sends nothing: what it writes within some seconds tells what its migration would do.
+//!
 //! # What it relies on
 //!
 //! Linux 6.7 for `PAGEMAP_SCAN` and asynchronous write protection (Documentation/admin-guide/mm/pagemap.rst and
@@ -86,6 +88,7 @@ mod source;
 #[cfg(test)]
 mod tests;
 mod tracking;
+mod watch;
 mod wire;
 mod zero;
 
@@ -97,6 +100,7 @@ pub use memory::{Backend, Block, GuestRam, MemoryError, PunchError};
 pub use process::{USERFAULTFD_DEVICE, has_cap_sys_ptrace};
 pub use source::{Drain, Look, Progress, Source};
 pub use tracking::{Tracking, TrackingError, WriteFault, WriteFaults, can_pace, can_track};
+pub use watch::{Watch, Written};
 pub use wire::{FaultTimes, Malformed};
 
 /// What memory is mapped, tracked and placed by, in bytes.

@@ -81,7 +81,8 @@ pub(crate) async fn batch(
     let to = matrix.to.clone().map(|name| Ok::<_, Failure>(OtherHost { agent: client()?, name })).transpose()?;
     let place = Place { vmferry, kernel: options.kernel, to };
     let bar = Bar::new();
-    let tally = unless_interrupted(async { Ok(run_batch(&matrix, &place, &options.output, &bar).await?) }).await?;
+    let running = async { Ok(run_batch(&matrix, &place, &options.output, &bar).await?) };
+    let tally = Box::pin(unless_interrupted(running)).await?;
     bar.0.finish_and_clear();
     println!("{} runs measured, {} skipped, {} failed", tally.measured, tally.skipped, tally.failed);
     match tally.failed {

@@ -4,6 +4,7 @@ mod bench;
 mod disk;
 mod moving;
 mod nbd;
+mod predict;
 mod sim;
 mod tune;
 
@@ -14,6 +15,7 @@ pub(crate) use bench::{
 pub(crate) use disk::{Disk, DiskMoveOptions};
 pub(crate) use moving::MoveOptions;
 pub(crate) use nbd::{ClientTlsOptions, CopyOptions, InfoOptions, Nbd, ServeOptions, ServerTlsOptions};
+pub(crate) use predict::PredictOptions;
 pub(crate) use sim::SimOptions;
 pub(crate) use tune::TuneOptions;
 
@@ -152,6 +154,9 @@ shared memory for RAM when only -m is given. The VM outlives the agent.")]
     /// Move a running VM to another host, or several, one after the other
     #[command(after_long_help = MIGRATE_HELP)]
     Migrate(MigrateOptions),
+    /// Watch a running VM for some seconds, and say what its migration would do
+    #[command(after_long_help = predict::PREDICT_HELP)]
+    Predict(PredictOptions),
     /// Move a VM that does not run to another host, with its disks
     #[command(after_long_help = moving::MOVE_HELP)]
     Move(MoveOptions),
@@ -285,9 +290,12 @@ pub(crate) struct MigrateOptions {
     /// The destination: a peer's name, its address, or ssh://[USER@]HOST[:PORT] to pair with it over ssh first
     #[arg(long, value_name = "HOST")]
     pub to: String,
-    /// Check everything and say what would be done; touch nothing
+    /// Check everything, watch the guest, and say what would be done and how it would turn out; touch nothing
     #[arg(long)]
     pub dry_run: bool,
+    /// How long a dry run watches the guest, in seconds or as a time such as 500ms; 0: not at all
+    #[arg(long, value_name = "SECONDS", default_value = "3", allow_hyphen_values = true, value_parser = predict::seconds)]
+    pub watch: std::time::Duration,
     /// Print JSON, one event a line; the last one is the report
     #[arg(long)]
     pub json: bool,
@@ -309,7 +317,8 @@ pub(crate) struct MigrateOptions {
     /// Say each decision, and what was expected of it
     #[arg(long, short)]
     pub verbose: bool,
-    /// Write a report of it there, which `vmferry bench page` draws; also when it does not complete
+    /// Write a report of it there, which `vmferry bench page` draws and `vmferry sim --trace` plays; also when it does not
+    /// complete
     #[arg(long, value_name = "FILE", conflicts_with = "dry_run")]
     pub record: Option<PathBuf>,
     /// Who moves the memory: external (the agents) or qemu (QEMU itself) [default: as this host's agent is configured]

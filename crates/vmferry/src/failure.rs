@@ -51,6 +51,8 @@ pub(crate) enum Failure {
     NoTokenOverSsh { host: String, code: Option<i32> },
     #[error("there is no policy {name:?}: there are {known}")]
     NoPolicy { name: String, known: String },
+    #[error("{} tells of no guest: {why}", path.display())]
+    NoTrace { path: PathBuf, why: &'static str },
     #[error("cannot measure the link")]
     Bench(#[source] LinkBenchError),
     #[error("cannot measure the engines")]
@@ -151,6 +153,7 @@ impl Failure {
             | Self::Ssh(_)
             | Self::NoTokenOverSsh { .. }
             | Self::ReadReport(_)
+            | Self::NoTrace { .. }
             | Self::Batch(BatchError::Read(_)) => 3,
             Self::Agent(ClientError::Lost(_))
             | Self::Bench(_)

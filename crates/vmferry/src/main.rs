@@ -13,9 +13,11 @@ mod migrate;
 mod moving;
 mod nbd;
 mod pair;
+mod predict;
 mod resolve;
 mod several;
 mod sim;
+mod trace;
 mod tune;
 mod vms;
 mod watched;
@@ -71,6 +73,7 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Console { name } => console::run(&client()?, &name).await,
         Command::Migrate(options) if options.names.len() > 1 => several::run(&client()?, options).await,
         Command::Migrate(options) => migrate::run(&client()?, options).await,
+        Command::Predict(options) => predict::run(&client()?, options).await,
         Command::Sim(options) => sim::run(&options),
         Command::Move(options) => moving::run(&client()?, options).await,
         Command::Copy(options) => copy::run(&client()?, options).await,
@@ -86,7 +89,7 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Peers { json } => pair::list(&client()?, json).await,
         Command::Unpair { peer } => pair::unpair(&client()?, &peer).await,
         Command::Migrations { json } => migrate::list(&client()?, json).await,
-        Command::Bench(Bench::Run(options)) => bench::run(client, *options).await,
+        Command::Bench(Bench::Run(options)) => Box::pin(bench::run(client, *options)).await,
         Command::Bench(Bench::Batch(options)) => Box::pin(bench::batch(client, options)).await,
         Command::Bench(Bench::Compare(options)) => bench::compare(&options),
         Command::Bench(Bench::Page(options)) => bench::page(&options),

@@ -11,6 +11,7 @@ use vmferry_bench::record::LiveRecord;
 use crate::cli::MigrateOptions;
 use crate::failure::Failure;
 use crate::pair::over_ssh;
+use crate::predict;
 use crate::vms::{memory, places, print_json, print_table};
 
 /// Whose policy decides unless its user wants another.
@@ -32,7 +33,7 @@ pub(crate) async fn run(client: &Client, options: MigrateOptions) -> Result<(), 
         if json {
             print_json(&begun.plan);
         } else {
-            tell_plan(&begun.plan);
+            tell_plan(&begun.plan, verbose);
         }
         return Ok(());
     };
@@ -81,6 +82,7 @@ pub(crate) async fn request(client: &Client, options: MigrateOptions) -> Result<
     Ok(MigrateRequest {
         to: over_ssh(client, options.to).await?,
         dry_run: options.dry_run,
+        watch_ms: options.watch.as_millis() as u64,
         downtime_ms: options.downtime.as_millis() as u64,
         max_time_ms: options.max_time.map(|time| time.as_millis() as u64),
         bandwidth: options.bandwidth,
@@ -147,12 +149,11 @@ pub(crate) async fn list(client: &Client, json: bool) -> Result<(), Failure> {
     Ok(())
 }
 
-pub(crate) fn tell_plan(plan: &PlanView) {
+pub(crate) fn tell_plan(plan: &PlanView, decisions: bool) {
     println!("{} can move to {}; nothing was touched.", plan.vm, plan.to);
     println!("  memory       {}, of which the guest uses {}", memory(plan.ram_bytes), memory(plan.ram_used_bytes));
-    println!("  link         {} in a short trial", rate(plan.link_rate));
     println!(
-        "  first round  about {} at that rate; later rounds depend on how fast the guest writes",
+        "  first round  about {} at what the link carries; later rounds depend on how fast the guest writes",
         seconds(plan.first_round_ms as f64)
     );
     println!("  qemu         {} here, {} there", plan.source_qemu, plan.destination_qemu);
@@ -162,6 +163,9 @@ pub(crate) fn tell_plan(plan: &PlanView) {
         println!("  policy       {}", plan.policy);
     }
     println!("  protection   {}", plan.protection);
+    if let Some(prediction) = &plan.prediction {
+        predict::tell(prediction, &plan.to, decisions);
+    }
     for note in &plan.notes {
         println!("  note         {note}");
     }
@@ -175,6 +179,9 @@ pub(crate) fn tell_report(report: &Report) {
         None => println!("  downtime     {:.0} ms", report.downtime_ms),
     }
     println!("  sent         {}", memory(report.sent));
+    if let Some(foretold) = &report.foretold {
+        predict::tell_foretold(foretold, &report.to);
+    }
     for disk in &report.disks {
         println!("  disk         {}: {} of {}", disk.disk, memory(disk.sent), memory(disk.size));
     }

@@ -33,7 +33,7 @@ pub(crate) async fn run(client: &Client, options: MigrateOptions) -> Result<(), 
     if dry_run {
         match json {
             true => print_json(&asked),
-            false => asked.begun.iter().for_each(|it| tell_plan(&it.plan)),
+            false => asked.begun.iter().for_each(|it| tell_plan(&it.plan, verbose)),
         }
     } else {
         codes.extend(follow_all(client, asked.begun, json, verbose).await?);

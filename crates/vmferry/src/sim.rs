@@ -6,6 +6,7 @@ use vmferry_sim::{Case, Contestant, Table, cases, contestants, play, published};
 
 use crate::cli::SimOptions;
 use crate::failure::Failure;
+use crate::trace;
 use crate::vms::print_json;
 
 pub(crate) fn run(options: &SimOptions) -> Result<(), Failure> {
@@ -22,9 +23,12 @@ pub(crate) fn run(options: &SimOptions) -> Result<(), Failure> {
     };
     let by = wanted(&options.policy)?;
     let count = if options.replay { 1 } else { options.cases };
-    let cases: Vec<Case> = match options.published {
-        true => (options.seed..options.seed.saturating_add(count)).map(|seed| published(seed, limits)).collect(),
-        false => cases(options.seed, count, limits).collect(),
+    let cases: Vec<Case> = match &options.trace {
+        Some(path) => trace::cases(path, options.seed, count, limits)?,
+        None if options.published => {
+            (options.seed..options.seed.saturating_add(count)).map(|seed| published(seed, limits)).collect()
+        }
+        None => cases(options.seed, count, limits).collect(),
     };
     if options.replay {
         for case in &cases {

@@ -12,6 +12,7 @@ use futures_util::{Stream, StreamExt};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::broadcast::error::RecvError;
+use tokio_util::sync::CancellationToken;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use uuid::Uuid;
@@ -215,8 +216,11 @@ async fn witness_there(State(agent): Shared, Path(id): Path<Uuid>, request: Requ
 #[utoipa::path(post, path = "/v1/vms/{name}/migration", params(("name" = String, Path)), request_body = MigrateRequest,
     responses((status = 200, body = Begun), (status = "default", body = Problem)))]
 async fn migrate(State(agent): Shared, Path(name): Path<String>, Json(request): Json<MigrateRequest>) -> Answer<Begun> {
-    // In a task of its own: a user who goes away meanwhile must not leave a migration that nobody drives.
-    let begun = tokio::spawn(async move { agent.queue.ask(&name, request).await });
+    // In a task of its own: a user who goes away meanwhile must not leave a migration that nobody drives. A dry run ends
+    // when nobody waits for it any more.
+    let unwanted = CancellationToken::new();
+    let _waits = unwanted.clone().drop_guard();
+    let begun = tokio::spawn(async move { agent.queue.ask(&name, request, &unwanted).await });
     Ok(Json(begun.await.expect("beginning does not panic")?))
 }
 
@@ -225,7 +229,9 @@ async fn migrate(State(agent): Shared, Path(name): Path<String>, Json(request): 
 #[utoipa::path(post, path = "/v1/migrations", request_body = MigrateManyRequest,
     responses((status = 200, body = ManyBegun), (status = "default", body = Problem)))]
 async fn migrate_many(State(agent): Shared, Json(wanted): Json<MigrateManyRequest>) -> Answer<ManyBegun> {
-    let begun = tokio::spawn(async move { agent.queue.ask_for_many(wanted).await });
+    let unwanted = CancellationToken::new();
+    let _waits = unwanted.clone().drop_guard();
+    let begun = tokio::spawn(async move { agent.queue.ask_for_many(wanted, &unwanted).await });
     Ok(Json(begun.await.expect("beginning does not panic")?))
 }
 

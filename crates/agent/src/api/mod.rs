@@ -89,7 +89,7 @@ where
     description = "Live migration for QEMU/KVM guests. The routes under /v1/vms, /v1/migrations and /v1/copies are for the \
                    host's own users, over the agent's Unix socket; /v1/hello, /v1/join, /v1/incoming, \
                    /v1/incoming-copies, /v1/incoming-vms, /v1/boot-files and \
-                   /v1/link-trial are for other agents, over TLS."
+                   /v1/link-trials are for other agents, over TLS."
 ))]
 struct Document;
 

@@ -8,7 +8,6 @@ use std::sync::Arc;
 use axum::Json;
 use axum::body::Bytes;
 use axum::extract::{ConnectInfo, DefaultBodyLimit, FromRequestParts, Path, Query, Request, State};
-use axum::http::StatusCode;
 use axum::http::request::Parts;
 use axum::response::Response;
 use utoipa_axum::router::OpenApiRouter;
@@ -35,7 +34,6 @@ pub(crate) fn routes() -> OpenApiRouter<Arc<Agent>> {
     OpenApiRouter::new()
         .routes(routes!(has_boot_file, put_boot_file))
         .layer(DefaultBodyLimit::max(boot_files::LARGEST))
-        .routes(routes!(link_trial))
         .layer(DefaultBodyLimit::max(16 << 20))
         .routes(routes!(hello))
         .routes(routes!(join))
@@ -122,13 +120,6 @@ async fn hello(State(agent): Shared) -> Json<Hello> {
 async fn join(State(agent): Shared, ConnectInfo(caller): ConnectInfo<Caller>, Json(join): Json<Join>) -> Answer<Hello> {
     trust::join(&agent.host, &caller, &join).await?;
     Ok(Json(introduce(&agent)))
-}
-
-/// Takes some MiB and forgets them: how long that takes tells the other side what the link carries.
-#[utoipa::path(post, path = "/v1/link-trial", request_body(content = Vec<u8>, content_type = "application/octet-stream"),
-    responses((status = 204)))]
-async fn link_trial(_peer: Paired, _bytes: Bytes) -> StatusCode {
-    StatusCode::NO_CONTENT
 }
 
 /// Whether this host could take the VM; touches nothing.

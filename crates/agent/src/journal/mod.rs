@@ -12,6 +12,7 @@
 
 mod incoming;
 mod instance;
+mod lessons;
 mod moves;
 mod outgoing;
 mod peers;
@@ -21,6 +22,7 @@ mod vms;
 
 pub use incoming::{InRow, Source};
 pub use instance::Instance;
+pub use lessons::Taught;
 pub use moves::{Coming, ComingDisk, FileId, MoveIn, MoveOut, Written};
 pub use outgoing::{Fence, OutRecord};
 pub use peers::{Joined, PeerRecord};

@@ -8,7 +8,7 @@ use super::{Result, now, unreadable};
 
 /// What makes the tables of each version from those of the version before; `PRAGMA user_version` tells which one a file
 /// has.
-const SCHEMA: [&str; 6] = [
+const SCHEMA: [&str; 7] = [
     "
 CREATE TABLE vms (
     name       TEXT PRIMARY KEY,
@@ -127,6 +127,19 @@ CREATE TABLE queue (
     since    INTEGER NOT NULL      -- seconds since 1970
 );
 ",
+    "
+-- How far predictions of migrations to a host were off, by its agent's fingerprint, the engine and the figure.
+CREATE TABLE lessons (
+    peer_key TEXT NOT NULL,
+    engine   TEXT NOT NULL,
+    figure   TEXT NOT NULL,
+    count    INTEGER NOT NULL,     -- outcomes
+    mean     REAL NOT NULL,        -- of the logarithm of outcome by prediction
+    variance REAL NOT NULL,        -- of the same
+    since    INTEGER NOT NULL,     -- of the last, in seconds since 1970
+    PRIMARY KEY (peer_key, engine, figure)
+);
+",
 ];
 
 /// How long what is over is kept, in seconds. Nothing late of a migration comes after that.
@@ -161,9 +174,12 @@ pub(super) fn open(dir: &Path) -> Result<Connection> {
 pub(super) fn forget_what_is_old(connection: &Connection) {
     let old = "DELETE FROM migrations WHERE outcome IS NOT NULL AND must_run = 0 AND started < ?1
                AND id NOT IN (SELECT incoming FROM vms WHERE incoming IS NOT NULL) AND id NOT IN (SELECT id FROM fences)";
-    let moves =
-        ["DELETE FROM moves_out WHERE done = 1 AND since < ?1", "DELETE FROM moves_in WHERE taken = 1 AND since < ?1"];
-    for old in [old].into_iter().chain(moves) {
+    let others = [
+        "DELETE FROM moves_out WHERE done = 1 AND since < ?1",
+        "DELETE FROM moves_in WHERE taken = 1 AND since < ?1",
+        "DELETE FROM lessons WHERE since < ?1",
+    ];
+    for old in [old].into_iter().chain(others) {
         if let Err(error) = connection.execute(old, params![now() - KEPT]) {
             tracing::warn!(%error, "cannot forget old migrations");
         }

@@ -39,8 +39,6 @@ const KEEP_TIMEOUT: Duration = Duration::from_secs(3);
 const PREPARE_TIMEOUT: Duration = Duration::from_secs(90);
 /// The destination has everything by then and only has to be set running.
 const COMMIT_TIMEOUT: Duration = Duration::from_secs(13);
-/// What a trial of the link sends, in bytes.
-const TRIAL: usize = 4 << 20;
 /// The longest answer that is read, in bytes.
 const MAX_ANSWER: usize = 16 << 20;
 
@@ -194,13 +192,6 @@ impl Peer {
     /// Has its QEMU listen again after post-copy lost its connection.
     pub async fn recover(&self, id: Uuid) -> Result<IncomingState, PeerError> {
         self.ask(Method::POST, &format!("/v1/incoming/{id}/recover"), None::<&()>, ANSWER_TIMEOUT).await
-    }
-
-    /// What the link carries in a short trial, in bytes a second.
-    pub async fn try_link(&self) -> Result<u64, PeerError> {
-        let begun = std::time::Instant::now();
-        self.request(Method::POST, "/v1/link-trial", vec![0; TRIAL], ANSWER_TIMEOUT).await?;
-        Ok((TRIAL as f64 / begun.elapsed().as_secs_f64()) as u64)
     }
 
     /// Has it wait for the streams of a trial.

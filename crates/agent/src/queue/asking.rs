@@ -6,10 +6,13 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use futures_util::future::join_all;
 use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
+use vmferry_api::trial::{Data, Trial};
 use vmferry_api::{
-    Begun, ManyBegun, MigrateManyRequest, MigrateRequest, MigrationView, Problem, RefusedVm, in_one_line,
+    Begun, ManyBegun, MigrateManyRequest, MigrateRequest, MigrationView, Problem, RefusedVm, Security, in_one_line,
 };
+use vmferry_link::usual_streams;
 use vmferry_policy::queue::{Waiting, order};
 use vmferry_policy::{Bytes, BytesPerSec};
 
@@ -18,8 +21,11 @@ use super::entry::{Begun as InHand, Entry};
 use super::line::Line;
 use crate::error::AgentError;
 use crate::journal::QueuedRecord;
+use crate::peers::link_trial;
 use crate::source::{self, Checked, Outgoing, Seat};
 
+/// How long the link is tried, in ms.
+const TRIAL_MS: u64 = 250;
 /// So many may be asked for at once.
 const MOST: usize = 1000;
 
@@ -41,11 +47,17 @@ impl Queue {
         self.line.lock().expect("no holder of this lock panics")
     }
 
-    /// Plans a migration and, unless it is a dry run, has it begin, at once or in its turn.
-    pub(crate) async fn ask(self: &Arc<Self>, name: &str, request: MigrateRequest) -> Result<Begun, AgentError> {
+    /// Plans a migration and, unless it is a dry run, has it begin, at once or in its turn. A dry run that becomes `unwanted`
+    /// meanwhile ends.
+    pub(crate) async fn ask(
+        self: &Arc<Self>,
+        name: &str,
+        request: MigrateRequest,
+        unwanted: &CancellationToken,
+    ) -> Result<Begun, AgentError> {
         self.outgoing.host.found(name).await?;
         if request.dry_run {
-            let (plan, _) = source::begin(&self.outgoing, Seat::new(name), request).await?;
+            let plan = source::dry_run(&self.outgoing, name, &request, unwanted).await?;
             return Ok(Begun { plan, id: None });
         }
         let seat = Seat::new(name);
@@ -61,7 +73,11 @@ impl Queue {
     }
 
     /// Plans all of them, before the first one begins, and has those that can go wait for their turn.
-    pub(crate) async fn ask_for_many(self: &Arc<Self>, wanted: MigrateManyRequest) -> Result<ManyBegun, AgentError> {
+    pub(crate) async fn ask_for_many(
+        self: &Arc<Self>,
+        wanted: MigrateManyRequest,
+        unwanted: &CancellationToken,
+    ) -> Result<ManyBegun, AgentError> {
         let MigrateManyRequest { vms, how } = wanted;
         let bad = |message: String| Err(AgentError::BadRequest { message, hint: None });
         if vms.is_empty() || vms.len() > MOST {
@@ -78,7 +94,7 @@ impl Queue {
         if how.dry_run {
             let mut begun = Vec::new();
             for vm in vms {
-                match self.ask(&vm, how.clone()).await {
+                match self.ask(&vm, how.clone(), unwanted).await {
                     Ok(plan) => begun.push(plan),
                     Err(error) => refused.push(RefusedVm { vm, problem: Problem::from(&error) }),
                 }
@@ -95,8 +111,16 @@ impl Queue {
             && self.lock().is_empty()
         {
             // Nothing is in its way: a moment to see what the link carries.
-            match first.peer.try_link().await {
-                Ok(rate) => self.lock().learn(first.key, BytesPerSec(rate)),
+            let trial = Trial {
+                security: Security::Tls,
+                streams: usual_streams(),
+                packing: "none".into(),
+                data: Data::Random,
+                time_ms: TRIAL_MS,
+                rate: None,
+            };
+            match link_trial::run(&self.outgoing.host, &how.to, trial).await {
+                Ok(tried) => self.lock().learn(first.key, BytesPerSec(tried.rate() as u64)),
                 Err(error) => tracing::debug!(error = in_one_line(&error), "the link could not be tried"),
             }
         }

@@ -94,7 +94,7 @@ impl Queue {
         }
         drop(line);
         self.news.notify_one();
-        begun.map(|(plan, _)| plan)
+        begun
     }
 
     fn is_over(&self, migration: &source::Migration) {

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use vmferry_api::{MigrateRequest, PlanView};
 use vmferry_custody::OutStep;
@@ -10,22 +11,23 @@ use vmferry_link::Fingerprint;
 
 use super::custody::Custody;
 use super::decider;
+use super::expect::Expecting;
+use super::forecast::Base;
+use super::foresee::foresee;
 use super::limits::Asked;
-use super::migration::{Migration, Seat};
+use super::migration::Seat;
 use super::outgoing::Outgoing;
-use super::plan::{claim, plan, predict};
+use super::plan::{claim, plan};
 use super::run::Run;
 use super::teller::Teller;
 use super::turn::Turn;
 use crate::error::AgentError;
 use crate::host::Stage;
 use crate::journal::{Instance, OutRecord};
-use crate::peers::Peer;
 
 /// What a plan is for one that may have to wait: it can go, and where.
 pub(crate) struct Checked {
     pub(crate) view: PlanView,
-    pub(crate) peer: Peer,
     pub(crate) key: Fingerprint,
     /// Which VM.
     pub(crate) instance: Instance,
@@ -43,15 +45,34 @@ pub(crate) async fn check(
     let vm = host.vm(name)?;
     let _claim = claim(&vm)?;
     let plan = plan(host, &vm, Uuid::new_v4(), request).await?;
-    Ok(Checked { view: plan.view, peer: plan.peer, key: plan.peer_key, instance: vm.instance() })
+    Ok(Checked { view: plan.view, key: plan.peer_key, instance: vm.instance() })
 }
 
-/// Plans the migration and, unless it is a dry run, starts it.
+/// Plans a migration that does not begin, and says what is to be expected of it. Ends when it becomes `unwanted` meanwhile.
+pub(crate) async fn dry_run(
+    outgoing: &Outgoing,
+    name: &str,
+    request: &MigrateRequest,
+    unwanted: &CancellationToken,
+) -> Result<PlanView, AgentError> {
+    let host = &outgoing.host;
+    let limits = Asked::of(request).limits()?;
+    let baseline = decider::baseline_of(request, host.config.engine)?;
+    let vm = host.vm(name)?;
+    let _claim = claim(&vm)?;
+    let mut plan = plan(host, &vm, Uuid::new_v4(), request).await?;
+    let bandwidth = decider::cap(baseline, request.bandwidth.or(plan.rate));
+    let base = Base::of(&vm, &plan, limits, bandwidth, baseline).await;
+    foresee(host, &outgoing.foreseen, &vm, &mut plan, request, base, unwanted).await?;
+    Ok(plan.view)
+}
+
+/// Plans the migration and starts it.
 pub(crate) async fn begin(
     outgoing: &Arc<Outgoing>,
     Seat { migration, changes }: Seat,
     request: MigrateRequest,
-) -> Result<(PlanView, Option<Arc<Migration>>), AgentError> {
+) -> Result<PlanView, AgentError> {
     let (host, begun) = (&outgoing.host, Instant::now());
     let (id, name) = (migration.id, migration.vm.as_str());
     let asked = Asked::of(&request);
@@ -59,11 +80,7 @@ pub(crate) async fn begin(
     let baseline = decider::baseline_of(&request, host.config.engine)?;
     let vm = host.vm(name)?;
     let claim = claim(&vm)?;
-    let mut plan = plan(host, &vm, id, &request).await?;
-    if request.dry_run {
-        predict(&mut plan, limits.post_copy).await?;
-        return Ok((plan.view, None));
-    }
+    let plan = plan(host, &vm, id, &request).await?;
     // That it can be committed or undone must not depend on what happens to the disk meanwhile.
     host.journal.reserve().await?;
     let record = OutRecord {
@@ -87,6 +104,13 @@ pub(crate) async fn begin(
     claim.keep(Stage::Migrating(id));
     let view = plan.view.clone();
     let bandwidth = decider::cap(baseline, request.bandwidth.or(plan.rate));
+    let expecting = if request.script.is_none() {
+        let base = Base::of(&vm, &plan, limits, bandwidth, baseline).await;
+        let before = outgoing.foreseen.take(name, plan.peer_key, base.limits, plan.mover.name());
+        Expecting::of(base, before)
+    } else {
+        Expecting::nothing()
+    };
     let run = Run {
         host: Arc::clone(host),
         outgoing: Arc::clone(outgoing),
@@ -109,7 +133,9 @@ pub(crate) async fn begin(
         keep: None,
         relay: None,
         mirrors: None,
+        expecting,
+        foretold: None,
     };
     tokio::spawn(run.run());
-    Ok((view, Some(migration)))
+    Ok(view)
 }

@@ -42,6 +42,7 @@ impl Run {
                 () = self.migration.cancel.cancelled() => return Err(self.cancelled()),
             };
             self.teller.progress(&seen);
+            self.expecting.see(&seen.observation);
             self.custody.wants(engine.guest_runs()).await;
             if seen.ready_to_commit {
                 // The last moment to undo it: its disks are to be those that wait there.
@@ -53,6 +54,7 @@ impl Run {
             if seen.observation.phase == Phase::PreCopy {
                 if self.take_changes(engine, seen.observation.elapsed).await {
                     seen.observation.limits = self.limits;
+                    self.expecting.is_disturbed();
                 }
             } else {
                 self.no_more_changes();
@@ -60,6 +62,9 @@ impl Run {
             let asked = self.post_copy_is_asked_for(&seen.observation);
             let decided = if asked { Action::PostCopy } else { policy.decide(&seen.observation) };
             let (action, is_held_up) = self.turn.take(decided, asked, self.limits.post_copy);
+            if asked || is_held_up || !engine.guest_runs() {
+                self.expecting.is_disturbed();
+            }
             if is_held_up {
                 self.migration.note(HELD_UP);
             }

@@ -58,6 +58,7 @@ impl Run {
             total_ms: book.request.elapsed().as_secs_f64() * 1e3,
             downtime_ms: book.downtime.as_secs_f64() * 1e3,
             predicted_downtime_ms: book.predicted.map(|it| it.as_secs_f64() * 1e3),
+            foretold: self.foretold.clone(),
             qemu_downtime_ms: totals.downtime_ms,
             sent: totals.sent,
             deltas: totals.deltas,

@@ -18,12 +18,16 @@
 mod all_disks;
 mod begin;
 mod changes;
+mod compare;
 mod copy_disks;
 mod copy_ram;
 mod custody;
 mod decider;
 mod end;
+mod expect;
 mod fences;
+mod forecast;
+mod foresee;
 mod limits;
 mod look;
 mod migration;
@@ -40,8 +44,9 @@ mod teller;
 mod told;
 mod tune;
 mod turn;
+mod watch;
 
-pub(crate) use begin::{Checked, begin, check};
+pub(crate) use begin::{Checked, begin, check, dry_run};
 pub(crate) use fences::keep as keep_fences;
 pub(crate) use migration::{Migration, Seat};
 pub(crate) use outgoing::Outgoing;

@@ -10,6 +10,7 @@ use vmferry_custody::source::{Event, Phase, Refused};
 use vmferry_link::Fingerprint;
 
 use super::custody::Custody;
+use super::foresee::Foreseen;
 use super::migration::Migration;
 use crate::error::AgentError;
 use crate::host::{Host, Stage};
@@ -32,13 +33,16 @@ pub(crate) struct Outgoing {
     migrations: Mutex<Vec<Arc<Migration>>>,
     /// Those that are driven.
     open: Mutex<Vec<Arc<Custody>>>,
+    /// What was predicted lately.
+    pub(super) foreseen: Foreseen,
 }
 
 impl Outgoing {
     /// Of this host: none yet.
     pub(crate) fn new(host: Arc<Host>) -> Arc<Self> {
         let post_copies = Arc::new(Semaphore::new(host.config.post_copies.get().into()));
-        Arc::new(Self { host, post_copies, migrations: Mutex::default(), open: Mutex::default() })
+        let (migrations, open, foreseen) = (Mutex::default(), Mutex::default(), Foreseen::default());
+        Arc::new(Self { host, post_copies, migrations, open, foreseen })
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Arc<Migration>>> {

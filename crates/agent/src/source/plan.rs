@@ -219,6 +219,7 @@ pub(super) async fn plan(host: &Host, vm: &Vm, id: Uuid, request: &MigrateReques
         capabilities: mover.means(),
         protection: protect.in_words(),
         notes,
+        prediction: None,
     };
     let rate = host.config.network_of(remote).and_then(|network| network.rate).map(|rate| rate.0);
     Ok(Plan {
@@ -452,15 +453,4 @@ async fn movable(vm: &Vm) -> Result<RunState, AgentError> {
         )),
         other => Err(refuse(format!("it is {other}"), "only a running or paused guest can be migrated")),
     }
-}
-
-/// Only for a dry run, since it uses the link.
-pub(super) async fn predict(plan: &mut Plan, post_copy: bool) -> Result<(), AgentError> {
-    plan.view.link_rate = plan.peer.try_link().await?;
-    plan.view.first_round_ms = plan.view.ram_used_bytes * 1000 / plan.view.link_rate.max(1);
-    if post_copy {
-        let most = plan.view.first_round_ms.div_ceil(1000).max(1);
-        plan.view.notes.push(format!("Should it take post-copy, the guest needs both hosts for up to about {most} s."));
-    }
-    Ok(())
 }

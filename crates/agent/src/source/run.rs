@@ -7,7 +7,7 @@ use bytesize::ByteSize;
 use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
-use vmferry_api::{MigrationEvent, Script, in_one_line};
+use vmferry_api::{Foretold, MigrationEvent, Script, in_one_line};
 use vmferry_custody::source::{Event, Phase, Qemu};
 use vmferry_policy::Limits;
 use vmferry_policy::baselines::Baseline;
@@ -15,6 +15,7 @@ use vmferry_policy::baselines::Baseline;
 use super::all_disks::AllDisks;
 use super::changes::Change;
 use super::custody::{Custody, Hands};
+use super::expect::Expecting;
 use super::limits::Asked;
 use super::migration::Migration;
 use super::outgoing::Outgoing;
@@ -65,6 +66,10 @@ pub(super) struct Run {
     pub(super) relay: Option<Relay>,
     /// Its own disks, on their way.
     pub(super) mirrors: Option<Arc<Mirrors>>,
+    /// What it is going to do.
+    pub(super) expecting: Expecting,
+    /// What it was expected to do, when it is done.
+    pub(super) foretold: Option<Foretold>,
 }
 
 impl Run {
@@ -89,7 +94,8 @@ impl Run {
         };
         let way = self.plan.mover.way(self.plan.remote, self.relay.as_ref());
         let serving = Some(Serving::new(way, self.relay.take()));
-        let mut hands = Hands { engine, serving, audience: self.teller.as_ref() };
+        let teller = Arc::clone(&self.teller);
+        let mut hands = Hands { engine, serving, audience: teller.as_ref() };
         self.custody.drive(&mut hands).await;
         self.turn.give_back();
         if let (Phase::Owned, Some(mirrors)) = (self.custody.phase(), &self.mirrors) {
@@ -104,6 +110,9 @@ impl Run {
             ));
         }
         let retired = self.retired().await;
+        if let Phase::Over { runs: true } = self.custody.phase() {
+            self.foretold = self.compare(&totals).await;
+        }
         let last = self.last_event(stopped, totals);
         if let MigrationEvent::Failed(problem) = &last {
             tracing::warn!(vm = self.vm.name(), migration = %self.migration.id, "{}", problem.message);

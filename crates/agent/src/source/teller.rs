@@ -73,6 +73,12 @@ impl Book {
         self.begun.iter().any(|(step, _)| *step == Step::PostCopy)
     }
 
+    /// How long it had taken when the copy of the RAM began, in seconds; none when it did not.
+    pub(super) fn before_copy(&self) -> Option<f64> {
+        let begun = self.begun.iter().find(|(step, _)| *step == Step::CopyRam)?;
+        Some(begun.1.duration_since(self.request).as_secs_f64())
+    }
+
     /// How long each step took.
     pub(super) fn times(&self) -> Vec<StepTime> {
         let ends = self.begun.iter().skip(1).map(|(_, at)| *at).chain([Instant::now()]);

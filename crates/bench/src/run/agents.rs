@@ -106,6 +106,7 @@ pub(super) fn request(options: &RunOptions, to: &str) -> MigrateRequest {
     MigrateRequest {
         to: to.into(),
         dry_run: false,
+        watch_ms: 0,
         downtime_ms: scenario.downtime.as_millis() as u64,
         max_time_ms: None,
         bandwidth: scenario.bandwidth(),

@@ -195,13 +195,13 @@ fn what_the_guest_wrote_here_and_there_is_there_before_it_runs() {
     source.prepare_post_copy().unwrap();
     (60..160).chain([30]).for_each(|page| guest.write(page));
     // What is not sent with the pause takes a while.
-    source.set_rate(100_000);
+    source.set_rate(Some(100_000));
     source.post_copy().unwrap();
     let ram = ram_of(&there);
     let is_there = |page| !ram.blocks()[0].data(page * PAGE..(page + 1) * PAGE).unwrap().is_empty();
     until(|| [7, 8, 30].into_iter().all(is_there));
     assert!(!is_there(70) && !is_there(159), "they are to come later");
-    source.set_rate(1 << 30);
+    source.set_rate(None);
     until(|| source.wait(Duration::from_millis(1)).unwrap().complete);
     source.close().unwrap();
     assert_eq!(arriving.taking.join().unwrap().unwrap(), Ended::Complete);

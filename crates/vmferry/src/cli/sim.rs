@@ -1,5 +1,7 @@
 //! `vmferry sim`: what can be asked of the simulator.
 
+use std::path::PathBuf;
+
 use clap::Args;
 use vmferry_api::Prefer;
 
@@ -8,6 +10,7 @@ Examples:
   vmferry sim                                       a table of all policies over 1000 cases
   vmferry sim --cases 20000 --hindsight --policy vmferry,vmferry-qemu
   vmferry sim --published                           KubeVirt's trial of VEP 291
+  vmferry sim --trace web1.json --cases 20          a guest that was recorded by `vmferry migrate --record web1.json`
   vmferry sim --seed 86 --replay --policy vmferry   one case, each decision in a line
 
 Nothing is migrated, and no agent is needed. Guests, links and engines are models: docs/POLICY.md says what of them was
@@ -30,6 +33,9 @@ pub(crate) struct SimOptions {
     /// KubeVirt's published trial instead: each case is one run of it
     #[arg(long)]
     pub published: bool,
+    /// The guest that was recorded in this file by `vmferry migrate --record` or `vmferry predict --json`, over its link
+    #[arg(long, value_name = "FILE", conflicts_with = "published")]
+    pub trace: Option<PathBuf>,
     /// Show the first case, decision by decision
     #[arg(long)]
     pub replay: bool,

@@ -41,6 +41,10 @@ impl Mover for ByAgents {
         self.drains.then(|| drains.into()).into_iter().collect()
     }
 
+    fn paces(&self) -> bool {
+        self.paces
+    }
+
     fn protection(&self, cipher: Option<Cipher>) -> Protect {
         Protect::Link(cipher)
     }

@@ -89,6 +89,11 @@ pub(crate) trait Mover: Send + Sync {
         false
     }
 
+    /// The guest's writes can be held to a share of what the link carries.
+    fn paces(&self) -> bool {
+        false
+    }
+
     /// How it gets to this address, where it was to be protected so.
     fn reaches(&self, _: IpAddr, protect: Protect) -> Protect {
         protect
