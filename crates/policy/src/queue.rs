@@ -17,6 +17,9 @@ const FULL: f64 = 0.6;
 /// One is held by its cap, and not by the link, when it sends this share of it.
 const AT_CAP: f64 = 0.8;
 
+/// So many side by side fill any link, or never will.
+const MOST_BESIDE: usize = 4;
+
 /// A migration that has not begun.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Waiting {
@@ -102,6 +105,9 @@ pub fn may_begin(it: &Waiting, beside: &[UnderWay], link: Option<BytesPerSec>) -
     if beside.is_empty() {
         return Ok(());
     }
+    if beside.len() >= MOST_BESIDE {
+        return Err(Why::LinkIsTaken);
+    }
     let Some(rates) = beside.iter().map(|it| it.rate).collect::<Option<Vec<_>>>() else {
         return Err(Why::LinkIsTaken);
     };
@@ -169,6 +175,7 @@ mod tests {
         assert_eq!(may_begin(&it, &[sends(95, None)], LINK), Err(Why::LinkIsTaken));
         assert_eq!(may_begin(&it, &[sends(40, None)], LINK), Ok(()));
         assert_eq!(may_begin(&it, &[sends(40, None), sends(40, None)], LINK), Err(Why::LinkIsTaken));
+        assert_eq!(may_begin(&it, &[sends(1, None); MOST_BESIDE], LINK), Err(Why::LinkIsTaken), "and so on for ever");
         assert_eq!(may_begin(&it, &[sends(40, None)], None), Err(Why::LinkIsTaken), "nobody knows the link");
         assert_eq!(may_begin(&guest(1000, Some(70)), &[sends(40, None)], LINK), Err(Why::TooLittleIsLeft));
     }

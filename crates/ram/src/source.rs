@@ -298,7 +298,9 @@ impl Source {
 
     /// From here on it has converged at the first look that leaves no more than takes so long to send.
     pub fn allow(&self, pause: Duration) {
-        self.inner.lock().allowed = pause;
+        let mut state = self.inner.lock();
+        // It is said again where that is so within what is allowed now.
+        (state.allowed, state.converged) = (pause, false);
     }
 
     /// From here on a look that leaves no more than takes so long to send is waited with for a word of whoever watches

@@ -29,6 +29,8 @@ pub struct Engine {
     pub post_copy: f64,
     /// It waits for a page in post-copy, besides the round trip.
     pub fault: f64,
+    /// In post-copy it sends this share of what it does otherwise.
+    pub in_post_copy: f64,
     /// How often the policy is asked.
     pub poll: f64,
     /// Beginning to pace has the guest stand for so long for each GiB.
@@ -44,9 +46,10 @@ impl Engine {
             scan: 0.003,
             write_fault: 1e-6,
             pause: 0.005,
-            switchover: 0.03,
-            post_copy: 0.04,
-            fault: 0.003,
+            switchover: 0.028,
+            post_copy: 0.033,
+            fault: 0.0008,
+            in_post_copy: 1.0,
             poll: 0.1,
             take_over: 0.03,
         }
@@ -61,8 +64,9 @@ impl Engine {
             write_fault: 0.5e-6,
             pause: 0.005,
             switchover: 0.05,
-            post_copy: 0.18,
+            post_copy: 0.2,
             fault: 0.004,
+            in_post_copy: 0.8,
             poll: 0.25,
             take_over: 0.0,
         }

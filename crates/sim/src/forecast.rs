@@ -71,10 +71,41 @@ pub struct Forecast {
 /// How often the likeliest is played, and how often each of the others.
 const SEEDS: (u64, u64) = (5, 1);
 
+/// What takes longer than this only to be sent once, in seconds, is not played: that would itself take minutes.
+const LONGEST: f64 = 4.0 * 3600.0;
+
+impl Forecast {
+    /// Nothing is known of it but how long and how much it is to send all once.
+    fn not_done(once: f64, used: f64) -> Self {
+        let nothing = Range::default();
+        Self {
+            method: Method::NotDone,
+            or: Vec::new(),
+            total: Range { low: once, mid: once, high: once },
+            downtime: nothing,
+            stall: nothing,
+            lost: nothing,
+            at_risk: nothing,
+            bytes: Range { low: used, mid: used, high: used },
+            rounds: 0,
+            words: Vec::new(),
+        }
+    }
+}
+
 /// See the module's text. `policy` makes one that has decided nothing yet.
 pub fn forecast(given: &Given, policy: impl Fn() -> Box<dyn Policy>) -> Forecast {
+    let once = given.observed.used / given.rate.mid.max(1.0);
+    if once > LONGEST {
+        return Forecast::not_done(once, given.observed.used);
+    }
     let play = |luck: Luck, rate: f64, seed: u64| {
-        let link = Link { rate: rate.max(1.0), round_trip: given.round_trip.max(0.0), changes: Vec::new() };
+        // The worst of the range is no slower than a tenth of the likeliest.
+        let link = Link {
+            rate: rate.max(given.rate.mid / 10.0).max(1.0),
+            round_trip: given.round_trip.max(0.0),
+            changes: Vec::new(),
+        };
         let guest = given.observed.guest(luck);
         run(&guest, &link, given.engine, given.limits, seed, None::<BytesPerSec>, &mut *policy())
     };
@@ -227,5 +258,17 @@ mod tests {
         let limits = Limits { max_time: Some(Duration::from_secs(4)), ..Limits::default() };
         let forecast = ours(&Given { limits, ..given(|_| MIB) });
         assert_eq!(forecast.method, Method::PostCopy, "9 s of copying: {forecast:?}");
+    }
+
+    #[test]
+    fn what_would_take_days_is_said_to_be_so_and_is_not_played_for_minutes() {
+        let begun = std::time::Instant::now();
+        for mid in [0.0, 1.0, 30_000.0] {
+            let slow = Given { rate: Range { low: 0.0, mid, high: 120.0 * MIB }, ..given(|t| 600.0 * MIB * t) };
+            let forecast = ours(&slow);
+            assert_eq!((forecast.method, forecast.rounds), (Method::NotDone, 0));
+            assert!(forecast.total.mid > LONGEST && forecast.bytes.mid == GIB, "{forecast:?}");
+        }
+        assert!(begun.elapsed() < Duration::from_secs(1));
     }
 }

@@ -15,6 +15,7 @@ mod link;
 mod migration;
 mod observed;
 mod oracle;
+mod page;
 mod random;
 mod table;
 

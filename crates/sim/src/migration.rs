@@ -487,7 +487,7 @@ impl Migration<'_> {
             if left < PAGE || self.at >= self.longest {
                 break;
             }
-            let (rate, until) = (self.rate(), self.link.at(self.at).1);
+            let (rate, until) = (self.rate() * self.engine.in_post_copy, self.link.at(self.at).1);
             let (pace, phase) = self.guest.pace_at(self.at);
             let step = if rate > 1.0 { (left / rate / 5.0).clamp(STEP.0, STEP.1) } else { STEP.1 };
             let step = step.min(until).min(phase);

@@ -61,6 +61,18 @@ pub struct Row {
     pub worst: Vec<(String, f64)>,
 }
 
+impl Row {
+    /// How many times the harm of the best in hindsight, in words.
+    pub(crate) fn beside_the_best(&self) -> String {
+        match self.regret {
+            None => "-".into(),
+            Some((median, most)) if most < 1e4 => format!("{median:.2} / {most:.2}"),
+            Some((median, _)) if median < 1e4 => format!("{median:.2} / not done"),
+            Some(_) => "not done".into(),
+        }
+    }
+}
+
 /// All rows.
 #[derive(Clone, Debug, Serialize)]
 pub struct Table {
@@ -158,13 +170,7 @@ impl std::fmt::Display for Table {
                 pair(row.lost, 1.0, 2),
                 pair(row.bytes, 1.0 / crate::guest::GIB, 1),
                 pair(row.at_risk, 1.0, 1),
-                row.regret.map_or_else(
-                    || "-".into(),
-                    |it| match it.1 < 1e4 {
-                        true => pair(it, 1.0, 2),
-                        false => format!("{:.2} / not done", it.0),
-                    }
-                ),
+                row.beside_the_best(),
             )?;
         }
         Ok(())

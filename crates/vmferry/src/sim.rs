@@ -37,6 +37,11 @@ pub(crate) fn run(options: &SimOptions) -> Result<(), Failure> {
         return Ok(());
     }
     let table = Table::of(&cases, &by, options.hindsight);
+    if let Some(path) = &options.page {
+        let asked = std::env::args().skip(1).collect::<Vec<_>>().join(" ");
+        let page = table.page(&format!("vmferry {asked}"));
+        std::fs::write(path, page).map_err(|source| Failure::Report { path: path.clone(), source })?;
+    }
     if options.json {
         print_json(&table);
         return Ok(());

@@ -1,6 +1,6 @@
 //! Migrations that wait for their turn. One of them begins, or ends as one that did not; never is it forgotten.
 
-use rusqlite::{Row as SqlRow, params};
+use rusqlite::{Connection, Row as SqlRow, params};
 use uuid::Uuid;
 use vmferry_api::MigrateRequest;
 
@@ -25,26 +25,12 @@ pub struct QueuedRecord {
 }
 
 impl Journal {
-    /// It waits from now on, behind those that do.
-    pub async fn put_queued(&self, record: &QueuedRecord) -> Result<()> {
-        let it = record.clone();
-        let request = serde_json::to_string(&it.request).map_err(|error| unreadable(&error.to_string()))?;
+    /// They wait from now on, behind those that do: all of them, or none.
+    pub async fn put_queued(&self, records: Vec<QueuedRecord>) -> Result<()> {
         self.call(move |db| {
-            db.execute(
-                "INSERT INTO queue (id, vm, boot, pid, start_time, request, batch, since)
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
-                params![
-                    it.id.to_string(),
-                    it.vm,
-                    it.instance.boot,
-                    it.instance.pid,
-                    it.instance.start_time as i64,
-                    request,
-                    it.batch.map(|batch| batch.to_string()),
-                    it.since as i64,
-                ],
-            )
-            .map(drop)
+            let step = db.transaction()?;
+            records.iter().try_for_each(|record| put(&step, record))?;
+            step.commit()
         })
         .await
     }
@@ -89,6 +75,26 @@ impl Journal {
     }
 }
 
+fn put(db: &Connection, it: &QueuedRecord) -> Result<()> {
+    let request = serde_json::to_string(&it.request).map_err(|error| unreadable(&error.to_string()))?;
+    let insert = "INSERT INTO queue (id, vm, boot, pid, start_time, request, batch, since)
+        VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)";
+    db.execute(
+        insert,
+        params![
+            it.id.to_string(),
+            it.vm,
+            it.instance.boot,
+            it.instance.pid,
+            it.instance.start_time as i64,
+            request,
+            it.batch.map(|batch| batch.to_string()),
+            it.since as i64,
+        ],
+    )
+    .map(drop)
+}
+
 fn read(row: &SqlRow<'_>) -> Result<QueuedRecord> {
     let request: String = row.get("request")?;
     let batch: Option<String> = row.get("batch")?;
@@ -126,9 +132,9 @@ mod tests {
         let records = ["c", "a", "b"].map(record);
         {
             let journal = Journal::open(dir.path()).unwrap().journal;
-            for record in &records {
-                journal.put_queued(record).await.unwrap();
-            }
+            journal.put_queued(records.to_vec()).await.unwrap();
+            // One of these is there already: none of them comes.
+            journal.put_queued(vec![record("d"), records[1].clone()]).await.unwrap_err();
             journal.end_queued(records[2].id, None).await.unwrap();
         }
         let journal = Journal::open(dir.path()).unwrap().journal;

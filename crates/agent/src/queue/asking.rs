@@ -37,6 +37,18 @@ pub(crate) struct Queue {
     pub(super) news: Notify,
 }
 
+/// A VM that is asked for just now.
+struct Comes {
+    queue: Arc<Queue>,
+    vm: String,
+}
+
+impl Drop for Comes {
+    fn drop(&mut self) {
+        self.queue.lock().coming.retain(|it| *it != self.vm);
+    }
+}
+
 impl Queue {
     /// Of this host: nothing waits yet.
     pub(crate) fn new(outgoing: Arc<Outgoing>) -> Arc<Self> {
@@ -60,10 +72,11 @@ impl Queue {
             let plan = source::dry_run(&self.outgoing, name, &request, unwanted).await?;
             return Ok(Begun { plan, id: None });
         }
-        let seat = Seat::new(name);
+        let mut seat = Seat::new(name);
         let id = Some(seat.migration.id);
-        if self.takes_the_line(&seat, &request)? {
-            let plan = self.begin(seat, request).await?;
+        let _comes = self.comes(name)?;
+        if self.takes_the_line(&seat, &request) {
+            let plan = self.begin(&mut seat, request).await?;
             return Ok(Begun { plan, id });
         }
         let checked = source::check(&self.outgoing, name, &request).await?;
@@ -94,6 +107,9 @@ impl Queue {
         if how.dry_run {
             let mut begun = Vec::new();
             for vm in vms {
+                if unwanted.is_cancelled() {
+                    break;
+                }
                 match self.ask(&vm, how.clone(), unwanted).await {
                     Ok(plan) => begun.push(plan),
                     Err(error) => refused.push(RefusedVm { vm, problem: Problem::from(&error) }),
@@ -101,9 +117,13 @@ impl Queue {
             }
             return Ok(ManyBegun { begun, refused });
         }
+        let mut coming = Vec::new();
         for vm in vms {
             match self.look_at(&vm, &how).await {
-                Ok(checked) => entries.push((vm, checked)),
+                Ok((comes, checked)) => {
+                    coming.push(comes);
+                    entries.push((vm, checked));
+                }
                 Err(error) => refused.push(RefusedVm { vm, problem: Problem::from(&error) }),
             }
         }
@@ -117,14 +137,14 @@ impl Queue {
                 packing: "none".into(),
                 data: Data::Random,
                 time_ms: TRIAL_MS,
-                rate: None,
+                rate: first.rate,
             };
             match link_trial::run(&self.outgoing.host, &how.to, trial).await {
                 Ok(tried) => self.lock().learn(first.key, BytesPerSec(tried.rate() as u64)),
                 Err(error) => tracing::debug!(error = in_one_line(&error), "the link could not be tried"),
             }
         }
-        let link = entries.first().and_then(|(_, first)| self.lock().carried.get(&first.key).copied());
+        let link = entries.first().and_then(|(_, first)| self.lock().carried(first.key));
         let made = entries.iter().map(|(vm, checked)| self.entry(Seat::new(vm), how.clone(), Some(batch), checked));
         let made = join_all(made).await;
         let places = order(&made.iter().map(|it| it.guest).collect::<Vec<_>>(), link);
@@ -140,12 +160,20 @@ impl Queue {
         Ok(ManyBegun { begun, refused })
     }
 
-    async fn look_at(&self, vm: &str, how: &MigrateRequest) -> Result<Checked, AgentError> {
+    async fn look_at(self: &Arc<Self>, vm: &str, how: &MigrateRequest) -> Result<(Comes, Checked), AgentError> {
         self.outgoing.host.found(vm).await?;
-        if self.lock().has(vm) {
+        let comes = self.comes(vm)?;
+        Ok((comes, source::check(&self.outgoing, vm, how).await?))
+    }
+
+    /// Nobody else asks for this VM until what this gives is dropped.
+    fn comes(self: &Arc<Self>, vm: &str) -> Result<Comes, AgentError> {
+        let mut line = self.lock();
+        if line.has(vm) {
             return Err(AgentError::MigrationRuns { name: vm.into() });
         }
-        source::check(&self.outgoing, vm, how).await
+        line.coming.push(vm.into());
+        Ok(Comes { queue: Arc::clone(self), vm: vm.into() })
     }
 
     /// Takes the one that waits for this VM out of the line, or stops one that just begins. False when there is none.
@@ -153,10 +181,18 @@ impl Queue {
         let entry = {
             let mut line = self.lock();
             let place = line.waiting.iter().position(|it| it.migration().vm == vm);
-            place.map(|place| line.waiting.remove(place))
+            place.map(|place| (place, line.waiting.remove(place)))
         };
-        if let Some(entry) = entry {
-            self.ends(&entry, &AgentError::Cancelled { name: vm.into() }).await;
+        if let Some((place, entry)) = entry {
+            let why = AgentError::Cancelled { name: vm.into() };
+            if let Err(error) = self.does_not_begin(entry.migration().id, in_one_line(&why)).await {
+                // It would begin when the agent is started again.
+                let mut line = self.lock();
+                let place = place.min(line.waiting.len());
+                line.waiting.insert(place, entry);
+                return Err(error);
+            }
+            entry.migration().does_not_begin(&why);
             self.news.notify_one();
             return Ok(true);
         }
@@ -179,12 +215,9 @@ impl Queue {
     }
 
     /// True when it is to begin at once: then it is counted as one that begins.
-    fn takes_the_line(&self, seat: &Seat, request: &MigrateRequest) -> Result<bool, AgentError> {
+    fn takes_the_line(&self, seat: &Seat, request: &MigrateRequest) -> bool {
         let in_post_copy = self.outgoing.in_post_copy();
         let mut line = self.lock();
-        if line.has(&seat.migration.vm) {
-            return Err(AgentError::MigrationRuns { name: seat.migration.vm.clone() });
-        }
         line.forget_what_is_over();
         // Nothing begins unseen beside one that an earlier agent began.
         let is_free = line.is_empty() && in_post_copy.is_empty();
@@ -192,7 +225,7 @@ impl Queue {
             let cap = request.bandwidth.map(BytesPerSec);
             line.begun.push(InHand { migration: Arc::clone(&seat.migration), batch: None, there: None, cap });
         }
-        Ok(is_free)
+        is_free
     }
 
     /// As it waits in the line.
@@ -205,23 +238,21 @@ impl Queue {
         let guest = Waiting { ram: Bytes(checked.view.ram_used_bytes), dirty_rate: dirty.map(BytesPerSec) };
         tracing::debug!(vm = seat.migration.vm, ?guest, "waits for its turn");
         let (instance, there) = (checked.instance.clone(), Some(checked.key));
-        Entry { seat, instance, request, batch, there, guest, since: now(), told: None }
+        Entry { seat, instance, request, batch, there, guest, since: now(), tried: None, told: None }
     }
 
     /// They wait from now on, in this order.
     async fn put(&self, entries: Vec<Entry>) -> Result<(), AgentError> {
         let host = &self.outgoing.host;
-        for entry in &entries {
-            let record = QueuedRecord {
-                id: entry.migration().id,
-                vm: entry.migration().vm.clone(),
-                instance: entry.instance.clone(),
-                request: entry.request.clone(),
-                batch: entry.batch,
-                since: entry.since,
-            };
-            host.journal.put_queued(&record).await?;
-        }
+        let records = entries.iter().map(|entry| QueuedRecord {
+            id: entry.migration().id,
+            vm: entry.migration().vm.clone(),
+            instance: entry.instance.clone(),
+            request: entry.request.clone(),
+            batch: entry.batch,
+            since: entry.since,
+        });
+        host.journal.put_queued(records.collect()).await?;
         for entry in &entries {
             self.outgoing.add(Arc::clone(entry.migration()));
         }
@@ -232,15 +263,19 @@ impl Queue {
 
     /// It does not begin: who waits for it is told why, and so is the list of migrations.
     pub(super) async fn ends(&self, entry: &Entry, why: &AgentError) {
-        self.does_not_begin(entry.migration().id, in_one_line(why)).await;
+        if let Err(error) = self.does_not_begin(entry.migration().id, in_one_line(why)).await {
+            tracing::error!(
+                vm = entry.migration().vm,
+                error = in_one_line(&error),
+                "cannot note that it did not begin"
+            );
+        }
         entry.migration().does_not_begin(why);
     }
 
-    pub(super) async fn does_not_begin(&self, id: Uuid, why: String) {
+    pub(super) async fn does_not_begin(&self, id: Uuid, why: String) -> Result<(), AgentError> {
         tracing::warn!(migration = %id, why, "a migration that waited did not begin");
-        if let Err(error) = self.outgoing.host.journal.end_queued(id, Some(format!("not begun: {why}"))).await {
-            tracing::error!(migration = %id, error = in_one_line(&error), "cannot note that it did not begin");
-        }
+        Ok(self.outgoing.host.journal.end_queued(id, Some(format!("not begun: {why}"))).await?)
     }
 }
 

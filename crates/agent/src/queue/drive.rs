@@ -1,20 +1,27 @@
 //! Has those that wait begin, each in its turn.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use vmferry_api::{MigrateRequest, PlanView, in_one_line};
+use uuid::Uuid;
+use vmferry_api::{Code, MigrateRequest, PlanView, in_one_line};
 use vmferry_policy::queue::Waiting;
 use vmferry_policy::{Bytes, BytesPerSec};
 
 use super::asking::Queue;
-use super::entry::{Begun, Entry};
+use super::entry::{Begun, Entry, PATIENCE};
 use crate::error::AgentError;
 use crate::journal::{Instance, QueuedRecord};
 use crate::source::{self, Seat};
 
 /// Between two looks at what those under way send.
 const LOOK: Duration = Duration::from_millis(500);
+
+/// Later it may be different, without anybody's doing.
+fn passes(error: &AgentError) -> bool {
+    let is_unreachable = matches!(error, AgentError::Peer(error) if error.code() == Code::Unreachable);
+    is_unreachable || matches!(error, AgentError::Busy { .. } | AgentError::MigrationRuns { .. })
+}
 
 impl Queue {
     /// For as long as the agent lives.
@@ -44,11 +51,10 @@ impl Queue {
         }
     }
 
-    async fn takes_its_turn(self: Arc<Self>, entry: Entry) {
-        let Entry { seat, request, instance, .. } = entry;
-        let migration = Arc::clone(&seat.migration);
-        let begun = match self.is_still(&migration.vm, &instance).await {
-            Ok(()) => self.begin(seat, request).await,
+    async fn takes_its_turn(self: Arc<Self>, mut entry: Entry) {
+        let migration = Arc::clone(entry.migration());
+        let begun = match self.is_still(&migration.vm, &entry.instance).await {
+            Ok(()) => self.begin(&mut entry.seat, entry.request.clone()).await,
             Err(error) => {
                 self.is_over(&migration);
                 Err(error)
@@ -60,8 +66,23 @@ impl Queue {
                     tracing::error!(vm = migration.vm, error = in_one_line(&error), "cannot note that it has begun");
                 }
             }
+            // Others go meanwhile.
+            Err(error) if passes(&error) && !migration.was_cancelled() && entry.waits_on(Instant::now()) => {
+                tracing::info!(vm = migration.vm, error = in_one_line(&error), "cannot begin yet");
+                let told = (1, format!("tried again soon: {}", in_one_line(&error)));
+                migration.is_queued(told.0, told.1.clone());
+                entry.told = Some(told);
+                self.lock().waiting.insert(0, entry);
+            }
             Err(error) => {
-                self.does_not_begin(migration.id, in_one_line(&error)).await;
+                let noted = self.does_not_begin(migration.id, in_one_line(&error)).await;
+                if let Err(error) = noted {
+                    tracing::error!(
+                        vm = migration.vm,
+                        error = in_one_line(&error),
+                        "cannot note that it did not begin"
+                    );
+                }
                 migration.does_not_begin(&error);
             }
         }
@@ -76,21 +97,25 @@ impl Queue {
     }
 
     /// Begins one that is counted as such already.
-    pub(super) async fn begin(self: &Arc<Self>, seat: Seat, request: MigrateRequest) -> Result<PlanView, AgentError> {
+    pub(super) async fn begin(
+        self: &Arc<Self>,
+        seat: &mut Seat,
+        request: MigrateRequest,
+    ) -> Result<PlanView, AgentError> {
         let migration = Arc::clone(&seat.migration);
         let begun = source::begin(&self.outgoing, seat, request).await;
         let mut line = self.lock();
-        match &begun {
-            Ok(_) => {
-                let there = migration.key();
-                line.begun.iter_mut().filter(|it| it.migration.id == migration.id).for_each(|it| it.there = there);
-                let queue = Arc::clone(self);
-                tokio::spawn(async move {
-                    migration.told.end().await;
-                    queue.is_over(&migration);
-                });
-            }
-            Err(_) => line.begun.retain(|it| it.migration.id != migration.id),
+        if begun.is_ok() {
+            let there = migration.key();
+            line.begun.iter_mut().filter(|it| it.migration.id == migration.id).for_each(|it| it.there = there);
+            let queue = Arc::clone(self);
+            tokio::spawn(async move {
+                migration.told.end().await;
+                queue.is_over(&migration);
+            });
+        } else {
+            line.begun.retain(|it| it.migration.id != migration.id);
+            line.share();
         }
         drop(line);
         self.news.notify_one();
@@ -117,6 +142,7 @@ impl Queue {
                 there: None,
                 guest: Waiting::default(),
                 since: record.since,
+                tried: None,
                 told: None,
             };
             self.outgoing.add(Arc::clone(entry.migration()));
@@ -132,10 +158,13 @@ impl Queue {
             self.is_still(&record.vm, &record.instance).await?;
             source::check(&self.outgoing, &record.vm, &record.request).await
         };
+        let begun = Instant::now();
         let looked = loop {
             match look().await {
-                // Its QEMU does not answer yet.
-                Err(AgentError::Busy { .. }) => tokio::time::sleep(LOOK).await,
+                // Its QEMU does not answer yet, or its destination is not up again.
+                Err(error) if passes(&error) && begun.elapsed() < PATIENCE && self.waits(record.id) => {
+                    tokio::time::sleep(LOOK).await;
+                }
                 looked => break looked,
             }
         };
@@ -157,5 +186,10 @@ impl Queue {
             self.ends(&entry, &error).await;
         }
         self.news.notify_one();
+    }
+
+    /// It is in the line.
+    fn waits(&self, id: Uuid) -> bool {
+        self.lock().waiting.iter().any(|it| it.migration().id == id)
     }
 }

@@ -1,7 +1,7 @@
 //! One that waits, and one that has begun.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 use vmferry_api::{MigrateRequest, MigrationView, Step};
@@ -14,6 +14,11 @@ use crate::source::{Migration, Seat};
 
 /// Before this, what an engine measures of the link is not settled.
 const SETTLED: Duration = Duration::from_secs(3);
+
+/// What keeps it from beginning at its turn may pass within this time...
+pub(super) const PATIENCE: Duration = Duration::from_secs(3600);
+/// ...and is looked at again so often.
+const AGAIN: Duration = Duration::from_secs(5);
 
 /// One that waits.
 pub(super) struct Entry {
@@ -28,6 +33,8 @@ pub(super) struct Entry {
     pub(super) guest: Waiting,
     /// When it was asked for, in seconds since 1970.
     pub(super) since: u64,
+    /// It could not begin at its turn, for something that passes: since when, and when it is tried again.
+    pub(super) tried: Option<(Instant, Instant)>,
     /// What was told last of its place.
     pub(super) told: Option<(u32, String)>,
 }
@@ -35,6 +42,18 @@ pub(super) struct Entry {
 impl Entry {
     pub(super) fn migration(&self) -> &Arc<Migration> {
         &self.seat.migration
+    }
+
+    /// It cannot begin now, as something is in its way that may pass. False when it has been in its way for too long.
+    pub(super) fn waits_on(&mut self, now: Instant) -> bool {
+        let since = self.tried.map_or(now, |(since, _)| since);
+        self.tried = Some((since, now + AGAIN));
+        now.duration_since(since) < PATIENCE
+    }
+
+    /// It is tried again later.
+    pub(super) fn is_put_off(&self) -> bool {
+        self.tried.is_some_and(|(_, again)| Instant::now() < again)
     }
 
     pub(super) fn view(&self) -> MigrationView {

@@ -1,6 +1,7 @@
 //! The line itself: who is in it, who has begun, and who is next. Without I/O.
 
 use std::collections::{BTreeMap, HashMap};
+use std::time::{Duration, Instant};
 
 use vmferry_link::Fingerprint;
 use vmferry_policy::BytesPerSec;
@@ -8,13 +9,18 @@ use vmferry_policy::queue::{UnderWay, Why, may_begin};
 
 use super::entry::{Begun, Entry};
 
+/// What the link was seen to carry longer ago than that is forgotten when it carries less.
+const LATELY: Duration = Duration::from_secs(60);
+
 /// See the module's text.
 #[derive(Default)]
 pub(super) struct Line {
     pub(super) waiting: Vec<Entry>,
     pub(super) begun: Vec<Begun>,
-    /// The most that the link to each destination was seen to carry.
-    pub(super) carried: HashMap<Fingerprint, BytesPerSec>,
+    /// VMs that are asked for just now.
+    pub(super) coming: Vec<String>,
+    /// The most that the link to each destination was seen to carry lately, and since when.
+    carried: HashMap<Fingerprint, (BytesPerSec, Instant)>,
     /// The agent ends: nothing begins any more.
     pub(super) is_closed: bool,
 }
@@ -32,12 +38,21 @@ impl Line {
 
     pub(super) fn has(&self, vm: &str) -> bool {
         self.waiting.iter().any(|it| it.migration().vm == vm)
+            || self.coming.iter().any(|it| it == vm)
+            || self.begun.iter().any(|it| it.migration.vm == vm && !it.migration.told.is_over())
+    }
+
+    /// The most that the link to this destination was seen to carry lately.
+    pub(super) fn carried(&self, there: Fingerprint) -> Option<BytesPerSec> {
+        self.carried.get(&there).map(|(rate, _)| *rate)
     }
 
     /// The link to this destination was seen to carry so much.
     pub(super) fn learn(&mut self, there: Fingerprint, rate: BytesPerSec) {
-        let most = self.carried.entry(there).or_default();
-        *most = rate.max(*most);
+        let known = self.carried.entry(there).or_insert((rate, Instant::now()));
+        if rate >= known.0 || known.1.elapsed() > LATELY {
+            *known = (rate, Instant::now());
+        }
     }
 
     /// The one that is to begin now, when these guests wait for pages. Tells the others of their places.
@@ -61,6 +76,9 @@ impl Line {
         let mut so_far: BTreeMap<String, (u32, String)> = BTreeMap::new();
         for index in 0..self.waiting.len() {
             let Some(there) = self.waiting[index].there else { continue };
+            if self.waiting[index].is_put_off() {
+                continue;
+            }
             let (place, before) = so_far.remove(&there.to_string()).unwrap_or_default();
             let text = match place {
                 0 => match self.may_begin(index, there, in_post_copy) {
@@ -95,7 +113,7 @@ impl Line {
         let beside: Vec<&Begun> = self.begun.iter().filter(|it| it.there.is_none_or(|it| it == there)).collect();
         let seen: Vec<UnderWay> = beside.iter().map(|it| it.seen_by(entry.batch)).collect();
         let budget = entry.request.bandwidth.filter(|_| entry.batch.is_some()).map(BytesPerSec);
-        let link = [self.carried.get(&there).copied(), budget].into_iter().flatten().min();
+        let link = [self.carried(there), budget].into_iter().flatten().min();
         may_begin(&entry.guest, &seen, link).map_err(|why| {
             let names: Vec<&str> = beside.iter().map(|it| it.migration.vm.as_str()).collect();
             format!("{why} ({})", names.join(", "))
@@ -115,6 +133,7 @@ impl Line {
 mod tests {
     use std::sync::Arc;
 
+    use super::super::entry::PATIENCE;
     use super::*;
     use crate::journal::Instance;
     use crate::source::Seat;
@@ -131,6 +150,7 @@ mod tests {
             there: Some(Fingerprint::of(to.as_bytes())),
             guest: vmferry_policy::queue::Waiting::default(),
             since: 0,
+            tried: None,
             told: None,
         }
     }
@@ -154,7 +174,7 @@ mod tests {
         assert_eq!(begins(&mut line, Some("gamma")).as_deref(), Some("c"));
         assert_eq!(begins(&mut line, None), None);
         assert_eq!(places(&line), ["place 1: the link is taken (a)", "place 2: behind b"]);
-        assert!(line.has("b") && !line.has("a"));
+        assert!(line.has("b") && line.has("a") && !line.has("e"));
         line.begun.retain(|it| it.migration.vm != "a");
         line.is_closed = true;
         assert_eq!(begins(&mut line, None), None, "the agent ends");
@@ -178,5 +198,19 @@ mod tests {
         assert_eq!(places(&line)[1], "place 1: a guest waits for its pages over the same link (z)");
         assert_eq!(begins(&mut line, Some("gamma")).as_deref(), Some("c"));
         assert_eq!(begins(&mut line, None), None);
+    }
+
+    #[test]
+    fn who_cannot_begin_now_is_tried_again_and_keeps_nobody_else_and_a_name_is_in_the_line_once() {
+        let mut line = Line::default();
+        line.waiting.extend([entry("a", "beta"), entry("b", "beta")]);
+        let now = Instant::now();
+        assert!(line.waiting[0].waits_on(now) && line.waiting[0].is_put_off());
+        assert_eq!(begins(&mut line, Some("beta")).as_deref(), Some("b"), "others go meanwhile");
+        assert!(line.has("a") && line.has("b") && !line.has("c"), "who begins is in it too");
+        line.coming.push("c".into());
+        assert!(line.has("c"), "and who is asked for just now");
+        assert!(line.waiting[0].waits_on(now + Duration::from_secs(60)));
+        assert!(!line.waiting[0].waits_on(now + PATIENCE), "not for ever");
     }
 }

@@ -13,7 +13,7 @@ use super::custody::Custody;
 use super::decider;
 use super::expect::Expecting;
 use super::forecast::Base;
-use super::foresee::foresee;
+use super::foresee::{foresee, watch_time};
 use super::limits::Asked;
 use super::migration::Seat;
 use super::outgoing::Outgoing;
@@ -29,6 +29,8 @@ use crate::journal::{Instance, OutRecord};
 pub(crate) struct Checked {
     pub(crate) view: PlanView,
     pub(crate) key: Fingerprint,
+    /// The most that may be sent, in bytes a second.
+    pub(crate) rate: Option<u64>,
     /// Which VM.
     pub(crate) instance: Instance,
 }
@@ -45,7 +47,7 @@ pub(crate) async fn check(
     let vm = host.vm(name)?;
     let _claim = claim(&vm)?;
     let plan = plan(host, &vm, Uuid::new_v4(), request).await?;
-    Ok(Checked { view: plan.view, key: plan.peer_key, instance: vm.instance() })
+    Ok(Checked { view: plan.view, key: plan.peer_key, rate: request.bandwidth.or(plan.rate), instance: vm.instance() })
 }
 
 /// Plans a migration that does not begin, and says what is to be expected of it. Ends when it becomes `unwanted` meanwhile.
@@ -56,6 +58,7 @@ pub(crate) async fn dry_run(
     unwanted: &CancellationToken,
 ) -> Result<PlanView, AgentError> {
     let host = &outgoing.host;
+    watch_time(request)?;
     let limits = Asked::of(request).limits()?;
     let baseline = decider::baseline_of(request, host.config.engine)?;
     let vm = host.vm(name)?;
@@ -67,13 +70,14 @@ pub(crate) async fn dry_run(
     Ok(plan.view)
 }
 
-/// Plans the migration and starts it.
+/// Plans the migration and starts it. When that fails the seat can be taken again.
 pub(crate) async fn begin(
     outgoing: &Arc<Outgoing>,
-    Seat { migration, changes }: Seat,
+    seat: &mut Seat,
     request: MigrateRequest,
 ) -> Result<PlanView, AgentError> {
     let (host, begun) = (&outgoing.host, Instant::now());
+    let migration = Arc::clone(&seat.migration);
     let (id, name) = (migration.id, migration.vm.as_str());
     let asked = Asked::of(&request);
     let limits = asked.limits()?;
@@ -93,6 +97,14 @@ pub(crate) async fn begin(
         running: plan.offer.running,
         step: OutStep::CopyRam,
     };
+    let bandwidth = decider::cap(baseline, request.bandwidth.or(plan.rate));
+    let expecting = if request.script.is_none() {
+        let base = Base::of(&vm, &plan, limits, bandwidth, baseline).await;
+        let before = outgoing.foreseen.take(&vm, plan.peer_key, &base, plan.mover.name());
+        Expecting::of(base, before)
+    } else {
+        Expecting::nothing()
+    };
     migration.begins(plan.peer.apart(), plan.peer_key, limits.post_copy);
     let teller = Arc::new(Teller::new(host, &migration, begun, request.script.is_some()));
     let custody = Custody::begin(host, record, plan.peer.clone());
@@ -103,14 +115,6 @@ pub(crate) async fn begin(
     }
     claim.keep(Stage::Migrating(id));
     let view = plan.view.clone();
-    let bandwidth = decider::cap(baseline, request.bandwidth.or(plan.rate));
-    let expecting = if request.script.is_none() {
-        let base = Base::of(&vm, &plan, limits, bandwidth, baseline).await;
-        let before = outgoing.foreseen.take(name, plan.peer_key, base.limits, plan.mover.name());
-        Expecting::of(base, before)
-    } else {
-        Expecting::nothing()
-    };
     let run = Run {
         host: Arc::clone(host),
         outgoing: Arc::clone(outgoing),
@@ -122,7 +126,7 @@ pub(crate) async fn begin(
         asked,
         limits,
         bandwidth,
-        changes: Some(changes),
+        changes: seat.changes.take(),
         post_copy_obstacle: None,
         copies_ram: false,
         turn: Turn::new(Arc::clone(&outgoing.post_copies)),

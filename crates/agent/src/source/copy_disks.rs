@@ -36,7 +36,9 @@ impl Run {
                 seen = mirrors.wait() => seen?,
                 () = self.migration.cancel.cancelled() => return Err(self.cancelled()),
             };
-            self.take_changes(engine, begun.elapsed()).await;
+            if self.take_changes(engine, begun.elapsed()).await {
+                self.expecting.is_disturbed();
+            }
             if let Some(limit) = seen.slowed {
                 self.migration.note(format!(
                     "The guest writes to its disks faster than they are copied: it may write {}/s until it has moved.",

@@ -1,6 +1,7 @@
 //! Copy RAM: rounds, as the policy says, until the destination has what it needs to run the guest.
 
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use vmferry_api::{MigrationEvent, Step};
 use vmferry_policy::{Action, Observation, Phase};
@@ -12,6 +13,8 @@ use crate::engine::movable::came_up;
 use crate::engine::{RamEngine, Seen};
 use crate::error::AgentError;
 
+/// How often it is looked whether its user wants post-copy now.
+const LOOK: Duration = Duration::from_millis(200);
 const HELD_UP: &str = "Post-copy has to wait: as many guests of this host are in it as may be.";
 
 impl Run {
@@ -60,6 +63,10 @@ impl Run {
                 self.no_more_changes();
             }
             let asked = self.post_copy_is_asked_for(&seen.observation);
+            if !self.turn.is_free() && seen.observation.limits.post_copy {
+                seen.observation.limits.post_copy = false;
+                self.expecting.is_disturbed();
+            }
             let decided = if asked { Action::PostCopy } else { policy.decide(&seen.observation) };
             let (action, is_held_up) = self.turn.take(decided, asked, self.limits.post_copy);
             if asked || is_held_up || !engine.guest_runs() {
@@ -108,8 +115,14 @@ impl Run {
             return Ok(());
         }
         self.migration.note(HELD_UP);
+        let asked = async {
+            while !self.migration.wants_post_copy.swap(false, Ordering::Relaxed) {
+                tokio::time::sleep(LOOK).await;
+            }
+        };
         tokio::select! {
             () = self.turn.wait() => Ok(()),
+            () = asked => Ok(()),
             () = self.migration.cancel.cancelled() => Err(self.cancelled()),
         }
     }

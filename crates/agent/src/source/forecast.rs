@@ -95,6 +95,11 @@ pub(super) struct Base {
 }
 
 impl Base {
+    /// The name of the policy that decides, if it is not vmferry's own.
+    pub(super) fn policy(&self) -> Option<&'static str> {
+        self.baseline.map(|it| it.name)
+    }
+
     pub(super) async fn of(
         vm: &Vm,
         plan: &Plan,

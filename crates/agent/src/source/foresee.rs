@@ -18,6 +18,7 @@ use super::plan::Plan;
 use super::watch::watch;
 use crate::error::AgentError;
 use crate::host::{Host, Vm};
+use crate::journal::Instance;
 use crate::peers::link_trial;
 
 /// How long the link is tried, in ms: long enough for TCP to find its pace over a long way.
@@ -34,9 +35,8 @@ pub(super) struct Foreseen(Mutex<HashMap<(String, Fingerprint), Kept>>);
 
 struct Kept {
     at: Instant,
-    /// It holds for a migration within these alone, and with this engine.
-    limits: Limits,
-    engine: EngineName,
+    /// It holds for a migration of this QEMU within these alone, with this engine, decided by this policy.
+    of: (Instance, Limits, EngineName, Option<&'static str>),
     raw: Raw,
 }
 
@@ -50,15 +50,20 @@ impl Foreseen {
     }
 
     /// What was predicted of this migration, once.
-    pub(super) fn take(&self, vm: &str, peer: Fingerprint, limits: Limits, engine: EngineName) -> Option<Raw> {
+    pub(super) fn take(&self, vm: &Vm, peer: Fingerprint, base: &Base, engine: EngineName) -> Option<Raw> {
         let mut all = self.0.lock().expect("no holder of this lock panics");
-        let kept = all.remove(&(vm.to_owned(), peer))?;
-        (kept.at.elapsed() < KEPT && kept.limits == limits && kept.engine == engine).then_some(kept.raw)
+        let kept = all.remove(&(vm.name().to_owned(), peer))?;
+        (kept.at.elapsed() < KEPT && kept.of == what(vm, base, engine)).then_some(kept.raw)
     }
 }
 
+/// What a prediction is of.
+fn what(vm: &Vm, base: &Base, engine: EngineName) -> (Instance, Limits, EngineName, Option<&'static str>) {
+    (vm.instance(), base.limits, engine, base.policy())
+}
+
 /// How long a guest is to be watched; refuses what makes no sense.
-fn watch_time(request: &MigrateRequest) -> Result<Duration, AgentError> {
+pub(super) fn watch_time(request: &MigrateRequest) -> Result<Duration, AgentError> {
     match request.watch_ms {
         ms if WATCH_MS.contains(&ms) => Ok(Duration::from_millis(ms)),
         ms => Err(AgentError::BadLimit {
@@ -77,8 +82,8 @@ pub(super) async fn foresee(
     mut base: Base,
     unwanted: &CancellationToken,
 ) -> Result<(), AgentError> {
-    let (time, limits) = (watch_time(request)?, base.limits);
-    let bandwidth = limits.bandwidth.map(|rate| rate.0);
+    let (what, time) = (what(vm, &base, plan.mover.name()), watch_time(request)?);
+    let bandwidth = base.limits.bandwidth.map(|rate| rate.0);
     let engine = plan.mover.name();
     let by_agents = engine == EngineName::External;
     let trial = Trial {
@@ -136,7 +141,7 @@ pub(super) async fn foresee(
     });
     // What nobody has seen is no measure of how well it is foreseen.
     if was_watched {
-        foreseen.keep(vm.name(), plan.peer_key, Kept { at: Instant::now(), limits, engine, raw });
+        foreseen.keep(vm.name(), plan.peer_key, Kept { at: Instant::now(), of: what, raw });
     }
     Ok(())
 }

@@ -101,7 +101,7 @@ impl Migration {
     }
 
     /// It was asked to.
-    pub(super) fn was_cancelled(&self) -> bool {
+    pub(crate) fn was_cancelled(&self) -> bool {
         self.cancel.is_cancelled()
     }
 
@@ -122,7 +122,7 @@ impl Migration {
 pub(crate) struct Seat {
     /// What others see of it.
     pub(crate) migration: Arc<Migration>,
-    pub(super) changes: mpsc::Receiver<Change>,
+    pub(super) changes: Option<mpsc::Receiver<Change>>,
 }
 
 impl Seat {
@@ -134,6 +134,6 @@ impl Seat {
     /// One that had this id when its agent ended.
     pub(crate) fn again(id: Uuid, vm: &str) -> Self {
         let (migration, changes) = Migration::new(id, vm);
-        Self { migration, changes }
+        Self { migration, changes: Some(changes) }
     }
 }

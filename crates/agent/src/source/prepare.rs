@@ -32,6 +32,7 @@ impl Run {
         if let Some(why) = self.post_copy_obstacle.as_ref().filter(|_| self.limits.post_copy) {
             self.migration.note(format!("Post-copy is not possible: {why}."));
             self.limits = self.limits.without_post_copy();
+            self.expecting.is_disturbed();
         }
         self.same_machine(&prepared).await?;
         mover.engine(&mut self.task(), &prepared).await

@@ -25,6 +25,11 @@ impl Told {
         let mut told = self.lock();
         match &event {
             MigrationEvent::Progress(progress) => told.progress = Some(*progress),
+            // One place after another: the last is the one.
+            MigrationEvent::Queued { .. } if matches!(told.history.last(), Some(MigrationEvent::Queued { .. })) => {
+                told.history.pop();
+                told.history.push(event.clone());
+            }
             other => told.history.push(other.clone()),
         }
         // An error means that nobody looks.

@@ -80,6 +80,10 @@ impl Run {
         wanted: &TuneRequest,
         elapsed: Duration,
     ) -> Result<Tuned, AgentError> {
+        if self.script.is_some() {
+            let message = format!("a measurement of {} says itself what is done", self.vm.name());
+            return Err(AgentError::Conflict { message, hint: None });
+        }
         if let Some(baseline) = self.baseline.filter(|_| Asked::is_of_decisions(wanted)) {
             let message = format!("{} decides by limits of its own, which cannot be changed", baseline.name);
             let hint = Some("only its bandwidth, and whether post-copy is allowed, can be".into());

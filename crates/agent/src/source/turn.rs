@@ -1,5 +1,5 @@
 //! At most so many of a host's guests are in post-copy at a time, in which each needs two hosts. Others that would turn to
-//! it go on in rounds until one is out of it. Their users' word is not held up.
+//! it are decided about as if post-copy was not allowed until one is out of it. Their users' word is not held up.
 
 use std::sync::Arc;
 
@@ -23,7 +23,7 @@ impl Turn {
     /// What is done of what was `decided`, or `asked` for by its user, where post-copy is `allowed`; and whether post-copy
     /// is held up from now on.
     pub(super) fn take(&mut self, decided: Action, asked: bool, allowed: bool) -> (Action, bool) {
-        self.is_held &= allowed;
+        self.is_held &= allowed && matches!(decided, Action::PostCopy | Action::Continue);
         let wants = decided == Action::PostCopy || self.is_held && decided == Action::Continue;
         if !wants {
             return (decided, false);
@@ -34,6 +34,11 @@ impl Turn {
             return (Action::PostCopy, false);
         }
         (Action::Continue, !std::mem::replace(&mut self.is_held, true))
+    }
+
+    /// It could turn to post-copy now: whoever decides is to know that before.
+    pub(super) fn is_free(&self) -> bool {
+        self.seat.is_some() || self.seats.available_permits() > 0
     }
 
     /// True when it is its turn.
@@ -65,11 +70,18 @@ mod tests {
     fn post_copy_waits_for_its_turn_and_other_decisions_do_not() {
         let seats = Arc::new(Semaphore::new(1));
         let (mut first, mut second) = (Turn::new(Arc::clone(&seats)), Turn::new(seats));
+        assert!(first.is_free() && second.is_free());
         assert_eq!(first.take(Action::PostCopy, false, true), (Action::PostCopy, false));
+        assert!(first.is_free() && !second.is_free(), "who is in it may be");
         assert_eq!(second.take(Action::PostCopy, false, true), (Action::Continue, true), "held up, and told once");
         assert_eq!(second.take(Action::Continue, false, true), (Action::Continue, false));
-        assert_eq!(second.take(Action::Pause, false, true), (Action::Pause, false));
+        let pace = Action::Pace(vmferry_policy::Percent(50));
+        assert_eq!(second.take(pace.clone(), false, true), (pace, false));
         first.give_back();
+        assert_eq!(second.take(Action::Continue, false, true), (Action::Continue, false), "it was decided otherwise");
+        let again = Arc::clone(&second.seats).try_acquire_owned().unwrap();
+        assert_eq!(second.take(Action::PostCopy, false, true), (Action::Continue, true));
+        drop(again);
         assert_eq!(second.take(Action::Continue, false, true), (Action::PostCopy, false));
         assert_eq!(second.take(Action::Continue, false, true), (Action::Continue, false), "once");
     }

@@ -70,13 +70,13 @@ pub fn serve(link: &Link, landing: &Landing, qemu: Option<&UnixStream>) -> Resul
         }
         scope.spawn(|| session.part(Session::tell_placed));
         scope.spawn(|| session.part(|session| session.hand_over_state(to_qemu, qemu)));
-        // A guest waits for what these do.
+        // A guest waits for what this one does.
         scope.spawn(|| {
             vmferry_link::go_first();
             session.part(Session::take_faults);
         });
+        // In a thread of its own, as it goes first once a guest waits for it.
         scope.spawn(|| {
-            vmferry_link::go_first();
             session.part(|session| session.take_urgent(pieces));
             session.end();
         });
@@ -270,6 +270,7 @@ impl Session<'_> {
                     self.landing.arm(&missing, &present)?;
                     // Whoever puts the last page into place says that it is complete.
                     let nothing_comes = self.landing.missing() == Some(0);
+                    vmferry_link::go_first();
                     self.faults_taken.store(true, Ordering::Release);
                     self.link.send_urgent(ARMED, Vec::new())?;
                     if nothing_comes {
@@ -341,6 +342,7 @@ impl Session<'_> {
                 }
                 // Faults that the last link was asked for are raised again.
                 armed.arrival.wake_all()?;
+                vmferry_link::go_first();
                 self.faults_taken.store(true, Ordering::Release);
             }
             (false, Some(_)) => return Err(Malformed("it begins what has begun already").into()),

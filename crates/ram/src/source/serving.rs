@@ -104,10 +104,12 @@ impl Inner {
                 if runs > MOST_RUNS_SEEN || left == 0 {
                     break 'all;
                 }
-                let length = run.end - run.start;
-                if length <= ALONE.min(left) {
+                if run.end - run.start <= ALONE.min(left)
+                    && let Some(run) = set.take_run(run, ALONE)
+                {
+                    let length = run.end - run.start;
                     left -= length;
-                    self.fewer(set.remove(run.clone()));
+                    self.fewer(length);
                     self.read(&mut frame, block, run, There::Something, Shipping::ship_urgently)?;
                 }
             }

@@ -9,6 +9,7 @@ pub(crate) const SIM_HELP: &str = "\
 Examples:
   vmferry sim                                       a table of all policies over 1000 cases
   vmferry sim --cases 20000 --hindsight --policy vmferry,vmferry-qemu
+  vmferry sim --page policies.html                  the same as a page, too
   vmferry sim --published                           KubeVirt's trial of VEP 291
   vmferry sim --trace web1.json --cases 20          a guest that was recorded by `vmferry migrate --record web1.json`
   vmferry sim --seed 86 --replay --policy vmferry   one case, each decision in a line
@@ -54,6 +55,9 @@ pub(crate) struct SimOptions {
     /// What matters more: short or gentle
     #[arg(long, value_name = "WHAT", default_value = "short")]
     pub prefer: Prefer,
+    /// Write the table there as a page, with charts: one HTML file that needs nothing else
+    #[arg(long, value_name = "FILE", conflicts_with = "replay")]
+    pub page: Option<PathBuf>,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
