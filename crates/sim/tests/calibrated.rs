@@ -69,7 +69,7 @@ fn what_was_measured_comes_out_of_the_simulator_too() {
         let emulated = if real.under_tcg { EMULATED[usize::from(real.engine == Engine::qemu())] } else { 0.0 };
         let (total, downtime) = (outcome.felt.total + AROUND, outcome.felt.downtime + emulated);
         let wrong = |simulated: f64, real: f64, least: f64| (simulated - real).abs() > (real * OFF).max(least);
-        let line = format!(
+        let told = format!(
             "{} by {:?}, TCG {}: {total:.2} s, measured {:.2}; {:.0} ms, measured {:?}",
             real.what,
             real.engine.kind,
@@ -78,9 +78,9 @@ fn what_was_measured_comes_out_of_the_simulator_too() {
             downtime * 1e3,
             real.downtime.map(|it| it * 1e3)
         );
-        println!("{line}");
+        println!("{told}");
         if wrong(total, real.total, 0.0) || real.downtime.is_some_and(|real| wrong(downtime, real, UNSURE)) {
-            off.push(line);
+            off.push(told);
         }
     }
     assert!(off.is_empty(), "further off than 15 %:\n{}", off.join("\n"));
