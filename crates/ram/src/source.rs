@@ -299,8 +299,9 @@ impl Source {
     /// From here on it has converged at the first look that leaves no more than takes so long to send.
     pub fn allow(&self, pause: Duration) {
         let mut state = self.inner.lock();
-        // It is said again where that is so within what is allowed now.
-        (state.allowed, state.converged) = (pause, false);
+        state.allowed = pause;
+        // What was allowed before is taken back.
+        state.converged &= !pause.is_zero();
     }
 
     /// From here on a look that leaves no more than takes so long to send is waited with for a word of whoever watches
