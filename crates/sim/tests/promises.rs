@@ -35,6 +35,12 @@ fn cases(cases: u32) -> ProptestConfig {
     ProptestConfig { cases, rng_seed: RngSeed::Fixed(1), failure_persistence: None, ..ProptestConfig::default() }
 }
 
+/// When, and in which round, the guest was slowed by another share.
+fn levers_moved(outcome: &Outcome) -> Vec<(f64, u32)> {
+    let levers = outcome.actions.iter().filter(|it| matches!(it.2, Action::Pace(_) | Action::Throttle(_)));
+    levers.map(|(at, round, _)| (*at, *round)).collect()
+}
+
 proptest! {
     #![proptest_config(cases(96))]
 
@@ -51,11 +57,7 @@ proptest! {
     fn no_lever_is_moved_twice_in_a_round_unless_more_is_known(seed in 0u64..1 << 32, limits in limits(), by in engine()) {
         let case = steady(seed, limits);
         let outcome = decided(&case, by);
-        let moved: Vec<(f64, u32)> = outcome.actions.iter()
-            .filter(|(_, _, action)| matches!(action, Action::Pace(_) | Action::Throttle(_)))
-            .map(|(at, round, _)| (*at, *round))
-            .collect();
-        for pair in moved.windows(2) {
+        for pair in levers_moved(&outcome).windows(2) {
             let ((before, round), (after, next)) = (pair[0], pair[1]);
             // The first round brings news all the time.
             prop_assert!(next > round || round == 1 && after - before >= 0.25, "{}: {:?}", case.name, outcome.actions);
@@ -150,11 +152,7 @@ proptest! {
             }
         }
         // The first round brings news all the time, and so does a user.
-        let moved: Vec<(f64, u32)> = outcome.actions.iter()
-            .filter(|(_, _, action)| matches!(action, Action::Pace(_) | Action::Throttle(_)))
-            .map(|(at, round, _)| (*at, *round))
-            .collect();
-        for pair in moved.windows(2) {
+        for pair in levers_moved(&outcome).windows(2) {
             let ((before, round), (after, next)) = (pair[0], pair[1]);
             let is_tuned = before < at && at <= after;
             prop_assert!(next > round || is_tuned || round == 1 && after - before >= 0.25, "{}: {:?}", case.name, outcome.actions);

@@ -22,7 +22,7 @@ use super::line::Line;
 use crate::error::AgentError;
 use crate::journal::QueuedRecord;
 use crate::peers::link_trial;
-use crate::source::{self, Checked, Outgoing, Seat};
+use crate::source::{self, Checked, Migration, Outgoing, Seat};
 
 /// How long the link is tried, in ms.
 const TRIAL_MS: u64 = 250;
@@ -262,18 +262,14 @@ impl Queue {
     }
 
     /// It does not begin: who waits for it is told why, and so is the list of migrations.
-    pub(super) async fn ends(&self, entry: &Entry, why: &AgentError) {
-        if let Err(error) = self.does_not_begin(entry.migration().id, in_one_line(why)).await {
-            tracing::error!(
-                vm = entry.migration().vm,
-                error = in_one_line(&error),
-                "cannot note that it did not begin"
-            );
+    pub(super) async fn ends(&self, migration: &Migration, why: &AgentError) {
+        if let Err(error) = self.does_not_begin(migration.id, in_one_line(why)).await {
+            tracing::error!(vm = migration.vm, error = in_one_line(&error), "cannot note that it did not begin");
         }
-        entry.migration().does_not_begin(why);
+        migration.does_not_begin(why);
     }
 
-    pub(super) async fn does_not_begin(&self, id: Uuid, why: String) -> Result<(), AgentError> {
+    async fn does_not_begin(&self, id: Uuid, why: String) -> Result<(), AgentError> {
         tracing::warn!(migration = %id, why, "a migration that waited did not begin");
         Ok(self.outgoing.host.journal.end_queued(id, Some(format!("not begun: {why}"))).await?)
     }

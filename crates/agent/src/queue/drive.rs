@@ -69,21 +69,11 @@ impl Queue {
             // Others go meanwhile.
             Err(error) if passes(&error) && !migration.was_cancelled() && entry.waits_on(Instant::now()) => {
                 tracing::info!(vm = migration.vm, error = in_one_line(&error), "cannot begin yet");
-                let told = (1, format!("tried again soon: {}", in_one_line(&error)));
-                migration.is_queued(told.0, told.1.clone());
-                entry.told = Some(told);
+                entry.tell((1, format!("tried again soon: {}", in_one_line(&error))));
                 self.lock().waiting.insert(0, entry);
             }
             Err(error) => {
-                let noted = self.does_not_begin(migration.id, in_one_line(&error)).await;
-                if let Err(error) = noted {
-                    tracing::error!(
-                        vm = migration.vm,
-                        error = in_one_line(&error),
-                        "cannot note that it did not begin"
-                    );
-                }
-                migration.does_not_begin(&error);
+                self.ends(&migration, &error).await;
             }
         }
     }
@@ -104,21 +94,19 @@ impl Queue {
     ) -> Result<PlanView, AgentError> {
         let migration = Arc::clone(&seat.migration);
         let begun = source::begin(&self.outgoing, seat, request).await;
-        let mut line = self.lock();
-        if begun.is_ok() {
-            let there = migration.key();
-            line.begun.iter_mut().filter(|it| it.migration.id == migration.id).for_each(|it| it.there = there);
-            let queue = Arc::clone(self);
-            tokio::spawn(async move {
-                migration.told.end().await;
-                queue.is_over(&migration);
-            });
-        } else {
-            line.begun.retain(|it| it.migration.id != migration.id);
-            line.share();
+        if begun.is_err() {
+            self.is_over(&migration);
+            return begun;
         }
-        drop(line);
+        let there = migration.key();
+        let is_it = |it: &&mut Begun| it.migration.id == migration.id;
+        self.lock().begun.iter_mut().filter(is_it).for_each(|it| it.there = there);
         self.news.notify_one();
+        let queue = Arc::clone(self);
+        tokio::spawn(async move {
+            migration.told.end().await;
+            queue.is_over(&migration);
+        });
         begun
     }
 
@@ -183,7 +171,7 @@ impl Queue {
             }
         };
         if let Some((entry, error)) = refused {
-            self.ends(&entry, &error).await;
+            self.ends(entry.migration(), &error).await;
         }
         self.news.notify_one();
     }

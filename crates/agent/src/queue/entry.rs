@@ -44,6 +44,14 @@ impl Entry {
         &self.seat.migration
     }
 
+    /// Tells its place and why it waits, where that is something new.
+    pub(super) fn tell(&mut self, now: (u32, String)) {
+        if self.told.as_ref() != Some(&now) {
+            self.migration().is_queued(now.0, now.1.clone());
+            self.told = Some(now);
+        }
+    }
+
     /// It cannot begin now, as something is in its way that may pass. False when it has been in its way for too long.
     pub(super) fn waits_on(&mut self, now: Instant) -> bool {
         let since = self.tried.map_or(now, |(since, _)| since);

@@ -89,11 +89,7 @@ impl Line {
             };
             let entry = &mut self.waiting[index];
             so_far.insert(there.to_string(), (place + 1, entry.migration().vm.clone()));
-            let now = (place + 1, text);
-            if entry.told.as_ref() != Some(&now) {
-                entry.told = Some(now.clone());
-                entry.migration().is_queued(now.0, now.1);
-            }
+            entry.tell((place + 1, text));
         }
         None
     }
