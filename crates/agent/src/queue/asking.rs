@@ -2,7 +2,6 @@
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use futures_util::future::join_all;
 use tokio::sync::Notify;
@@ -20,7 +19,7 @@ use super::dirty_rate::dirty_rate;
 use super::entry::{Begun as InHand, Entry};
 use super::line::Line;
 use crate::error::AgentError;
-use crate::journal::QueuedRecord;
+use crate::journal::{QueuedRecord, now};
 use crate::peers::link_trial;
 use crate::source::{self, Checked, Migration, Outgoing, Seat};
 
@@ -238,7 +237,7 @@ impl Queue {
         let guest = Waiting { ram: Bytes(checked.view.ram_used_bytes), dirty_rate: dirty.map(BytesPerSec) };
         tracing::debug!(vm = seat.migration.vm, ?guest, "waits for its turn");
         let (instance, there) = (checked.instance.clone(), Some(checked.key));
-        Entry { seat, instance, request, batch, there, guest, since: now(), tried: None, told: None }
+        Entry { seat, instance, request, batch, there, guest, since: now() as u64, tried: None, told: None }
     }
 
     /// They wait from now on, in this order.
@@ -273,8 +272,4 @@ impl Queue {
         tracing::warn!(migration = %id, why, "a migration that waited did not begin");
         Ok(self.outgoing.host.journal.end_queued(id, Some(format!("not begun: {why}"))).await?)
     }
-}
-
-pub(super) fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
