@@ -34,7 +34,8 @@ fn carries(round_trip: Duration, rate: f64, streams: u8, window: usize) -> f64 {
     let (here, there) = far_apart(round_trip, rate, streams, window);
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            let payload = vec![7; 256 << 10];
+            // What does not get smaller on its way.
+            let payload: Vec<u8> = std::iter::repeat_with(|| fastrand::u8(..)).take(256 << 10).collect();
             while here.send(1, payload.clone()).is_ok() {}
         });
         let begun = Instant::now();
