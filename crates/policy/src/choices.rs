@@ -13,7 +13,7 @@ use crate::{Observation, Preference};
 /// How likely good luck is, the usual one and bad.
 const LUCK: [f64; 3] = [0.25, 0.5, 0.25];
 /// What is done before the first round ends has to be better than to wait by this share.
-const HASTE: f64 = 0.9;
+const HASTE: f64 = 0.8;
 /// Ways that exceed the downtime are alike up to this factor: rounds that cost minutes each are not for a hundredth less.
 const ALIKE: f64 = 1.25;
 
@@ -75,9 +75,8 @@ fn expected(harms: [f64; 3]) -> f64 {
 
 /// See the module's text.
 fn keep_the_choice(choices: &mut [Choice], prefer: Preference) {
-    let waits = |it: &Choice| {
-        it.exceeds <= 0.0 && matches!(it.way, Way::Rounds(1..) | Way::PaceAfter(_) | Way::PostCopyAfter)
-    };
+    let waits =
+        |it: &Choice| it.exceeds <= 0.0 && matches!(it.way, Way::Rounds(1..) | Way::PaceAfter(_) | Way::PostCopyAfter);
     let mut least = [f64::INFINITY; 3];
     for choice in choices.iter().filter(|it| waits(it)) {
         for (least, harm) in least.iter_mut().zip(choice.prediction.harms(prefer)) {

@@ -280,7 +280,8 @@ mod tests {
     }
 
     #[test]
-    fn the_beginning_of_a_first_round_tells_what_later_rounds_leave_of_a_guest_that_has_been_everywhere_and_one_that_has_not() {
+    fn the_beginning_of_a_first_round_tells_what_later_rounds_leave_of_a_guest_that_has_been_everywhere_and_one_that_has_not()
+     {
         let uniform = |t: f64| 2e8 * (1.0 - (-t / 2.0).exp());
         let sweep = |t: f64| t * 2e6;
         let hot_cold = |t: f64| 3e7 * (1.0 - (-t * 5.0).exp()) + 1e8 * (1.0 - (-t / 50.0).exp());

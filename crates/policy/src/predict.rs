@@ -290,11 +290,10 @@ impl Outlook {
 
     fn throttle(&self, share: f64, fits: f64, luck: Luck) -> Play {
         // It takes effect at a scan.
-        let mut play =
-            self.slowing(fits, luck, false, |_, takes| {
-                let works = takes * (1.0 - share);
-                (luck.of(self.dirty.after(works)), works)
-            });
+        let mut play = self.slowing(fits, luck, false, |_, takes| {
+            let works = takes * (1.0 - share);
+            (luck.of(self.dirty.after(works)), works)
+        });
         play.felt.stall = TIMESLICE * share / (1.0 - share).max(0.01);
         play
     }
