@@ -4,7 +4,7 @@
 //! slowed down is not got back. So a switch is judged by its bad luck and the others by what is likeliest. And in the first
 //! round, of which only the beginning was seen, ways that do nothing before its end are worth what the best of them is worth
 //! with each luck, as by then it is known which: to wait is to keep the choice. It takes more than a wavering prediction to
-//! give that up.
+//! give that up, or one that is the same with any luck.
 
 use crate::harm::Felt;
 use crate::predict::{Outlook, Prediction, Way, predict};
@@ -12,7 +12,7 @@ use crate::{Observation, Preference};
 
 /// How likely good luck is, the usual one and bad.
 const LUCK: [f64; 3] = [0.25, 0.5, 0.25];
-/// What is done before the first round ends has to be better than to wait by this share.
+/// What is done before the first round ends has to be better than to wait by this share, unless it is with any luck.
 const HASTE: f64 = 0.8;
 /// Ways that exceed the downtime are alike up to this factor: rounds that cost minutes each are not for a hundredth less.
 const ALIKE: f64 = 1.25;
@@ -83,8 +83,11 @@ fn keep_the_choice(choices: &mut [Choice], prefer: Preference) {
             *least = least.min(harm);
         }
     }
+    // What is better with any luck is better.
+    let is_better = |it: &Choice| it.prediction.harms(prefer).iter().zip(least).all(|(harm, least)| *harm < least);
+    let haste = if choices.iter().any(|it| it.exceeds <= 0.0 && is_better(it)) { 1.0 } else { HASTE };
     for choice in choices.iter_mut().filter(|it| waits(it)) {
-        choice.harm = expected(least) * HASTE;
+        choice.harm = expected(least) * haste;
     }
 }
 
