@@ -278,6 +278,19 @@ install_nbd_peers() {
         say "no ${missing[*]}: nothing is tried with them"
 }
 
+# Storage that QEMU speaks to itself: tests skip what is missing. Where systemd runs it would start these servers.
+install_storages() {
+    local missing=()
+    dpkg-query --show qemu-block-extra >/dev/null 2>&1 || missing+=(qemu-block-extra)
+    if [ ! -d /run/systemd/system ]; then
+        has tgtd || missing+=(tgt)
+        has ganesha.nfsd || missing+=(nfs-ganesha nfs-ganesha-vfs rpcbind)
+    fi
+    [ ${#missing[@]} = 0 ] ||
+        (install_packages "tests move disks to iSCSI and NFS" "${missing[@]}") ||
+        say "no ${missing[*]}: no disk is moved there"
+}
+
 # A guest with a file system and fio on it.
 build_fio_guest() {
     [ ! -s target/guest/fio.gz ] || return 0
@@ -315,5 +328,6 @@ if [ "$for_tests" = yes ]; then
     install_browser
     install_tpm
     install_nbd_peers
+    install_storages
     build_fio_guest
 fi

@@ -17,10 +17,10 @@ use crate::machines::{MONITOR, monitor, order};
 const MIB: u64 = 1 << 20;
 /// What the guest uses of its disk, and all of it.
 const USED: u64 = 16 * MIB;
-const SIZE: u64 = 64 * MIB;
+pub(crate) const SIZE: u64 = 64 * MIB;
 
 /// A guest and the folder that its disk is in.
-struct Moving {
+pub(crate) struct Moving {
     bed: Bed,
     folder: tempfile::TempDir,
 }
@@ -33,7 +33,7 @@ impl std::ops::Deref for Moving {
 }
 
 /// With a disk in `a.raw`, of which some MiB are zeroes that take room.
-async fn start(options: TestbedOptions, words: impl FnOnce(&Path) -> Vec<String>) -> Moving {
+pub(crate) async fn start(options: TestbedOptions, words: impl FnOnce(&Path) -> Vec<String>) -> Moving {
     let folder = tempfile::tempdir().expect("a folder");
     let disk = folder.path().join("a.raw");
     std::fs::write(&disk, vec![0; (USED + 8 * MIB) as usize]).expect("written");
@@ -45,12 +45,12 @@ async fn start(options: TestbedOptions, words: impl FnOnce(&Path) -> Vec<String>
     Moving { bed, folder }
 }
 
-fn as_drive(disk: &Path) -> Vec<String> {
+pub(crate) fn as_drive(disk: &Path) -> Vec<String> {
     vec!["-drive".into(), format!("file={},format=raw,if=virtio,cache=none,aio=native", disk.display())]
 }
 
 /// Nodes of their own, and a thread of its own.
-fn as_nodes(disk: &Path) -> Vec<String> {
+pub(crate) fn as_nodes(disk: &Path) -> Vec<String> {
     [
         "-object",
         "iothread,id=io0",
@@ -71,7 +71,7 @@ impl Moving {
     }
 
     /// `vmferry disk move` of its disk, with more arguments.
-    async fn move_to(&self, to: &str, more: &[&str]) -> Output {
+    pub(crate) async fn move_to(&self, to: &str, more: &[&str]) -> Output {
         let arguments: Vec<&str> = ["disk", "move", VM, "virtio0", "--to", to].iter().chain(more).copied().collect();
         self.alpha().vmferry(&arguments).await.expect("vmferry runs")
     }
@@ -87,7 +87,7 @@ impl Moving {
         assert!(to.ends_with("a.raw") || argv.contains(&disk.file), "{argv}");
     }
 
-    async fn disk(&self, host: usize) -> DiskView {
+    pub(crate) async fn disk(&self, host: usize) -> DiskView {
         let host = [self.alpha(), self.beta()][host];
         let listed = host.vmferry(&["disk", "list", VM, "--json"]).await.expect("vmferry runs");
         let all: Vec<DiskView> = serde_json::from_slice(&listed.stdout).unwrap_or_else(|_| panic!("{}", text(&listed)));
@@ -134,7 +134,7 @@ impl Moving {
         .await;
     }
 
-    async fn kill_qemu(&self, host: usize) {
+    pub(crate) async fn kill_qemu(&self, host: usize) {
         let pid = rustix::process::Pid::from_raw(self.view(host).await.pid as i32).expect("a pid");
         rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("killed");
         self.eventually("it is shown as ended", async || self.view(host).await.state == "ended").await;
@@ -351,76 +351,6 @@ async fn a_place_that_cannot_be_is_refused_before_anything_is_made() {
     assert!(listed.lines().any(|line| line.contains("ide2-cd0") && line.contains("read-only")), "{listed}");
     assert!(!Path::new(&new).exists());
     moving.assert_disk_works_on(0).await;
-}
-
-/// An iSCSI server with one LUN; none where it is not installed.
-struct Lun {
-    server: std::process::Child,
-    socket: PathBuf,
-    url: String,
-}
-
-impl Lun {
-    const TARGET: &str = "iqn.2026-11.org.example:web1";
-
-    fn serve(folder: &Path) -> Option<Self> {
-        let free = std::net::TcpListener::bind("127.0.0.1:0").and_then(|it| it.local_addr()).expect("a port");
-        let socket = folder.join("tgt");
-        let mut command = std::process::Command::new("tgtd");
-        command.args(["-f", "--iscsi", &format!("portal={free}")]).env("TGT_IPC_SOCKET", &socket);
-        let server = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().ok()?;
-        let lun = Self { server, socket, url: format!("iscsi://{free}/{}/1", Self::TARGET) };
-        let image = folder.join("lun.raw");
-        std::fs::File::create(&image).and_then(|file| file.set_len(SIZE)).expect("written");
-        let image = image.display().to_string();
-        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
-        while !lun.admin(&["--op", "new", "--mode", "target", "--tid", "1", "-T", Self::TARGET]) {
-            assert!(std::time::Instant::now() < deadline, "tgtd does not answer");
-            std::thread::sleep(std::time::Duration::from_millis(50));
-        }
-        assert!(lun.admin(&["--op", "new", "--mode", "logicalunit", "--tid", "1", "--lun", "1", "-b", &image]));
-        assert!(lun.admin(&["--op", "bind", "--mode", "target", "--tid", "1", "-I", "ALL"]));
-        Some(lun)
-    }
-
-    fn admin(&self, words: &[&str]) -> bool {
-        let mut command = std::process::Command::new("tgtadm");
-        command.args(["--lld", "iscsi"]).args(words).env("TGT_IPC_SOCKET", &self.socket);
-        command.stderr(Stdio::null()).status().is_ok_and(|it| it.success())
-    }
-}
-
-impl Drop for Lun {
-    fn drop(&mut self) {
-        // It waits for its initiators otherwise.
-        let _ = self.server.kill();
-        let _ = self.server.wait();
-    }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_disk_moves_to_iscsi_and_its_guest_starts_again_from_there() {
-    let folder = tempfile::tempdir().expect("a folder");
-    let Some(lun) = Lun::serve(folder.path()) else {
-        eprintln!("not run: there is no tgtd");
-        return;
-    };
-    for words in [as_drive as fn(&Path) -> Vec<String>, as_nodes] {
-        let moving = start(external(0, 0), words).await;
-        let moved = moving.move_to(&lun.url, &[]).await;
-        if text(&moved).contains("Unknown driver") {
-            eprintln!("not run: this QEMU has no iSCSI");
-            return;
-        }
-        assert_success(&moved, &moving);
-        moving.assert_disk_works_on(0).await;
-        let disk = moving.disk(0).await;
-        assert!(disk.file.contains(Lun::TARGET) && disk.size == Some(SIZE), "{disk:?}");
-        moving.kill_qemu(0).await;
-        assert!(moving.disk(0).await.file.contains("iscsi"));
-        assert_success(&moving.alpha().vmferry(&["start", VM]).await.expect("vmferry runs"), &moving);
-        assert_eq!(moving.disk(0).await.file, disk.file);
-    }
 }
 
 /// A file system of this size, until this is dropped.

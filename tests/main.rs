@@ -31,6 +31,7 @@ mod proxy;
 mod queue;
 mod refusals;
 mod states;
+mod storages;
 mod torture;
 mod trust;
 mod tune;

@@ -217,7 +217,8 @@ async fn nothing_is_left(
         loop {
             let now = descriptors(run.host(host));
             let count = |all: &BTreeMap<String, usize>| all.values().sum::<usize>();
-            let none_of = ["userfaultfd", "memfd"].iter().all(|kind| now.get(*kind).is_none_or(|left| *left == 0));
+            let none_of =
+                ["userfaultfd", "vmferry-ram"].iter().all(|kind| now.get(*kind).is_none_or(|left| *left == 0));
             if count(&now) <= count(like(host)) + MORE_DESCRIPTORS && (none_of || Some(host) == owner) {
                 break;
             }
@@ -237,7 +238,7 @@ fn descriptors(host: &Host) -> BTreeMap<String, usize> {
     let Some(pid) = host.agent_pid() else { return kinds };
     for file in std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten() {
         let target = std::fs::read_link(file.path()).unwrap_or_default().display().to_string();
-        let kind = ["userfaultfd", "memfd", "pidfd", "socket", "pipe", "eventpoll", "eventfd"]
+        let kind = ["userfaultfd", "vmferry-ram", "pidfd", "socket", "pipe", "eventpoll", "eventfd"]
             .into_iter()
             .find(|kind| target.contains(kind))
             .unwrap_or("file");

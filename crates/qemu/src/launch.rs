@@ -3,8 +3,10 @@
 //! It gets a session of its own, its output goes to a log file, and it is told nothing when we end. Until it answers on
 //! QMP it is ours, and dropping the launch ends it.
 
+mod guest_ram;
 mod plan;
 
+pub use guest_ram::guest_ram;
 pub use plan::{Incoming, LaunchPlan, LaunchSettings, chosen_accelerator, plan_launch, wants_shared_ram, without_ours};
 
 use std::fs::{File, OpenOptions};
@@ -86,14 +88,9 @@ pub enum LaunchError {
     },
 }
 
-/// An empty memfd, for [`LaunchSettings::shared_ram`] and [`launch`].
-pub fn ram_memfd() -> std::io::Result<OwnedFd> {
-    Ok(rustix::fs::memfd_create("vmferry-ram", rustix::fs::MemfdFlags::CLOEXEC)?)
-}
-
 /// Starts what was planned, in this folder, and waits until it answers on QMP, however long that takes, while it gets on:
 /// one that has hundreds of GiB to allocate takes minutes. One that does nothing for as long as `patience` is given up. It
-/// inherits `ram`, the memfd that was planned with. Dropping the future ends the QEMU.
+/// inherits `ram`, the file that was planned with. Dropping the future ends the QEMU.
 pub async fn launch(
     binary: &Path,
     plan: &LaunchPlan,

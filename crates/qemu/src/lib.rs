@@ -32,7 +32,7 @@ pub use images::{DiskImage, WrittenImage, disk_images, written_images};
 pub use inventory::{Inventory, Layer};
 pub use io_limits::IoLimits;
 pub use launch::{
-    Incoming, LaunchError, LaunchPlan, LaunchSettings, Launched, chosen_accelerator, launch, plan_launch, ram_memfd,
+    Incoming, LaunchError, LaunchPlan, LaunchSettings, Launched, chosen_accelerator, guest_ram, launch, plan_launch,
     wants_shared_ram, without_ours,
 };
 pub use process::{end_with_us, is_same_process, kill_process, process_command_line, process_cwd, process_start_time};

@@ -76,7 +76,7 @@ impl<'a> Wish<'a> {
 async fn try_start(qemu: &Path, wish: Wish<'_>) -> Result<Vm, LaunchError> {
     let dir = tempfile::tempdir().unwrap();
     let argv: Vec<String> = format!("qemu-system-x86_64 {}", wish.line).split_whitespace().map(str::to_owned).collect();
-    let ram = wish.shared_ram.then(|| ram_memfd().unwrap());
+    let ram = wish.shared_ram.then(|| guest_ram().unwrap());
     let settings = LaunchSettings {
         name: "web1",
         run_dir: dir.path(),
@@ -398,13 +398,13 @@ async fn ordinary_command_lines_start_as_planned() {
 const NO_SOUND: &str = "-audiodev none,id=nosound";
 
 #[tokio::test]
-async fn shared_ram_is_a_memfd_and_everything_else_stays() {
+async fn shared_ram_is_ours_and_everything_else_stays() {
     with_each_qemu(|qemu| async move {
         for line in ["-m 64 -M q35,smm=off", "-m 64", "-M pc -m 32,slots=2,maxmem=128M", ""] {
             let full = format!("{line} -S {NO_SOUND}");
             let vm = try_start(&qemu, Wish { shared_ram: true, ..Wish::new(&full) }).await.unwrap();
             let maps = std::fs::read_to_string(format!("/proc/{}/maps", vm.launched.pid)).unwrap();
-            let ram = maps.lines().find(|map| map.contains("memfd:")).unwrap_or_else(|| panic!("{line}: no memfd"));
+            let ram = maps.lines().find(|map| map.contains("vmferry-ram")).unwrap_or_else(|| panic!("{line}: {maps}"));
             assert!(ram.contains(" rw-s "), "{line}: {ram}");
             let qmp = &vm.launched.qmp;
             let memdev = &qmp.execute(QueryMemdev {}).await.unwrap()[0];

@@ -66,12 +66,10 @@
 //! A process that is killed while a thread of QEMU makes our system call for it leaves that thread astray; that is the agent
 //! only where it has no other to do it ([`trace_by`]). Huge pages of hugetlbfs are refused.
 //!
-//! Shared RAM costs a guest the huge pages that anonymous RAM has where `transparent_hugepage/enabled` is `madvise`: under
-//! TCG a guest that rewrites memory had 0.96 of its speed (docs/FIGURES.md); under KVM it may be more. Shared memory has a
-//! setting of its own, `transparent_hugepage/shmem_enabled`. With `advise` there, QEMU's RAM had no huge pages here.
-//! In post-copy pages are placed one by one, so that huge ones would be split in any case. Where that setting is `within_size`
-//! or `always`, pages that arrive before the guest are in huge ones, and writing a GiB of them took 0.13 s of a processor here
-//! instead of 0.6.
+//! Shared memory has huge pages where its tmpfs was mounted with `huge=`, as that of guests that vmferry starts is, or where
+//! `transparent_hugepage/shmem_enabled` says so (with `advise`, QEMU's RAM had none here). Pages that arrive before the guest
+//! are in huge ones then, at half the cost. When the guest's writes begin to be noted, and where pages are taken away for
+//! post-copy, they are split: 13 us each.
 //!
 //! Addresses are nobody's business but this crate's: callers name a [`Block`] by its place in [`GuestRam::blocks`], and
 //! offsets within it in bytes.

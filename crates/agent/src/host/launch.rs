@@ -34,7 +34,7 @@ impl Host {
         make_private_dir(&dir)?;
         let (id, incoming) = incoming.unzip();
         let ram = match spec.shared_ram {
-            true => Some(vmferry_qemu::ram_memfd().map_err(AgentError::io("memfd"))?),
+            true => Some(vmferry_qemu::guest_ram().map_err(AgentError::io("the guest's RAM"))?),
             false => None,
         };
         let shared_ram = ram.as_ref().map(AsRawFd::as_raw_fd);

@@ -42,11 +42,11 @@ pub struct LaunchSettings<'a> {
     pub run_dir: &'a Path,
     /// What the host can do.
     pub accel: Accel,
-    /// Put the guest's RAM into this memfd of the caller's, where the command line leaves that open; QEMU inherits the
+    /// Put the guest's RAM into this file of the caller's ([`guest_ram`](super::guest_ram)), where the command line leaves that open; QEMU inherits the
     /// descriptor. Source and destination must agree: the RAM has another name in the migration then.
     ///
     /// It is given to QEMU as a file with a path, since QEMU 8.1 and newer leave only such RAM out of a migration
-    /// (`x-ignore-shared`), and not a memfd that they made themselves.
+    /// (`x-ignore-shared`), and not memory that they made themselves.
     pub shared_ram: Option<RawFd>,
     /// It waits for a guest.
     pub incoming: Option<Incoming>,
@@ -67,7 +67,7 @@ pub fn wants_shared_ram(command: &CommandLine) -> bool {
 }
 
 /// The command line that a VM was launched with, from that of its QEMU: what a plan of ours has added is taken out again,
-/// as it would not be right anywhere else. Tells also whether its RAM was put into a memfd. Another QEMU's stays as it is.
+/// as it would not be right anywhere else. Tells also whether its RAM was put into a file of ours. Another QEMU's stays as it is.
 pub fn without_ours(command: &CommandLine) -> (Vec<String>, bool) {
     let is = |option: &CommandOption, key: &str, value: &str| option.properties().get(key) == Some(value);
     let ours = command.all("chardev").find(|option| is(option, "id", QMP));
@@ -376,9 +376,9 @@ impl Planner<'_> {
         if !command.has("name") {
             self.add("-name", &format!("guest={}", escape_commas(self.settings.name)));
         }
-        if let Some(memfd) = self.settings.shared_ram.filter(|_| wants_shared_ram(command)) {
+        if let Some(file) = self.settings.shared_ram.filter(|_| wants_shared_ram(command)) {
             let size = command.memory_size()?;
-            let path = format!("/proc/self/fd/{memfd}");
+            let path = format!("/proc/self/fd/{file}");
             self.add("-object", &format!("memory-backend-file,id={RAM},mem-path={path},size={size},share=on"));
             self.add("-machine", &format!("memory-backend={RAM}"));
         }
