@@ -30,7 +30,7 @@ fn engine() -> impl Strategy<Value = Engine> {
     prop_oneof![Just(Engine::external()), Just(Engine::qemu())]
 }
 
-/// So many, the same each time. Of 4000 others one was known to fail: seed 3600919773 does not end in the simulator's time.
+/// So many, the same each time.
 fn cases(cases: u32) -> ProptestConfig {
     ProptestConfig { cases, rng_seed: RngSeed::Fixed(1), failure_persistence: None, ..ProptestConfig::default() }
 }
@@ -127,9 +127,9 @@ proptest! {
     }
 }
 
-/// Not never: seed 3362168598 without post-copy (a sweep of 34 GiB) is worse by four fifths.
+/// Not quite never: of 4000 others two are.
 #[test]
-fn a_link_half_as_fast_again_is_hardly_ever_worse_by_more_than_a_tenth() {
+fn a_link_half_as_fast_again_is_not_worse_by_more_than_a_tenth() {
     let mut worse = Vec::new();
     for (seed, post_copy) in (0..100).flat_map(|seed| [(seed, true), (seed, false)]) {
         let case = steady(seed, Limits { post_copy, ..Limits::default() });
@@ -140,7 +140,7 @@ fn a_link_half_as_fast_again_is_hardly_ever_worse_by_more_than_a_tenth() {
             worse.push(format!("{}: {} and {}", case.name, harm(&faster), harm(&case)));
         }
     }
-    assert!(worse.len() <= 4, "of 200: {worse:#?}");
+    assert!(worse.is_empty(), "of 200: {worse:#?}");
 }
 
 #[test]

@@ -90,6 +90,9 @@ mod tests {
         json!({"settings": {"ram": 1u64 << 30, "vcpus": 2}, "rounds": [round.clone(), round]})
     }
 
+    /// How a sound one is made, what looks at it, and at which numbers.
+    type Whole = (fn() -> Value, fn(&Value) -> Result<(), String>, &'static [Number]);
+
     /// The place of the last of what this leads to.
     fn at<'a>(value: &'a mut Value, path: &str) -> &'a mut Value {
         path.split('.').fold(value, |here, step| match step.strip_suffix("[]") {
@@ -101,7 +104,6 @@ mod tests {
     #[test]
     fn each_number_that_is_missing_or_makes_no_sense_is_refused_by_its_name() {
         assert_eq!((of_a_plan(&plan()), of_a_report(&report())), (Ok(()), Ok(())));
-        type Whole = (fn() -> Value, fn(&Value) -> Result<(), String>, &'static [Number]);
         let wholes: [Whole; 2] = [(plan, of_a_plan, &OF_A_PLAN), (report, of_a_report, &OF_A_REPORT)];
         for (make, check, numbers) in wholes {
             for (path, sane) in numbers {
