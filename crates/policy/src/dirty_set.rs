@@ -40,6 +40,10 @@ const SAME: f64 = 1.3;
 const MOST: usize = 8;
 /// The exponent of the power law while one measurement is all there is: towards shorter rounds, and longer ones.
 const ALONE: (f64, f64) = (0.8, 0.6);
+/// Between two sums of a first round there is at least this factor: the difference of two that are near tells little.
+const APART: f64 = 1.5;
+/// How fast the exponent may fall beyond what was measured.
+const FALLS: (f64, f64) = (0.1, 2.0);
 /// Shorter intervals tell nothing, in seconds.
 const LEAST: f64 = 1e-4;
 
@@ -50,6 +54,8 @@ pub struct DirtySet {
     points: Vec<(f64, f64)>,
     /// The guest has no more.
     total: f64,
+    /// Of a first round: when, and what it left by then.
+    means: Vec<(f64, f64)>,
     /// The interval of the measurement that goes on.
     going_on: Option<f64>,
 }
@@ -57,7 +63,7 @@ pub struct DirtySet {
 impl DirtySet {
     /// Of a guest with so much RAM of which nothing is known.
     pub fn of(total: f64) -> Self {
-        Self { points: Vec::new(), total: total.max(0.0), going_on: None }
+        Self { total: total.max(0.0), ..Self::default() }
     }
 
     /// The guest's RAM.
@@ -78,21 +84,36 @@ impl DirtySet {
         self.take(interval, left);
     }
 
-    /// A round that is not over would leave so much if it were, as of this length: to be said again and again as it goes
-    /// on. Some of these measurements are kept, since they are of one guest at different intervals.
-    pub fn follow(&mut self, interval: f64, left: f64) {
-        if let Some(head) = self.going_on {
-            let has_near = self.points.iter().any(|(at, _)| *at < head && head / at < SAME);
-            if has_near {
-                self.points.retain(|(at, _)| at.total_cmp(&head).is_ne());
+    /// A first round has left so much by now, or of so much as it has sent so far would leave of all: to be said again and
+    /// again as it goes on, and when it is over. Each page was watched since it was sent, so that this is the mean of what
+    /// rounds leave that are not as long: of two such sums the difference tells what one between both leaves.
+    pub fn follow(&mut self, elapsed: f64, left: f64) {
+        let elapsed = elapsed.max(LEAST);
+        if !(elapsed.is_finite() && left.is_finite()) || left < 0.0 {
+            return;
+        }
+        let mean = left.min(self.total);
+        if self.means.last().is_some_and(|(before, _)| *before >= elapsed) {
+            self.means.clear();
+        }
+        if let Some(head) = self.going_on.take() {
+            self.points.retain(|(at, _)| at.total_cmp(&head).is_ne());
+        }
+        let (at, left) = match self.means.last() {
+            Some(&before) => {
+                // Of a power law the mean up to t is its value there by one more than its exponent.
+                let power = exponent(before, (elapsed, mean));
+                ((before.0 * elapsed).sqrt(), (before.1 * mean).sqrt() * (1.0 + power))
             }
+            None => (elapsed / 2.0, mean),
+        };
+        self.points.retain(|(before, _)| *before < at || *before > at * SAME);
+        self.take(at, left);
+        if self.means.last().is_none_or(|(before, _)| elapsed >= before * APART) {
+            self.means.push((elapsed, mean));
+        } else {
+            self.going_on = Some(at);
         }
-        let interval = interval.max(LEAST);
-        if self.points.iter().any(|(at, _)| *at >= interval) {
-            return self.learn(interval, left);
-        }
-        self.going_on = Some(interval);
-        self.take(interval, left);
     }
 
     fn take(&mut self, interval: f64, left: f64) {
@@ -152,15 +173,33 @@ impl DirtySet {
                 };
                 Range { low: w1 * t / t1, mid: w1 * (t / t1).powf(power), high: w1 * (t / t1).powf(power * 0.7) }
             }
-            (Some((t0, w0)), None) => {
-                let power = match self.points.len().checked_sub(2) {
-                    Some(second) => exponent(self.points[second], (t0, w0)) * 0.75,
-                    None => ALONE.1,
-                };
-                Range { low: w0, mid: w0 * (t / t0).powf(power), high: w0 * t / t0 }
-            }
+            (Some((t0, w0)), None) => self.beyond(t, (t0, w0)),
         };
         range.at_most(self.total)
+    }
+
+    /// What a round leaves that is longer than the longest that was measured.
+    fn beyond(&self, t: f64, (t0, w0): (f64, f64)) -> Range {
+        let longer = t / t0;
+        let before: Vec<(f64, f64)> = self.points.iter().rev().skip(1).take(2).copied().collect();
+        let Some(&(t1, w1)) = before.first() else {
+            return Range { low: w0, mid: w0 * longer.powf(ALONE.1), high: w0 * longer };
+        };
+        let power = exponent((t1, w1), (t0, w0));
+        // How fast the exponent falls, by the logarithm of the time: that of a guest that has been everywhere does.
+        let falls = match before.get(1) {
+            Some(&(t2, w2)) => {
+                let (earlier, apart) = (exponent((t2, w2), (t1, w1)), (t0 / t2).ln() / 2.0);
+                let falls = (earlier.max(0.01) / power.max(0.001)).ln() / apart;
+                if falls.is_finite() { falls.clamp(FALLS.0, FALLS.1) } else { FALLS.0 }
+            }
+            None => FALLS.0 * 2.0,
+        };
+        let power = power * (-falls * (t0 / t1).ln() / 2.0).exp();
+        let mid = w0 * (power * -(-falls * longer.ln()).exp_m1() / falls).exp();
+        // It is concave: no higher than the chord goes on.
+        let high = (w0 + (w0 - w1) / (t0 - t1) * (t - t0)).min(w0 * longer);
+        Range { low: w0, mid: mid.min(high), high }
     }
 
     /// How fast pages become stale in short rounds, in bytes a second: as much as was seen, or what follows of it.
@@ -232,7 +271,46 @@ mod tests {
         assert!(hot.after(60.0).mid < 6e7, "{:?}", hot.after(60.0));
         assert!(hot.points.len() <= MOST);
         hot.follow(1.0, 1e6);
-        assert!(hot.after(1.0).mid < 1.1e6, "it goes backwards");
+        assert!(hot.after(1.0).high < 2.1e6, "it goes backwards: {:?}", hot.after(1.0));
+    }
+
+    /// Each page is watched from when it was sent: what is seen of a round of `t` is the mean of what rounds up to `t` leave.
+    fn mean(truth: impl Fn(f64) -> f64, t: f64) -> f64 {
+        (0..1000).map(|step| truth(t * (f64::from(step) + 0.5) / 1000.0)).sum::<f64>() / 1000.0
+    }
+
+    #[test]
+    fn the_beginning_of_a_first_round_tells_what_later_rounds_leave_of_a_guest_that_has_been_everywhere_and_one_that_has_not()
+     {
+        let uniform = |t: f64| 2e8 * (1.0 - (-t / 2.0).exp());
+        let sweep = |t: f64| t * 2e6;
+        let hot_cold = |t: f64| 3e7 * (1.0 - (-t * 5.0).exp()) + 1e8 * (1.0 - (-t / 50.0).exp());
+        let guests: [(&dyn Fn(f64) -> f64, f64); 3] = [(&uniform, 1.1), (&sweep, 1.5), (&hot_cold, 1.5)];
+        for (which, (truth, near)) in guests.into_iter().enumerate() {
+            let mut set = DirtySet::of(GIB);
+            for tick in 1..=100 {
+                let t = f64::from(tick) / 10.0;
+                set.follow(t, mean(truth, t));
+            }
+            for t in [3.0, 8.0, 20.0, 100.0] {
+                let (range, is) = (set.after(t), truth(t));
+                assert!(range.mid < is * near && range.mid > is / near, "{which}, {t}: {range:?}, {is}");
+                assert!(range.high > is * 0.9, "{which}, {t}: {range:?}, {is}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_burst_at_the_end_of_what_was_seen_is_not_taken_for_how_it_goes_on() {
+        let mut set = DirtySet::of(8.0 * GIB);
+        // A hundred times as fast for the last tenth of the time.
+        let written = |t: f64| 1e6 * t + 1e8 * (t - 9.0).max(0.0);
+        for tick in 1..=100 {
+            let t = f64::from(tick) / 10.0;
+            set.follow(t, mean(written, t));
+        }
+        let (after, as_fast) = (set.after(200.0).mid, 1e8 * 200.0);
+        assert!(after < as_fast / 20.0 && after > 1e6 * 200.0 / 2.0, "{after}");
     }
 
     #[test]

@@ -2,9 +2,8 @@
 //!
 //! Whenever something new is known (a scan, or in the first round how much of what was sent is stale), it plays each way
 //! forward ([`predict`](crate::predict)), leaves out those that would exceed a limit, and takes the one with the least
-//! [harm](crate::harm). Another round, pacing and throttling can be thought better of at the next scan; a switch cannot.
-//! So a switch is judged by its bad luck and the others by what is likeliest, and while the link has just collapsed
-//! nothing is done that cannot be taken back.
+//! [harm](crate::harm); choices.rs has the order. While the link has just collapsed nothing is done that cannot be taken
+//! back.
 //!
 //! What it is told may be missing, zero, or go backwards: then it waits and says so. It always ends: rounds that lead
 //! nowhere are counted, and when there are enough of them only ways are left that end the migration.
@@ -13,8 +12,8 @@ use std::collections::VecDeque;
 use std::fmt::Write;
 use std::time::Duration;
 
-use crate::harm::Felt;
-use crate::predict::{Outlook, Prediction, Way, predict};
+use crate::choices::{Choice, in_order};
+use crate::predict::{First, Outlook, Way, predict};
 use crate::units::seconds;
 use crate::{
     Action, Bytes, BytesPerSec, DirtySet, Limits, LinkRate, Observation, Otherwise, Percent, Phase, Policy, Reason,
@@ -65,8 +64,6 @@ pub struct LeastHarm {
     allowed: f64,
     paced: Percent,
     throttled: Percent,
-    /// The hardest throttle so far.
-    hardest: Percent,
     /// What was seen of the last two when it was looked last.
     slowed: Percent,
     /// What is still to be said.
@@ -91,16 +88,6 @@ struct Decided {
     leaves: f64,
     limits: Limits,
     way: Way,
-}
-
-/// A way and what it would do.
-#[derive(Clone, Copy)]
-struct Choice {
-    way: Way,
-    prediction: Prediction,
-    /// By how much limits would be exceeded; 0 when they are kept.
-    exceeds: f64,
-    harm: f64,
 }
 
 impl Policy for LeastHarm {
@@ -154,7 +141,11 @@ impl LeastHarm {
         if is_free {
             // The throttle is taken up at a scan: until this one it was as it was seen before.
             let wrote = if self.throttled.0 > 0 { 1.0 - throttled.share().min(0.99) } else { 1.0 };
-            dirty.learn(scan.interval.as_secs_f64() * wrote, left);
+            match seen.round {
+                // The scan that ends the first round.
+                2 => dirty.follow(scan.interval.as_secs_f64() * wrote, left),
+                _ => dirty.learn(scan.interval.as_secs_f64() * wrote, left),
+            }
         }
         self.scanned = now;
         self.scans += 1;
@@ -207,7 +198,7 @@ impl LeastHarm {
     fn leaves(&self, seen: &Observation) -> f64 {
         let dirty = self.dirty.as_ref().filter(|dirty| seen.round <= 1 && !dirty.is_unknown());
         let takes = seen.total.time_at(seen.link_rate).unwrap_or_default();
-        dirty.map_or(-1.0, |dirty| dirty.after(takes.as_secs_f64()).mid)
+        dirty.map_or(-1.0, |dirty| dirty.after(takes.as_secs_f64() / 2.0).mid)
     }
 
     fn outlook(&self, seen: &Observation) -> Outlook {
@@ -220,7 +211,7 @@ impl LeastHarm {
             elapsed,
             left: if first && done > 0.0 && seen.sent.0 > 0 { left * not_zero.max(0.01) } else { left },
             age: if first { elapsed } else { (elapsed - self.scanned).max(0.0) },
-            stale: first.then_some(seen.stale.0 as f64),
+            first: first.then(|| First { share: done / total.max(1.0), stale: seen.stale.0 as f64 }),
             rest_of_round: (first && done > 0.0).then(|| elapsed * left / done),
             dirty: self.dirty.clone().unwrap_or_default(),
             link: self.link.range(),
@@ -266,8 +257,7 @@ impl LeastHarm {
             // QEMU takes a throttle up at a scan, and there is none in the first round.
             if seen.means.throttle && !is_first {
                 let most = THROTTLES.iter().filter(|it| **it <= seen.limits.slow.0);
-                let tried = if leads_nowhere { self.hardest.0 } else { 0 };
-                let others = most.filter(|it| **it > tried && **it != self.throttled.0);
+                let others = most.filter(|it| **it > self.throttled.0);
                 ways.extend(others.map(|it| Way::Throttle(Percent(*it))));
             }
         }
@@ -289,12 +279,7 @@ impl LeastHarm {
             return self.end(Action::GiveUp(Reason::OutOfTime { allowed }), format!("{now:.1} s: out of time"));
         }
         let outlook = self.outlook(seen);
-        let mut choices: Vec<Choice> =
-            self.ways(seen, &outlook).into_iter().map(|way| weigh(way, seen, &outlook)).collect();
-        let worse = |a: &Choice, b: &Choice| {
-            (a.exceeds, a.harm).partial_cmp(&(b.exceeds, b.harm)).unwrap_or(std::cmp::Ordering::Equal)
-        };
-        choices.sort_by(worse);
+        let mut choices = in_order(self.ways(seen, &outlook), seen, &outlook);
         // Nobody has seen what it writes: no reason for anything else but what time is left.
         if outlook.dirty.is_unknown() {
             let next = choices.iter().position(|it| it.way == Way::Rounds(1));
@@ -317,10 +302,22 @@ impl LeastHarm {
         {
             best = *same;
         }
-        if best.exceeds > 0.0 && limits.otherwise == Otherwise::GiveUp && self.gives_up(seen, scanned, &best) {
-            return;
+        if best.exceeds > 0.0 && limits.otherwise == Otherwise::GiveUp {
+            if self.gives_up(seen, scanned, &best) {
+                return;
+            }
+            // Nobody is to stand for longer than is allowed only because it is not certain yet that it cannot be otherwise.
+            if best.way == Way::Rounds(0) {
+                return self.wait_or_end(seen, None, "no way keeps the limits, which is not certain yet");
+            }
         }
-        let is_final = matches!(best.way, Way::PostCopy) || best.way == Way::Rounds(0) && best.exceeds > 0.0;
+        let is_final = match best.way {
+            Way::PostCopy => true,
+            // Once it was slowed down, it is not let go again.
+            Way::Pace(share) => self.paced.0 == 0 || share < self.paced,
+            Way::Rounds(0) => best.exceeds > 0.0,
+            _ => false,
+        };
         if is_final && self.link.has_collapsed() && too_late.is_none() {
             return self.wait_or_end(seen, None, "the link carries much less than it did and may come back");
         }
@@ -337,7 +334,8 @@ impl LeastHarm {
 
     /// Sets the levers to what the way takes.
     fn enact(&mut self, choice: &Choice, seen: &Observation, outlook: &Outlook) {
-        let most = seen.limits.for_pages(&seen.costs).as_secs_f64();
+        // The link may be slower by then than it was measured, if not by much.
+        let most = seen.limits.for_pages(&seen.costs).as_secs_f64() * outlook.link.low / outlook.link.mid.max(1.0);
         let pages = choice.prediction.left.mid / outlook.link.mid.max(1.0) * SLACK;
         match choice.way {
             Way::PostCopy => {
@@ -354,12 +352,9 @@ impl LeastHarm {
                 self.allow(pages.min(most));
             }
             Way::Throttle(share) => {
-                if share != self.throttled {
+                if share > self.throttled {
                     self.throttled = share;
-                    // What was tried already deserves no more patience.
-                    if share > self.hardest {
-                        (self.idle_scans, self.least, self.hardest) = (0, f64::MAX, share);
-                    }
+                    (self.idle_scans, self.least) = (0, f64::MAX);
                     self.queue.push_back(Action::Throttle(share));
                 }
                 self.allow(pages.min(most));
@@ -367,13 +362,16 @@ impl LeastHarm {
             // In the first round there is nothing to switch over to.
             Way::Rounds(_) if seen.round <= 1 => {}
             Way::Rounds(0) if choice.exceeds > 0.0 => self.allow(pages),
+            // It was judged by the slowest that the link may be.
+            Way::Rounds(0) => self.allow(choice.prediction.left.high / outlook.link.low.max(1.0)),
             Way::Rounds(_) => self.allow(pages.min(most)),
         }
     }
 
     fn allow(&mut self, pause: f64) {
         let pause = pause.max(LEAST_PAUSE);
-        if (pause - self.allowed).abs() > self.allowed * 0.1 {
+        // More is never withheld: what is decided to be little enough would be sent again and again.
+        if pause > self.allowed || pause < self.allowed * 0.9 {
             self.allowed = pause;
             self.queue.push_back(Action::Allow(seconds(pause)));
         }
@@ -460,30 +458,6 @@ fn is_early(seen: &Observation) -> bool {
     let takes = seen.total.time_at(seen.link_rate).unwrap_or_default();
     let evidence = takes.mul_f64(EVIDENCE);
     seen.elapsed < evidence && seen.limits.max_time.is_none_or(|most| most > takes.saturating_mul(2))
-}
-
-fn weigh(way: Way, seen: &Observation, outlook: &Outlook) -> Choice {
-    let limits = &seen.limits;
-    let prediction = predict(outlook, way, limits);
-    let (likeliest, worst) = (prediction.likeliest(), prediction.at_worst());
-    let judged = match way {
-        // What can be thought better of may turn out badly, but not take too long for anything else.
-        Way::Rounds(1..) | Way::Pace(_) | Way::PaceAfter(_) | Way::Throttle(_) => {
-            Felt { total: worst.total, ..likeliest }
-        }
-        Way::PostCopyAfter => Felt { total: worst.total, ..likeliest },
-        Way::Rounds(0) => Felt { downtime: worst.downtime, ..likeliest },
-        // Nothing of it depends on what is left but its end.
-        Way::PostCopy => Felt { downtime: 0.0, ..likeliest },
-    };
-    let mut exceeds = judged.exceeds(limits);
-    if prediction.slowed > limits.slow.share() + 1e-9
-        && matches!(way, Way::Pace(_) | Way::PaceAfter(_) | Way::Throttle(_))
-    {
-        exceeds += 100.0;
-    }
-    // Nobody enters post-copy for more downtime than rounds cost.
-    Choice { way, prediction, exceeds, harm: prediction.harm(limits.prefer) }
 }
 
 #[cfg(test)]
@@ -607,7 +581,7 @@ mod tests {
         let mut policy = LeastHarm::default();
         said(&mut policy, &after(2, 80.0, 80_000, 400));
         let words = policy.words().expect("it has decided");
-        assert!(words.starts_with("80.0 s, round 2: 400 MiB left, link 100 MiB/s, dirty 5 MiB/s: "), "{words}");
+        assert!(words.starts_with("80.0 s, round 2: 400 MiB left, link 100 MiB/s, dirty 10 MiB/s: "), "{words}");
         assert!(words.contains("downtime") && words.contains("; rather than ") && !words.contains('\n'), "{words}");
         assert_eq!(policy.words(), None, "once");
     }

@@ -11,6 +11,7 @@
 
 mod after_rounds;
 pub mod baselines;
+mod choices;
 mod dirty_set;
 pub mod harm;
 mod least_harm;

@@ -24,6 +24,8 @@ const JUST_SCANNED: f64 = 0.003;
 const TIMESLICE: f64 = 0.01;
 /// Rounds are not played further than this.
 const MOST_ROUNDS: u32 = 24;
+/// How often it is halved between what a paced guest works at least and at most.
+const HALVINGS: u32 = 10;
 /// A processor that waits for its turn to write stands about as long as so many pages take on the link.
 const WRITERS: f64 = 8.0;
 /// What a guest waits more at worst where its writes begin to be paced than where it turns to post-copy: it took 0.8 to 1.8 s
@@ -39,8 +41,8 @@ pub struct Outlook {
     pub left: f64,
     /// Since the scan that began this round, in seconds.
     pub age: f64,
-    /// What of this round's is sent and stale again, as far as that is known otherwise than by `dirty`.
-    pub stale: Option<f64>,
+    /// The first round goes on.
+    pub first: Option<First>,
     /// How long the rest of the round takes at its own pace, where that is known to be less than what is left says:
     /// pages of zeroes take hardly any time.
     pub rest_of_round: Option<f64>,
@@ -60,6 +62,15 @@ pub struct Outlook {
     pub throttled: f64,
     /// The guest loses this share of its time by that now.
     pub slowed: f64,
+}
+
+/// How far the first round is.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct First {
+    /// Which share of it was sent.
+    pub share: f64,
+    /// What of that is stale again, in bytes.
+    pub stale: f64,
 }
 
 /// A way forward.
@@ -98,6 +109,8 @@ pub struct Prediction {
     pub left: Range,
     /// By which share the guest is slowed down meanwhile.
     pub slowed: f64,
+    /// What the guest feels with good luck, the usual one and bad.
+    pub felt: [Felt; 3],
 }
 
 /// What the guest and the link may turn out to be.
@@ -140,8 +153,11 @@ struct Play {
 impl Outlook {
     /// What is missing at the destination now: what this round has not sent, and what is stale again.
     pub fn missing(&self) -> Range {
-        let stale = self.stale.map_or_else(|| self.dirty.after(self.age), Range::exactly);
-        let stale = if self.age < JUST_SCANNED && self.stale.is_none() { Range::exactly(0.0) } else { stale };
+        let stale = match self.first {
+            Some(first) => Range::exactly(first.stale),
+            None if self.age < JUST_SCANNED => Range::exactly(0.0),
+            None => self.dirty.after(self.age),
+        };
         let most = |value: f64| (self.left + value).min(self.dirty.total().max(self.left));
         Range { low: most(stale.low), mid: most(stale.mid), high: most(stale.high) }
     }
@@ -166,14 +182,14 @@ impl Outlook {
         let rate = luck.rate(self.link);
         let (mut after, mut left, mut bytes) = (0.0, luck.of(self.missing()), 0.0);
         for scan in 0..scans {
-            let (sends, takes, since) = match scan {
-                0 => (self.left, self.rest(rate), self.age),
-                _ => (left, left / rate, 0.0),
+            let (sends, takes) = match scan {
+                0 => (self.left, self.rest(rate)),
+                _ => (left, left / rate),
             };
             let takes = takes + self.round_costs();
             bytes += sends;
             after += takes;
-            left = self.slowed_after(since + takes, luck);
+            left = if scan == 0 { self.leaves(takes, luck) } else { self.slowed_after(takes, luck) };
         }
         let slowed = Play { bytes, felt: Felt { lost: self.slowed * after, ..Felt::default() }, ..Play::default() };
         self.switch(slowed, after, left, rate)
@@ -188,25 +204,62 @@ impl Outlook {
         }
     }
 
+    /// What this round leaves that takes so much longer, as the guest is slowed down now.
+    fn leaves(&self, takes: f64, luck: Luck) -> f64 {
+        let Some(first) = self.first else { return self.slowed_after(self.age + takes, luck) };
+        let adds = self.adds(first, takes * (1.0 - self.throttled), luck);
+        let adds = if self.paced > 0.0 { adds.min(self.paced * takes * luck.rate(self.link)) } else { adds };
+        (first.stale + adds).min(self.dirty.total())
+    }
+
+    /// What becomes stale in the rest of the first round while the guest works for so long. Each page is watched from when it
+    /// was sent on: those that are, for up to its age and this; those that are not yet, for up to this.
+    fn adds(&self, first: First, works: f64, luck: Luck) -> f64 {
+        let sent = self.mean(works, self.age + works, luck) - self.mean(0.0, self.age, luck);
+        (first.share * sent + (1.0 - first.share) * self.mean(0.0, works, luck)).max(0.0)
+    }
+
+    /// What rounds leave, in the mean over all lengths between these. Of what is concave most is at the beginning.
+    fn mean(&self, from: f64, to: f64, luck: Luck) -> f64 {
+        // Gauss and Legendre's four points, from 0 to 1.
+        const POINTS: [(f64, f64); 4] =
+            [(0.069_432, 0.173_927), (0.330_009, 0.326_073), (0.669_991, 0.326_073), (0.930_568, 0.173_927)];
+        let at = |root: f64| luck.of(self.dirty.after(from + (to - from) * root * root));
+        POINTS.iter().map(|(root, weight)| 2.0 * root * weight * at(*root)).sum()
+    }
+
+    /// For how long of this time a guest works that may make only so much stale.
+    fn works(takes: f64, may: f64, stale: impl Fn(f64) -> f64) -> f64 {
+        if stale(takes) <= may {
+            return takes;
+        }
+        let (mut least, mut most) = (0.0, takes);
+        for _ in 0..HALVINGS {
+            let middle = f64::midpoint(least, most);
+            if stale(middle) <= may {
+                least = middle;
+            } else {
+                most = middle;
+            }
+        }
+        f64::midpoint(least, most)
+    }
+
     /// Rounds until what is left fits into this time, with a guest that is slowed down, in this round (`now`) or from the
-    /// next scan on: `leaves` tells what a round leaves, and how fast the guest is meanwhile.
-    fn slowing(&self, fits: f64, luck: Luck, now: bool, leaves: impl Fn(f64) -> (f64, f64)) -> Play {
+    /// next scan on: `leaves` tells what a round leaves, this one (the first of both) or a later one, and for how long of it
+    /// the guest works.
+    fn slowing(&self, fits: f64, luck: Luck, now: bool, leaves: impl Fn(bool, f64) -> (f64, f64)) -> Play {
         let rate = luck.rate(self.link);
         let (mut after, mut left, mut bytes, mut lost) = (0.0, self.left, 0.0, 0.0);
         for round in 0..MOST_ROUNDS {
             let takes = if round == 0 { self.rest(rate) } else { left / rate };
             bytes += left;
             after += takes + self.round_costs();
-            let (next, speed) = match round {
-                0 if !now => (self.slowed_after(self.age + takes, luck), 1.0 - self.slowed),
-                0 => {
-                    // What is stale already is so.
-                    let (next, speed) = leaves(takes);
-                    (next + luck.of(self.missing()) - self.left, speed)
-                }
-                _ => leaves(takes),
+            let (next, works) = match round {
+                0 if !now => (self.leaves(takes, luck), takes * (1.0 - self.slowed)),
+                _ => leaves(round == 0, takes),
             };
-            lost += takes * (1.0 - speed);
+            lost += takes - works;
             left = next;
             if left / rate <= fits {
                 break;
@@ -219,9 +272,16 @@ impl Outlook {
 
     fn pace(&self, share: f64, now: bool, fits: f64, luck: Luck) -> Play {
         let rate = luck.rate(self.link);
-        let mut play = self.slowing(fits, luck, now, |takes| {
-            let (wanted, may) = (luck.of(self.dirty.after(takes)), share * rate * takes);
-            (wanted.min(may), (may / wanted.max(1.0)).min(1.0))
+        let mut play = self.slowing(fits, luck, now, |is_this, takes| {
+            let may = share * rate * takes;
+            let new = |works: f64| match self.first {
+                Some(first) if is_this => self.adds(first, works, luck),
+                _ => luck.of(self.dirty.after(works)),
+            };
+            let works = Self::works(takes, may, new);
+            // What is stale already is so.
+            let stale = if is_this { luck.of(self.missing()) - self.left } else { 0.0 };
+            (stale + new(works).min(may), works)
         });
         let begins = if self.paced > 0.0 { 0.0 } else { PACED_STALL };
         play.felt.stall = begins.max(WRITERS * PAGE / (share * rate).max(1.0));
@@ -230,8 +290,10 @@ impl Outlook {
 
     fn throttle(&self, share: f64, fits: f64, luck: Luck) -> Play {
         // It takes effect at a scan.
-        let mut play =
-            self.slowing(fits, luck, false, |takes| (luck.of(self.dirty.after(takes * (1.0 - share))), 1.0 - share));
+        let mut play = self.slowing(fits, luck, false, |_, takes| {
+            let works = takes * (1.0 - share);
+            (luck.of(self.dirty.after(works)), works)
+        });
         play.felt.stall = TIMESLICE * share / (1.0 - share).max(0.01);
         play
     }
@@ -264,7 +326,7 @@ impl Outlook {
             Way::PostCopy => self.post_copy(luck.of(self.missing()), 0.0, 0.0, luck),
             Way::PostCopyAfter => {
                 let takes = self.rest(luck.rate(self.link));
-                self.post_copy(self.slowed_after(self.age + takes, luck), takes, self.left, luck)
+                self.post_copy(self.leaves(takes, luck), takes, self.left, luck)
             }
         }
     }
@@ -290,26 +352,27 @@ pub fn predict(outlook: &Outlook, way: Way, limits: &Limits) -> Prediction {
         bytes: range(|it| it.bytes),
         left: range(|it| it.left),
         slowed: usual.slowed,
+        felt: [good.felt, usual.felt, bad.felt],
     }
 }
 
 impl Prediction {
     /// What is likeliest.
     pub fn likeliest(&self) -> Felt {
-        self.felt(|range| range.mid)
+        self.each(|range| range.mid)
     }
 
     /// What may come of it with bad luck.
     pub fn at_worst(&self) -> Felt {
-        self.felt(|range| range.high)
+        self.each(|range| range.high)
     }
 
     /// What may come of it with good luck.
     pub fn at_best(&self) -> Felt {
-        self.felt(|range| range.low)
+        self.each(|range| range.low)
     }
 
-    fn felt(&self, of: fn(Range) -> f64) -> Felt {
+    fn each(&self, of: fn(Range) -> f64) -> Felt {
         Felt {
             total: of(self.total),
             downtime: of(self.downtime),
@@ -319,9 +382,9 @@ impl Prediction {
         }
     }
 
-    /// What it harms, where bad luck counts a quarter.
-    pub fn harm(&self, prefer: Preference) -> f64 {
-        self.likeliest().harm(prefer) * 0.75 + self.at_worst().harm(prefer) * 0.25
+    /// What it harms with good luck, the usual one and bad.
+    pub fn harms(&self, prefer: Preference) -> [f64; 3] {
+        self.felt.map(|felt| felt.harm(prefer))
     }
 
     /// For how long the guest may be paused for it.

@@ -33,8 +33,8 @@ pub struct Engine {
     pub in_post_copy: f64,
     /// How often the policy is asked.
     pub poll: f64,
-    /// Beginning to pace has the guest stand for so long for each GiB.
-    pub take_over: f64,
+    /// What a guest waits longer at worst where its writes begin to be paced.
+    pub paced_stall: f64,
 }
 
 impl Engine {
@@ -51,7 +51,7 @@ impl Engine {
             fault: 0.0008,
             in_post_copy: 1.0,
             poll: 0.1,
-            take_over: 0.03,
+            paced_stall: 1.0,
         }
     }
 
@@ -68,7 +68,7 @@ impl Engine {
             fault: 0.004,
             in_post_copy: 0.8,
             poll: 0.25,
-            take_over: 0.0,
+            paced_stall: 0.0,
         }
     }
 }

@@ -22,6 +22,11 @@ impl Link {
         Self { rate: mbit * MBIT, round_trip: 0.0005, changes: Vec::new() }
     }
 
+    /// What it carries when nothing changes any more.
+    pub(crate) fn in_the_end(&self) -> f64 {
+        self.rate * self.changes.last().map_or(1.0, |(_, share)| *share)
+    }
+
     /// What it carries, and for how long from now.
     pub(crate) fn at(&self, at: f64) -> (f64, f64) {
         let next = self.changes.iter().position(|(from, _)| *from > at);

@@ -14,7 +14,8 @@ use vmferry_policy::{Action, Bytes, BytesPerSec, Costs, Limits, Means, Observati
 use crate::{Engine, EngineKind, Guest, Link, Random};
 
 const PAGE: f64 = 4096.0;
-/// A migration that takes longer than this, and so many times as long as it takes to send all RAM once, has failed.
+/// A migration that takes longer than this, and so many times as long as it takes to send all RAM once over what the link
+/// carries in the end, has failed.
 const LONGEST: (f64, f64) = (3600.0, 4.0);
 /// Steps of time: at least and at most.
 const STEP: (f64, f64) = (0.002, 0.1);
@@ -74,6 +75,8 @@ struct Migration<'a> {
     at: f64,
     /// It has failed then.
     longest: f64,
+    /// Which share of the guest's memory the first round has not come to yet.
+    ahead: f64,
     /// Of each part: not sent yet at all, to be sent in this round, of that hot, stale.
     unsent: Vec<f64>,
     pending: Vec<f64>,
@@ -135,7 +138,7 @@ pub fn run_tuned(
     changes.sort_by(|a, b| b.0.total_cmp(&a.0));
     let bandwidth = least(engine, managed, limits);
     let slowest = changes.iter().map(|(_, limits)| least(engine, managed, *limits)).fold(bandwidth, f64::min);
-    let once = guest.parts.iter().map(|part| part.bytes).sum::<f64>() / link.rate.min(slowest).max(1.0);
+    let once = guest.parts.iter().map(|part| part.bytes).sum::<f64>() / link.in_the_end().min(slowest).max(1.0);
     let mut migration = Migration {
         guest,
         link,
@@ -147,6 +150,7 @@ pub fn run_tuned(
         bandwidth,
         at: 0.0,
         longest: LONGEST.0.max(once * LONGEST.1),
+        ahead: 1.0,
         unsent: guest.parts.iter().map(|part| if part.zero { 0.0 } else { part.bytes }).collect(),
         pending: vec![0.0; parts],
         hot: vec![0.0; parts],
@@ -248,17 +252,23 @@ impl Migration<'_> {
         let speed = (1.0 - self.throttle) * guest_pace;
         let mut new = [0.0; 16];
         let mut wanted = 0.0;
+        let ahead = self.ahead;
         for (index, part) in self.guest.parts.iter().enumerate() {
-            // What is to be sent anyway costs nothing more; QEMU notes it all the same.
+            // What is to be sent anyway costs nothing more; QEMU notes it all the same. What was zero is where the first
+            // round has come to, or is not.
             let open = match self.engine.kind {
+                _ if part.zero && self.round == 1 => part.bytes * (1.0 - ahead),
                 EngineKind::External => part.bytes - self.unsent[index] - self.pending[index],
                 EngineKind::Qemu => part.bytes - if self.round == 1 { self.unsent[index] } else { 0.0 },
             };
             let free = (open - self.stale[index]).max(0.0);
+            let writes = part.rate * speed * step;
+            if part.zero && self.round == 1 {
+                self.unsent[index] += (writes * ahead).min((part.bytes * ahead - self.unsent[index]).max(0.0));
+            }
             if free <= 0.0 || part.rate <= 0.0 {
                 continue;
             }
-            let writes = part.rate * speed * step;
             new[index] = match part.sweeps {
                 true => (writes * open / part.bytes).min(free),
                 false => free * (1.0 - (-writes / part.bytes).exp()),
@@ -304,6 +314,9 @@ impl Migration<'_> {
             bytes -= gone;
             self.outcome.bytes += gone;
         }
+        let first = self.guest.parts.iter().zip(&self.unsent).filter(|(part, _)| !part.zero);
+        let (used, left) = first.fold((0.0, 0.0), |(used, left), (part, unsent)| (used + part.bytes, left + unsent));
+        self.ahead = if self.round == 1 && used > 0.0 { left / used } else { 0.0 };
     }
 
     /// It is time to look at all pages.
@@ -323,7 +336,10 @@ impl Migration<'_> {
         let took = self.engine.scan * self.guest.ram() / crate::guest::GIB;
         self.write(self.guest.pace_at(self.at).0, took, self.rate());
         self.at += took;
-        let mut written = 0.0;
+        let (mut written, left_over) = match self.engine.kind {
+            EngineKind::External => (0.0, 0.0),
+            EngineKind::Qemu => (0.0, self.left()),
+        };
         for (index, part) in self.guest.parts.iter().enumerate() {
             let (stale, before) = (self.stale[index], self.pending[index] + self.unsent[index]);
             // QEMU notes again what is still to be sent.
@@ -345,7 +361,8 @@ impl Migration<'_> {
         self.round += 1;
         self.throttle = self.next_throttle;
         self.look_again = (written / PAGE * LOOK_AGAIN.0).clamp(LOOK_AGAIN.1, LOOK_AGAIN.2);
-        let left = Bytes(self.left() as u64);
+        // QEMU begins anew while some of the round before is left; that was written before.
+        let left = Bytes((self.left() - left_over).max(0.0) as u64);
         self.scan = Some(Scan { interval: std::time::Duration::from_secs_f64(interval), left });
     }
 
@@ -362,14 +379,11 @@ impl Migration<'_> {
 
     fn observation(&self) -> Observation {
         let ram = self.guest.ram();
-        let used: f64 = self.guest.parts.iter().filter(|part| !part.zero).map(|part| part.bytes).sum();
-        let left = self.left();
         // Zeroes are everywhere, and count until it is known that they are.
-        let remaining = if self.round == 1 { left * ram / used.max(1.0) } else { left };
-        let sent_once: f64 = used - left;
+        let remaining = if self.round == 1 { self.ahead * ram } else { self.left() };
         let stale: f64 = self.stale.iter().sum();
-        let tells = self.engine.kind == EngineKind::External && self.round == 1 && sent_once >= TELLING;
-        let stale = Bytes(if tells { stale.min(sent_once) as u64 } else { 0 });
+        let tells = self.engine.kind == EngineKind::External && self.round == 1 && self.outcome.bytes >= TELLING;
+        let stale = Bytes(if tells { stale as u64 } else { 0 });
         let duration = std::time::Duration::from_secs_f64;
         let slowed = if self.paused_at.is_some() { 0.0 } else { self.slowed_now };
         Observation {
@@ -416,11 +430,7 @@ impl Migration<'_> {
                     self.outcome.felt.stall = self.outcome.felt.stall.max(sleeps);
                 }
                 Action::Pace(share) if self.engine.kind == EngineKind::External => {
-                    if self.pace == 0.0 {
-                        let stands = self.engine.take_over * self.guest.ram() / crate::guest::GIB;
-                        let stands = stands.min(self.limits.downtime.as_secs_f64() / 2.0);
-                        self.outcome.felt.stall = self.outcome.felt.stall.max(stands);
-                    }
+                    self.outcome.felt.stall = self.outcome.felt.stall.max(self.engine.paced_stall);
                     self.pace = share.share();
                 }
                 Action::Throttle(_) | Action::Pace(_) => {}

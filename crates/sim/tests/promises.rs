@@ -30,7 +30,7 @@ fn engine() -> impl Strategy<Value = Engine> {
     prop_oneof![Just(Engine::external()), Just(Engine::qemu())]
 }
 
-/// So many, the same each time. Of 4000 others one was known to fail: seed 3600919773 does not end in the simulator's time.
+/// So many, the same each time.
 fn cases(cases: u32) -> ProptestConfig {
     ProptestConfig { cases, rng_seed: RngSeed::Fixed(1), failure_persistence: None, ..ProptestConfig::default() }
 }
@@ -51,6 +51,35 @@ proptest! {
         prop_assert_ne!(outcome.end, End::TooLong, "{}: {:#?}", case.name, outcome.words);
         let may_give_up = limits.otherwise == Otherwise::GiveUp && !limits.post_copy;
         prop_assert!(outcome.end == End::Completed || may_give_up, "{}: {:#?}", case.name, outcome.words);
+    }
+
+    #[test]
+    fn it_ends_whatever_becomes_of_the_link_and_the_guest_meanwhile(seed in 0u64..1 << 32, limits in limits()) {
+        // Links that drop to a tenth or to nothing and come back, and guests that have a job at night, are among them.
+        let case = Case::of(seed, limits);
+        let outcome = decided(&case, Engine::external());
+        prop_assert_ne!(outcome.end, End::TooLong, "{}: {:#?}", case.name, outcome.words);
+    }
+
+    #[test]
+    fn who_may_not_be_slowed_is_not_and_nobody_more_than_is_allowed(seed in 0u64..1 << 32, limits in limits(), by in engine()) {
+        let outcome = decided(&Case::of(seed, limits), by);
+        for (_, _, action) in &outcome.actions {
+            match action {
+                Action::Throttle(share) => prop_assert!(*share <= limits.slow, "{:?}", outcome.actions),
+                Action::Pace(_) => prop_assert!(limits.slow.0 > 0, "{:?}", outcome.actions),
+                Action::PostCopy => prop_assert!(limits.post_copy, "{:?}", outcome.actions),
+                _ => {}
+            }
+        }
+    }
+
+    #[test]
+    fn who_would_rather_have_it_stay_never_stands_for_longer_than_is_allowed(seed in 0u64..1 << 32, slow in 0u8..=100, by in engine()) {
+        let limits = Limits { post_copy: false, slow: Percent(slow), otherwise: Otherwise::GiveUp, ..Limits::default() };
+        let outcome = decided(&steady(seed, limits), by);
+        let allowed = limits.downtime.as_secs_f64() * 1.1;
+        prop_assert!(outcome.end == End::GaveUp || outcome.felt.downtime <= allowed, "{:?} {:#?}", outcome.felt, outcome.words);
     }
 
     #[test]
@@ -83,11 +112,24 @@ proptest! {
         }
     }
 
+    #[test]
+    fn no_time_is_exceeded_that_a_simple_plan_would_have_kept(seed in 0u64..1 << 32, times in 1.2..5.0f64, post_copy in any::<bool>()) {
+        let case = steady(seed, Limits { post_copy, ..Limits::default() });
+        let once = case.guest.parts.iter().map(|part| part.bytes).sum::<f64>() / case.link.rate;
+        let max_time = Some(Duration::from_secs_f64(once * times + 1.0));
+        let case = Case { limits: Limits { max_time, ..case.limits }, ..case };
+        let outcome = decided(&case, Engine::external());
+        let allowed = case.limits.max_time.expect("it is set").as_secs_f64();
+        if outcome.felt.total > allowed * 1.05 {
+            let best = best_in_hindsight(&case, Engine::external());
+            prop_assert!(best.felt.exceeds(&case.limits) > 0.0, "{}: {allowed} {:?} {:#?} but {best:?}", case.name, outcome.felt, outcome.words);
+        }
+    }
 }
 
-/// Not never: seed 3362168598 without post-copy (a sweep of 34 GiB) is worse by four fifths.
+/// Not quite never: of 4000 others two are.
 #[test]
-fn a_link_half_as_fast_again_is_hardly_ever_worse_by_more_than_a_tenth() {
+fn a_link_half_as_fast_again_is_not_worse_by_more_than_a_tenth() {
     let mut worse = Vec::new();
     for (seed, post_copy) in (0..100).flat_map(|seed| [(seed, true), (seed, false)]) {
         let case = steady(seed, Limits { post_copy, ..Limits::default() });
@@ -98,7 +140,7 @@ fn a_link_half_as_fast_again_is_hardly_ever_worse_by_more_than_a_tenth() {
             worse.push(format!("{}: {} and {}", case.name, harm(&faster), harm(&case)));
         }
     }
-    assert!(worse.len() <= 4, "of 200: {worse:#?}");
+    assert!(worse.is_empty(), "of 200: {worse:#?}");
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 mod bench;
 mod disk;
+mod how;
 mod moving;
 mod nbd;
 mod predict;
@@ -13,6 +14,7 @@ pub(crate) use bench::{
 };
 
 pub(crate) use disk::{Disk, DiskMoveOptions};
+pub(crate) use how::How;
 pub(crate) use moving::MoveOptions;
 pub(crate) use nbd::{ClientTlsOptions, CopyOptions, InfoOptions, Nbd, ServeOptions, ServerTlsOptions};
 pub(crate) use predict::PredictOptions;
@@ -22,7 +24,7 @@ pub(crate) use tune::TuneOptions;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
-use vmferry_api::{EngineName, Listen, Prefer, Rate};
+use vmferry_api::{Listen, Rate};
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -287,9 +289,8 @@ pub(crate) struct MigrateOptions {
     /// The VM's name, or those of several
     #[arg(required = true, value_name = "NAME")]
     pub names: Vec<String>,
-    /// The destination: a peer's name, its address, or ssh://[USER@]HOST[:PORT] to pair with it over ssh first
-    #[arg(long, value_name = "HOST")]
-    pub to: String,
+    #[command(flatten)]
+    pub how: How,
     /// Check everything, watch the guest, and say what would be done and how it would turn out; touch nothing
     #[arg(long)]
     pub dry_run: bool,
@@ -299,21 +300,6 @@ pub(crate) struct MigrateOptions {
     /// Print JSON, one event a line; the last one is the report
     #[arg(long)]
     pub json: bool,
-    /// For how long nobody may run the guest at switchover
-    #[arg(long, value_name = "TIME", default_value = "300ms", allow_hyphen_values = true, value_parser = duration)]
-    pub downtime: std::time::Duration,
-    /// Be done by then: post-copy starts early enough; without post-copy, give up
-    #[arg(long, value_name = "TIME", allow_hyphen_values = true, value_parser = duration)]
-    pub max_time: Option<std::time::Duration>,
-    /// Send no faster than this, all together [default: as fast as the link carries]
-    #[arg(long, value_name = "RATE", allow_hyphen_values = true, value_parser = rate)]
-    pub bandwidth: Option<u64>,
-    /// Never run the guest on the destination before all of its memory is there
-    #[arg(long)]
-    pub no_post_copy: bool,
-    /// What matters more: that it is soon over (short), or that the guest feels little of it (gentle)
-    #[arg(long, value_name = "WHAT", default_value = "short")]
-    pub prefer: Prefer,
     /// Say each decision, and what was expected of it
     #[arg(long, short)]
     pub verbose: bool,
@@ -321,23 +307,13 @@ pub(crate) struct MigrateOptions {
     /// complete
     #[arg(long, value_name = "FILE", conflicts_with = "dry_run")]
     pub record: Option<PathBuf>,
-    /// Who moves the memory: external (the agents) or qemu (QEMU itself) [default: as this host's agent is configured]
-    #[arg(long, value_name = "ENGINE")]
-    pub engine: Option<EngineName>,
     /// Whose policy decides: vmferry's, or what another manager does, by its name in `vmferry sim` (such as nova or proxmox);
     /// these steer QEMU's own migration (--engine qemu), by limits of their own [default: vmferry]
     #[arg(long, value_name = "NAME", conflicts_with_all = ["downtime", "max_time", "prefer"])]
     pub policy: Option<String>,
-    /// I know that the VM's disks are the same on both hosts, also where vmferry cannot tell
-    #[arg(long)]
-    pub disks_are_shared: bool,
     /// Refuse it when a disk would have to move with the VM, as it is not on storage that both hosts see
     #[arg(long)]
     pub no_copy_disks: bool,
-    /// Where a disk is to be there: its name as `vmferry disk list` has it, and an absolute path; may be given for several.
-    /// It is copied, into a new file, or to a block device of its size, which is overwritten
-    #[arg(long = "disk", value_name = "NAME=PATH", value_parser = place)]
-    pub disks: Vec<(String, PathBuf)>,
 }
 
 #[derive(Args)]

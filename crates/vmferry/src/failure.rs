@@ -52,7 +52,7 @@ pub(crate) enum Failure {
     #[error("there is no policy {name:?}: there are {known}")]
     NoPolicy { name: String, known: String },
     #[error("{} tells of no guest: {why}", path.display())]
-    NoTrace { path: PathBuf, why: &'static str },
+    NoTrace { path: PathBuf, why: String },
     #[error("cannot measure the link")]
     Bench(#[source] LinkBenchError),
     #[error("cannot measure the engines")]

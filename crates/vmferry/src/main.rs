@@ -14,6 +14,7 @@ mod moving;
 mod nbd;
 mod pair;
 mod predict;
+mod request;
 mod resolve;
 mod several;
 mod sim;

@@ -5,14 +5,13 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use vmferry_api::client::{Client, ClientError, vm_path};
-use vmferry_api::{Begun, MigrateRequest, MigrationEvent, MigrationView, PlanView, Progress, Report, Step};
+use vmferry_api::{Begun, MigrationEvent, MigrationView, PlanView, Progress, Report, Step};
 use vmferry_bench::record::LiveRecord;
 
 use crate::cli::MigrateOptions;
 use crate::failure::Failure;
-use crate::pair::over_ssh;
-use crate::predict;
-use crate::vms::{memory, places, print_json, print_table};
+use crate::vms::{memory, print_json, print_table};
+use crate::{predict, request};
 
 /// Whose policy decides unless its user wants another.
 const OURS: &str = "vmferry";
@@ -23,7 +22,7 @@ pub(crate) async fn run(client: &Client, options: MigrateOptions) -> Result<(), 
     let name = options.names.first().cloned().unwrap_or_default();
     let path = format!("{}/migration", vm_path(&name));
     let (file, json, verbose) = (options.record.clone(), options.json, options.verbose);
-    let request = request(client, options).await?;
+    let request = request::migration(client, options).await?;
     let mut record = match &file {
         Some(_) => Some(LiveRecord::begin(&client.get(&vm_path(&name)).await?, &request)),
         None => None,
@@ -75,26 +74,6 @@ pub(crate) async fn run(client: &Client, options: MigrateOptions) -> Result<(), 
         tell_report(&report);
     }
     Ok(())
-}
-
-/// What is asked of the agent.
-pub(crate) async fn request(client: &Client, options: MigrateOptions) -> Result<MigrateRequest, Failure> {
-    Ok(MigrateRequest {
-        to: over_ssh(client, options.to).await?,
-        dry_run: options.dry_run,
-        watch_ms: options.watch.as_millis() as u64,
-        downtime_ms: options.downtime.as_millis() as u64,
-        max_time_ms: options.max_time.map(|time| time.as_millis() as u64),
-        bandwidth: options.bandwidth,
-        post_copy: !options.no_post_copy,
-        prefer: options.prefer,
-        script: None,
-        engine: options.engine,
-        policy: options.policy,
-        disks_are_shared: options.disks_are_shared,
-        copy_disks: !options.no_copy_disks,
-        disks: places(options.disks)?,
-    })
 }
 
 /// Ctrl-C asks the agent to cancel and waits for what comes of it; a second one stops waiting.

@@ -1,30 +1,15 @@
 //! `predict`: what a migration would do, in words; also for a dry run, and for a report that tells what was expected.
 
 use vmferry_api::client::{Client, vm_path};
-use vmferry_api::{Begun, Expected, Foretold, Made, MigrateRequest, PlanView, PredictionView, Watcher};
+use vmferry_api::{Begun, Expected, Foretold, Made, PlanView, PredictionView, Watcher};
 
 use crate::cli::PredictOptions;
 use crate::failure::Failure;
-use crate::pair::over_ssh;
-use crate::vms::{memory, places, print_json};
+use crate::request;
+use crate::vms::{memory, print_json};
 
 pub(crate) async fn run(client: &Client, options: PredictOptions) -> Result<(), Failure> {
-    let request = MigrateRequest {
-        to: over_ssh(client, options.to).await?,
-        dry_run: true,
-        watch_ms: options.watch.as_millis() as u64,
-        downtime_ms: options.downtime.as_millis() as u64,
-        max_time_ms: options.max_time.map(|time| time.as_millis() as u64),
-        bandwidth: options.bandwidth,
-        post_copy: !options.no_post_copy,
-        prefer: options.prefer,
-        script: None,
-        engine: options.engine,
-        policy: None,
-        disks_are_shared: options.disks_are_shared,
-        copy_disks: true,
-        disks: places(options.disks)?,
-    };
+    let request = request::prediction(client, options.how, options.watch).await?;
     let begun: Begun = client.post(&format!("{}/migration", vm_path(&options.name)), &request).await?;
     if options.json {
         print_json(&begun.plan);

@@ -8,19 +8,20 @@ use vmferry_api::{Begun, ManyBegun, MigrateManyRequest, MigrationEvent, Problem}
 
 use crate::cli::MigrateOptions;
 use crate::failure::{Failure, exit_code, worst};
-use crate::migrate::{LineView, View, request, tell_plan, tell_report};
+use crate::migrate::{LineView, View, tell_plan, tell_report};
+use crate::request;
 use crate::vms::print_json;
 
 pub(crate) async fn run(client: &Client, options: MigrateOptions) -> Result<(), Failure> {
     if options.record.is_some() {
         return Err(Failure::OnlyForOne("--record"));
     }
-    if !options.disks.is_empty() {
+    if !options.how.disks.is_empty() {
         return Err(Failure::OnlyForOne("--disk"));
     }
     let (vms, json, verbose, dry_run) = (options.names.clone(), options.json, options.verbose, options.dry_run);
     let of = vms.len();
-    let wanted = MigrateManyRequest { vms, how: request(client, options).await? };
+    let wanted = MigrateManyRequest { vms, how: request::migration(client, options).await? };
     let asked: ManyBegun = client.post("/v1/migrations", &wanted).await?;
     let mut codes = Vec::new();
     for refused in &asked.refused {

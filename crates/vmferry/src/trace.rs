@@ -1,8 +1,11 @@
 //! `vmferry sim --trace`: a guest that was recorded, by `vmferry migrate --record` or `vmferry predict --json`, as a case of
 //! the simulator.
 
+mod numbers;
+
 use std::path::Path;
 
+use serde_json::Value;
 use vmferry_api::{PlanView, Watcher};
 use vmferry_bench::report::{ReadError, RunReport, read_text};
 use vmferry_policy::Limits;
@@ -12,6 +15,9 @@ use crate::failure::Failure;
 
 /// The largest file that is read, in bytes; a report of an hour has some 10 MiB.
 const LARGEST: u64 = 256 << 20;
+/// What takes longer only to be sent once, in seconds, is not played.
+const LONGEST: f64 = 86_400.0;
+const MIB: f64 = 1_048_576.0;
 /// Of a link that was recorded.
 const ROUND_TRIP: f64 = 0.0005;
 
@@ -24,17 +30,32 @@ pub(crate) fn cases(path: &Path, first: u64, count: u64, limits: Limits) -> Resu
         _ => Err(std::io::Error::other("it is too large")),
     });
     let text = text.map_err(|source| of(ReadError::Io { path: path.into(), source }))?;
-    let (name, observed, link) = match serde_json::from_str::<PlanView>(&text) {
-        Ok(plan) => of_plan(&plan).ok_or_else(|| nothing(path, "the guest was not watched"))?,
-        Err(_) => of_report(&read_text(&text).map_err(of)?)
-            .ok_or_else(|| nothing(path, "no round of it had ended when it was over"))?,
+    let bad = |why: String| nothing(path, why);
+    let (name, observed, link) = match serde_json::from_str::<Value>(&text) {
+        Ok(value) if value.get("ram_bytes").is_some() => {
+            numbers::of_a_plan(&value).map_err(bad)?;
+            let plan: PlanView = serde_json::from_value(value).map_err(|error| bad(error.to_string()))?;
+            of_plan(&plan).ok_or_else(|| bad("the guest was not watched".into()))?
+        }
+        Ok(value) if value.get("rounds").is_some() => {
+            numbers::of_a_report(&value).map_err(bad)?;
+            of_report(&read_text(&text).map_err(of)?)
+                .ok_or_else(|| bad("no round of it had ended when it was over".into()))?
+        }
+        // It says itself what it is not.
+        _ => return Err(read_text(&text).map_err(of).map_or_else(|error| error, |_| bad("it has no rounds".into()))),
     };
+    let once = observed.used / link.rate;
+    if once.is_nan() || once > LONGEST {
+        let (used, rate) = (observed.used / MIB, link.rate / MIB);
+        return Err(bad(format!("{used:.0} MiB over a link of {rate:.3} MiB/s take more than a day: nothing to play")));
+    }
     let guest = vmferry_sim::Guest { name: name.clone(), ..observed.guest(Luck::Usual) };
     let case = |seed| Case { name: format!("{seed}: {name}"), seed, guest: guest.clone(), link: link.clone(), limits };
     Ok((first..first.saturating_add(count)).map(case).collect())
 }
 
-fn nothing(path: &Path, why: &'static str) -> Failure {
+fn nothing(path: &Path, why: String) -> Failure {
     Failure::NoTrace { path: path.into(), why }
 }
 
@@ -71,7 +92,7 @@ fn of_report(report: &RunReport) -> Option<(String, Observed, Link)> {
     if written.is_empty() || seconds <= 0.0 {
         return None;
     }
-    let ram = report.settings.ram.max(first.remaining) as f64;
+    let ram = report.settings.ram.max(first.remaining).max(1) as f64;
     let used = (first.link_rate as f64 * first.ms / 1e3).clamp(1.0, ram);
     let processors = f64::from(report.settings.vcpus.max(1));
     let observed = Observed { ram, used, written, processors };
@@ -110,6 +131,34 @@ mod tests {
         assert!((observed.used / 1_048_576.0 - 1000.0).abs() < 1.0 && (link.rate / 1_048_576.0 - 100.0).abs() < 0.1);
         let cases = cases(&path, 7, 3, Limits::default()).unwrap();
         assert_eq!(cases.iter().map(|it| it.name.as_str()).collect::<Vec<_>>(), ["7: web1", "8: web1", "9: web1"]);
+    }
+
+    #[test]
+    fn a_recording_with_numbers_that_make_no_sense_is_refused_by_what_they_are_of_and_never_played() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("web1.json");
+        let settings = Settings { scenario: "web1".into(), ram: 2 << 30, ..Settings::default() };
+        let mut report = RunReport::new(Origin::Migrate, settings);
+        report.rounds = vec![round(1, 10_000.0, 2048, 0), round(2, 500.0, 50, 0), round(3, 200.0, 25, 0)];
+        let good: Value = serde_json::from_str(&report.to_json()).unwrap();
+        let refused = |field: &str, value: Value| {
+            let mut bad = good.clone();
+            bad["rounds"][1][field] = value;
+            std::fs::write(&path, bad.to_string()).unwrap();
+            cases(&path, 1, 1, Limits::default()).unwrap_err().to_string()
+        };
+        for (field, value) in
+            [("ms", -3.0), ("ms", 1e300), ("remaining", -1.0), ("link_rate", 1e30), ("throttle", 300.0)]
+        {
+            let refused = refused(field, value.into());
+            assert!(refused.contains(&format!("web1.json tells of no guest: rounds[1].{field} is")), "{refused}");
+        }
+        // Sound each for itself.
+        report.rounds.iter_mut().for_each(|it| it.link_rate = 1);
+        report.rounds[0].ms = 8e8;
+        std::fs::write(&path, report.to_json()).unwrap();
+        let slow = cases(&path, 1, 1, Limits::default());
+        assert!(slow.as_ref().is_err_and(|it| it.to_string().contains("more than a day")), "{slow:?}");
     }
 
     #[test]

@@ -226,7 +226,11 @@ impl QemuEngine {
         // The first one begins with all RAM, and no scan.
         if new > 0 && self.rounds.begun > 1 {
             let interval = self.scanned.elapsed() / new;
-            self.scan = Some(Scan { interval, left: Bytes(ram.remaining) });
+            // QEMU begins anew while some of the round before is left: that was written before.
+            let before = self.last.ram.clone().unwrap_or_default();
+            let left_over = before.remaining.saturating_sub(ram.transferred.saturating_sub(before.transferred));
+            let left_over = if self.rounds.begun > 2 { left_over } else { 0 };
+            self.scan = Some(Scan { interval, left: Bytes(ram.remaining.saturating_sub(left_over)) });
         }
         if new > 0 {
             self.scanned = Instant::now();

@@ -62,11 +62,11 @@ pub(crate) async fn dry_run(
     let limits = Asked::of(request).limits()?;
     let baseline = decider::baseline_of(request, host.config.engine)?;
     let vm = host.vm(name)?;
-    let _claim = claim(&vm)?;
+    let claim = claim(&vm)?;
     let mut plan = plan(host, &vm, Uuid::new_v4(), request).await?;
     let bandwidth = decider::cap(baseline, request.bandwidth.or(plan.rate));
     let base = Base::of(&vm, &plan, limits, bandwidth, baseline).await;
-    foresee(host, &outgoing.foreseen, &vm, &mut plan, request, base, unwanted).await?;
+    foresee(host, &outgoing.foreseen, (&vm, claim), &mut plan, request, base, unwanted).await?;
     Ok(plan.view)
 }
 

@@ -17,7 +17,7 @@ use super::mover::Protect;
 use super::plan::Plan;
 use super::watch::watch;
 use crate::error::AgentError;
-use crate::host::{Host, Vm};
+use crate::host::{Claim, Host, Vm};
 use crate::journal::Instance;
 use crate::peers::link_trial;
 
@@ -72,11 +72,12 @@ pub(super) fn watch_time(request: &MigrateRequest) -> Result<Duration, AgentErro
     }
 }
 
-/// Adds to the plan what is to be expected of it. `unwanted` says that nobody waits for it any more.
+/// Adds to the plan what is to be expected of it. `unwanted` says that nobody waits for it any more. The VM is claimed until
+/// it was watched: while it is played, which touches nothing, others can do with it what they want.
 pub(super) async fn foresee(
     host: &Arc<Host>,
     foreseen: &Foreseen,
-    vm: &Vm,
+    (vm, claim): (&Vm, Claim<'_>),
     plan: &mut Plan,
     request: &MigrateRequest,
     mut base: Base,
@@ -107,6 +108,7 @@ pub(super) async fn foresee(
     } else {
         (WatchedView::default(), Vec::new())
     };
+    drop(claim);
     plan.view.notes.extend(notes);
     let lessons = Lessons::of(host, plan.peer_key, engine).await;
     let (down, up) = RATE[usize::from(!by_agents)];

@@ -1,12 +1,11 @@
 //! What can be asked before a migration.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
-use vmferry_api::{EngineName, Prefer};
 
-use super::{duration, place, rate};
+use super::duration;
+use super::how::How;
 
 pub(super) const PREDICT_HELP: &str = "\
 Examples:
@@ -25,36 +24,11 @@ of earlier migrations to that host is taken into account.";
 pub(crate) struct PredictOptions {
     /// The VM's name
     pub name: String,
-    /// The destination: a peer's name, its address, or ssh://[USER@]HOST[:PORT] to pair with it over ssh first
-    #[arg(long, value_name = "HOST")]
-    pub to: String,
+    #[command(flatten)]
+    pub how: How,
     /// How long the guest is watched, in seconds or as a time such as 500ms; 0: not at all
     #[arg(long, value_name = "SECONDS", default_value = "3", allow_hyphen_values = true, value_parser = seconds)]
     pub watch: Duration,
-    /// For how long nobody may run the guest at switchover
-    #[arg(long, value_name = "TIME", default_value = "300ms", allow_hyphen_values = true, value_parser = duration)]
-    pub downtime: Duration,
-    /// It is to be done by then
-    #[arg(long, value_name = "TIME", allow_hyphen_values = true, value_parser = duration)]
-    pub max_time: Option<Duration>,
-    /// It is to send no faster than this [default: as fast as the link carries]
-    #[arg(long, value_name = "RATE", allow_hyphen_values = true, value_parser = rate)]
-    pub bandwidth: Option<u64>,
-    /// Without post-copy
-    #[arg(long)]
-    pub no_post_copy: bool,
-    /// What matters more: that it is soon over (short), or that the guest feels little of it (gentle)
-    #[arg(long, value_name = "WHAT", default_value = "short")]
-    pub prefer: Prefer,
-    /// Who would move the memory: external (the agents) or qemu (QEMU itself) [default: as this host's agent is configured]
-    #[arg(long, value_name = "ENGINE")]
-    pub engine: Option<EngineName>,
-    /// I know that the VM's disks are the same on both hosts, also where vmferry cannot tell
-    #[arg(long)]
-    pub disks_are_shared: bool,
-    /// Where a disk is to be there, as of `vmferry migrate`
-    #[arg(long = "disk", value_name = "NAME=PATH", value_parser = place)]
-    pub disks: Vec<(String, PathBuf)>,
     /// Say each decision that is to be expected
     #[arg(long, short)]
     pub verbose: bool,
