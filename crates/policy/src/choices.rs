@@ -13,7 +13,7 @@ use crate::{Observation, Preference};
 /// How likely good luck is, the usual one and bad.
 const LUCK: [f64; 3] = [0.25, 0.5, 0.25];
 /// What is done before the first round ends has to be better than to wait by this share, unless it is with any luck.
-const HASTE: f64 = 0.8;
+const HASTE: f64 = 0.9;
 /// Ways that exceed the downtime are alike up to this factor: rounds that cost minutes each are not for a hundredth less.
 const ALIKE: f64 = 1.25;
 
