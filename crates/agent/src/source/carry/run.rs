@@ -159,6 +159,7 @@ impl Carrying {
     ) -> Result<(), ConnectionError> {
         self.teller.step(Step::Prepare);
         let (libvirt, domain, how) = (self.plan.libvirt.clone(), self.plan.domain.clone(), self.call());
+        self.try_to("tell its limit of bandwidth", steering.remember_speed().await);
         let events = libvirt.events();
         let migrating = tokio::spawn(async move { libvirt.migrate(&domain, &how).await });
         let mut outside = Outside { migrating, events, runs_there: None };

@@ -39,7 +39,7 @@ pub(super) struct Steering {
     dirty_rate: u64,
     /// The downtime as QEMU reckons it, once it is told, in ms.
     pub(super) downtime_ms: Option<u64>,
-    /// What the domain's limit of bandwidth was, in MiB a second, where it was changed.
+    /// What the domain's limit of bandwidth was, in MiB a second, before it began.
     speed_before: Option<u64>,
 }
 
@@ -63,6 +63,12 @@ impl Steering {
             downtime_ms: None,
             speed_before: None,
         }
+    }
+
+    /// Before it begins: libvirt keeps the limit of bandwidth that a migration is begun with.
+    pub(super) async fn remember_speed(&mut self) -> Result<(), ConnectionError> {
+        self.speed_before = Some(self.libvirt.max_speed(&self.domain).await?);
+        Ok(())
     }
 
     /// Its RAM is being copied.
@@ -148,9 +154,6 @@ impl Steering {
     /// policy sees the change, and allows anew.
     pub(super) async fn set_limits(&mut self, limits: Limits, bandwidth: Option<u64>) -> Result<(), ConnectionError> {
         if limits.bandwidth != self.limits.bandwidth {
-            if self.speed_before.is_none() {
-                self.speed_before = Some(self.libvirt.max_speed(&self.domain).await?);
-            }
             let speed = bandwidth.map_or(UNLIMITED_MIB, mib);
             self.libvirt.set_max_speed(&self.domain, speed).await?;
         }
