@@ -5,9 +5,13 @@
 //! unless somebody has changed it; but a tmpfs may be mounted with one of its own (`huge=`,
 //! Documentation/admin-guide/mm/transhuge.rst). So the file lies in a tmpfs that is mounted for it and attached to no
 //! folder: it goes when the last descriptor and mapping of the file do. With huge pages RAM arrives at half the cost.
+//!
+//! But for a host that is a virtual machine and gives its free memory back to its own host (free page reporting, virtio's
+//! specification, 5.5.6.7): what it gives back is huge pages, and having one again costs more than all that they save.
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 
 use rustix::fs::{Mode, OFlags, openat};
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen};
@@ -15,14 +19,22 @@ use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, 
 /// Tells whether QEMU's own RAM has huge pages.
 const ENABLED: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
 
+/// The features that this host's balloons have agreed on with their host are in a file of this folder's folders.
+const BALLOONS: &str = "/sys/bus/virtio/drivers/virtio_balloon";
+
+/// Which of them is free page reporting.
+const REPORTING: usize = 5;
+
 /// What the file is called among QEMU's mappings.
 const NAME: &str = "vmferry-ram";
 
 /// An empty file in memory, for [`LaunchSettings::shared_ram`](super::LaunchSettings) and [`launch`](super::launch).
 ///
-/// Without the rights to mount anything, or on a kernel without huge pages, it has small pages.
+/// Without the rights to mount anything, on a kernel without huge pages, or where free memory is given back, it has small
+/// pages.
 pub fn guest_ram() -> io::Result<OwnedFd> {
-    if wants_huge_pages(&std::fs::read_to_string(ENABLED).unwrap_or_default()) {
+    let wanted = wants_huge_pages(&std::fs::read_to_string(ENABLED).unwrap_or_default());
+    if wanted && !gives_free_memory_back(Path::new(BALLOONS)) {
         match in_huge_pages() {
             Ok(file) => return Ok(file),
             Err(error) => tracing::debug!(%error, "no tmpfs with huge pages for a guest's RAM"),
@@ -34,6 +46,14 @@ pub fn guest_ram() -> io::Result<OwnedFd> {
 /// By the kernel's words: its choices, with brackets around the one that holds.
 fn wants_huge_pages(enabled: &str) -> bool {
     enabled.contains("[always]") || enabled.contains("[madvise]")
+}
+
+/// `balloons` is [`BALLOONS`], which is absent where there is none.
+fn gives_free_memory_back(balloons: &Path) -> bool {
+    let Ok(balloons) = balloons.read_dir() else { return false };
+    let features = balloons.flatten().filter_map(|balloon| std::fs::read(balloon.path().join("features")).ok());
+    // A digit for each, the first one first.
+    features.into_iter().any(|features| features.get(REPORTING) == Some(&b'1'))
 }
 
 fn in_huge_pages() -> io::Result<OwnedFd> {
@@ -62,6 +82,21 @@ mod tests {
         assert!(wants_huge_pages("always [madvise] never\n"));
         assert!(!wants_huge_pages("always madvise [never]\n"));
         assert!(!wants_huge_pages(""), "a kernel without them");
+    }
+
+    #[test]
+    fn a_host_that_gives_its_free_memory_back_is_known_by_its_balloon() {
+        let driver = tempfile::tempdir().unwrap();
+        assert!(!gives_free_memory_back(&driver.path().join("no such driver")));
+        std::fs::write(driver.path().join("uevent"), "").unwrap();
+        assert!(!gives_free_memory_back(driver.path()), "no device");
+        for (device, features, gives) in
+            [("virtio3", "01100\n", false), ("virtio4", "0110100\n", false), ("virtio5", "0110010\n", true)]
+        {
+            std::fs::create_dir(driver.path().join(device)).unwrap();
+            std::fs::write(driver.path().join(device).join("features"), features).unwrap();
+            assert_eq!(gives_free_memory_back(driver.path()), gives, "{device}");
+        }
     }
 
     #[test]
