@@ -14,6 +14,9 @@ use crate::{Observation, Preference};
 const LUCK: [f64; 3] = [0.25, 0.5, 0.25];
 /// What is done before the first round ends has to be better than to wait by this share, unless it is with any luck.
 const HASTE: f64 = 0.9;
+/// Post-copy after the end of a round has at most this share left to fetch of what it would have at once: it is no way to
+/// have a round sent again in post-copy.
+const WAITED_FOR: f64 = 0.5;
 /// Ways that exceed the downtime are alike up to this factor: rounds that cost minutes each are not for a hundredth less.
 const ALIKE: f64 = 1.25;
 
@@ -32,7 +35,9 @@ pub(crate) struct Choice {
 
 /// These ways, the best one first.
 pub(crate) fn in_order(ways: Vec<Way>, seen: &Observation, outlook: &Outlook) -> Vec<Choice> {
-    let mut choices: Vec<Choice> = ways.into_iter().map(|way| weigh(way, seen, outlook)).collect();
+    let most_fetched = outlook.missing().mid * WAITED_FOR;
+    let pays = |it: &Choice| it.way != Way::PostCopyAfter || it.prediction.left.mid <= most_fetched;
+    let mut choices: Vec<Choice> = ways.into_iter().map(|way| weigh(way, seen, outlook)).filter(pays).collect();
     if outlook.first.is_some() {
         keep_the_choice(&mut choices, seen.limits.prefer);
     }

@@ -47,9 +47,6 @@ const CERTAIN: u32 = 3;
 /// A way is left for another only if that is better by this share: what is predicted wavers.
 const BETTER: f64 = 0.95;
 
-/// Post-copy after the end of a round has at most this share left to fetch of what it would have at once.
-const WAITED_FOR: f64 = 0.5;
-
 /// See the module's text.
 #[derive(Clone, Debug, Default)]
 pub struct LeastHarm {
@@ -242,10 +239,7 @@ impl LeastHarm {
             ways.push(Way::PostCopy);
             // Not one round after another.
             let has_waited = self.decided.as_ref().is_some_and(|it| it.way == Way::PostCopyAfter) && !is_first;
-            // Nor a round that has to be sent again in post-copy.
-            let fetched = |it: Way| predict(outlook, it, &seen.limits).left.mid;
-            let pays = || fetched(Way::PostCopyAfter) <= outlook.missing().mid * WAITED_FOR;
-            if !leads_nowhere && !has_waited && pays() {
+            if !leads_nowhere && !has_waited {
                 ways.push(Way::PostCopyAfter);
             }
         }
