@@ -278,6 +278,19 @@ install_nbd_peers() {
         say "no ${missing[*]}: nothing is tried with them"
 }
 
+# Tests give each of their hosts a libvirt of its own, in namespaces. Of these packages none starts a service.
+install_libvirt() {
+    local missing=() package
+    if ! [ -x /usr/sbin/libvirtd ] || ! [ -x /usr/sbin/virtlogd ] || ! has virsh; then
+        for package in libvirt-daemon libvirt-daemon-driver-qemu libvirt-daemon-driver-storage libvirt-daemon-log libvirt-clients; do
+            # Debian 12 has some of them in others.
+            [ -z "$(version_apt_offers $package)" ] || missing+=($package)
+        done
+        (install_packages "tests move domains of two libvirts" "${missing[@]}") ||
+            say "no libvirt: the tests of its domains will fail"
+    fi
+}
+
 # Storage that QEMU speaks to itself: tests skip what is missing. Where systemd runs it would start these servers.
 install_storages() {
     local missing=()
@@ -328,6 +341,7 @@ if [ "$for_tests" = yes ]; then
     install_browser
     install_tpm
     install_nbd_peers
+    install_libvirt
     install_storages
     build_fio_guest
 fi

@@ -144,11 +144,16 @@ async fn the_document_describes_every_route_and_every_answer() {
         ("/v1/incoming-vms", "post"),
         ("/v1/incoming-vms/check", "post"),
         ("/v1/incoming-vms/{id}/take", "post"),
+        ("/v1/incoming-domains/check", "post"),
+        ("/v1/incoming-domains", "post"),
+        ("/v1/incoming-domains/{id}", "delete"),
+        ("/v1/incoming-domains/{id}/{channel}", "post"),
+        ("/v1/domains/{uuid}", "get"),
     ] {
         assert!(paths[path][method]["responses"].is_object(), "{method} {path} is not described");
     }
     let described: usize = paths.values().map(|it| it.as_object().expect("methods").len()).sum();
-    assert_eq!(described, 57, "a route is missing in this test");
+    assert_eq!(described, 62, "a route is missing in this test");
     // Every reference leads somewhere.
     let text = document.to_string();
     for reference in text.split("\"$ref\":\"#").skip(1).filter_map(|rest| rest.split('"').next()) {

@@ -100,7 +100,7 @@ impl Drop for Machines {
 }
 
 /// The commands of a document's console blocks, and on which host each is run.
-fn commands(document: &str) -> Vec<(usize, &str)> {
+pub(crate) fn commands(document: &str) -> Vec<(usize, &str)> {
     let prompts = [(0, "alpha# "), (1, "beta# ")];
     document
         .lines()

@@ -20,6 +20,8 @@ mod external_faults;
 mod filesystems;
 mod generator;
 mod kvm;
+mod libvirt;
+mod libvirt_bed;
 mod machines;
 mod many_vms;
 mod migrate;

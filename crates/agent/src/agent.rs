@@ -8,6 +8,7 @@ use vmferry_link::Sessions;
 use crate::config::Config;
 use crate::copying::Copies;
 use crate::destination::Incoming;
+use crate::destination::carried::Carried;
 use crate::disk_moves::DiskMoves;
 use crate::host::{Follower, Host, Trusts, Vm};
 use crate::journal::Journal;
@@ -26,6 +27,8 @@ pub(crate) struct Agent {
     pub(crate) queue: Arc<Queue>,
     /// What comes to it.
     pub(crate) incoming: Arc<Incoming>,
+    /// libvirt's domains that come to it.
+    pub(crate) carried: Arc<Carried>,
     /// Images that are copied.
     pub(crate) copies: Arc<Copies>,
     /// Which of its disks move.
@@ -52,7 +55,7 @@ impl Agent {
         let disks = Arc::downgrade(&disk_moves);
         host.tell(Box::new(Followers { leaving, coming, disks }));
         let queue = Queue::new(Arc::clone(&outgoing));
-        Arc::new(Self { host, outgoing, queue, incoming, copies, disk_moves, vm_moves })
+        Arc::new(Self { host, outgoing, queue, incoming, carried: Arc::default(), copies, disk_moves, vm_moves })
     }
 }
 

@@ -71,6 +71,24 @@ pub struct Network {
     pub rate: Option<Rate>,
 }
 
+/// What the agent has to do with the libvirt of its host.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LibvirtConfig {
+    /// It is followed, where there is one, and its domains can be migrated.
+    pub enabled: bool,
+    /// Its socket; found where libvirt puts it when absent.
+    pub socket: Option<PathBuf>,
+    /// Peers may migrate domains to it. They reach it for that one migration, and nothing else of it.
+    pub arrivals: bool,
+}
+
+impl Default for LibvirtConfig {
+    fn default() -> Self {
+        Self { enabled: true, socket: None, arrivals: true }
+    }
+}
+
 /// See the module's text. `packaging/agent.toml` shows every key.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -110,6 +128,8 @@ pub struct Config {
     pub post_copies: NonZeroU8,
     /// How log lines are written.
     pub log_format: LogFormat,
+    /// The libvirt of this host.
+    pub libvirt: LibvirtConfig,
 }
 
 impl Default for Config {
@@ -134,6 +154,7 @@ impl Default for Config {
             lend_userfaultfd: true,
             post_copies: NonZeroU8::MIN,
             log_format: LogFormat::Text,
+            libvirt: LibvirtConfig::default(),
         }
     }
 }
@@ -234,6 +255,8 @@ mod tests {
         assert_eq!(config.run_dir, Path::new("/run/vmferry"));
         assert_eq!(config.listen, Listen::default());
         assert_eq!(config.network.len(), 1);
+        let libvirt = LibvirtConfig { socket: config.libvirt.socket.clone(), ..LibvirtConfig::default() };
+        assert_eq!(config.libvirt, libvirt);
         for key in [
             "name",
             "run_dir",
@@ -255,6 +278,9 @@ mod tests {
             "lend_userfaultfd",
             "post_copies",
             "log_format",
+            "enabled",
+            "socket",
+            "arrivals",
         ] {
             assert!(uncommented.contains(&format!("{key} =")), "{key} is not shown");
         }

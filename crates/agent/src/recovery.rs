@@ -15,7 +15,7 @@ use crate::agent::Agent;
 use crate::error::AgentError;
 use crate::host::{self, Host, Idle, IdleVm, Stage, pid_from_file};
 use crate::journal::{Instance, VmRecord};
-use crate::{destination, disk_moves, source};
+use crate::{destination, disk_moves, peers, source};
 
 /// How long the monitor of a QEMU that lives may take to answer.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -30,6 +30,8 @@ pub(crate) async fn recover(agent: &Arc<Agent>) -> Result<(), AgentError> {
     for record in journal.open_out().await? {
         source::take_up(&agent.outgoing, record);
     }
+    peers::carried::sweep();
+    source::carry::take_up(&agent.outgoing).await?;
     disk_moves::sweep(&agent.host).await?;
     let vms = journal.vms().await?;
     let (specs, signature): (Vec<_>, _) =

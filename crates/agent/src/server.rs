@@ -119,6 +119,7 @@ pub async fn serve(config: Config, end: CancellationToken) -> Result<(), ServeEr
     tracing::info!(listens, fingerprint = %agent.host.trusts.identity.fingerprint(), "known to other agents");
     tracing::info!(name = agent.host.config.name, socket = %socket.display(), version = env!("CARGO_PKG_VERSION"), "ready");
     tell_systemd(&[sd_notify::NotifyState::Ready]);
+    tokio::spawn(Arc::clone(&agent.host.domains).follow(agent.host.signature.clone()));
     tokio::spawn(recovery::see_to_the_ended(Arc::clone(&agent)));
     tokio::spawn(Arc::clone(&agent.queue).drive());
     tokio::spawn(source::keep_fences(Arc::clone(&agent.host)));

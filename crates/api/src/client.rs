@@ -165,8 +165,14 @@ pub fn disk_move_path(vm: &str, disk: &str) -> String {
 
 /// A VM's name as a part of a path.
 pub fn vm_path(name: &str) -> String {
-    // Names have no characters that mean something in a path; others are no names and not found either way.
-    let safe: String =
-        name.chars().map(|c| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '_' }).collect();
-    format!("/v1/vms/{safe}")
+    use std::fmt::Write as _;
+    // libvirt's domains may be called anything.
+    let mut path = "/v1/vms/".to_owned();
+    for byte in name.bytes() {
+        match byte {
+            b'.' | b'_' | b'-' | b'0'..=b'9' | b'A'..=b'Z' | b'a'..=b'z' => path.push(byte.into()),
+            other => write!(path, "%{other:02X}").expect("a text takes what is written to it"),
+        }
+    }
+    path
 }

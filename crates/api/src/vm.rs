@@ -100,7 +100,7 @@ pub struct VmView {
     pub state: String,
     /// More about the state.
     pub detail: Option<String>,
-    /// The QEMU process.
+    /// The QEMU process; 0 when there is none.
     pub pid: u32,
     /// Guest RAM, in bytes.
     pub ram_bytes: u64,
@@ -114,6 +114,9 @@ pub struct VmView {
     pub accelerator: Option<String>,
     /// Somebody else started it.
     pub adopted: bool,
+    /// Who manages it, where that is not vmferry: `libvirt`.
+    #[serde(default)]
+    pub manager: Option<String>,
     /// It is started when its host is.
     #[serde(default)]
     pub autostart: bool,

@@ -316,7 +316,7 @@ impl Host {
         let qemu_dirs: Vec<String> =
             options.qemu_dirs[index].iter().map(|dir| format!("{:?}", dir.display().to_string())).collect();
         let text = format!(
-            "name = {name:?}\nimage_folders = [{:?}]\nrun_dir = {:?}\nstate_dir = {:?}\nqemu_dirs = [{}]\n{}{}\n",
+            "name = {name:?}\nlibvirt.enabled = false\nimage_folders = [{:?}]\nrun_dir = {:?}\nstate_dir = {:?}\nqemu_dirs = [{}]\n{}{}\n",
             images(dir).display().to_string(),
             run_dir.display().to_string(),
             state_dir.display().to_string(),

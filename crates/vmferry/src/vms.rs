@@ -38,13 +38,29 @@ pub(crate) async fn list(client: &Client, json: bool) -> Result<(), Failure> {
         print_json(&vms);
         return Ok(());
     }
-    let rows = vms.iter().map(|vm| {
+    let cells = |vm: &VmView| {
         let machine = vm.machine.clone().unwrap_or_default();
         let accelerator = vm.accelerator.clone().unwrap_or_default();
-        [vm.name.clone(), vm.state.clone(), memory(vm.ram_bytes), vm.pid.to_string(), machine, accelerator]
+        [vm.name.clone(), vm.state.clone(), memory(vm.ram_bytes), process(vm), machine, accelerator]
+    };
+    let head = ["NAME", "STATE", "MEMORY", "PID", "MACHINE", "ACCEL"];
+    if vms.iter().all(|vm| vm.manager.is_none()) {
+        print_table(head, vms.iter().map(cells));
+        return Ok(());
+    }
+    // Whose each is matters only where some are not vmferry's.
+    let [name, state, ram, pid, machine, accel] = head;
+    let rows = vms.iter().map(|vm| {
+        let [name, state, ram, pid, machine, accel] = cells(vm);
+        [name, state, ram, pid, machine, accel, vm.manager.clone().unwrap_or_else(|| "vmferry".into())]
     });
-    print_table(["NAME", "STATE", "MEMORY", "PID", "MACHINE", "ACCEL"], rows);
+    print_table([name, state, ram, pid, machine, accel, "MANAGER"], rows);
     Ok(())
+}
+
+/// The process of its QEMU, if it has one.
+fn process(vm: &VmView) -> String {
+    if vm.pid == 0 { "-".into() } else { vm.pid.to_string() }
 }
 
 pub(crate) async fn show(client: &Client, name: &str, json: bool) -> Result<(), Failure> {
@@ -60,23 +76,26 @@ pub(crate) async fn show(client: &Client, name: &str, json: bool) -> Result<(), 
     };
     let engine = match &vm.external_obstacle {
         _ if vm.engine.is_empty() => "-".into(),
+        _ if vm.manager.is_some() => format!("{} moves it itself, steered by vmferry", vm.engine),
         Some(why) => format!("{} (external cannot be used: {why})", vm.engine),
         None => format!("{} (external can be used)", vm.engine),
     };
+    let ours = vm.manager.is_none();
     let rows = [
         ("name", Some(vm.name.clone())),
         ("state", Some(state)),
         ("migration", vm.migration.map(|id| id.to_string())),
         ("memory", Some(memory(vm.ram_bytes))),
-        ("pid", Some(vm.pid.to_string())),
+        ("manager", vm.manager.clone()),
+        ("pid", Some(process(&vm))),
         ("qemu", vm.qemu_version.clone()),
         ("machine", vm.machine.clone()),
         ("accelerator", vm.accelerator.clone()),
         ("RAM engine", Some(engine)),
-        ("console", Some(yes_no(vm.console))),
-        ("adopted", Some(yes_no(vm.adopted))),
-        ("autostart", Some(yes_no(vm.autostart))),
-        ("command line", Some(vm.argv.join(" "))),
+        ("console", ours.then(|| yes_no(vm.console))),
+        ("adopted", ours.then(|| yes_no(vm.adopted))),
+        ("autostart", ours.then(|| yes_no(vm.autostart))),
+        ("command line", ours.then(|| vm.argv.join(" "))),
     ];
     let changes = vm.changes.iter().map(|change| ("changed", Some(change.clone())));
     for (key, value) in rows.into_iter().chain(changes) {

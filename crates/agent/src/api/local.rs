@@ -28,10 +28,11 @@ use super::{Answer, ApiError, upgraded};
 use crate::agent::Agent;
 use crate::engine::movable::movable;
 use crate::error::AgentError;
-use crate::host::{self, Console, GLANCE, IdleVm, Viewer};
+use crate::host::{self, Console, GLANCE, IdleVm, SeenDomain, Viewer};
 use crate::measuring::witness;
 use crate::peers::{link_trial, trust};
 use crate::recovery::came_whole;
+use crate::source::carry::Carry;
 use crate::source::{self, Migration};
 use crate::vm_moves;
 
@@ -77,8 +78,15 @@ async fn list(State(agent): Shared) -> Json<Vec<VmView>> {
     let vms = agent.host.vms();
     let mut views = futures_util::future::join_all(vms.iter().map(|vm| vm.view(agent.host.config.engine))).await;
     views.extend(agent.host.idle_vms().iter().map(IdleVm::view));
+    views.extend(agent.host.domains.all().iter().map(|domain| domain_view(&agent, domain)));
     views.sort_by(|a, b| a.name.cmp(&b.name));
     Json(views)
+}
+
+/// A domain of libvirt's, as others see it.
+fn domain_view(agent: &Agent, domain: &SeenDomain) -> VmView {
+    let carry = agent.outgoing.carries.of(domain.domain.uuid);
+    domain.view(agent.host.name_of(domain), carry.map(|it| it.migration.id))
 }
 
 /// Starts a VM.
@@ -103,7 +111,11 @@ async fn adopt(State(agent): Shared, Json(request): Json<AdoptRequest>) -> Answe
 async fn show(State(agent): Shared, Path(name): Path<String>) -> Answer<VmView> {
     let vm = match agent.host.found(&name).await {
         Ok(vm) => vm,
-        Err(error) => return agent.host.idle(&name).map(|idle| Json(idle.view())).ok_or_else(|| error.into()),
+        Err(error) => {
+            let idle = agent.host.idle(&name).map(|idle| idle.view());
+            let domain = || agent.host.domain(&name).map(|domain| domain_view(&agent, &domain));
+            return idle.or_else(domain).map(Json).ok_or_else(|| error.into());
+        }
     };
     let mut view = vm.view(agent.host.config.engine).await;
     if view.migration.is_none() && vm.is_alive() {
@@ -220,7 +232,12 @@ async fn migrate(State(agent): Shared, Path(name): Path<String>, Json(request): 
     // when nobody waits for it any more.
     let unwanted = CancellationToken::new();
     let _waits = unwanted.clone().drop_guard();
-    let begun = tokio::spawn(async move { agent.queue.ask(&name, request, &unwanted).await });
+    let begun = tokio::spawn(async move {
+        match agent.host.domain(&name) {
+            Some(domain) => source::carry::begin(&agent.outgoing, domain, request).await,
+            None => agent.queue.ask(&name, request, &unwanted).await,
+        }
+    });
     Ok(Json(begun.await.expect("beginning does not panic")?))
 }
 
@@ -239,6 +256,10 @@ async fn migrate_many(State(agent): Shared, Json(wanted): Json<MigrateManyReques
 #[utoipa::path(delete, path = "/v1/vms/{name}/migration", params(("name" = String, Path)),
     responses((status = 204), (status = "default", body = Problem)))]
 async fn cancel(State(agent): Shared, Path(name): Path<String>) -> Result<StatusCode, ApiError> {
+    if let Some(domain) = agent.host.domain(&name) {
+        carry_of(&agent, &name, &domain)?.cancel()?;
+        return Ok(StatusCode::NO_CONTENT);
+    }
     if agent.vm_moves.cancel(&name)? || agent.queue.cancel(&name).await? {
         return Ok(StatusCode::NO_CONTENT);
     }
@@ -340,7 +361,16 @@ fn under_way(migration: &Migration) -> Result<(), AgentError> {
     }
 }
 
+/// The migration of a domain of libvirt's.
+fn carry_of(agent: &Agent, name: &str, domain: &SeenDomain) -> Result<Arc<Carry>, AgentError> {
+    let none = || AgentError::Conflict { message: format!("vmferry does not migrate {name} just now"), hint: None };
+    agent.outgoing.carries.of(domain.domain.uuid).ok_or_else(none)
+}
+
 pub(super) fn migration_of(agent: &Agent, name: &str) -> Result<Arc<Migration>, AgentError> {
+    if let Some(domain) = agent.host.domain(name) {
+        return Ok(Arc::clone(&carry_of(agent, name, &domain)?.migration));
+    }
     agent.host.vm(name)?;
     let none = || AgentError::Conflict { message: format!("{name} is not being migrated"), hint: None };
     let migration = agent.outgoing.migration_of(name).ok_or_else(none)?;

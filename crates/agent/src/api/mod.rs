@@ -6,6 +6,8 @@
 
 mod copies;
 mod disks;
+mod domains;
+mod libvirts;
 mod local;
 mod moves;
 mod peers;
@@ -84,13 +86,16 @@ where
 }
 
 #[derive(OpenApi)]
-#[openapi(info(
-    title = "vmferry agent",
-    description = "Live migration for QEMU/KVM guests. The routes under /v1/vms, /v1/migrations and /v1/copies are for the \
+#[openapi(
+    info(
+        title = "vmferry agent",
+        description = "Live migration for QEMU/KVM guests. The routes under /v1/vms, /v1/migrations and /v1/copies are for the \
                    host's own users, over the agent's Unix socket; /v1/hello, /v1/join, /v1/incoming, \
-                   /v1/incoming-copies, /v1/incoming-vms, /v1/boot-files and \
+                   /v1/incoming-copies, /v1/incoming-vms, /v1/incoming-domains, /v1/domains, /v1/boot-files and \
                    /v1/link-trials are for other agents, over TLS."
-))]
+    ),
+    components(schemas(crate::peers::Channel))
+)]
 struct Document;
 
 /// The routes for the command line.
@@ -104,6 +109,7 @@ pub(crate) fn local_router(agent: &Arc<Agent>) -> axum::Router {
         .merge(tuning::routes());
     let (router, _) = all.split_for_parts();
     router
+        .layer(axum::middleware::from_fn_with_state(Arc::clone(agent), libvirts::refuse))
         .route("/openapi.json", axum::routing::get(move || std::future::ready(Json(document.clone()))))
         .fallback(no_such_route)
         .with_state(Arc::clone(agent))
@@ -111,7 +117,7 @@ pub(crate) fn local_router(agent: &Arc<Agent>) -> axum::Router {
 
 /// The routes for other agents.
 pub(crate) fn peer_router(agent: &Arc<Agent>) -> axum::Router {
-    let (router, _) = OpenApiRouter::new().merge(peers::routes()).split_for_parts();
+    let (router, _) = OpenApiRouter::new().merge(peers::routes()).merge(domains::routes()).split_for_parts();
     router.fallback(no_such_route).with_state(Arc::clone(agent))
 }
 
@@ -124,6 +130,7 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
         .merge(moves::routes())
         .merge(tuning::routes())
         .merge(peers::routes())
+        .merge(domains::routes())
         .split_for_parts();
     document
 }

@@ -58,7 +58,7 @@ pub(crate) fn routes() -> OpenApiRouter<Arc<Agent>> {
 }
 
 /// A peer that asks.
-struct Paired(Caller);
+pub(super) struct Paired(pub(super) Caller);
 
 impl FromRequestParts<Arc<Agent>> for Paired {
     type Rejection = ApiError;

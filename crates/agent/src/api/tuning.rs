@@ -25,7 +25,9 @@ async fn tune(
     Path(name): Path<String>,
     Json(wanted): Json<TuneRequest>,
 ) -> Answer<Tuned> {
-    agent.host.found(&name).await?;
+    if agent.host.domain(&name).is_none() {
+        agent.host.found(&name).await?;
+    }
     let migration = migration_of(&agent, &name)?;
     Ok(Json(migration.tune(wanted).await?))
 }

@@ -7,6 +7,7 @@
 
 mod arrival;
 mod awaited;
+pub(crate) mod carried;
 mod check;
 mod commit;
 mod disks;

@@ -10,6 +10,7 @@ pub mod external;
 pub(crate) mod journey;
 pub(crate) mod lending;
 pub(crate) mod means;
+pub(crate) mod meters;
 pub(crate) mod movable;
 pub mod qemu;
 

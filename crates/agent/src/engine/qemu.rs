@@ -10,11 +10,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use vmferry_policy::{Action, Bytes, BytesPerSec, Costs, Limits, Means, Observation, Percent, Phase, Scan};
-use vmferry_qemu::qmp::commands::{self, MigrationInfo, MigrationParameters, RamInfo};
+use vmferry_policy::{Action, Bytes, BytesPerSec, Costs, Limits, Means, Observation, Percent, Phase};
+use vmferry_qemu::qmp::commands::{self, MigrationInfo, MigrationParameters};
 use vmferry_qemu::{Event, EventStream, Features, MigrationStatus, Qmp, QmpError, RunState};
 
 use super::budget::Budget;
+use super::meters::{RateMeter, Rounds};
 use super::{Disks, EngineError, NewConnection, RamEngine, Seen, Setup, Totals};
 
 /// QEMU's own default is 128 MiB/s; this is as good as none and fits its signed arithmetic.
@@ -28,8 +29,6 @@ const TICK: Duration = Duration::from_millis(250);
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(20);
 /// A copy that sends nothing for this long will not go on by itself.
 const STALLED: Duration = Duration::from_secs(30);
-/// Weight of the newest sample in the link rate, at ten samples a second.
-const RATE_WEIGHT: f64 = 0.3;
 
 /// See the module's text.
 pub struct QemuEngine {
@@ -59,9 +58,6 @@ pub struct QemuEngine {
     post_copy: bool,
     rate: RateMeter,
     rounds: Rounds,
-    /// What began this round, and when.
-    scan: Option<Scan>,
-    scanned: Instant,
     /// The highest seen, in bytes a second.
     dirty_rate: u64,
     last: MigrationInfo,
@@ -114,9 +110,7 @@ impl QemuEngine {
             paused_at: None,
             post_copy: false,
             rate: RateMeter::default(),
-            rounds: Rounds::default(),
-            scan: None,
-            scanned: Instant::now(),
+            rounds: Rounds::begin(),
             dirty_rate: 0,
             last: MigrationInfo::default(),
             last_sent: Instant::now(),
@@ -219,24 +213,6 @@ impl QemuEngine {
         true
     }
 
-    fn count_rounds(&mut self, ram: &RamInfo) {
-        let before = self.rounds.begun;
-        self.rounds.update(ram);
-        let new = self.rounds.begun.saturating_sub(before);
-        // The first one begins with all RAM, and no scan.
-        if new > 0 && self.rounds.begun > 1 {
-            let interval = self.scanned.elapsed() / new;
-            // QEMU begins anew while some of the round before is left: that was written before.
-            let before = self.last.ram.clone().unwrap_or_default();
-            let left_over = before.remaining.saturating_sub(ram.transferred.saturating_sub(before.transferred));
-            let left_over = if self.rounds.begun > 2 { left_over } else { 0 };
-            self.scan = Some(Scan { interval, left: Bytes(ram.remaining.saturating_sub(left_over)) });
-        }
-        if new > 0 {
-            self.scanned = Instant::now();
-        }
-    }
-
     fn see(&mut self, info: MigrationInfo) -> Result<Seen, EngineError> {
         let status = info.status.clone().unwrap_or(MigrationStatus::None);
         let (mut ready_to_commit, mut complete, mut broken) = (false, false, None);
@@ -281,7 +257,7 @@ impl QemuEngine {
             round: self.rounds.begun,
             remaining: Bytes(ram.remaining),
             total: Bytes(ram.total),
-            scan: self.scan,
+            scan: self.rounds.scan,
             stale: Bytes(0),
             sent: Bytes(ram.transferred),
             dirty_rate: BytesPerSec(dirty_rate),
@@ -306,7 +282,7 @@ impl RamEngine for QemuEngine {
             self.pause().await?;
         }
         self.started = Instant::now();
-        (self.last_sent, self.scanned) = (self.started, self.started);
+        (self.last_sent, self.rounds) = (self.started, Rounds::begin());
         self.qmp.execute(commands::Migrate { uri: self.uri.clone(), resume: None }).await?;
         if self.post_copy_first {
             self.qmp.execute(commands::MigrateStartPostcopy {}).await?;
@@ -319,7 +295,7 @@ impl RamEngine for QemuEngine {
         self.look_whether_it_runs().await?;
         let info = self.qmp.execute(commands::QueryMigrate {}).await?;
         if let Some(ram) = &info.ram {
-            self.count_rounds(ram);
+            self.rounds.update(ram);
         }
         if let (Some(budget), Some(disks)) = (&mut self.budget, &self.disks)
             && let Some(rate) = budget.for_ram(self.started.elapsed(), disks.sent())
@@ -451,151 +427,5 @@ impl Throttled for MigrationParameters {
         self.cpu_throttle_initial = Some(share.0);
         self.cpu_throttle_increment = Some(share.0);
         self.max_cpu_throttle = Some(share.0);
-    }
-}
-
-/// The rounds of pre-copy.
-///
-/// QEMU tells how often it has collected what was written, which was once a round. But where it may go on by post-copy,
-/// 11.1 does so ten times a second (seen with 11.1.3). There a round ends when as much was sent as there was to send when
-/// it began.
-#[derive(Default)]
-struct Rounds {
-    begun: u32,
-    /// It was seen that QEMU counts rounds.
-    counted: bool,
-    /// How many bytes of pages are sent when this round ends, where QEMU counts something else.
-    ends_at: Option<u64>,
-}
-
-impl Rounds {
-    fn update(&mut self, ram: &RamInfo) {
-        let sent = (ram.normal + ram.duplicate) * ram.page_size.unwrap_or(4096);
-        let count = ram.dirty_sync_count as u32;
-        match self.ends_at {
-            Some(end) if sent >= end => (self.begun, self.ends_at) = (self.begun + 1, Some(sent + ram.remaining)),
-            Some(_) => {}
-            // Its first round cannot be over.
-            None if count > 1 && !self.counted && sent < ram.total / 2 => {
-                (self.begun, self.ends_at) = (1, Some(ram.total));
-            }
-            None => (self.begun, self.counted) = (count, count > 1),
-        }
-    }
-}
-
-/// Bytes a second, smoothed over the last second or so.
-///
-/// Pages of zeroes cost next to nothing to send and something to find: while hardly anything else is found, what is sent
-/// tells nothing of what the link carries. Nor does it where there is nothing to send.
-#[derive(Default)]
-struct RateMeter {
-    last: Option<(Counted, Instant)>,
-    rate: Option<f64>,
-}
-
-/// What QEMU has sent: bytes, pages, and of them those of zeroes.
-#[derive(Clone, Copy)]
-struct Counted {
-    bytes: u64,
-    normal: u64,
-    zero: u64,
-}
-
-/// So many pages of zeroes to one other, and it is not the link that holds QEMU up.
-const ZEROES: u64 = 4;
-/// Nor is it when there is no more to send than takes so many seconds.
-const ENOUGH: f64 = 0.1;
-
-impl RateMeter {
-    fn update(&mut self, ram: &RamInfo, at: Instant) -> u64 {
-        let now = Counted { bytes: ram.transferred, normal: ram.normal, zero: ram.duplicate };
-        if let Some((before, then)) = self.last {
-            let seconds = at.duration_since(then).as_secs_f64();
-            // News can come within a tick: too short to tell a rate from.
-            if seconds < 0.05 {
-                return self.rate.unwrap_or(0.0) as u64;
-            }
-            let (normal, zero) = (now.normal.saturating_sub(before.normal), now.zero.saturating_sub(before.zero));
-            let sample = now.bytes.saturating_sub(before.bytes) as f64 / seconds;
-            let is_held_up = self.rate.is_none_or(|rate| sample > rate || ram.remaining as f64 > rate * ENOUGH);
-            if is_held_up && (zero <= normal.saturating_mul(ZEROES) || self.rate.is_none() && normal > 0) {
-                self.rate = Some(self.rate.map_or(sample, |rate| rate + RATE_WEIGHT * (sample - rate)));
-            }
-        }
-        self.last = Some((now, at));
-        self.rate.unwrap_or(0.0) as u64
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_link_rate_follows_what_is_sent() {
-        let mut meter = RateMeter::default();
-        let begin = Instant::now();
-        let mut rate = 0;
-        for tick in 0..20 {
-            rate = meter.update(&sent(tick * 10_000_000, 0), begin + TICK * tick as u32);
-        }
-        assert!(rate.abs_diff(40_000_000) < 10, "{rate}");
-        // A stretch of zeroes, of which hardly anything is sent, does not make it slower.
-        for tick in 20..40 {
-            rate = meter.update(&sent(190_000_000 + tick * 1000, tick * 100_000), begin + TICK * tick as u32);
-        }
-        assert!(rate.abs_diff(40_000_000) < 10, "{rate}");
-        // Nor does having nothing to send.
-        for tick in 40..60 {
-            let idle = RamInfo { remaining: 4096, ..sent(190_020_000 + tick, 4_000_000) };
-            rate = meter.update(&idle, begin + TICK * tick as u32);
-        }
-        assert!(rate.abs_diff(40_000_000) < 10, "{rate}");
-    }
-
-    /// So many bytes, and pages of zeroes.
-    fn sent(bytes: u64, zeroes: u64) -> RamInfo {
-        RamInfo { transferred: bytes, normal: bytes >> 12, duplicate: zeroes, remaining: 1 << 30, ..RamInfo::default() }
-    }
-
-    /// What QEMU tells after so many pages of 1000 were sent, and so many looks.
-    fn ram(pages: u64, looks: u64, remaining: u64) -> RamInfo {
-        RamInfo {
-            total: 1000 << 12,
-            normal: pages,
-            dirty_sync_count: looks,
-            remaining: remaining << 12,
-            ..RamInfo::default()
-        }
-    }
-
-    #[test]
-    fn rounds_are_those_that_qemu_counts() {
-        let mut rounds = Rounds::default();
-        for (pages, looks) in [(10, 1), (900, 1), (1000, 2), (1010, 5)] {
-            rounds.update(&ram(pages, looks, 100));
-            assert_eq!(u64::from(rounds.begun), looks);
-        }
-    }
-
-    #[test]
-    fn where_qemu_counts_looks_a_round_ends_when_what_it_began_with_is_sent() {
-        let mut rounds = Rounds::default();
-        for (pages, looks, round) in
-            [(10, 2, 1), (400, 6, 1), (999, 12, 1), (1000, 13, 2), (1299, 20, 2), (1300, 21, 3)]
-        {
-            rounds.update(&ram(pages, looks, 300));
-            assert_eq!(rounds.begun, round, "{pages} pages, {looks} looks");
-        }
-    }
-
-    #[test]
-    fn news_within_a_tick_do_not_spoil_the_rate() {
-        let mut meter = RateMeter::default();
-        let begin = Instant::now();
-        meter.update(&sent(0, 0), begin);
-        let rate = meter.update(&sent(10_000_000, 0), begin + TICK);
-        assert_eq!(meter.update(&sent(10_000_000, 0), begin + TICK + Duration::from_millis(1)), rate);
     }
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use vmferry_api::trial::BadTrial;
 use vmferry_api::{Code, Problem, in_one_line};
+use vmferry_libvirt::ConnectionError;
 use vmferry_link::LinkDown;
 use vmferry_qemu::{CommandLineError, LaunchError, ProbeError, QmpError, StreamTlsError};
 use vmferry_ram::RamError;
@@ -226,6 +227,26 @@ pub enum AgentError {
         /// What was seen of it.
         why: String,
     },
+    /// Neither libvirt has said where the guest is.
+    #[error("{name} was being migrated to {to} by libvirt, and it is not known what came of it: {reason}")]
+    WhereUnknown {
+        /// The domain.
+        name: String,
+        /// The destination.
+        to: String,
+        /// What keeps it from being known.
+        reason: String,
+    },
+    /// libvirt's post-copy broke.
+    #[error("{name} runs on {to} without all of its memory: {reason}")]
+    PostCopyBroke {
+        /// The domain.
+        name: String,
+        /// The destination.
+        to: String,
+        /// Why.
+        reason: String,
+    },
     /// No QEMU of that name.
     #[error("{binary} was not found on {host}")]
     NoQemu {
@@ -249,6 +270,9 @@ pub enum AgentError {
     /// QEMU's streams cannot be encrypted.
     #[error(transparent)]
     StreamTls(#[from] StreamTlsError),
+    /// libvirt refused, failed, or has gone away.
+    #[error(transparent)]
+    Libvirt(#[from] ConnectionError),
     /// Copying the RAM failed.
     #[error(transparent)]
     Engine(#[from] EngineError),
@@ -324,12 +348,16 @@ impl AgentError {
                 Code::Cancelled
             }
             Self::CopyFailed { .. } => Code::CopyFailed,
-            Self::GuestAtRisk { .. } | Self::Nowhere { .. } | Self::DoesNotRun { .. } | Self::SourceEnded { .. } => {
-                Code::GuestAtRisk
-            }
+            Self::WhereUnknown { .. }
+            | Self::PostCopyBroke { .. }
+            | Self::GuestAtRisk { .. }
+            | Self::Nowhere { .. }
+            | Self::DoesNotRun { .. }
+            | Self::SourceEnded { .. } => Code::GuestAtRisk,
             Self::TooLate { .. } => Code::TooLate,
             Self::NoQemu { .. } => Code::NoQemu,
             Self::Launch(_) | Self::Probe(_) | Self::Qmp(_) | Self::StreamTls(_) => Code::QemuFailed,
+            Self::Libvirt(_) => Code::Conflict,
             Self::Store(_) | Self::Io { .. } => Code::Internal,
         }
     }
@@ -361,6 +389,14 @@ impl AgentError {
             Self::CopyFailed { .. } => Some("what has arrived is kept: the same command goes on from there".into()),
             Self::GuestAtRisk { name, .. } => Some(format!(
                 "see `vmferry show {name}` there; what is left of it here stays until `vmferry resolve` or `vmferry stop --force`"
+            )),
+            Self::WhereUnknown { name, .. } => Some(format!(
+                "the agent goes on asking, and notes it down (`vmferry migrations`); `virsh domstate {name} --reason` on both \
+                 hosts tells the same"
+            )),
+            Self::PostCopyBroke { name, to, .. } => Some(format!(
+                "`virsh migrate --live --p2p --postcopy --postcopy-resume {name} qemu+ssh://{to}/system` here resumes it; until then \
+                 keep both hosts up"
             )),
             Self::DoesNotRun { name, .. } => Some(format!("see `vmferry show {name}` there: its agent goes on trying")),
             Self::TooLate { name, is_there: true } => {

@@ -45,20 +45,19 @@ impl Markers {
     pub(crate) fn put(spec: &VmSpec, behind: &[PathBuf], id: Uuid, signature: &Signature) -> Result<Self, AgentError> {
         let disks = disks_of(spec)?;
         let behind: Vec<PathBuf> = behind.iter().map(|file| spec.cwd.join(file)).collect();
-        let Signature { agent, run } = signature;
-        let text = format!("vmferry checks that both hosts see this folder\n{agent}\n{run}\n");
-        let made = disks
-            .iter()
-            .chain(&behind)
-            .filter_map(|disk| marker_beside(disk, id))
-            .filter(|marker| fs::write(marker, &text).is_ok())
-            .collect();
+        let made = put_beside(disks.iter().chain(&behind), id, signature);
         // What a measuring guest boots from is called by its content.
         let mut read_only = if spec.measuring { Vec::new() } else { read_only_of(spec)? };
         read_only.extend(behind);
         read_only.sort();
         read_only.dedup();
         Ok(Self { disks, read_only, made })
+    }
+
+    /// Puts one beside each of these disks, of a guest that only reads those others.
+    pub(crate) fn beside(disks: Vec<PathBuf>, read_only: Vec<PathBuf>, id: Uuid, signature: &Signature) -> Self {
+        let made = put_beside(disks.iter(), id, signature);
+        Self { disks, read_only, made }
     }
 
     /// What the guest only reads: where it is not the same file on both hosts, the same must be in it.
@@ -69,6 +68,13 @@ impl Markers {
     pub(crate) fn disks(&self) -> Vec<PathBuf> {
         self.disks.clone()
     }
+}
+
+fn put_beside<'a>(disks: impl Iterator<Item = &'a PathBuf>, id: Uuid, signature: &Signature) -> Vec<PathBuf> {
+    let Signature { agent, run } = signature;
+    let text = format!("vmferry checks that both hosts see this folder\n{agent}\n{run}\n");
+    let markers = disks.filter_map(|disk| marker_beside(disk, id));
+    markers.filter(|marker| fs::write(marker, &text).is_ok()).collect()
 }
 
 fn disks_of(spec: &VmSpec) -> Result<Vec<PathBuf>, AgentError> {
@@ -86,7 +92,11 @@ fn files_of(spec: &VmSpec, are_meant: impl Fn(&FileKind) -> bool) -> Result<Vec<
 
 /// Removes the markers that an earlier agent of this host has left beside the disks of these VMs.
 pub(crate) fn sweep<'a>(specs: impl Iterator<Item = &'a VmSpec>, signature: &Signature) {
-    let disks = specs.flat_map(|spec| disks_of(spec).unwrap_or_default());
+    sweep_beside(specs.flat_map(|spec| disks_of(spec).unwrap_or_default()), signature);
+}
+
+/// The same beside these disks.
+pub(crate) fn sweep_beside(disks: impl Iterator<Item = PathBuf>, signature: &Signature) {
     let folders: BTreeSet<PathBuf> =
         disks.filter_map(|disk| Some(fs::canonicalize(disk).ok()?.parent()?.to_owned())).collect();
     for file in folders.into_iter().filter_map(|folder| fs::read_dir(folder).ok()).flatten().flatten() {

@@ -12,6 +12,7 @@ use vmferry_link::{Authority, CipherSpeed, Identity, Sessions, measure_ciphers};
 use super::admission::Admission;
 use super::contents::Contents;
 use super::disks::Signature;
+use super::domains::{Domains, SeenDomain};
 use super::idle::{Idle, IdleVm};
 use super::qemus::Qemus;
 use super::vm::{Stage, Vm};
@@ -27,6 +28,8 @@ const SWITCHOVER: Duration = Duration::from_millis(40);
 const KEPT_SWITCHOVERS: usize = 4096;
 /// How long somebody who asks for a VM waits until it is found.
 const FOUND: Duration = Duration::from_secs(1);
+/// What the name of a libvirt domain begins with, where it is to be told from a VM of the agent's own.
+const OF_LIBVIRT: &str = "libvirt:";
 /// How many trials an agent serves at a time.
 pub(crate) const MOST_TRIALS: usize = 4;
 
@@ -65,6 +68,8 @@ pub(crate) struct Host {
     pub(crate) admission: Arc<Admission>,
     /// Places for trials of the link.
     pub(crate) trials: Arc<Semaphore>,
+    /// Its libvirt's domains.
+    pub(crate) domains: Arc<Domains>,
     /// Of the files that its guests read.
     pub(crate) contents: Arc<Contents>,
     /// Of its markers.
@@ -118,6 +123,7 @@ impl Host {
     ) -> Arc<Self> {
         Arc::new(Self {
             qemus: Qemus::new(&config.name, &config.qemu_dirs, &config.run_dir),
+            domains: Domains::new(&config.libvirt),
             config,
             journal,
             contents: Arc::default(),
@@ -188,6 +194,28 @@ impl Host {
                 (Err(unknown), _) => return Err(unknown),
             }
         }
+    }
+
+    /// The libvirt domain of this name. A name that a VM of the agent's own has is that VM's; `libvirt:NAME` is always
+    /// libvirt's.
+    pub(crate) fn domain(&self, name: &str) -> Option<SeenDomain> {
+        match name.strip_prefix(OF_LIBVIRT) {
+            Some(name) => self.domains.named(name),
+            None if self.has_any(name) => None,
+            None => self.domains.named(name),
+        }
+    }
+
+    /// What a libvirt domain is called here.
+    pub(crate) fn name_of(&self, domain: &SeenDomain) -> String {
+        let name = &domain.domain.name;
+        if self.has_any(name) { format!("{OF_LIBVIRT}{name}") } else { name.clone() }
+    }
+
+    /// A VM of the agent's own has this name, whether it runs or not.
+    fn has_any(&self, name: &str) -> bool {
+        let state = self.state();
+        state.vms.contains_key(name) || state.idle.contains_key(name)
     }
 
     /// There are VMs of which nobody knows whose their guests are.

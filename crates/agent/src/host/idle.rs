@@ -70,6 +70,7 @@ impl IdleVm {
             machine: None,
             accelerator: Some(self.record.accelerator.clone()),
             adopted: self.record.spec.adopted,
+            manager: None,
             autostart: self.record.autostart,
             console: false,
             engine: String::new(),

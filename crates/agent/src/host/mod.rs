@@ -7,6 +7,7 @@ mod contents;
 mod device_id;
 mod disk_notes;
 mod disks;
+mod domains;
 mod drift;
 mod folders;
 #[expect(clippy::module_inception, reason = "the host itself")]
@@ -30,6 +31,7 @@ pub(crate) use contents::Contents;
 pub(crate) use device_id::device_id;
 pub(crate) use disk_notes::DiskNotes;
 pub(crate) use disks::{Markers, marker_beside, sweep};
+pub(crate) use domains::{Domains, SeenDomain};
 pub(crate) use drift::{drift_of, keep_from_starting, record_drift};
 pub(crate) use folders::{bind_anew, make_private_dir, write_durably};
 pub(crate) use host::{Follower, Host, MOST_TRIALS, Trusts};

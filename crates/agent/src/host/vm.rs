@@ -281,6 +281,7 @@ impl Vm {
             machine: Some(self.facts.machine.clone()),
             accelerator: Some(self.accelerator.clone()),
             adopted: self.spec.adopted,
+            manager: None,
             autostart: self.autostart.load(Ordering::Relaxed),
             console: self.console.is_some(),
             engine: engine.to_string(),

@@ -10,6 +10,7 @@
 //! A full disk must not keep a migration that has begun from being committed or undone, so that the space for its rows
 //! is taken when it is prepared ([`Journal::reserve`]).
 
+mod carries;
 mod incoming;
 mod instance;
 mod lessons;
@@ -20,6 +21,7 @@ mod queued;
 mod schema;
 mod vms;
 
+pub use carries::{CarryEnd, CarryRecord};
 pub use incoming::{InRow, Source};
 pub use instance::Instance;
 pub use lessons::Taught;

@@ -160,7 +160,8 @@ impl Journal {
     pub async fn last_out(&self, most: u32) -> Result<Vec<MigrationView>> {
         self.call(move |db| {
             let mut select = db.prepare(
-                "SELECT id, vm, peer, started, step, outcome FROM migrations WHERE direction = 'out'
+                "SELECT id, vm, peer, started, step, outcome, rowid FROM migrations WHERE direction = 'out'
+                 UNION ALL SELECT id, vm, peer, started, step, outcome, rowid FROM carries
                  ORDER BY started DESC, rowid DESC LIMIT ?1",
             )?;
             let rows = select.query_map([most], view)?;

@@ -8,7 +8,7 @@ use super::{Result, now, unreadable};
 
 /// What makes the tables of each version from those of the version before; `PRAGMA user_version` tells which one a file
 /// has.
-const SCHEMA: [&str; 7] = [
+const SCHEMA: [&str; 8] = [
     "
 CREATE TABLE vms (
     name       TEXT PRIMARY KEY,
@@ -140,6 +140,20 @@ CREATE TABLE lessons (
     PRIMARY KEY (peer_key, engine, figure)
 );
 ",
+    "
+-- Migrations of libvirt's domains. libvirt knows who owns the guest.
+CREATE TABLE carries (
+    id       TEXT PRIMARY KEY,
+    vm       TEXT NOT NULL,        -- the domain's name
+    uuid     TEXT NOT NULL,        -- and its UUID
+    peer     TEXT NOT NULL,
+    peer_key TEXT NOT NULL,
+    address  TEXT NOT NULL,
+    started  INTEGER NOT NULL,     -- seconds since 1970
+    step     TEXT NOT NULL,
+    outcome  TEXT                  -- how it ended; NULL while that is not known
+);
+",
 ];
 
 /// How long what is over is kept, in seconds. Nothing late of a migration comes after that.
@@ -178,6 +192,7 @@ pub(super) fn forget_what_is_old(connection: &Connection) {
         "DELETE FROM moves_out WHERE done = 1 AND since < ?1",
         "DELETE FROM moves_in WHERE taken = 1 AND since < ?1",
         "DELETE FROM lessons WHERE since < ?1",
+        "DELETE FROM carries WHERE outcome IS NOT NULL AND started < ?1",
     ];
     for old in [old].into_iter().chain(others) {
         if let Err(error) = connection.execute(old, params![now() - KEPT]) {

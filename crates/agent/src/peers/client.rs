@@ -18,6 +18,7 @@ use uuid::Uuid;
 use vmferry_api::{DEFAULT_PORT, Hello, witness};
 use vmferry_link::{Authority, Fingerprint, Identity, Secret};
 
+use super::domains::{CarryOffer, CarryReply, Channel, DomainState, DomainThere};
 use super::wire::{
     Abandon, BootFile, CheckReply, Commit, CopyAccepted, CopyOffer, Fence, IncomingState, Join, MoveOffer, MoveReply,
     Offer, OutgoingState, Prepared, Taken, TrialAccepted, TrialOffer,
@@ -39,6 +40,8 @@ const KEEP_TIMEOUT: Duration = Duration::from_secs(3);
 const PREPARE_TIMEOUT: Duration = Duration::from_secs(90);
 /// The destination has everything by then and only has to be set running.
 const COMMIT_TIMEOUT: Duration = Duration::from_secs(13);
+/// How long it is waited for that a domain runs.
+const RUNS_TIMEOUT: Duration = Duration::from_secs(60);
 /// The longest answer that is read, in bytes.
 const MAX_ANSWER: usize = 16 << 20;
 
@@ -242,6 +245,47 @@ impl Peer {
         self.upgrade(&format!("/v1/incoming/{id}/relay"), RELAY_PROTOCOL).await
     }
 
+    /// Whether its libvirt could take this domain; touches nothing there.
+    pub async fn check_domain(&self, offer: &CarryOffer) -> Result<CarryReply, PeerError> {
+        self.ask(Method::POST, "/v1/incoming-domains/check", Some(offer), ANSWER_TIMEOUT).await
+    }
+
+    /// Has it let this domain, and nothing else, through to its libvirt.
+    pub async fn announce_domain(&self, offer: &CarryOffer) -> Result<CarryReply, PeerError> {
+        // Over a new connection: one that was heard and not answered would keep the next from the same place.
+        self.take_idle();
+        self.ask(Method::POST, "/v1/incoming-domains", Some(offer), ANSWER_TIMEOUT).await
+    }
+
+    /// Nothing of it is to be let through any more.
+    pub async fn withdraw_domain(&self, id: Uuid) -> Result<(), PeerError> {
+        self.ask(Method::DELETE, &format!("/v1/incoming-domains/{id}"), None::<&()>, ANSWER_TIMEOUT).await
+    }
+
+    /// How a domain stands with its libvirt.
+    pub async fn domain(&self, uuid: Uuid) -> Result<DomainThere, PeerError> {
+        let path = format!("/v1/domains/{uuid}");
+        let state: DomainState = self.ask(Method::GET, &path, None::<&()>, ANSWER_TIMEOUT).await?;
+        Ok(state.there)
+    }
+
+    /// The same, as soon as it runs there.
+    pub async fn domain_runs(&self, uuid: Uuid) -> Result<DomainThere, PeerError> {
+        let path = format!("/v1/domains/{uuid}?wait=true");
+        let state: DomainState = self.ask(Method::GET, &path, None::<&()>, RUNS_TIMEOUT).await?;
+        Ok(state.there)
+    }
+
+    /// One more connection of the two libvirts, or of their QEMUs, of this migration.
+    pub(crate) async fn carry(
+        &self,
+        id: Uuid,
+        channel: Channel,
+    ) -> Result<impl AsyncRead + AsyncWrite + Unpin + Send + use<>, PeerError> {
+        let path = format!("/v1/incoming-domains/{id}/{}", channel.word());
+        self.upgrade(&path, RELAY_PROTOCOL).await
+    }
+
     /// What it hears of the measuring guest of this migration.
     pub(crate) async fn witness(&self, id: Uuid) -> Result<impl AsyncRead + AsyncWrite + Unpin + use<>, PeerError> {
         self.upgrade(&format!("/v1/incoming/{id}/witness"), witness::PROTOCOL).await
@@ -251,7 +295,7 @@ impl Peer {
         &self,
         path: &str,
         protocol: &'static str,
-    ) -> Result<impl AsyncRead + AsyncWrite + Unpin + use<>, PeerError> {
+    ) -> Result<impl AsyncRead + AsyncWrite + Unpin + Send + use<>, PeerError> {
         let mut connection = self.connect().await?;
         let request = Request::builder()
             .method(Method::POST)

@@ -160,6 +160,10 @@ impl Queue {
     }
 
     async fn look_at(self: &Arc<Self>, vm: &str, how: &MigrateRequest) -> Result<(Comes, Checked), AgentError> {
+        if self.outgoing.host.domain(vm).is_some() {
+            let message = format!("{vm} is libvirt's, and those do not wait for each other's turn");
+            return Err(AgentError::Conflict { message, hint: Some(format!("`vmferry migrate {vm}` by itself")) });
+        }
         self.outgoing.host.found(vm).await?;
         let comes = self.comes(vm)?;
         Ok((comes, source::check(&self.outgoing, vm, how).await?))

@@ -17,6 +17,7 @@
 
 mod all_disks;
 mod begin;
+pub(crate) mod carry;
 mod changes;
 mod compare;
 mod copy_disks;

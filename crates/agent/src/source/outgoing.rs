@@ -9,6 +9,7 @@ use vmferry_api::in_one_line;
 use vmferry_custody::source::{Event, Phase, Refused};
 use vmferry_link::Fingerprint;
 
+use super::carry::Carries;
 use super::custody::Custody;
 use super::foresee::Foreseen;
 use super::migration::Migration;
@@ -33,6 +34,8 @@ pub(crate) struct Outgoing {
     migrations: Mutex<Vec<Arc<Migration>>>,
     /// Those that are driven.
     open: Mutex<Vec<Arc<Custody>>>,
+    /// The domains of libvirt that leave.
+    pub(crate) carries: Carries,
     /// What was predicted lately.
     pub(super) foreseen: Foreseen,
 }
@@ -42,7 +45,7 @@ impl Outgoing {
     pub(crate) fn new(host: Arc<Host>) -> Arc<Self> {
         let post_copies = Arc::new(Semaphore::new(host.config.post_copies.get().into()));
         let (migrations, open, foreseen) = (Mutex::default(), Mutex::default(), Foreseen::default());
-        Arc::new(Self { host, post_copies, migrations, open, foreseen })
+        Arc::new(Self { host, post_copies, migrations, open, carries: Carries::default(), foreseen })
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Arc<Migration>>> {
@@ -154,6 +157,7 @@ impl Outgoing {
 
     /// Before the agent ends: what is not committed is undone, or QEMU would go on alone and nobody would commit.
     pub(crate) async fn cancel_all(&self) {
+        self.carries.cancel_all().await;
         let under_way: Vec<Arc<Custody>> = self.open().clone();
         for custody in &under_way {
             // What is too late to be undone goes on with the next agent.

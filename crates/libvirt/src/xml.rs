@@ -1,0 +1,181 @@
+//! What is taken from libvirt's XML: of a domain what a migration has to know, of a host whose user its QEMUs are.
+
+use std::path::PathBuf;
+
+use roxmltree::{Document, Node};
+use uuid::Uuid;
+
+/// It is no XML, or not that of a domain.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("libvirt's XML cannot be used: {0}")]
+pub struct InvalidXml(String);
+
+/// A domain, as its XML describes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Description {
+    /// Its name.
+    pub name: String,
+    /// Its UUID.
+    pub uuid: Uuid,
+    /// `kvm` or `tcg`.
+    pub accelerator: String,
+    /// The machine type, as far as it is said.
+    pub machine: Option<String>,
+    /// Its disks, without drives that have nothing in them.
+    pub disks: Vec<Disk>,
+    /// A device of the host was given to it.
+    pub host_device: Option<String>,
+}
+
+/// A disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Disk {
+    /// What the guest has it as, such as `vda`: one a domain.
+    pub target: String,
+    /// Where it is.
+    pub kind: DiskKind,
+    /// The guest does not write to it.
+    pub read_only: bool,
+    /// Other guests write to it, too: libvirt does not copy it.
+    pub shareable: bool,
+    /// How QEMU caches it, if that is said.
+    pub cache: Option<String>,
+}
+
+/// Where a disk is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DiskKind {
+    /// A file of this host, or of storage that several have.
+    File(PathBuf),
+    /// A block device.
+    Block(PathBuf),
+    /// A server's: every host that reaches it has the same.
+    Network,
+    /// Anything else, in libvirt's word.
+    Other(String),
+}
+
+impl Description {
+    /// Of a domain's XML.
+    pub fn parse(xml: &str) -> Result<Self, InvalidXml> {
+        let document = Document::parse(xml).map_err(|error| InvalidXml(error.to_string()))?;
+        let domain = document.root_element();
+        if !domain.has_tag_name("domain") {
+            return Err(InvalidXml(format!("it is a <{}>", domain.tag_name().name())));
+        }
+        let text = |name: &str| child(domain, name).and_then(|it| it.text()).map(str::trim);
+        let missing = |what: &str| InvalidXml(format!("it has no {what}"));
+        let uuid = text("uuid").and_then(|it| it.parse().ok()).ok_or_else(|| missing("uuid"))?;
+        let kind = domain.attribute("type").ok_or_else(|| missing("type"))?;
+        let machine = child(domain, "os").and_then(|os| child(os, "type")?.attribute("machine"));
+        let devices = child(domain, "devices");
+        let all = |name: &'static str| {
+            devices.into_iter().flat_map(|it| it.children()).filter(move |it| it.has_tag_name(name))
+        };
+        let host_device =
+            all("hostdev").next().map(|it| format!("a {} device", it.attribute("type").unwrap_or("host")));
+        Ok(Self {
+            name: text("name").filter(|it| !it.is_empty()).ok_or_else(|| missing("name"))?.into(),
+            uuid,
+            accelerator: if kind == "qemu" { "tcg".into() } else { kind.into() },
+            machine: machine.map(str::to_owned),
+            disks: all("disk").filter_map(disk).collect(),
+            host_device,
+        })
+    }
+}
+
+fn child<'a, 'b>(node: Node<'a, 'b>, name: &str) -> Option<Node<'a, 'b>> {
+    node.children().find(|it| it.has_tag_name(name))
+}
+
+fn disk(disk: Node<'_, '_>) -> Option<Disk> {
+    let source = child(disk, "source");
+    let path = |name: &str| source.and_then(|it| it.attribute(name)).map(PathBuf::from);
+    let kind = match disk.attribute("type").unwrap_or("file") {
+        // A drive with nothing in it has no source.
+        "file" => DiskKind::File(path("file")?),
+        "block" => DiskKind::Block(path("dev")?),
+        "network" => DiskKind::Network,
+        other => DiskKind::Other(other.into()),
+    };
+    let device = disk.attribute("device").unwrap_or("disk");
+    Some(Disk {
+        target: child(disk, "target")?.attribute("dev")?.into(),
+        kind,
+        read_only: child(disk, "readonly").is_some() || device == "cdrom",
+        shareable: child(disk, "shareable").is_some(),
+        cache: child(disk, "driver").and_then(|it| it.attribute("cache")).map(str::to_owned),
+    })
+}
+
+/// As whom libvirt runs QEMUs, by its capabilities: user and group. None where it does not change that.
+pub fn qemu_user(capabilities: &str) -> Result<Option<(u32, u32)>, InvalidXml> {
+    let document = Document::parse(capabilities).map_err(|error| InvalidXml(error.to_string()))?;
+    let models = document.descendants().filter(|it| it.has_tag_name("secmodel"));
+    let dac = models.into_iter().find(|it| child(*it, "model").and_then(|it| it.text()) == Some("dac"));
+    let label = dac.and_then(|it| child(it, "baselabel")?.text());
+    let both = label.and_then(|it| it.split_once(':'));
+    let number = |text: &str| text.trim_start_matches('+').parse().ok();
+    Ok(both.and_then(|(user, group)| Some((number(user)?, number(group)?))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const WEB1: &str = "<domain type='qemu' id='3'>
+  <name>web1</name>
+  <uuid>9d7a4c1e-0000-4000-8000-000000000001</uuid>
+  <os><type arch='x86_64' machine='pc-q35-7.2'>hvm</type></os>
+  <devices>
+    <disk type='file' device='disk'>
+      <driver name='qemu' type='raw' cache='none'/><source file='/img/a&amp;b.raw'/><target dev='vda' bus='virtio'/>
+    </disk>
+    <disk type='file' device='cdrom'><target dev='sda'/></disk>
+    <disk type='file' device='cdrom'><source file='/iso/d.iso'/><target dev='sdb'/><readonly/></disk>
+    <disk type='network' device='disk'><source protocol='rbd' name='p/i'/><target dev='vdb'/><shareable/></disk>
+    <disk type='block' device='disk'><source dev='/dev/vg/x'/><target dev='vdc'/></disk>
+    <disk type='volume' device='disk'><source pool='p' volume='v'/><target dev='vdd'/></disk>
+  </devices>
+</domain>";
+
+    #[test]
+    fn a_domains_disks_are_those_with_something_in_them() {
+        let it = Description::parse(WEB1).unwrap();
+        assert_eq!(
+            (it.name.as_str(), it.accelerator.as_str(), it.machine.as_deref()),
+            ("web1", "tcg", Some("pc-q35-7.2"))
+        );
+        let disks: Vec<_> = it.disks.iter().map(|it| (it.target.as_str(), it.kind.clone(), it.read_only)).collect();
+        assert_eq!(
+            disks,
+            [
+                ("vda", DiskKind::File("/img/a&b.raw".into()), false),
+                ("sdb", DiskKind::File("/iso/d.iso".into()), true),
+                ("vdb", DiskKind::Network, false),
+                ("vdc", DiskKind::Block("/dev/vg/x".into()), false),
+                ("vdd", DiskKind::Other("volume".into()), false),
+            ]
+        );
+        assert_eq!((it.disks[0].cache.as_deref(), it.disks[2].shareable, it.host_device), (Some("none"), true, None));
+    }
+
+    #[test]
+    fn what_is_no_domain_is_an_error() {
+        for bad in ["", "<domain", "<network/>", "<domain type='kvm'/>", "<domain type='kvm'><uuid>x</uuid></domain>"] {
+            assert!(Description::parse(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_user_of_qemus_is_that_of_the_security_model_dac() {
+        let host = "<capabilities><host>
+            <secmodel><model>apparmor</model><doi>0</doi></secmodel>
+            <secmodel><model>dac</model><doi>0</doi><baselabel type='kvm'>+64055:+108</baselabel></secmodel>
+            </host></capabilities>";
+        assert_eq!(qemu_user(host), Ok(Some((64055, 108))));
+        assert_eq!(qemu_user("<capabilities/>"), Ok(None));
+        assert!(qemu_user("no XML").is_err());
+    }
+}
