@@ -294,13 +294,16 @@ install_libvirt() {
 # Storage that QEMU speaks to itself: tests skip what is missing. Where systemd runs it would start these servers.
 install_storages() {
     local missing=()
-    dpkg-query --show qemu-block-extra >/dev/null 2>&1 || missing+=(qemu-block-extra)
+    # Of a package that others only name dpkg knows the name.
+    [ "$(dpkg-query --show --showformat '${db:Status-Status}' qemu-block-extra 2>/dev/null)" = installed ] ||
+        missing+=(qemu-block-extra)
     if [ ! -d /run/systemd/system ]; then
         has tgtd || missing+=(tgt)
         has ganesha.nfsd || missing+=(nfs-ganesha nfs-ganesha-vfs rpcbind)
+        { has ceph-mon && has ceph-osd && has rbd; } || missing+=(ceph-mon ceph-osd ceph-common)
     fi
     [ ${#missing[@]} = 0 ] ||
-        (install_packages "tests move disks to iSCSI and NFS" "${missing[@]}") ||
+        (install_packages "tests move disks to iSCSI, NFS and Ceph" "${missing[@]}") ||
         say "no ${missing[*]}: no disk is moved there"
 }
 

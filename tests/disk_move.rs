@@ -249,6 +249,24 @@ async fn a_disk_moves_to_a_larger_one_behind_nbd_and_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_disk_at_a_server_is_not_moved_onto_itself_nor_to_a_server_that_says_nothing() {
+    let moving = start(external(1, 1), as_drive).await;
+    let served = moving.folder.path().join("served.raw");
+    std::fs::File::create(&served).and_then(|file| file.set_len(SIZE)).expect("written");
+    let (_server, place) = serve(&served).await;
+    moving.moves_to(&place, &[]).await;
+    let refused = moving.move_to(&place, &[]).await;
+    assert!(refused.status.code() == Some(3) && text(&refused).contains("already"), "{}", text(&refused));
+    // Its kernel takes connections, and nobody answers them.
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let place = format!("nbd://{}/x", silent.local_addr().expect("bound"));
+    let refused = moving.move_to(&place, &[]).await;
+    assert!(refused.status.code() == Some(4) && text(&refused).contains("did not answer"), "{}", text(&refused));
+    moving.assert_never_stopped().await;
+    moving.assert_disk_works_on(0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_move_that_is_cancelled_leaves_the_guest_its_disk_and_nothing_else() {
     for qemu in [0, 1] {
         let moving = start(external(qemu, qemu), as_drive).await;
@@ -329,7 +347,7 @@ async fn a_place_that_cannot_be_is_refused_before_anything_is_made() {
     let (there, own, absent) = (moving.at("there"), moving.at("a.raw"), moving.at("no/b.raw"));
     for (to, more, expected) in [
         (there.as_str(), &[][..], "there is something at"),
-        (own.as_str(), &[], "there is something at"),
+        (own.as_str(), &[], "of web1 is at"),
         ("b.raw", &[], "relative path"),
         (absent.as_str(), &[], "there is no folder"),
         ("http://host/b", &[], "no place for a disk"),

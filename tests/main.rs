@@ -6,6 +6,7 @@
 mod api;
 mod bed;
 mod bench;
+mod ceph;
 mod copy;
 mod crashes;
 mod decisions;

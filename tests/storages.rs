@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use vmferry_bench::testbed::TestbedOptions;
+
 use crate::bed::{VM, assert_success, external, text};
 use crate::disk_move::{SIZE, as_drive, as_nodes, start};
 
@@ -11,9 +13,9 @@ use crate::disk_move::{SIZE, as_drive, as_nodes, start};
 const PATIENCE: Duration = Duration::from_secs(15);
 
 /// The disk moves to this place, as QEMU shows it; the guest goes on, and starts again from there.
-async fn assert_moves_and_starts_again_from(url: &str, shown: &str) {
+pub(crate) async fn assert_moves_and_starts_again_from(hosts: impl Fn() -> TestbedOptions, url: &str, shown: &str) {
     for words in [as_drive as fn(&Path) -> Vec<String>, as_nodes] {
-        let moving = start(external(0, 0), words).await;
+        let moving = start(hosts(), words).await;
         let moved = moving.move_to(url, &[]).await;
         if text(&moved).contains("Unknown driver") {
             eprintln!("not run: this QEMU has no driver for {url}");
@@ -36,6 +38,11 @@ fn until(what: &str, is_so: impl Fn() -> bool) {
         assert!(begun.elapsed() < PATIENCE, "{what}");
         std::thread::sleep(Duration::from_millis(50));
     }
+}
+
+pub(crate) fn is_installed(program: &str) -> bool {
+    let found = Command::new("sh").args(["-c", &format!("command -v {program}")]).output();
+    found.is_ok_and(|output| output.status.success())
 }
 
 fn image(path: &Path) {
@@ -89,7 +96,7 @@ impl Drop for Lun {
 async fn a_disk_moves_to_iscsi_and_its_guest_starts_again_from_there() {
     let folder = tempfile::tempdir().expect("a folder");
     match Lun::serve(folder.path()) {
-        Some(lun) => assert_moves_and_starts_again_from(&lun.url, Lun::TARGET).await,
+        Some(lun) => assert_moves_and_starts_again_from(|| external(0, 0), &lun.url, Lun::TARGET).await,
         None => eprintln!("not run: there is no tgtd"),
     }
 }
@@ -107,9 +114,7 @@ const SERVER: &str = "mount -t tmpfs none /run && mkdir -p /run/ganesha /run/rpc
 
 impl Export {
     fn serve(folder: &Path) -> Option<Self> {
-        let is_installed = |it: &str| Command::new("sh").args(["-c", &format!("command -v {it}")]).output();
-        let all = ["ganesha.nfsd", "rpcbind"];
-        if !all.iter().all(|it| is_installed(it).is_ok_and(|output| output.status.success())) {
+        if !["ganesha.nfsd", "rpcbind"].into_iter().all(is_installed) {
             return None;
         }
         let exported = folder.join("exported");
@@ -166,7 +171,7 @@ async fn a_disk_moves_to_nfs_and_its_guest_starts_again_from_there() {
     }
     let folder = tempfile::tempdir().expect("a folder");
     match Export::serve(folder.path()) {
-        Some(export) => assert_moves_and_starts_again_from(&export.url, "exported/web1.raw").await,
+        Some(export) => assert_moves_and_starts_again_from(|| external(0, 0), &export.url, "exported/web1.raw").await,
         None => eprintln!("not run: there is no nfs-ganesha"),
     }
 }

@@ -87,8 +87,8 @@ impl Connection {
         let events = broadcast::channel(WAITING).0;
         let talk =
             Talk { stream, asked, events: events.clone(), conversation: Conversation::new(), open: HashMap::new() };
-        let _task = Arc::new(AbortOnDropHandle::new(tokio::spawn(talk.run())));
-        Ok(Self { calls, events, _task })
+        let talking = Arc::new(AbortOnDropHandle::new(tokio::spawn(talk.run())));
+        Ok(Self { calls, events, _task: talking })
     }
 
     /// Calls, and waits for the answer, however long that takes.

@@ -122,7 +122,7 @@ impl Gate {
         match frame.procedure {
             harmless if HARMLESS.contains(&harmless) => Ok(None),
             number::OPEN => {
-                let uri = from.optional(|it| it.string())?;
+                let uri = from.optional(Decoder::string)?;
                 let known = uri.is_some_and(|uri| DRIVERS.contains(&uri.split('?').next().unwrap_or(uri)));
                 Ok((!known).then(|| format!("the driver {:?}", uri.unwrap_or_default())))
             }

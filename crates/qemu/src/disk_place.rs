@@ -6,6 +6,8 @@ use std::str::FromStr;
 
 use serde_json::{Value, json};
 
+use crate::command_line::Properties;
+
 /// The port of an NBD server where no other is said.
 const NBD_PORT: &str = "10809";
 
@@ -16,6 +18,24 @@ pub enum DiskPlace {
     Local(PathBuf),
     /// What a server has: the options of a node.
     Remote(Value),
+}
+
+/// What tells a place at a server from others, by the driver of its node, and what holds where that is missing.
+const TELLING: [(&str, &[(&str, &str)]); 4] = [
+    ("nbd", &[("server.host", ""), ("server.port", NBD_PORT), ("server.path", ""), ("export", "")]),
+    ("iscsi", &[("portal", ""), ("target", ""), ("lun", "0")]),
+    ("nfs", &[("server.host", ""), ("path", "")]),
+    ("rbd", &[("pool", ""), ("namespace", ""), ("image", "")]),
+];
+/// The port of an iSCSI portal where no other is said.
+const ISCSI_PORT: &str = "3260";
+
+/// Where an image is, told from others.
+#[derive(Debug, PartialEq)]
+enum Apart {
+    Local(PathBuf),
+    /// Its driver, and what of [`TELLING`] its options say.
+    Remote(&'static str, Vec<String>),
 }
 
 /// Why a text names no place of a disk.
@@ -46,6 +66,67 @@ impl DiskPlace {
             Self::Local(path) => json!({ "driver": "file", "filename": path }),
             Self::Remote(options) => options.clone(),
         }
+    }
+}
+
+/// Whether QEMU means the same place by both, in any of its words: a path, a URL, or the options of a node after `json:`.
+/// Nobody can tell of two names of one server, or of two paths of one file.
+pub fn is_same_place(one: &str, other: &str) -> bool {
+    one == other || apart(one).is_some_and(|place| apart(other) == Some(place))
+}
+
+/// The same place as its user would say it; QEMU has `json:` for some.
+pub fn place_in_words(told: &str) -> String {
+    let Some(Apart::Remote(driver, parts)) = apart(told).filter(|_| told.starts_with("json:")) else {
+        return told.into();
+    };
+    match (driver, &parts[..]) {
+        ("nbd", [_, _, socket, export]) if !socket.is_empty() => format!("nbd+unix:///{export}?socket={socket}"),
+        ("nbd", [host, port, _, export]) => format!("nbd://{host}:{port}/{export}"),
+        ("iscsi", [portal, target, lun]) => format!("iscsi://{portal}/{target}/{lun}"),
+        ("nfs", [host, path]) => format!("nfs://{host}{path}"),
+        ("rbd", [pool, namespace, image]) if namespace.is_empty() => format!("rbd:{pool}/{image}"),
+        ("rbd", [pool, namespace, image]) => format!("rbd:{pool}/{namespace}/{image}"),
+        _ => told.into(),
+    }
+}
+
+fn apart(told: &str) -> Option<Apart> {
+    let options = match (told.strip_prefix("json:"), told.strip_prefix("rbd:")) {
+        (Some(json), _) => Properties::from_json(&serde_json::from_str(json).ok()?),
+        // Who reads it, and by which configuration, makes no other image of it.
+        (None, Some(rest)) => Properties::from_json(&rbd(rest.split(':').next().unwrap_or(rest)).ok()?),
+        (None, None) => match told.parse().ok()? {
+            DiskPlace::Local(path) => return Some(Apart::Local(path)),
+            DiskPlace::Remote(options) => Properties::from_json(&options),
+        },
+    };
+    // What is around the node that has it: a format, a limit.
+    let mut within = String::new();
+    loop {
+        let of = |key: &str| options.get(&format!("{within}{key}"));
+        let driver = of("driver");
+        if let Some(path) = of("filename").filter(|_| matches!(driver, None | Some("file" | "host_device"))) {
+            return Some(Apart::Local(path.into()));
+        }
+        let Some((driver, telling)) = TELLING.iter().find(|(name, _)| driver == Some(name)) else {
+            within.push_str("file.");
+            if options.iter().any(|(key, _)| key.starts_with(&within)) {
+                continue;
+            }
+            return None;
+        };
+        let said = |(key, usual): &(&str, &str)| {
+            // Older words have no `server` around them.
+            let said = of(key).or_else(|| of(key.strip_prefix("server.")?)).filter(|it| !it.is_empty());
+            match (*key, said.unwrap_or(usual)) {
+                ("portal", portal) if host_and_port(portal).is_ok_and(|it| it.1.is_none()) => {
+                    format!("{portal}:{ISCSI_PORT}")
+                }
+                (_, said) => said.to_owned(),
+            }
+        };
+        return Some(Apart::Remote(driver, telling.iter().map(said).collect()));
     }
 }
 
@@ -131,13 +212,29 @@ fn nfs(rest: &str) -> Result<Value, &'static str> {
     Ok(options)
 }
 
+/// `POOL[/NAMESPACE]/IMAGE[:id=USER][:conf=PATH]`, as QEMU has it. A key in it would be seen by whoever lists processes.
 fn rbd(rest: &str) -> Result<Value, &'static str> {
-    match rest.split_once('/') {
-        Some((pool, image)) if !pool.is_empty() && !image.is_empty() && !image.contains([':', '@', '/']) => {
-            Ok(json!({ "driver": "rbd", "pool": pool, "image": image }))
-        }
-        _ => Err("give rbd:POOL/IMAGE; all else is taken from /etc/ceph/ceph.conf"),
+    const EXAMPLE: &str = "give rbd:POOL[/NAMESPACE]/IMAGE[:id=USER][:conf=PATH]; all else is taken from Ceph's configuration, \
+        which is /etc/ceph/ceph.conf unless conf= says so, and the user is admin unless id= says so";
+    let mut parts = rest.split(':');
+    let place: Vec<&str> = parts.next().unwrap_or_default().split('/').collect();
+    let mut options = match place[..] {
+        [pool, image] => json!({ "driver": "rbd", "pool": pool, "image": image }),
+        [pool, namespace, image] => json!({ "driver": "rbd", "pool": pool, "namespace": namespace, "image": image }),
+        _ => return Err(EXAMPLE),
+    };
+    if place.iter().any(|it| it.is_empty() || it.contains('@')) {
+        return Err(EXAMPLE);
     }
+    for part in parts {
+        match part.split_once('=') {
+            Some(("id", user)) if !user.is_empty() => options["user"] = json!(user),
+            Some(("conf", path)) if path.starts_with('/') => options["conf"] = json!(path),
+            Some(("conf", _)) => return Err("the path after conf= begins with /"),
+            _ => return Err(EXAMPLE),
+        }
+    }
+    Ok(options)
 }
 
 fn host_and_port(text: &str) -> Result<(&str, Option<&str>), &'static str> {
@@ -206,8 +303,55 @@ mod tests {
                 }),
             ),
             ("rbd:pool/image", json!({ "driver": "rbd", "pool": "pool", "image": "image" })),
+            (
+                "rbd:pool/of/image:id=vms:conf=/etc/ceph/b.conf",
+                json!({
+                    "driver": "rbd", "pool": "pool", "namespace": "of", "image": "image", "user": "vms",
+                    "conf": "/etc/ceph/b.conf"
+                }),
+            ),
         ] {
             assert_eq!(options(text), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_place_is_the_same_in_all_words_that_qemu_has_for_it_and_is_shown_in_its_users() {
+        for (one, other) in [
+            ("/srv/a", "file:/srv/a"),
+            ("/srv/a", r#"json:{"driver":"qcow2","file":{"driver":"file","filename":"/srv/a"}}"#),
+            (
+                "rbd:p/i",
+                r#"json:{"driver": "raw", "file": {"pool": "p", "image": "i", "driver": "rbd", "namespace": ""}}"#,
+            ),
+            ("rbd:p/i:id=vms", r#"json:{"driver":"raw","file.driver":"rbd","file.pool":"p","file.image":"i"}"#),
+            ("rbd:p/n/i", r#"json:{"driver":"rbd","pool":"p","namespace":"n","image":"i","conf":"/c"}"#),
+            ("nbd://h/e", r#"json:{"driver":"raw","size":1,"file":{"driver":"nbd","server.host":"h","export":"e"}}"#),
+            ("nbd://h:10809/e", "nbd://h/e"),
+            ("nbd+unix:///e?socket=/s", r#"json:{"driver":"nbd","server":{"type":"unix","path":"/s"},"export":"e"}"#),
+            ("iscsi://h/t/1", r#"json:{"driver":"iscsi","portal":"h:3260","target":"t","lun":1,"transport":"tcp"}"#),
+            ("nfs://h/a/b?uid=0", "nfs://h/a/b"),
+        ] {
+            assert!(is_same_place(one, other) && is_same_place(other, one), "{one} and {other}");
+            let shown = place_in_words(other);
+            assert!(is_same_place(one, &shown), "{one} and {shown}");
+            assert!(!shown.starts_with("json:") || shown.contains("/srv/a"), "{shown}");
+        }
+        for (one, other) in [
+            ("/srv/a", "/srv/b"),
+            ("rbd:p/i", "rbd:p/n/i"),
+            ("rbd:p/i", "rbd:q/i"),
+            ("nbd://h/e", "nbd://h/f"),
+            ("nbd://h/e", "nbd://h:1/e"),
+            ("iscsi://h/t/1", "iscsi://h/t/2"),
+            ("nfs://h/a", "nfs://i/a"),
+            ("nfs://h/a", "/a"),
+        ] {
+            assert!(!is_same_place(one, other), "{one} and {other}");
+        }
+        for unknown in [r#"json:{"driver":"null-co"}"#, "json:{", "http://h/a"] {
+            assert!(!is_same_place(unknown, "/srv/a"));
+            assert_eq!(place_in_words(unknown), unknown);
         }
     }
 
@@ -229,6 +373,9 @@ mod tests {
             "nfs://h/a?x=1",
             "rbd:pool",
             "rbd:pool/a@snap",
+            "rbd:pool/a:conf=b",
+            "rbd:pool/a:key=secret",
+            "rbd:a/b/c/d",
             "http://h/a",
             "json:{}",
         ];

@@ -3,10 +3,12 @@
 mod drain_trial;
 mod image_server;
 mod kvm_trial;
+mod node_trial;
 
 pub use drain_trial::transaction_drains;
 pub use image_server::{EXPORT, ImageServer, NewImage};
 pub use kvm_trial::try_kvm;
+pub use node_trial::try_node;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;

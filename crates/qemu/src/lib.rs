@@ -22,11 +22,11 @@ pub mod ram;
 mod stream_tls;
 
 pub use command_line::{CommandLine, CommandLineError, FileKind, FileUse, ImageWords, Network};
-pub use disk_place::{BadPlace, DiskPlace};
+pub use disk_place::{BadPlace, DiskPlace, is_same_place, place_in_words};
 pub use drift::Drift;
 pub use host::{
     Accel, CpuModel, EXPORT, ImageServer, Kvm, Machine, NewImage, PROBE, ProbeError, QemuInfo, SetByMachine,
-    find_binary, probe_qemu, transaction_drains, try_kvm,
+    find_binary, probe_qemu, transaction_drains, try_kvm, try_node,
 };
 pub use images::{DiskImage, WrittenImage, disk_images, written_images};
 pub use inventory::{Inventory, Layer};

@@ -5,9 +5,10 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use vmferry_api::{DiskMoveRequest, DiskMoveView, DiskView};
-use vmferry_qemu::{CommandLine, disk_images};
+use vmferry_qemu::{CommandLine, disk_images, place_in_words};
 
 use super::note::Note;
+use super::places::words;
 use super::told::{Told, told};
 use super::{running, stopped};
 use crate::error::AgentError;
@@ -41,7 +42,7 @@ pub(crate) async fn list(host: &Host, name: &str) -> Result<Vec<DiskView>, Agent
         format: Some(it.image.format),
         size: Some(it.image.size),
         allocated: it.image.allocated,
-        file: it.image.file,
+        file: place_in_words(&it.image.file),
         backing: it.image.backing.map(|(file, _)| file),
         read_only: it.read_only,
     };
@@ -58,12 +59,12 @@ fn stopped_disks(host: &Host, name: &str) -> Result<Vec<DiskView>, AgentError> {
             format: it.format,
             size: known.as_ref().filter(|_| is_raw).map(std::fs::Metadata::len),
             allocated: known.map(|it| it.blocks() * 512),
-            file: it.file,
+            file: place_in_words(&it.file),
             backing: None,
             read_only: it.read_only,
         }
     };
-    let command = CommandLine::parse(stopped::words(&idle.record))?;
+    let command = CommandLine::parse(words(&idle.record))?;
     Ok(command.images().into_iter().map(view).collect())
 }
 
@@ -105,13 +106,18 @@ impl DiskMoves {
         let name = vm.name().to_owned();
         let claim = Claim::take(&vm, Stage::MovingDisk).map_err(|doing| refused(&name, &doing))?;
         let to = request.to.clone();
-        let planned = running::plan(&vm, disk, request).await?;
-        let told = Arc::new(told(&name, &planned.image.disk, &planned.image.file, &to, &planned.format));
+        let planned = running::plan(&self.host, &vm, disk, request).await?;
+        let told =
+            Arc::new(told(&name, &planned.image.disk, &place_in_words(&planned.image.file), &to, &planned.format));
         claim.keep(Stage::MovingDisk);
         self.moves().insert(name, Arc::clone(&told));
         let (host, moving, theirs) = (Arc::clone(&self.host), Moving(vm), Arc::clone(&told));
         tokio::spawn(async move {
             let ended = running::run(&host, planned, &theirs).await;
+            if Note::of(&host, moving.0.name()).is_some() {
+                theirs.ends(&ended);
+                return running::take_up(&host, &moving.0).await;
+            }
             // Whoever hears of its end may go on with the VM.
             drop(moving);
             theirs.ends(&ended);
@@ -126,6 +132,7 @@ impl DiskMoves {
         request: DiskMoveRequest,
     ) -> Result<Arc<Told>, AgentError> {
         let to = request.to.clone();
+        stopped::sweep_of(&self.host, name).await?;
         let planned = stopped::plan(&self.host, name, disk, request).await?;
         if self.moves().get(name).is_some_and(|told| told.is_open()) {
             return Err(refused(name, &Stage::MovingDisk));
@@ -170,7 +177,9 @@ impl DiskMoves {
 
     /// A VM was found, or started: what an earlier agent had begun with it is ended.
     pub(crate) fn taken(&self, vm: &Arc<Vm>) {
-        let Some(note) = Note::of(&self.host, vm.name()).filter(|it| it.instance == vm.instance()) else { return };
+        if Note::of(&self.host, vm.name()).is_none_or(|it| it.instance != vm.instance()) {
+            return;
+        }
         match Claim::take(vm, Stage::MovingDisk) {
             Ok(claim) => claim.keep(Stage::MovingDisk),
             Err(stage) => {
@@ -179,7 +188,7 @@ impl DiskMoves {
             }
         }
         let (host, moving) = (Arc::clone(&self.host), Moving(Arc::clone(vm)));
-        tokio::spawn(async move { running::take_up(&host, &moving.0, &note).await });
+        tokio::spawn(async move { running::take_up(&host, &moving.0).await });
     }
 }
 

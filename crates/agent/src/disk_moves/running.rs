@@ -3,23 +3,31 @@
 use std::collections::{BTreeSet, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use vmferry_api::{DiskMoveRequest, in_one_line};
 use vmferry_qemu::qmp::commands::{
     BlockNode, BlockdevReopen, QueryBlockJobs, QueryNamedBlockNodes, XDebugQueryBlockGraph,
 };
-use vmferry_qemu::{CommandLine, DiskImage, ImageWords, Qmp, QmpError, WrittenImage, disk_images};
+use vmferry_qemu::{
+    CommandLine, DiskImage, ImageWords, Qmp, QmpError, WrittenImage, disk_images, is_same_place, place_in_words,
+};
 
 use super::mirror::{self, node_of};
 use super::note::{After, Known, Note};
+use super::places::{Used, absolute, used};
 use super::target::{Target, Wanted};
 use super::told::{Told, told};
+use super::trial;
 use crate::error::AgentError;
 use crate::host::{Host, Vm, keep_from_starting, no_such_disk, record_drift};
 
 /// Drivers of nodes that are an image; others stand in front of one, and would be lost with it.
 const IMAGES: [&str; 10] = ["raw", "qcow2", "qed", "vmdk", "vdi", "vhdx", "vpc", "file", "host_device", "nbd"];
+
+/// Between two tries to end what could not be ended.
+const AGAIN: Duration = Duration::from_secs(2);
 
 /// A move that can be.
 pub(super) struct Planned {
@@ -30,13 +38,18 @@ pub(super) struct Planned {
     request: DiskMoveRequest,
     number: u64,
     now: BlockNode,
-    words: Option<ImageWords>,
+    words: ImageWords,
     old_nodes: Vec<String>,
     delete: Option<Known>,
 }
 
 /// Looks at everything and touches nothing.
-pub(super) async fn plan(vm: &Arc<Vm>, disk: &str, request: DiskMoveRequest) -> Result<Planned, AgentError> {
+pub(super) async fn plan(
+    host: &Host,
+    vm: &Arc<Vm>,
+    disk: &str,
+    request: DiskMoveRequest,
+) -> Result<Planned, AgentError> {
     let conflict = |message: String, hint: &str| AgentError::Conflict { message, hint: Some(hint.into()) };
     let name = vm.name();
     let DiskImage { image, is_named, drive, .. } = find(name, disk, disk_images(&vm.qmp).await?)?;
@@ -49,7 +62,7 @@ pub(super) async fn plan(vm: &Arc<Vm>, disk: &str, request: DiskMoveRequest) -> 
         return Err(conflict(message, "wait for its end, or cancel it (`block-job-cancel` in its monitor)"));
     }
     let nodes = vm.qmp.execute(QueryNamedBlockNodes { flat: true }).await?;
-    let now = nodes.into_iter().find(|it| it.node_name == image.node);
+    let now = nodes.iter().find(|it| it.node_name == image.node).cloned();
     let now = now.ok_or_else(|| conflict(format!("QEMU does not tell of the node of {disk}"), "try again"))?;
     if now.encrypted {
         return Err(conflict(format!("{disk} is encrypted, and its copy would not be"), "move it with the VM stopped"));
@@ -63,14 +76,24 @@ pub(super) async fn plan(vm: &Arc<Vm>, disk: &str, request: DiskMoveRequest) -> 
     }
     let argv = vm.drift().map_or_else(|| vm.spec.argv.clone(), |drift| drift.argv);
     let is_its = |it: &ImageWords| {
-        it.names.iter().any(|it| *it == drive || *it == image.node || *it == image.disk) || it.file == image.file
+        it.names.iter().any(|it| *it == drive || *it == image.node || *it == image.disk)
+            || is_same_place(&it.file, &image.file)
     };
     let words = CommandLine::parse(&argv)?.images().into_iter().find(is_its);
+    let Some(words) = words else {
+        let message =
+            format!("nobody can tell which words of {name} say what {disk} is, so that they could not follow it");
+        return Err(conflict(message, "start the VM with an id= for its -drive, or with a -blockdev and a -device"));
+    };
     let source = local(vm, &image.file);
     let room = image.allocated.unwrap_or(image.size).min(image.size);
     let target = {
-        let (to, source, size) = (request.to.clone(), source.clone(), image.size);
-        let check = move || Target::check(&to, &Wanted { size: Some(size), room, source: source.as_deref() });
+        let its =
+            |it: &BlockNode| Used { vm: name.into(), disk: "a disk".into(), at: absolute(&it.file, &vm.spec.cwd) };
+        // Words tell of other VMs, and name their disks; QEMU tells of all of its own.
+        let used: Vec<Used> = used(host).into_iter().chain(nodes.iter().map(its)).collect();
+        let (to, size) = (request.to.clone(), image.size);
+        let check = move || Target::check(&to, &Wanted { size: Some(size), room, used: &used });
         // It may lie on storage that does not answer.
         tokio::task::spawn_blocking(check).await.expect("looking does not panic")?
     };
@@ -82,6 +105,14 @@ pub(super) async fn plan(vm: &Arc<Vm>, disk: &str, request: DiskMoveRequest) -> 
             return Err(conflict(format!("{disk} is in no file, which could be deleted"), "leave out --delete-source"));
         }
     };
+    let moved = |message: String| AgentError::DiskMove { name: name.into(), disk: disk.into(), message };
+    match trial::size(host, vm, &request.to, &target).await {
+        Ok(Some(size)) if size < image.size => {
+            return Err(moved(format!("{} has {size} bytes, and {disk} has {}", request.to, image.size)));
+        }
+        Ok(_) => {}
+        Err(why) => return Err(moved(format!("{} cannot be used: {why}", request.to))),
+    }
     let number = mirror::free_number(&vm.qmp).await?;
     let old_nodes = named_below(&vm.qmp, &image.node).await?;
     Ok(Planned { vm: Arc::clone(vm), image, target, format, request, number, now, words, old_nodes, delete })
@@ -91,7 +122,7 @@ pub(super) async fn plan(vm: &Arc<Vm>, disk: &str, request: DiskMoveRequest) -> 
 pub(super) fn find(vm: &str, disk: &str, all: Vec<DiskImage>) -> Result<DiskImage, AgentError> {
     let names: Vec<String> = all.iter().map(|it| it.image.disk.clone()).collect();
     let by_name = all.iter().position(|it| it.image.disk == disk);
-    let found = by_name.or_else(|| all.iter().position(|it| it.image.file == disk));
+    let found = by_name.or_else(|| all.iter().position(|it| is_same_place(&it.image.file, disk)));
     match found.and_then(|at| all.into_iter().nth(at)) {
         Some(it) if it.read_only => Err(AgentError::Conflict {
             message: format!("{disk} is read-only"),
@@ -126,7 +157,7 @@ async fn named_below(qmp: &Qmp, node: &str) -> Result<Vec<String>, QmpError> {
 impl Planned {
     /// Of the node that the disk moves to, with what was asked of it before, and so while it is copied.
     fn options(&self, size: Option<u64>) -> Value {
-        let aio = self.words.as_ref().and_then(|it| it.aio.as_deref());
+        let aio = self.words.aio.as_deref();
         let mut options = json!({
             "driver": self.format,
             "node-name": node_of(self.number),
@@ -144,7 +175,7 @@ impl Planned {
 
     /// Of it from then on, if they are others: as they were.
     fn reopened(&self, mut options: Value) -> Option<Value> {
-        let discard = match self.words.as_ref().and_then(|it| it.discard.as_deref()) {
+        let discard = match self.words.discard.as_deref() {
             Some("unmap" | "on") => "unmap",
             _ => "ignore",
         };
@@ -157,6 +188,9 @@ impl Planned {
     fn failed(&self, what: &str, error: &QmpError) -> AgentError {
         let why = match error {
             QmpError::Command { desc, .. } => desc.clone(),
+            QmpError::Timeout { .. } => {
+                format!("{}; while QEMU waits for a server its guest may stand still", in_one_line(error))
+            }
             other => in_one_line(other),
         };
         self.not_moved(format!("{what}: {why}"))
@@ -244,7 +278,7 @@ pub(super) async fn run(host: &Host, planned: Planned, told: &Told) -> Result<()
         vm: vm.name().into(),
         instance: vm.instance(),
         disk: planned.image.disk.clone(),
-        from: planned.image.file.clone(),
+        from: place_in_words(&planned.image.file),
         to: planned.request.to.clone(),
         made: None,
         switching: false,
@@ -261,8 +295,19 @@ pub(super) async fn run(host: &Host, planned: Planned, told: &Told) -> Result<()
     end(host, vm, &note, copied, told).await
 }
 
-/// Goes on with what an earlier agent had begun. The VM is claimed for that.
-pub(super) async fn take_up(host: &Host, vm: &Vm, note: &Note) {
+/// Ends what was begun with a VM and is not ended: by an earlier agent, or as its QEMU did not answer. The VM is claimed for
+/// that.
+pub(super) async fn take_up(host: &Host, vm: &Vm) {
+    let left = || Note::of(host, vm.name()).filter(|it| it.instance == vm.instance());
+    while let Some(note) = left() {
+        take_up_once(host, vm, &note).await;
+        if left().is_some() {
+            tokio::time::sleep(AGAIN).await;
+        }
+    }
+}
+
+async fn take_up_once(host: &Host, vm: &Vm, note: &Note) {
     let told = told(&note.vm, &note.disk, &note.from, &note.to, "");
     let message = "its agent ended meanwhile".to_owned();
     let begun = AgentError::DiskMove { name: note.vm.clone(), disk: note.disk.clone(), message };
@@ -307,8 +352,12 @@ async fn end(host: &Host, vm: &Vm, note: &Note, copied: Result<(), AgentError>, 
             }
             Err(copied.err().unwrap_or(AgentError::Qmp(error)))
         }
-        // The next agent looks again; what was made is noted.
-        Err(error) => Err(error.into()),
+        // What was made is noted, and it is looked again until that is ended.
+        Err(error) => {
+            let message =
+                format!("{}; what was begun is ended, or taken for done, as soon as it does", in_one_line(&error));
+            Err(AgentError::DiskMoveUnclear { name: note.vm.clone(), disk: note.disk.clone(), message })
+        }
     }
 }
 

@@ -3,10 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use vmferry_api::{DiskMoveRequest, in_one_line};
-use vmferry_qemu::{CommandLine, Drift, ImageWords};
+use vmferry_qemu::{CommandLine, Drift, ImageWords, is_same_place};
 
 use super::copy::{Conversion, raw};
 use super::note::{Known, Note};
+use super::places::{used, words};
 use super::running::undecided;
 use super::target::{Target, Wanted};
 use super::told::Told;
@@ -27,11 +28,6 @@ pub(super) struct Planned {
     argv: Vec<String>,
 }
 
-/// The command line that it is started with next.
-pub(super) fn words(record: &VmRecord) -> &[String] {
-    record.changed.as_ref().map_or(&record.spec.argv, |it| &it.argv)
-}
-
 /// Looks at everything and touches nothing.
 pub(super) async fn plan(host: &Host, name: &str, disk: &str, request: DiskMoveRequest) -> Result<Planned, AgentError> {
     let conflict = |message: String, hint: &str| AgentError::Conflict { message, hint: Some(hint.into()) };
@@ -47,7 +43,7 @@ pub(super) async fn plan(host: &Host, name: &str, disk: &str, request: DiskMoveR
     let command = CommandLine::parse(words(&idle.record))?;
     let images = command.images();
     let names: Vec<String> = images.iter().map(|it| it.name.clone()).collect();
-    let is_it = |it: &ImageWords| it.names.iter().any(|it| it == disk) || it.file == disk;
+    let is_it = |it: &ImageWords| it.names.iter().any(|it| it == disk) || is_same_place(&it.file, disk);
     let image = images.into_iter().find(is_it).ok_or_else(|| no_such_disk(name, disk, &names))?;
     if image.read_only {
         return Err(conflict(format!("{disk} is read-only"), "copy the file, and name the copy when you run the VM"));
@@ -58,6 +54,7 @@ pub(super) async fn plan(host: &Host, name: &str, disk: &str, request: DiskMoveR
     let source =
         source.ok_or_else(|| conflict(format!("{disk} is at no path of this host ({})", image.file), start_it))?;
     let (to, at, is_raw) = (request.to.clone(), source.clone(), image.format.as_deref() == Some("raw"));
+    let used = used(host);
     let look = move || {
         let file = vmferry_nbd::backend::File::open(&at, vmferry_nbd::backend::Access::Read);
         let size = vmferry_nbd::backend::Backend::size(
@@ -65,7 +62,7 @@ pub(super) async fn plan(host: &Host, name: &str, disk: &str, request: DiskMoveR
         );
         let allocated = std::fs::metadata(&at).map_err(AgentError::io(&at))?;
         let room = std::os::unix::fs::MetadataExt::blocks(&allocated).saturating_mul(512).min(size);
-        let wanted = Wanted { size: is_raw.then_some(size), room, source: Some(&at) };
+        let wanted = Wanted { size: is_raw.then_some(size), room, used: &used };
         Ok::<_, AgentError>((Target::check(&to, &wanted)?, size))
     };
     let (target, size) = tokio::task::spawn_blocking(look).await.expect("looking does not panic")?;
@@ -175,26 +172,38 @@ async fn follow(host: &Host, planned: &Planned) -> Result<(), AgentError> {
 
 /// Ends what earlier agents had begun with VMs that do not run; of those that do, it is ended when they are found.
 pub(crate) async fn sweep(host: &Host) -> Result<(), AgentError> {
-    let notes = Note::all(host);
-    if notes.is_empty() {
+    for note in Note::all(host) {
+        end(host, &note).await?;
+    }
+    Ok(())
+}
+
+/// The same of the VM of this name.
+pub(super) async fn sweep_of(host: &Host, name: &str) -> Result<(), AgentError> {
+    match Note::of(host, name) {
+        Some(note) => end(host, &note).await,
+        None => Ok(()),
+    }
+}
+
+async fn end(host: &Host, note: &Note) -> Result<(), AgentError> {
+    if note.after.is_some() && note.instance.is_alive() {
         return Ok(());
     }
     let vms = host.journal.vms().await?;
-    for note in notes.into_iter().filter(|note| note.after.is_none() || !note.instance.is_alive()) {
-        let record = vms.iter().find(|it| it.spec.name == note.vm && it.instance == note.instance);
-        match record {
-            // Its words follow as soon as all is there.
-            Some(record) if note.after.is_none() && uses_what_was_made(record, &note) => note.remove(host),
-            Some(record) if note.switching => {
-                let argv = words(record).to_vec();
-                let unknown = Drift { argv, obstacles: vec![undecided(&note)], ..Drift::default() };
-                host.journal.vm_changed(&note.vm, &note.instance, Some(&unknown)).await?;
-                note.remove(host);
-            }
-            _ => note.undo(host),
+    let record = vms.iter().find(|it| it.spec.name == note.vm && it.instance == note.instance);
+    match record {
+        // Its words follow as soon as all is there.
+        Some(record) if note.after.is_none() && uses_what_was_made(record, note) => note.remove(host),
+        Some(record) if note.switching => {
+            let argv = words(record).to_vec();
+            let unknown = Drift { argv, obstacles: vec![undecided(note)], ..Drift::default() };
+            host.journal.vm_changed(&note.vm, &note.instance, Some(&unknown)).await?;
+            note.remove(host);
         }
-        tracing::warn!(vm = note.vm, disk = note.disk, to = note.to, "a move of its disk was under way, and is ended");
+        _ => note.undo(host),
     }
+    tracing::warn!(vm = note.vm, disk = note.disk, to = note.to, "a move of its disk was under way, and is ended");
     Ok(())
 }
 

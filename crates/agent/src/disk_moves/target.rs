@@ -2,12 +2,13 @@
 
 use std::fs;
 use std::io::{Seek, SeekFrom};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 use vmferry_qemu::DiskPlace;
 
+use super::places::{Used, is_free};
 use crate::error::AgentError;
 
 /// See the module's text.
@@ -27,8 +28,8 @@ pub(super) struct Wanted<'a> {
     pub(super) size: Option<u64>,
     /// What it takes, in bytes, at least.
     pub(super) room: u64,
-    /// Where it is, if that is on this host.
-    pub(super) source: Option<&'a Path>,
+    /// Where disks are already.
+    pub(super) used: &'a [Used],
 }
 
 fn refused(message: String, hint: &str) -> AgentError {
@@ -42,12 +43,13 @@ impl Target {
             message: error.to_string(),
             hint: Some("`vmferry disk move --help` has examples".into()),
         })?;
+        is_free(to, wanted.used)?;
         let Some(path) = place.path() else { return Ok(Self::Remote(place.options())) };
         if !path.is_absolute() {
             return Err(refused(format!("{} is a relative path", path.display()), "give one that begins with /"));
         }
         match fs::metadata(path) {
-            Ok(it) if it.file_type().is_block_device() => Self::device(path, &it, wanted),
+            Ok(it) if it.file_type().is_block_device() => Self::device(path, wanted),
             Ok(it) if it.is_dir() => {
                 Err(refused(format!("{} is a folder", path.display()), "name the file that is to be made in it"))
             }
@@ -59,11 +61,7 @@ impl Target {
         }
     }
 
-    fn device(path: &Path, it: &fs::Metadata, wanted: &Wanted<'_>) -> Result<Self, AgentError> {
-        let is_source = wanted.source.and_then(|source| fs::metadata(source).ok());
-        if is_source.is_some_and(|source| source.file_type().is_block_device() && source.rdev() == it.rdev()) {
-            return Err(refused(format!("the disk is on {} already", path.display()), "name another place"));
-        }
+    fn device(path: &Path, wanted: &Wanted<'_>) -> Result<Self, AgentError> {
         let size = fs::File::open(path).and_then(|mut device| device.seek(SeekFrom::End(0)));
         let size = size.map_err(AgentError::io(path))?;
         match wanted.size.filter(|wanted| *wanted > size) {
@@ -129,7 +127,7 @@ mod tests {
     use super::*;
 
     fn check(to: &str, room: u64) -> Result<Target, AgentError> {
-        Target::check(to, &Wanted { size: Some(1 << 20), room, source: None })
+        Target::check(to, &Wanted { size: Some(1 << 20), room, used: &[] })
     }
 
     #[test]

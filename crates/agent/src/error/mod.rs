@@ -295,6 +295,16 @@ pub enum AgentError {
         /// What happened.
         message: String,
     },
+    /// Nobody knows yet whether a disk was moved.
+    #[error("where {disk} of {name} is, is not known yet: {message}")]
+    DiskMoveUnclear {
+        /// The VM.
+        name: String,
+        /// The disk.
+        disk: String,
+        /// What happened.
+        message: String,
+    },
     /// Its user cancelled the move of a disk.
     #[error("cancelled; {name} keeps {disk} where it was")]
     DiskMoveCancelled {
@@ -340,6 +350,7 @@ impl AgentError {
             Self::Link(_) => Code::Unreachable,
             Self::MigrationFailed { .. }
             | Self::DiskMove { .. }
+            | Self::DiskMoveUnclear { .. }
             | Self::Kept { .. }
             | Self::Engine(_)
             | Self::Ram(_) => Code::MigrationFailed,

@@ -101,6 +101,12 @@ impl Qemus {
         tried
     }
 
+    /// Whether a QEMU like a VM's can open what these options name, tried without its guest; its size in bytes, where told.
+    pub(crate) async fn try_node(&self, vm: &Vm, options: &serde_json::Value) -> Result<Option<u64>, AgentError> {
+        let binary = self.find_qemu(&CommandLine::parse(&vm.spec.argv)?)?;
+        Ok(vmferry_qemu::try_node(&binary, &self.probes, options).await?)
+    }
+
     /// Of the binary that a VM's QEMU was started from, unless it was replaced since.
     async fn info_of(&self, vm: &Vm) -> Option<QemuInfo> {
         let binary = self.find_qemu(&CommandLine::parse(&vm.spec.argv).ok()?).ok()?;

@@ -40,8 +40,8 @@ impl Folder {
             }
             Ok(lock)
         };
-        let _lock = made().map_err(AgentError::io(&path))?;
-        Ok(Self { path, _lock })
+        let lock = made().map_err(AgentError::io(&path))?;
+        Ok(Self { path, _lock: lock })
     }
 }
 

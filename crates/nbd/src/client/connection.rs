@@ -57,6 +57,16 @@ pub fn list(place: &Place, tls: Option<&ClientTls>) -> Result<Vec<Told>, ClientE
     }
 }
 
+/// What an export is, without using it: a server for one client alone goes on waiting for that.
+pub fn look(place: &Place, tls: Option<&ClientTls>, export: &str) -> Result<Session, ClientError> {
+    let (channel, agreed) = shake_hands(open(place)?, &place.to_string(), tls, Wish::Info(export.into()))?;
+    let _ = channel.split().1.end();
+    match agreed.1 {
+        Step::Agreed(session) => Ok(*session),
+        _ => unreachable!("to be told of an export was wished for"),
+    }
+}
+
 fn open(place: &Place) -> Result<Channel, ClientError> {
     let failed = |source| ClientError::Connect { at: place.to_string(), source };
     match place {

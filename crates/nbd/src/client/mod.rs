@@ -3,7 +3,7 @@
 mod connection;
 mod remote;
 
-pub use connection::{Client, list};
+pub use connection::{Client, list, look};
 pub use remote::Remote;
 
 use std::io;

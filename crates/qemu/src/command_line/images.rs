@@ -60,8 +60,7 @@ impl CommandLine {
             *virtio = number + 1;
             format!("virtio{number}")
         });
-        let file = words.get_some("file").or(words.get_some("file.filename")).map(str::to_owned);
-        let file = file.or_else(|| described(&words))?;
+        let file = words.image()?;
         let name = given.or(numbered).unwrap_or_else(|| file.clone());
         let node = words.get_some("node-name").map(str::to_owned);
         Some(ImageWords {
@@ -93,8 +92,8 @@ impl CommandLine {
             }
             None => (at, words.clone()),
         };
-        let file = ["filename", "file.filename"].iter().find_map(|key| own.get_some(key)).map(str::to_owned);
-        let file = file.or_else(|| described(&own))?;
+        let named = own.get_some("filename").or(own.get_some("file.filename"));
+        let file = named.map(str::to_owned).or_else(|| own.described())?;
         let is_node_of_file = matches!(words.get("driver"), Some("file" | "host_device"));
         Some(ImageWords {
             name: id.clone().unwrap_or_else(|| node.clone()),
@@ -170,13 +169,31 @@ fn is_behind(key: &str) -> bool {
     key == "backing" || key.starts_with("backing.")
 }
 
-/// What is at a server, as QEMU takes it for a file's name.
-fn described(words: &Properties) -> Option<String> {
-    let is_of_place = |key: &str| key == "driver" || key.starts_with("file.") || key.contains("server");
-    let place: serde_json::Map<String, serde_json::Value> =
-        words.iter().filter(|(key, _)| is_of_place(key)).map(|(key, value)| (key.into(), value.into())).collect();
-    let is_there = words.get("file.driver").is_some() || !matches!(words.get("driver"), None | Some("file"));
-    is_there.then(|| format!("json:{}", serde_json::Value::Object(place)))
+/// What a node's words say besides where its image is.
+const OF_NODE: [&str; 9] =
+    ["node-name", "read-only", "auto-read-only", "cache", "discard", "detect-zeroes", "force-share", "aio", "backing"];
+
+impl Properties {
+    /// Where the image of a drive is, as QEMU takes it for a file's name.
+    pub(crate) fn image(&self) -> Option<String> {
+        let named = self.get_some("file").or(self.get_some("file.filename"));
+        named.map(str::to_owned).or_else(|| self.described())
+    }
+
+    /// What is at a server.
+    fn described(&self) -> Option<String> {
+        let below = self.get("file.driver").is_some();
+        if !below && matches!(self.get("driver"), None | Some("file")) {
+            return None;
+        }
+        let is_of_place = |key: &str| match below {
+            true => key == "driver" || key.starts_with("file."),
+            false => !OF_NODE.contains(&key.split('.').next().unwrap_or(key)),
+        };
+        let place: serde_json::Map<String, serde_json::Value> =
+            self.iter().filter(|(key, _)| is_of_place(key)).map(|(key, value)| (key.into(), value.into())).collect();
+        Some(format!("json:{}", serde_json::Value::Object(place)))
+    }
 }
 
 #[cfg(test)]
@@ -196,7 +213,8 @@ mod tests {
              -device virtio-blk-pci,drive=n,id=dev -drive file=/e,if=virtio,readonly=on \
              -blockdev {\"driver\":\"raw\",\"file\":{\"driver\":\"file\",\"filename\":\"/g\"},\"node-name\":\"j\"} \
              -device scsi-hd,drive=j -blockdev driver=raw,file.driver=nbd,file.export=x,node-name=r \
-             -device scsi-hd,drive=r",
+             -device scsi-hd,drive=r -blockdev driver=rbd,pool=p,image=i,node-name=c,discard=unmap \
+             -device scsi-hd,drive=c",
         )
         .images();
         let told: Vec<_> = images.iter().map(|it| (it.name.as_str(), it.file.as_str(), it.format.as_deref())).collect();
@@ -209,6 +227,7 @@ mod tests {
                 ("virtio1", "/e", None),
                 ("j", "/g", Some("raw")),
                 ("r", "json:{\"driver\":\"raw\",\"file.driver\":\"nbd\",\"file.export\":\"x\"}", Some("raw")),
+                ("c", "json:{\"driver\":\"rbd\",\"image\":\"i\",\"pool\":\"p\"}", Some("rbd")),
             ]
         );
         assert_eq!((images[0].aio.as_deref(), images[0].discard.as_deref()), (Some("native"), Some("unmap")));

@@ -6,7 +6,7 @@ use serde_json::Value;
 use super::Words;
 use super::parts::Device;
 use crate::command_line::{CommandOption, Properties};
-use crate::disk_place::DiskPlace;
+use crate::disk_place::{DiskPlace, is_same_place, place_in_words};
 use crate::inventory::name_of;
 use crate::qmp::commands::{BlockNode, Drive};
 
@@ -45,7 +45,7 @@ impl Words<'_> {
         match (self.option_of(drive), &drive.inserted) {
             (Some(at), Some(inserted)) => {
                 let (said, told) = (file_of(&self.options[at].0), &inserted.image.filename);
-                said.starts_with('/') && told.starts_with('/') && !is_same_file(&said, told)
+                said.starts_with('/') && told.starts_with('/') && !is_same_place(&said, told)
             }
             _ => false,
         }
@@ -294,7 +294,7 @@ impl Words<'_> {
         let file =
             self.first.and_then(|it| it.disk(&drive.device)).and_then(|layers| Some(layers.first()?.file.clone()));
         match file {
-            Some(file) => only(nameless().filter(|(_, (it, _))| is_same_file(&file_of(it), &file)).collect()),
+            Some(file) => only(nameless().filter(|(_, (it, _))| is_same_place(&file_of(it), &file)).collect()),
             // An empty one, of which there may be one among the words.
             None => only(nameless().filter(|(_, (it, _))| file_of(it).is_empty()).collect()),
         }
@@ -306,8 +306,7 @@ fn is_drive(option: &str) -> bool {
 }
 
 fn file_of(option: &CommandOption) -> String {
-    let words = as_drive(option);
-    ["file", "file.filename"].iter().find_map(|key| words.get(key)).unwrap_or_default().to_owned()
+    as_drive(option).image().unwrap_or_default()
 }
 
 /// What shorter words stand for; see QEMU's `-hda` and its likes.
@@ -351,14 +350,10 @@ pub(super) fn by_name(name: &str) -> Option<Properties> {
     Some(words)
 }
 
-fn is_same_file(one: &str, other: &str) -> bool {
-    one.strip_prefix("file:").unwrap_or(one) == other
-}
-
 pub(super) fn is_within(path: &str, device: &str) -> bool {
     path.strip_prefix(device).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
 fn in_words(drive: &Drive) -> String {
-    drive.inserted.as_ref().map_or_else(|| "empty".into(), |it| format!("{} now", it.image.filename))
+    drive.inserted.as_ref().map_or_else(|| "empty".into(), |it| format!("{} now", place_in_words(&it.image.filename)))
 }
