@@ -24,11 +24,11 @@ fn copies(event: &MigrationEvent) -> bool {
 }
 
 fn report(said: &str) -> Report {
-    let finished = said.lines().filter_map(|line| match serde_json::from_str(line) {
+    let mut finished = said.lines().filter_map(|line| match serde_json::from_str(line) {
         Ok(MigrationEvent::Finished(report)) => Some(*report),
         _ => None,
     });
-    finished.last().unwrap_or_else(|| panic!("no report: {said}"))
+    finished.next_back().unwrap_or_else(|| panic!("no report: {said}"))
 }
 
 /// QEMU's longest pause at a switchover, as libvirt leaves it.

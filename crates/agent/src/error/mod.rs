@@ -336,7 +336,7 @@ impl AgentError {
             Self::UnknownVm { .. } => Code::UnknownVm,
             Self::VmExists { .. } => Code::VmExists,
             Self::BadRequest { .. } | Self::CommandLine(_) => Code::BadRequest,
-            Self::Conflict { .. } | Self::Ended { .. } | Self::Image(_) => Code::Conflict,
+            Self::Conflict { .. } | Self::Ended { .. } | Self::Image(_) | Self::Libvirt(_) => Code::Conflict,
             Self::Busy { .. } => Code::Busy,
             Self::MigrationRuns { .. } => Code::MigrationRuns,
             Self::BadLimit { .. } => Code::BadLimit,
@@ -368,7 +368,6 @@ impl AgentError {
             Self::TooLate { .. } => Code::TooLate,
             Self::NoQemu { .. } => Code::NoQemu,
             Self::Launch(_) | Self::Probe(_) | Self::Qmp(_) | Self::StreamTls(_) => Code::QemuFailed,
-            Self::Libvirt(_) => Code::Conflict,
             Self::Store(_) | Self::Io { .. } => Code::Internal,
         }
     }

@@ -56,11 +56,15 @@ struct Seen {
     libvirt: Option<Libvirt>,
     /// Why there is none.
     why_not: Option<String>,
-    /// As whom it runs QEMUs, once it has said so; none where it does not change that.
-    qemu_user: Option<Option<(u32, u32)>>,
+    /// As whom it runs QEMUs, once it has said so.
+    qemu_user: Option<QemuUser>,
     domains: BTreeMap<Uuid, Looked>,
     looks: u64,
 }
+
+/// User and group; none where libvirt leaves QEMU its own.
+#[derive(Clone, Copy)]
+struct QemuUser(Option<(u32, u32)>);
 
 /// What the latest look at a domain has told: looks may come back in another order than they went.
 struct Looked {
@@ -142,7 +146,7 @@ impl Domains {
     /// As whom it runs QEMUs; none where it does not change that. A daemon that was just started takes some seconds to
     /// find out what its host can do.
     pub(crate) async fn qemu_user(&self) -> Result<Option<(u32, u32)>, AgentError> {
-        if let Some(known) = self.lock().qemu_user {
+        if let Some(QemuUser(known)) = self.lock().qemu_user {
             return Ok(known);
         }
         let capabilities = self.at_hand().await?.capabilities().await?;
@@ -150,7 +154,7 @@ impl Domains {
             message: format!("nobody can tell as whom libvirt runs QEMUs on this host: {error}"),
             hint: None,
         })?;
-        self.lock().qemu_user = Some(user);
+        self.lock().qemu_user = Some(QemuUser(user));
         Ok(user)
     }
 
@@ -308,7 +312,7 @@ impl Domains {
 
     /// Markers that an earlier agent has left beside their disks go.
     fn sweep(&self, signature: &Signature) {
-        let disks: Vec<PathBuf> = self.all().iter().flat_map(|it| it.written_files()).collect();
+        let disks: Vec<PathBuf> = self.all().iter().flat_map(SeenDomain::written_files).collect();
         let signature = signature.clone();
         // The disks may lie on storage that does not answer.
         tokio::task::spawn_blocking(move || sweep_beside(disks.into_iter(), &signature));

@@ -125,7 +125,7 @@ mod tests {
         };
         Journal::open(dir.path()).unwrap().journal.begin_carry(&record).await.unwrap();
         let journal = Journal::open(dir.path()).unwrap().journal;
-        assert_eq!(journal.open_carries().await.unwrap(), [record.clone()]);
+        assert_eq!(journal.open_carries().await.unwrap(), std::slice::from_ref(&record));
         journal.carry_is_in_post_copy(record.id).await.unwrap();
         let listed = journal.last_out(5).await.unwrap();
         assert_eq!((listed[0].step.as_str(), listed[0].vm.as_str(), &listed[0].outcome), ("post-copy", "web1", &None));

@@ -1,7 +1,7 @@
 //! The sockets of a libvirt migration that agents carry: the same paths on both hosts, since libvirt gives the source's
 //! QEMU the path at which the destination's listens.
 //!
-//! They lie below libvirt's own run folder and are called as its own sockets for migrations, so that its AppArmor profile
+//! They lie below libvirt's own run folder and are called as its own sockets for migrations, so that its `AppArmor` profile
 //! lets QEMU reach them. Each migration has a folder, which only the user of libvirt's QEMUs and root can enter.
 
 use std::os::unix::fs::{DirBuilderExt, chown};

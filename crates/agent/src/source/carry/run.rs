@@ -192,10 +192,9 @@ impl Carrying {
                         )
                     });
                 }
-                News::Stands(_) => {}
                 News::RunsThere(runs) => self.runs_there(steering, runs),
                 News::Completed(downtime_ms) => steering.downtime_ms = downtime_ms,
-                News::Look => {}
+                News::Stands(_) | News::Look => {}
             }
             if (self.migration.was_cancelled() || gave_up.is_some())
                 && !steering.post_copy
