@@ -199,8 +199,8 @@ mod tests {
         assert_eq!(read.i32(), Ok(-2));
         assert_eq!(read.u64(), Ok(1 << 40));
         assert_eq!(read.string(), Ok("web1"));
-        assert_eq!(read.optional(|it| it.string()), Ok(None));
-        assert_eq!(read.optional(|it| it.string()), Ok(Some("")));
+        assert_eq!(read.optional(Decoder::string), Ok(None));
+        assert_eq!(read.optional(Decoder::string), Ok(Some("")));
         assert_eq!(read.opaque(3), Ok(&[1, 2, 3][..]));
         assert_eq!((read.left(), read.u32()), (0, Err(Malformed::TooShort)));
     }
@@ -209,11 +209,11 @@ mod tests {
     fn a_length_that_is_not_there_reserves_nothing() {
         let huge = u32::MAX.to_be_bytes();
         let count = u32::MAX as usize;
-        assert_eq!(Decoder::new(&huge).list(usize::MAX, |it| it.u32()), Err(Malformed::TooMany(count)));
+        assert_eq!(Decoder::new(&huge).list(usize::MAX, Decoder::u32), Err(Malformed::TooMany(count)));
         assert_eq!(Decoder::new(&huge).string(), Err(Malformed::TooMany(count)));
         assert_eq!(Decoder::new(&[0, 0, 0, 9, b'a']).string(), Err(Malformed::TooShort));
         assert_eq!(
-            Decoder::new(&[0, 0, 0, 2]).optional(|it| it.u32()),
+            Decoder::new(&[0, 0, 0, 2]).optional(Decoder::u32),
             Err(Malformed::Unknown { what: "pointer", value: 2 })
         );
     }

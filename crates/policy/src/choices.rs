@@ -13,10 +13,10 @@ use crate::{Observation, Preference};
 /// How likely good luck is, the usual one and bad.
 const LUCK: [f64; 3] = [0.25, 0.5, 0.25];
 /// What is done before the first round ends has to be better than to wait by this share, unless it is with any luck.
-const HASTE: f64 = 0.9;
+const HASTE: f64 = 0.8;
 /// Post-copy after the end of a round has at most this share left to fetch of what it would have at once: it is no way to
 /// have a round sent again in post-copy.
-const WAITED_FOR: f64 = 0.5;
+const WAITED_FOR: f64 = 0.8;
 /// Ways that exceed the downtime are alike up to this factor: rounds that cost minutes each are not for a hundredth less.
 const ALIKE: f64 = 1.25;
 
