@@ -455,6 +455,10 @@ async fn an_agent_that_is_killed_while_it_copies_leaves_nothing_of_the_copy() {
     moving.kill_qemu(0).await;
     let to = moving.at("b.raw");
     let mut child = moving.begin_slow(&to).await;
+    // Whoever asks a second time takes nothing away from the first.
+    let again = moving.move_to(&moving.at("c.raw"), &[]).await;
+    assert!(again.status.code() == Some(3) && text(&again).contains("being moved"), "{}", text(&again));
+    assert!(Path::new(&to).exists());
     moving.bed.testbed.host_mut(0).kill_agent().await.expect("killed");
     assert!(!child.wait().await.expect("it ends").success());
     assert!(Path::new(&to).exists());

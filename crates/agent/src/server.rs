@@ -131,7 +131,7 @@ pub async fn serve(config: Config, end: CancellationToken) -> Result<(), ServeEr
     end.cancelled().await;
     tell_systemd(&[sd_notify::NotifyState::Stopping]);
     agent.queue.close();
-    agent.outgoing.cancel_all().await;
+    tokio::join!(agent.outgoing.cancel_all(), agent.carried.drain(&agent.host));
     // Consoles and event streams never end by themselves; they are cut.
     let _ = tokio::time::timeout(FAREWELL, served).await;
     let left = agent.host.vms().len();

@@ -14,8 +14,8 @@ pub enum Malformed {
     /// More than may be.
     #[error("it has a list, or a text, of {0} parts")]
     TooMany(usize),
-    /// A text is not UTF-8.
-    #[error("a text is not UTF-8")]
+    /// A text is not UTF-8, or has a NUL in it.
+    #[error("a text is not UTF-8, or has a NUL in it")]
     NotText,
     /// A value that has no meaning.
     #[error("a {what} is {value}")]
@@ -148,9 +148,10 @@ impl<'a> Decoder<'a> {
         self.fixed(length)
     }
 
-    /// A text.
+    /// A text, without NUL, at which it would end for C.
     pub fn string(&mut self) -> Result<&'a str, Malformed> {
-        std::str::from_utf8(self.opaque(LONGEST_STRING)?).map_err(|_| Malformed::NotText)
+        let text = std::str::from_utf8(self.opaque(LONGEST_STRING)?).map_err(|_| Malformed::NotText)?;
+        if text.contains('\0') { Err(Malformed::NotText) } else { Ok(text) }
     }
 
     /// Something that may be missing.

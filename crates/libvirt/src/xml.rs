@@ -63,9 +63,8 @@ impl Description {
         if !domain.has_tag_name("domain") {
             return Err(InvalidXml(format!("it is a <{}>", domain.tag_name().name())));
         }
-        let text = |name: &str| child(domain, name).and_then(|it| it.text()).map(str::trim);
         let missing = |what: &str| InvalidXml(format!("it has no {what}"));
-        let uuid = text("uuid").and_then(|it| it.parse().ok()).ok_or_else(|| missing("uuid"))?;
+        let (name, uuid) = named(domain)?;
         let kind = domain.attribute("type").ok_or_else(|| missing("type"))?;
         let machine = child(domain, "os").and_then(|os| child(os, "type")?.attribute("machine"));
         let devices = child(domain, "devices");
@@ -75,7 +74,7 @@ impl Description {
         let host_device =
             all("hostdev").next().map(|it| format!("a {} device", it.attribute("type").unwrap_or("host")));
         Ok(Self {
-            name: text("name").filter(|it| !it.is_empty()).ok_or_else(|| missing("name"))?.into(),
+            name,
             uuid,
             accelerator: if kind == "qemu" { "tcg".into() } else { kind.into() },
             machine: machine.map(str::to_owned),
@@ -83,6 +82,35 @@ impl Description {
             host_device,
         })
     }
+}
+
+/// Of which domains a migration's cookie tells, by name and UUID: its own, and those that are described in it.
+pub(crate) fn domains_in_cookie(cookie: &str) -> Result<Vec<(String, Uuid)>, InvalidXml> {
+    let document = Document::parse(cookie).map_err(|error| InvalidXml(error.to_string()))?;
+    let root = document.root_element();
+    if root.tag_name().name() != "qemu-migration" {
+        return Err(InvalidXml(format!("it is a <{}>", root.tag_name().name())));
+    }
+    let described = root.descendants().filter(|it| it.tag_name().name() == "domain");
+    std::iter::once(root).chain(described).map(named).collect()
+}
+
+/// The name and the UUID of what is described, which must be there once each, in whatever way somebody reads XML.
+fn named(node: Node<'_, '_>) -> Result<(String, Uuid), InvalidXml> {
+    let only = |name: &str| {
+        let mut all = node.children().filter(|it| it.tag_name().name() == name);
+        let (Some(it), None) = (all.next(), all.next()) else {
+            return Err(InvalidXml(format!("it has not one {name}")));
+        };
+        let mut parts = it.children();
+        match (parts.next(), parts.next(), it.tag_name().namespace()) {
+            (Some(text), None, None) if text.is_text() => Ok(text.text().unwrap_or_default().trim().to_owned()),
+            _ => Err(InvalidXml(format!("its {name} is no plain text"))),
+        }
+    };
+    let name = only("name")?;
+    let uuid = only("uuid")?.parse().map_err(|_| InvalidXml("its uuid is none".into()))?;
+    if name.is_empty() { Err(InvalidXml("its name is empty".into())) } else { Ok((name, uuid)) }
 }
 
 fn child<'a, 'b>(node: Node<'a, 'b>, name: &str) -> Option<Node<'a, 'b>> {

@@ -25,8 +25,10 @@ const TELLING: [(&str, &[(&str, &str)]); 4] = [
     ("nbd", &[("server.host", ""), ("server.port", NBD_PORT), ("server.path", ""), ("export", "")]),
     ("iscsi", &[("portal", ""), ("target", ""), ("lun", "0")]),
     ("nfs", &[("server.host", ""), ("path", "")]),
-    ("rbd", &[("pool", ""), ("namespace", ""), ("image", "")]),
+    ("rbd", &[("pool", ""), ("namespace", ""), ("image", ""), ("conf", CEPH_CONF)]),
 ];
+/// Ceph's configuration where no other is said.
+const CEPH_CONF: &str = "/etc/ceph/ceph.conf";
 /// The port of an iSCSI portal where no other is said.
 const ISCSI_PORT: &str = "3260";
 
@@ -85,8 +87,11 @@ pub fn place_in_words(told: &str) -> String {
         ("nbd", [host, port, _, export]) => format!("nbd://{host}:{port}/{export}"),
         ("iscsi", [portal, target, lun]) => format!("iscsi://{portal}/{target}/{lun}"),
         ("nfs", [host, path]) => format!("nfs://{host}{path}"),
-        ("rbd", [pool, namespace, image]) if namespace.is_empty() => format!("rbd:{pool}/{image}"),
-        ("rbd", [pool, namespace, image]) => format!("rbd:{pool}/{namespace}/{image}"),
+        ("rbd", [pool, namespace, image, conf]) => {
+            let within = if namespace.is_empty() { String::new() } else { format!("{namespace}/") };
+            let conf = if conf == CEPH_CONF { String::new() } else { format!(":conf={conf}") };
+            format!("rbd:{pool}/{within}{image}{conf}")
+        }
         _ => told.into(),
     }
 }
@@ -94,8 +99,13 @@ pub fn place_in_words(told: &str) -> String {
 fn apart(told: &str) -> Option<Apart> {
     let options = match (told.strip_prefix("json:"), told.strip_prefix("rbd:")) {
         (Some(json), _) => Properties::from_json(&serde_json::from_str(json).ok()?),
-        // Who reads it, and by which configuration, makes no other image of it.
-        (None, Some(rest)) => Properties::from_json(&rbd(rest.split(':').next().unwrap_or(rest)).ok()?),
+        // QEMU takes more words than a user may say here.
+        (None, Some(rest)) => {
+            let mut parts = rest.split(':');
+            let place = parts.next().unwrap_or_default();
+            let conf = parts.find(|it| it.starts_with("conf=")).map_or_else(String::new, |it| format!(":{it}"));
+            Properties::from_json(&rbd(&format!("{place}{conf}")).ok()?)
+        }
         (None, None) => match told.parse().ok()? {
             DiskPlace::Local(path) => return Some(Apart::Local(path)),
             DiskPlace::Remote(options) => Properties::from_json(&options),
@@ -325,7 +335,8 @@ mod tests {
                 r#"json:{"driver": "raw", "file": {"pool": "p", "image": "i", "driver": "rbd", "namespace": ""}}"#,
             ),
             ("rbd:p/i:id=vms", r#"json:{"driver":"raw","file.driver":"rbd","file.pool":"p","file.image":"i"}"#),
-            ("rbd:p/n/i", r#"json:{"driver":"rbd","pool":"p","namespace":"n","image":"i","conf":"/c"}"#),
+            ("rbd:p/n/i:conf=/c", r#"json:{"driver":"rbd","pool":"p","namespace":"n","image":"i","conf":"/c"}"#),
+            ("rbd:p/i:key=secret", "rbd:p/i:id=a:conf=/etc/ceph/ceph.conf"),
             ("nbd://h/e", r#"json:{"driver":"raw","size":1,"file":{"driver":"nbd","server.host":"h","export":"e"}}"#),
             ("nbd://h:10809/e", "nbd://h/e"),
             ("nbd+unix:///e?socket=/s", r#"json:{"driver":"nbd","server":{"type":"unix","path":"/s"},"export":"e"}"#),
@@ -340,6 +351,7 @@ mod tests {
         for (one, other) in [
             ("/srv/a", "/srv/b"),
             ("rbd:p/i", "rbd:p/n/i"),
+            ("rbd:p/i", "rbd:p/i:conf=/etc/ceph/other.conf"),
             ("rbd:p/i", "rbd:q/i"),
             ("nbd://h/e", "nbd://h/f"),
             ("nbd://h/e", "nbd://h:1/e"),

@@ -38,6 +38,10 @@ const MOST: usize = 64;
 const LEASE: Duration = Duration::from_secs(60);
 /// How often that is looked at.
 const LOOK: Duration = Duration::from_secs(5);
+/// How long guests that run here may take to get the rest of their memory when the agent ends.
+const DRAIN: Duration = Duration::from_secs(20);
+/// So many connections one may have at a time.
+const CONNECTIONS: u32 = 64;
 /// How long a domain may take until it runs, when somebody waits for it.
 const RUNS: Duration = Duration::from_secs(50);
 
@@ -88,6 +92,35 @@ impl Carried {
         self.0.lock().expect("no holder of this lock panics")
     }
 
+    fn has_room_for(&self, offer: &CarryOffer) -> Result<(), AgentError> {
+        Self::has_room(&self.lock(), offer)
+    }
+
+    /// One at a time of each name and each UUID: libvirt ends an arrival by its name alone.
+    fn has_room(all: &HashMap<Uuid, Arc<Arrival>>, offer: &CarryOffer) -> Result<(), AgentError> {
+        let is_it = |it: &Arc<Arrival>| it.name == offer.name || it.gate.announced().uuid == offer.uuid;
+        if all.values().any(is_it) {
+            return Err(AgentError::Busy { what: format!("another {}, which is on its way here", offer.name) });
+        }
+        if all.len() >= MOST {
+            return Err(AgentError::Busy { what: "other domains that are on their way here".into() });
+        }
+        Ok(())
+    }
+
+    /// Before the agent ends, which takes their connections along: those whose guest runs here already get a while for the
+    /// rest of its memory.
+    pub(crate) async fn drain(&self, host: &Host) {
+        let in_post_copy = |it: &Arc<Arrival>| {
+            let state = host.domains.of(it.gate.announced().uuid).map(|it| it.state);
+            it.connections.load(Ordering::Relaxed) > 0 && DomainThere::of(state) == DomainThere::Runs
+        };
+        let deadline = Instant::now() + DRAIN;
+        while self.lock().values().any(in_post_copy) && Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
     /// The arrival of this id, for the agent that has announced it.
     fn of(&self, id: Uuid, by: Fingerprint) -> Result<Arc<Arrival>, AgentError> {
         match self.lock().get(&id) {
@@ -122,6 +155,11 @@ pub(crate) async fn check(host: &Arc<Host>, offer: &CarryOffer) -> Result<CarryR
     if domains.of(offer.uuid).is_some_and(|it| it.state.is_active()) {
         let reason = "its libvirt has this very domain running already".into();
         return Err(refuse(Code::VmExists, reason, "`virsh list` on both hosts; only one of them may have it"));
+    }
+    let is_namesake = |it: &crate::host::SeenDomain| it.domain.name == offer.name && it.domain.uuid != offer.uuid;
+    if domains.all().iter().any(|it| is_namesake(it) && it.state.is_active()) {
+        let reason = "its libvirt has another domain of this name running".into();
+        return Err(refuse(Code::VmExists, reason, "`virsh domrename` gives a domain that is shut off another name"));
     }
     if offer.accelerator == "kvm" && !Path::new("/dev/kvm").exists() {
         let reason = "the guest runs under KVM, which is not there".into();
@@ -172,9 +210,7 @@ pub(crate) async fn announce(
     let reply = check(host, offer).await?;
     let sockets = [Channel::Ram, Channel::Disks].map(|channel| carried::socket(offer.id, channel, &offer.name));
     let announced = Announced { name: offer.name.clone(), uuid: offer.uuid, sockets: sockets.into() };
-    if carried.lock().len() >= MOST {
-        return Err(AgentError::Busy { what: "other domains that are on their way here".into() });
-    }
+    carried.has_room_for(offer)?;
     let qemu_user = host.domains.qemu_user().await?;
     let need = Need { ram: offer.ram_bytes, huge_page: None };
     let promised = host.admission.admit(need, host.config.reserved_memory.as_u64());
@@ -192,7 +228,12 @@ pub(crate) async fn announce(
         _folder: Folder::make(offer.id, qemu_user)?,
     });
     tracing::info!(domain = offer.name, migration = %offer.id, from = %caller.remote, "lets a domain through to libvirt");
-    carried.lock().insert(offer.id, Arc::clone(&arrival));
+    {
+        let mut all = carried.lock();
+        // Somebody may have been faster.
+        Carried::has_room(&all, offer)?;
+        all.insert(offer.id, Arc::clone(&arrival));
+    }
     tokio::spawn(watch_lease(Arc::clone(carried), arrival));
     Ok(reply)
 }
@@ -249,6 +290,9 @@ pub(crate) fn way(
     channel: Channel,
 ) -> Result<Way, AgentError> {
     let arrival = carried.of(id, by)?;
+    if arrival.connections.load(Ordering::Relaxed) >= CONNECTIONS {
+        return Err(AgentError::Busy { what: format!("the other connections of {}", arrival.name) });
+    }
     let socket = match channel {
         Channel::Control => host.domains.socket().ok_or_else(|| AgentError::Conflict {
             message: format!("libvirt is not at hand on this host: {}", host.domains.why_not()),
@@ -291,6 +335,7 @@ async fn through_the_gate(
 ) -> std::io::Result<()> {
     let bad = |why: &dyn std::fmt::Display| std::io::Error::new(std::io::ErrorKind::InvalidData, why.to_string());
     let (mut said, mut answered) = (BytesMut::new(), BytesMut::new());
+    let mut gate = arrival.gate.clone();
     loop {
         said.reserve(BUFFER);
         answered.reserve(BUFFER);
@@ -300,7 +345,7 @@ async fn through_the_gate(
                     return Ok(());
                 }
                 while let Some(frame) = Frame::take(&mut said, LARGEST).map_err(|error| bad(&error))? {
-                    match arrival.gate.judge(frame) {
+                    match gate.judge(frame) {
                         Verdict::Pass(frame) => ours.write_all(&frame.encode()).await?,
                         Verdict::Refuse { answer, what } => {
                             tracing::warn!(domain = arrival.name, migration = %arrival.id, what, "refused of a source's libvirt");
@@ -320,6 +365,7 @@ async fn through_the_gate(
                 }
                 // Whole ones only: an answer of the gate's goes between two.
                 while let Some(frame) = Frame::take(&mut answered, vmferry_libvirt::frame::LARGEST).map_err(|error| bad(&error))? {
+                    gate.hear(&frame);
                     theirs.write_all(&frame.encode()).await?;
                 }
                 theirs.flush().await?;

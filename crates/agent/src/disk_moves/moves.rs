@@ -8,7 +8,7 @@ use vmferry_api::{DiskMoveRequest, DiskMoveView, DiskView};
 use vmferry_qemu::{CommandLine, disk_images, place_in_words};
 
 use super::note::Note;
-use super::places::words;
+use super::places::{Used, is_free, words};
 use super::told::{Told, told};
 use super::{running, stopped};
 use crate::error::AgentError;
@@ -77,6 +77,20 @@ impl DiskMoves {
         self.moves.lock().expect("no holder of this lock panics")
     }
 
+    fn is_moving(&self, name: &str) -> bool {
+        self.moves().get(name).is_some_and(|told| told.is_open())
+    }
+
+    /// From now on it is under way, unless another disk is on its way to the same place.
+    fn begins(&self, name: &str, told: &Arc<Told>) -> Result<(), AgentError> {
+        let mut moves = self.moves();
+        let under_way = moves.values().filter(|it| it.is_open()).map(|it| it.view());
+        let taken: Vec<Used> = under_way.map(|it| Used { vm: it.vm, disk: it.disk, at: it.to }).collect();
+        is_free(&told.view().to, &taken)?;
+        moves.insert(name.into(), Arc::clone(told));
+        Ok(())
+    }
+
     /// Plans it and begins; it goes on by itself.
     pub(crate) async fn begin(
         self: &Arc<Self>,
@@ -109,8 +123,8 @@ impl DiskMoves {
         let planned = running::plan(&self.host, &vm, disk, request).await?;
         let told =
             Arc::new(told(&name, &planned.image.disk, &place_in_words(&planned.image.file), &to, &planned.format));
+        self.begins(&name, &told)?;
         claim.keep(Stage::MovingDisk);
-        self.moves().insert(name, Arc::clone(&told));
         let (host, moving, theirs) = (Arc::clone(&self.host), Moving(vm), Arc::clone(&told));
         tokio::spawn(async move {
             let ended = running::run(&host, planned, &theirs).await;
@@ -132,15 +146,20 @@ impl DiskMoves {
         request: DiskMoveRequest,
     ) -> Result<Arc<Told>, AgentError> {
         let to = request.to.clone();
-        stopped::sweep_of(&self.host, name).await?;
-        let planned = stopped::plan(&self.host, name, disk, request).await?;
-        if self.moves().get(name).is_some_and(|told| told.is_open()) {
+        // Nobody starts it, or moves another of its disks, meanwhile.
+        let held = match self.host.hold(name) {
+            Ok(held) => held,
+            Err(_) if self.is_moving(name) => return Err(refused(name, &Stage::MovingDisk)),
+            Err(error) => return Err(error),
+        };
+        if self.is_moving(name) {
             return Err(refused(name, &Stage::MovingDisk));
         }
-        // Nobody starts it meanwhile.
-        drop(self.host.hold(name)?);
+        stopped::sweep_of(&self.host, name).await?;
+        let planned = stopped::plan(&self.host, name, disk, request).await?;
         let told = Arc::new(told(name, &planned.image.name, &planned.image.file, &to, &planned.format));
-        self.moves().insert(name.into(), Arc::clone(&told));
+        self.begins(name, &told)?;
+        drop(held);
         let (host, theirs, name) = (Arc::clone(&self.host), Arc::clone(&told), name.to_owned());
         tokio::spawn(async move {
             let ended = match host.hold(&name) {

@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
+use vmferry_libvirt::DiskKind;
 use vmferry_qemu::{CommandLine, is_same_place};
 
 use crate::error::AgentError;
@@ -19,7 +20,7 @@ pub(super) struct Used {
     pub(super) at: String,
 }
 
-/// Of all disks whose words are plain, also of VMs that do not run.
+/// Of all disks whose words are plain, also of VMs that do not run, and of libvirt's domains.
 pub(super) fn used(host: &Host) -> Vec<Used> {
     let running = host.vms().into_iter().map(|vm| {
         let argv = vm.drift().map_or_else(|| vm.spec.argv.clone(), |drift| drift.argv);
@@ -33,7 +34,22 @@ pub(super) fn used(host: &Host) -> Vec<Used> {
         let images = CommandLine::parse(&argv).map(|it| it.images()).unwrap_or_default();
         images.into_iter().map(move |it| Used { vm: vm.clone(), disk: it.name, at: absolute(&it.file, &cwd) })
     });
-    disks.collect()
+    disks.chain(of_libvirt(host)).collect()
+}
+
+/// Of libvirt's domains, as it tells.
+fn of_libvirt(host: &Host) -> Vec<Used> {
+    let domains = host.domains.all().into_iter().flat_map(|seen| {
+        let vm = seen.domain.name.clone();
+        let disks = seen.description.map(|it| it.disks).unwrap_or_default();
+        disks.into_iter().filter_map(move |it| match it.kind {
+            DiskKind::File(path) | DiskKind::Block(path) => {
+                Some(Used { vm: vm.clone(), disk: it.target, at: path.display().to_string() })
+            }
+            DiskKind::Network | DiskKind::Other(_) => None,
+        })
+    });
+    domains.collect()
 }
 
 /// The command line that it is started with next.

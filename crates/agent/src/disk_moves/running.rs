@@ -75,11 +75,12 @@ pub(super) async fn plan(
         ));
     }
     let argv = vm.drift().map_or_else(|| vm.spec.argv.clone(), |drift| drift.argv);
-    let is_its = |it: &ImageWords| {
-        it.names.iter().any(|it| *it == drive || *it == image.node || *it == image.disk)
-            || is_same_place(&it.file, &image.file)
-    };
-    let words = CommandLine::parse(&argv)?.images().into_iter().find(is_its);
+    let has_its_name =
+        |it: &ImageWords| it.names.iter().any(|it| *it == drive || *it == image.node || *it == image.disk);
+    let said = CommandLine::parse(&argv)?.images();
+    let at =
+        said.iter().position(has_its_name).or_else(|| said.iter().position(|it| is_same_place(&it.file, &image.file)));
+    let words = at.and_then(|at| said.into_iter().nth(at));
     let Some(words) = words else {
         let message =
             format!("nobody can tell which words of {name} say what {disk} is, so that they could not follow it");

@@ -79,11 +79,17 @@ fn judge(here: Here, there: Option<DomainThere>) -> Option<Whereabouts> {
     match (here, there) {
         (Some((state, has_job)), there) => match state.run {
             RunState::Paused(PausedWhy::PostCopyFailed) => Some(Whereabouts::Broken),
+            // Its libvirt ended when all but its end was done, and leaves it to others to see.
+            RunState::Paused(PausedWhy::Migration) if !has_job => match there {
+                Some(DomainThere::Runs | DomainThere::Stands) => Some(Whereabouts::There),
+                Some(DomainThere::No) => Some(Whereabouts::Here { runs: false }),
+                Some(DomainThere::Waits | DomainThere::LacksRam) | None => None,
+            },
             // It is on its way, or on its way back.
             RunState::Paused(PausedWhy::Migration | PausedWhy::PostCopy) | RunState::ShutOff => None,
             _ if has_job => None,
             // Two that run there must not be: whoever says so is asked again.
-            RunState::Running if there == Some(DomainThere::Runs) => None,
+            _ if there == Some(DomainThere::Runs) => None,
             RunState::Running => Some(Whereabouts::Here { runs: true }),
             RunState::Paused(PausedWhy::Other) | RunState::Other(_) => Some(Whereabouts::Here { runs: false }),
         },
@@ -131,10 +137,15 @@ mod tests {
         assert_eq!(both(None, Some(DomainThere::Runs)), Some(Whereabouts::There));
         assert_eq!(both(None, Some(DomainThere::No)), Some(Whereabouts::Nowhere));
         assert_eq!(both(here(paused(PausedWhy::PostCopyFailed)), None), Some(Whereabouts::Broken));
+        let left = here(paused(PausedWhy::Migration));
+        assert_eq!(both(left, Some(DomainThere::Runs)), Some(Whereabouts::There));
+        assert_eq!(both(left, Some(DomainThere::No)), Some(Whereabouts::Here { runs: false }));
         for unknown in [
             both(here(runs), Some(DomainThere::Runs)),
             both(Some((runs, true)), Some(DomainThere::Waits)),
             both(here(paused(PausedWhy::Migration)), Some(DomainThere::Waits)),
+            both(Some((paused(PausedWhy::Migration), true)), Some(DomainThere::Runs)),
+            both(here(paused(PausedWhy::Other)), Some(DomainThere::Runs)),
             both(here(paused(PausedWhy::PostCopy)), Some(DomainThere::Runs)),
             both(None, None),
             both(None, Some(DomainThere::Waits)),

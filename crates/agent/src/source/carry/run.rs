@@ -381,12 +381,17 @@ impl Carrying {
         {
             tracing::error!(vm = self.migration.vm, %error, "cannot note how its migration ended");
         }
-        if let Err(error) = self.plan.peer.withdraw_domain(id).await {
-            tracing::debug!(migration = %id, error = in_one_line(&error), "the destination does not hear that it is over");
-        }
         self.outgoing.carries.end(uuid);
         if end.is_none() {
-            tokio::spawn(settle(Arc::clone(&self.outgoing), self.record.clone()));
+            // Its QEMUs may still be at it, whatever their libvirts do: the connections stay until it is known.
+            let settling = settle(Arc::clone(&self.outgoing), self.record.clone());
+            let ways = self.ways;
+            tokio::spawn(async move {
+                settling.await;
+                drop(ways);
+            });
+        } else if let Err(error) = self.plan.peer.withdraw_domain(id).await {
+            tracing::debug!(migration = %id, error = in_one_line(&error), "the destination does not hear that it is over");
         }
         self.migration.told.tell(event);
     }

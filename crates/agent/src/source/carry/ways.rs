@@ -34,7 +34,8 @@ impl Ways {
             let path = socket(id, channel, domain);
             let listen = || {
                 let listener = bind_anew(&path)?;
-                if let Some((user, group)) = qemu_user {
+                // The other one is libvirt's, which is root.
+                if let Some((user, group)) = qemu_user.filter(|_| channel != Channel::Control) {
                     chown(&path, Some(user), Some(group))?;
                 }
                 Ok(listener)
