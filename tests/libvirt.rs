@@ -94,7 +94,7 @@ async fn a_domain_of_libvirts_is_shown_beside_others_left_to_libvirt_and_moves_w
     })
     .await;
     assert_eq!(lab.alpha().last_migration().await.step, "done");
-    lab.assert_no_sockets();
+    lab.assert_no_sockets().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -180,12 +180,7 @@ async fn a_migration_is_tuned_cancelled_and_aborted_by_virsh_and_leaves_the_gues
     lab.assert_intact(0, &watch, 16_000).await;
     assert_eq!(downtime_limit(&lab), limit);
     assert_eq!(lab.alpha().last_migration().await.step, "abandoned");
-    lab.eventually("nothing is left of it", async || {
-        lab.hosts
-            .iter()
-            .all(|host| std::fs::read_dir(host.inside("/run/libvirt/vmferry")).map_or(0, Iterator::count) == 0)
-    })
-    .await;
+    lab.assert_no_sockets().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -229,12 +224,7 @@ async fn agents_that_are_killed_take_the_migration_along_and_the_next_one_finds_
     assert_eq!((last.step.as_str(), last.outcome.as_deref()), ("abandoned", Some("did not complete; it runs here")));
     lab.assert_runs_only_on(0, &watch).await;
     lab.assert_intact(0, &watch, 16_000).await;
-    lab.eventually("nothing is left of it", async || {
-        lab.hosts
-            .iter()
-            .all(|host| std::fs::read_dir(host.inside("/run/libvirt/vmferry")).map_or(0, Iterator::count) == 0)
-    })
-    .await;
+    lab.assert_no_sockets().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -247,7 +237,7 @@ async fn a_destination_that_takes_no_domains_refuses_before_anything_is_touched(
     assert!(text(&refused).contains("does not let domains through to its libvirt"), "{}", text(&refused));
     assert!(text(&refused).contains("arrivals = true"), "{}", text(&refused));
     lab.assert_runs_only_on(0, &watch).await;
-    lab.assert_no_sockets();
+    lab.assert_no_sockets().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
