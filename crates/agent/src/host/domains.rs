@@ -29,6 +29,8 @@ const QEMUS: &str = "/run/libvirt/qemu";
 const DRIVER: &str = "qemu:///system";
 /// Between two looks for a daemon.
 const LOOK: Duration = Duration::from_secs(1);
+/// From an event to the second look at its domain.
+const AGAIN: Duration = Duration::from_secs(1);
 /// How long somebody who needs it waits for a daemon that is not there.
 const PATIENCE: Duration = Duration::from_secs(3);
 
@@ -249,7 +251,12 @@ impl Domains {
                         self.hear(&event);
                         if matches!(event, Event::Lifecycle { .. }) {
                             let (domains, libvirt) = (Arc::clone(self), libvirt.clone());
-                            looks.spawn(async move { domains.look(&libvirt, uuid).await });
+                            looks.spawn(async move {
+                                domains.look(&libvirt, uuid).await;
+                                // libvirt tells of some changes a moment before they can be seen.
+                                tokio::time::sleep(AGAIN).await;
+                                domains.look(&libvirt, uuid).await;
+                            });
                         }
                     }
                     // Too many at once: all of them are looked at again.
