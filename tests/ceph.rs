@@ -9,7 +9,7 @@ use vmferry_bench::testbed::TestbedOptions;
 
 use crate::bed::{VM, assert_success, external, text};
 use crate::disk_move::{SIZE, as_nodes, start};
-use crate::storages::{assert_moves_and_starts_again_from, is_installed};
+use crate::storages::assert_moves_and_starts_again_from;
 
 /// A Ceph of one monitor and one OSD, which keeps in memory what is in it.
 struct Ceph {
@@ -23,13 +23,7 @@ struct Ceph {
 impl Ceph {
     const PLACE: &str = "rbd:rbd/moved-web1";
 
-    /// None where it is not installed.
-    fn serve(folder: &Path) -> Option<Self> {
-        // Debian's ceph-mon, ceph-osd and ceph-common.
-        if !["ceph-mon", "ceph-osd", "ceph", "rbd", "monmaptool"].into_iter().all(is_installed) {
-            eprintln!("not run: there is no ceph-mon, or not all that it takes");
-            return None;
-        }
+    fn serve(folder: &Path) -> Self {
         let free = TcpListener::bind("127.0.0.1:0").and_then(|it| it.local_addr()).expect("a port");
         let (fsid, osd) = ("aae5e6b6-5a3c-4f0c-9a3c-2c6f3c1d9a10", "aae5e6b6-5a3c-4f0c-9a3c-2c6f3c1d9a11");
         let conf = folder.join("ceph.conf");
@@ -68,7 +62,7 @@ impl Ceph {
         let qemu = ceph.qemu.join("qemu-system-x86_64");
         std::fs::write(&qemu, script).expect("written");
         std::fs::set_permissions(&qemu, std::fs::Permissions::from_mode(0o755)).expect("executable");
-        Some(ceph)
+        ceph
     }
 
     fn command(&self, program: &str, words: &[&str]) -> Command {
@@ -78,13 +72,13 @@ impl Ceph {
     }
 
     fn run(&self, program: &str, words: &[&str]) {
-        let output = self.command(program, words).output().expect("it is installed");
+        let output = self.command(program, words).output().expect("scripts/setup.sh has installed it");
         assert!(output.status.success(), "{program} {words:?}: {}", text(&output));
     }
 
     fn start(&mut self, program: &str, words: &[&str]) {
         let server = self.command(program, words).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
-        self.servers.insert(0, server.expect("it is installed"));
+        self.servers.insert(0, server.expect("scripts/setup.sh has installed it"));
     }
 
     /// Hosts whose QEMU finds it.
@@ -113,21 +107,16 @@ impl Drop for Ceph {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_disk_moves_to_ceph_and_its_guest_starts_again_from_there() {
     let folder = tempfile::tempdir().expect("a folder");
-    if let Some(ceph) = Ceph::serve(folder.path()) {
-        assert_moves_and_starts_again_from(|| ceph.hosts(), Ceph::PLACE, Ceph::PLACE).await;
-    }
+    let ceph = Ceph::serve(folder.path());
+    assert_moves_and_starts_again_from(|| ceph.hosts(), Ceph::PLACE, Ceph::PLACE).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_disk_moves_to_ceph_not_onto_itself_its_guest_migrates_and_it_moves_back() {
     let folder = tempfile::tempdir().expect("a folder");
-    let Some(ceph) = Ceph::serve(folder.path()) else { return };
+    let ceph = Ceph::serve(folder.path());
     let moving = start(ceph.hosts(), as_nodes).await;
     let moved = moving.move_to(Ceph::PLACE, &[]).await;
-    if text(&moved).contains("Unknown driver") {
-        eprintln!("not run: this QEMU has no driver for rbd");
-        return;
-    }
     assert_success(&moved, &moving);
     moving.assert_disk_works_on(0).await;
     for again in [Ceph::PLACE, "rbd:rbd/moved-web1:id=admin"] {
@@ -150,14 +139,10 @@ async fn a_disk_moves_to_ceph_not_onto_itself_its_guest_migrates_and_it_moves_ba
 #[tokio::test(flavor = "multi_thread")]
 async fn a_ceph_that_does_not_answer_is_found_out_without_the_guest() {
     let folder = tempfile::tempdir().expect("a folder");
-    let Some(ceph) = Ceph::serve(folder.path()) else { return };
+    let ceph = Ceph::serve(folder.path());
     let moving = start(ceph.hosts(), as_nodes).await;
     ceph.falls_silent();
     let refused = moving.move_to(Ceph::PLACE, &[]).await;
-    if text(&refused).contains("Unknown driver") {
-        eprintln!("not run: this QEMU has no driver for rbd");
-        return;
-    }
     assert!(refused.status.code() == Some(4), "{}", text(&refused));
     assert!(text(&refused).contains("did not answer within 10s"), "{}", text(&refused));
     moving.assert_never_stopped().await;

@@ -393,6 +393,19 @@ impl Lab {
         watch
     }
 
+    /// Defines and starts a domain of this name on alpha that gets no further than its firmware.
+    pub(crate) fn start_without_guest(&self, name: &str) {
+        let xml = format!(
+            "<domain type='qemu'><name>{name}</name><memory unit='MiB'>128</memory><vcpu>1</vcpu>
+             <os><type arch='x86_64' machine='pc'>hvm</type></os><features><acpi/></features>
+             <devices><emulator>/run/qemu/bin/qemu-system-x86_64</emulator><memballoon model='none'/></devices></domain>"
+        );
+        let path = self.dir.path().join(format!("{name}.xml"));
+        std::fs::write(&path, xml).expect("written");
+        self.alpha().virsh_says(&["define", &path.display().to_string()]);
+        self.alpha().virsh_says(&["start", name]);
+    }
+
     /// Hears what the guest says on this host, as soon as its QEMU is there.
     pub(crate) async fn listen(&self, watch: &mut GuestWatch, host: usize) {
         let socket = self.hosts[host].inside(&format!("{GUEST}/serial"));

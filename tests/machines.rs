@@ -457,13 +457,13 @@ async fn a_spice_display_whose_port_is_taken_gets_another_and_that_is_said() {
 struct Tpm(std::process::Child);
 
 impl Tpm {
-    fn start(dir: &Path) -> Option<Self> {
+    fn start(dir: &Path) -> Self {
         std::fs::create_dir(dir).expect("made");
         let of = |what: &str| format!("{what}{}", dir.display());
         let arguments =
             ["socket", "--tpm2", "--tpmstate", &of("dir="), "--ctrl", &format!("{}/socket", of("type=unixio,path="))];
         let started = std::process::Command::new("swtpm").args(arguments).spawn();
-        started.ok().map(Self)
+        Self(started.expect("scripts/setup.sh has installed swtpm"))
     }
 }
 
@@ -479,10 +479,7 @@ async fn the_state_of_a_tpm_goes_along() {
     for (options, beta) in [(external(0, 1), 1), (with_qemus(1, 1), 1), (external(1, 0), 0)] {
         let dir = tempfile::tempdir().expect("a folder");
         let [here, there] = ["here", "there"].map(|name| dir.path().join(name));
-        let (Some(_here), Some(_there)) = (Tpm::start(&here), Tpm::start(&there)) else {
-            eprintln!("not run: there is no swtpm");
-            return;
-        };
+        let (_here, _there) = (Tpm::start(&here), Tpm::start(&there));
         // Both hosts are on one machine: the second one's TPM is said otherwise.
         let other = format!(
             "for word; do shift; set -- \"$@\" \"$(printf %s \"$word\" | sed s,{}/socket,{}/socket,)\"; done",

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use vmferry_bench::testbed::TestbedOptions;
 
-use crate::bed::{VM, assert_success, external, text};
+use crate::bed::{VM, assert_success, external};
 use crate::disk_move::{SIZE, as_drive, as_nodes, start};
 
 /// Longer than any server takes to start.
@@ -17,10 +17,6 @@ pub(crate) async fn assert_moves_and_starts_again_from(hosts: impl Fn() -> Testb
     for words in [as_drive as fn(&Path) -> Vec<String>, as_nodes] {
         let moving = start(hosts(), words).await;
         let moved = moving.move_to(url, &[]).await;
-        if text(&moved).contains("Unknown driver") {
-            eprintln!("not run: this QEMU has no driver for {url}");
-            return;
-        }
         assert_success(&moved, &moving);
         moving.assert_disk_works_on(0).await;
         let disk = moving.disk(0).await;
@@ -40,16 +36,11 @@ fn until(what: &str, is_so: impl Fn() -> bool) {
     }
 }
 
-pub(crate) fn is_installed(program: &str) -> bool {
-    let found = Command::new("sh").args(["-c", &format!("command -v {program}")]).output();
-    found.is_ok_and(|output| output.status.success())
-}
-
 fn image(path: &Path) {
     std::fs::File::create(path).and_then(|file| file.set_len(SIZE)).expect("written");
 }
 
-/// An iSCSI server with one LUN; none where it is not installed.
+/// An iSCSI server with one LUN.
 struct Lun {
     server: Child,
     socket: PathBuf,
@@ -59,12 +50,13 @@ struct Lun {
 impl Lun {
     const TARGET: &str = "iqn.2026-11.org.example:web1";
 
-    fn serve(folder: &Path) -> Option<Self> {
+    fn serve(folder: &Path) -> Self {
         let free = std::net::TcpListener::bind("127.0.0.1:0").and_then(|it| it.local_addr()).expect("a port");
         let socket = folder.join("tgt");
         let mut command = Command::new("tgtd");
         command.args(["-f", "--iscsi", &format!("portal={free}")]).env("TGT_IPC_SOCKET", &socket);
-        let server = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().ok()?;
+        let server =
+            command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("scripts/setup.sh has installed tgtd");
         let lun = Self { server, socket, url: format!("iscsi://{free}/{}/1", Self::TARGET) };
         let file = folder.join("lun.raw");
         image(&file);
@@ -74,7 +66,7 @@ impl Lun {
         let file = file.display().to_string();
         assert!(lun.admin(&["--op", "new", "--mode", "logicalunit", "--tid", "1", "--lun", "1", "-b", &file]));
         assert!(lun.admin(&["--op", "bind", "--mode", "target", "--tid", "1", "-I", "ALL"]));
-        Some(lun)
+        lun
     }
 
     fn admin(&self, words: &[&str]) -> bool {
@@ -95,10 +87,8 @@ impl Drop for Lun {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_disk_moves_to_iscsi_and_its_guest_starts_again_from_there() {
     let folder = tempfile::tempdir().expect("a folder");
-    match Lun::serve(folder.path()) {
-        Some(lun) => assert_moves_and_starts_again_from(|| external(0, 0), &lun.url, Lun::TARGET).await,
-        None => eprintln!("not run: there is no tgtd"),
-    }
+    let lun = Lun::serve(folder.path());
+    assert_moves_and_starts_again_from(|| external(0, 0), &lun.url, Lun::TARGET).await;
 }
 
 /// An NFS server on a host of its own, a network namespace, since its ports are those that it has everywhere.
@@ -113,10 +103,7 @@ const SERVER: &str = "mount -t tmpfs none /run && mkdir -p /run/ganesha /run/rpc
     { rpcbind -f & exec ganesha.nfsd -F -f \"$0/ganesha.conf\" -L \"$0/log\" -p /run/ganesha/pid; }";
 
 impl Export {
-    fn serve(folder: &Path) -> Option<Self> {
-        if !["ganesha.nfsd", "rpcbind"].into_iter().all(is_installed) {
-            return None;
-        }
+    fn serve(folder: &Path) -> Self {
         let exported = folder.join("exported");
         std::fs::create_dir(&exported).expect("made");
         image(&exported.join("web1.raw"));
@@ -142,10 +129,10 @@ impl Export {
         let server = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("ip is there");
         let url = format!("nfs://198.51.100.2{}/web1.raw", exported.display());
         let export = Self { server, namespace, url };
-        until("the NFS server does not answer", || {
+        until("the NFS server (scripts/setup.sh has installed it) does not answer", || {
             Command::new("qemu-img").args(["info", &export.url]).output().is_ok_and(|output| output.status.success())
         });
-        Some(export)
+        export
     }
 }
 
@@ -170,8 +157,6 @@ async fn a_disk_moves_to_nfs_and_its_guest_starts_again_from_there() {
         return;
     }
     let folder = tempfile::tempdir().expect("a folder");
-    match Export::serve(folder.path()) {
-        Some(export) => assert_moves_and_starts_again_from(|| external(0, 0), &export.url, "exported/web1.raw").await,
-        None => eprintln!("not run: there is no nfs-ganesha"),
-    }
+    let export = Export::serve(folder.path());
+    assert_moves_and_starts_again_from(|| external(0, 0), &export.url, "exported/web1.raw").await;
 }

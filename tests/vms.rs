@@ -188,6 +188,35 @@ async fn a_vm_outlives_its_agent_and_the_next_agent_finds_it_and_says_so() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_an_agent_left_that_was_killed_while_it_forgot_a_vm_goes_and_what_is_on_record_stays() {
+    let mut bed = Testbed::start(options()).await.expect("starts");
+    let (code, said) = vmferry(&bed, &["run", VM, "--", "qemu-system-x86_64", "-m", "64", "-S"]).await;
+    assert_eq!(code, Some(0), "{said}");
+    let vms = bed.alpha().run_dir.join("vms");
+    bed.host_mut(0).kill_agent().await.expect("killed");
+    // Of a QEMU that has ended, of no process, of somebody else's, of who knows which, and with a monitor that answers.
+    let pids = [
+        ("ended", None),
+        ("killed", Some("4194304".into())),
+        ("another", Some(std::process::id().to_string())),
+        ("unclear", Some(String::new())),
+        ("listens", None),
+    ];
+    for (name, pid) in pids {
+        std::fs::create_dir(vms.join(name)).expect("made");
+        if let Some(pid) = pid {
+            std::fs::write(vms.join(name).join("qemu.pid"), pid).expect("written");
+        }
+    }
+    let _monitor = std::os::unix::net::UnixListener::bind(vms.join("listens").join("qmp.sock")).expect("bound");
+    bed.host_mut(0).start_agent().await.expect("starts");
+    let mut left: Vec<_> = std::fs::read_dir(&vms).expect("it is there").flatten().map(|it| it.file_name()).collect();
+    left.sort();
+    assert_eq!(left, ["listens", "unclear", VM], "{}", bed.alpha().agent_log());
+    assert!(bed.alpha().show(VM).await.expect("answers").is_some());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_second_agent_on_the_same_folders_is_refused() {
     let bed = Testbed::start(options()).await.expect("starts");
     let config = bed.dir().join("alpha.toml").display().to_string();

@@ -3,6 +3,7 @@
 //! Nobody waits for it: the agent serves meanwhile, each VM is looked for by a task of its own, and one whose QEMU does
 //! not answer is shown as silent until it does.
 
+use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,7 +14,7 @@ use vmferry_qemu::{CommandLine, Qmp, without_ours};
 
 use crate::agent::Agent;
 use crate::error::AgentError;
-use crate::host::{self, Host, Idle, IdleVm, Stage, pid_from_file};
+use crate::host::{self, Host, Idle, IdleVm, PID_FILE, Stage, pid_from_file, remove_dir};
 use crate::journal::{Instance, VmRecord};
 use crate::{destination, disk_moves, peers, source};
 
@@ -24,8 +25,8 @@ const FIND_AGAIN: Duration = Duration::from_secs(1);
 /// Between two tries to tell whether a VM that has ended is this host's.
 const ASK_AGAIN: Duration = Duration::from_secs(30);
 
-/// Goes on with what had begun, and has the VMs found.
-pub(crate) async fn recover(agent: &Arc<Agent>) -> Result<(), AgentError> {
+/// Goes on with what had begun, and has the VMs found; `journal_is_new` where there was none, or it could not be read.
+pub(crate) async fn recover(agent: &Arc<Agent>, journal_is_new: bool) -> Result<(), AgentError> {
     let journal = &agent.host.journal;
     for record in journal.open_out().await? {
         source::take_up(&agent.outgoing, record);
@@ -48,6 +49,9 @@ pub(crate) async fn recover(agent: &Arc<Agent>) -> Result<(), AgentError> {
     agent.vm_moves.take_up().await?;
     agent.queue.take_up().await?;
     find_by_process(agent);
+    if !journal_is_new {
+        sweep_folders(agent).await?;
+    }
     destination::sweep_disks(&agent.host).await
 }
 
@@ -60,10 +64,10 @@ fn find_by_process(agent: &Arc<Agent>) {
         if agent.host.has_vm(&name) {
             continue;
         }
+        let socket = dir.path().join("qmp.sock").to_string_lossy().into_owned();
         let Some(pid) = pid_from_file(&dir.path()) else { continue };
         let Some(start_time) = vmferry_qemu::process_start_time(pid) else { continue };
         let words = vmferry_qemu::process_command_line(pid);
-        let socket = dir.path().join("qmp.sock").to_string_lossy().into_owned();
         // The pid may be somebody else's by now.
         if !words.iter().any(|word| word.contains(&socket)) {
             continue;
@@ -87,6 +91,40 @@ fn find_by_process(agent: &Arc<Agent>) {
         agent.host.rest(record.clone(), Idle::Unclear);
         tokio::spawn(take_unclear(Arc::clone(agent), record));
     }
+}
+
+/// An agent that was killed while it forgot a VM has left its folder: it goes, if its QEMU is known to be gone and nobody
+/// has the VM on record.
+async fn sweep_folders(agent: &Arc<Agent>) -> Result<(), AgentError> {
+    let recorded = agent.host.journal.vm_names().await?;
+    let dirs = std::fs::read_dir(agent.host.config.run_dir.join("vms")).into_iter().flatten();
+    for dir in dirs.flatten() {
+        let name = dir.file_name().to_string_lossy().into_owned();
+        let is_known = recorded.contains(&name) || agent.host.idle(&name).is_some();
+        if is_known || may_run(&dir.path(), &name).await {
+            continue;
+        }
+        if let Ok(_nobody_takes_it) = agent.host.reserve_name(&name) {
+            tracing::info!(vm = name, "removes the folder of a VM that is not there any more");
+            remove_dir(dir.path()).await;
+        }
+    }
+    Ok(())
+}
+
+/// There may be a QEMU that has this folder. One that ends by itself takes the file along that says which process it is.
+async fn may_run(dir: &Path, name: &str) -> bool {
+    let is_named = match pid_from_file(dir) {
+        // However the folder was called when it was started.
+        Some(pid) => {
+            let monitor = format!("/{name}/qmp.sock");
+            vmferry_qemu::process_command_line(pid).iter().any(|word| word.contains(&monitor))
+        }
+        None => dir.join(PID_FILE).exists(),
+    };
+    let nobody = [ErrorKind::NotFound, ErrorKind::ConnectionRefused];
+    let answered = tokio::net::UnixStream::connect(dir.join("qmp.sock")).await;
+    is_named || !answered.is_err_and(|error| nobody.contains(&error.kind()))
 }
 
 async fn take_unclear(agent: Arc<Agent>, record: VmRecord) {

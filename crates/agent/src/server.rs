@@ -80,7 +80,7 @@ pub async fn serve(config: Config, end: CancellationToken) -> Result<(), ServeEr
     make_dir(&config.run_dir)?;
     make_dir(&config.state_dir)?;
     let _lock = lock(&config.state_dir)?;
-    let Opened { journal, set_aside } = Journal::open(&config.state_dir)
+    let Opened { journal, set_aside, is_new: journal_is_new } = Journal::open(&config.state_dir)
         .map_err(|source| ServeError::Journal { path: config.state_dir.clone(), source })?;
     let socket = config.socket();
     let local = listen_local(&socket)?;
@@ -101,7 +101,7 @@ pub async fn serve(config: Config, end: CancellationToken) -> Result<(), ServeEr
         );
     }
     let agent = Agent::new(config, journal, trusts, peers.as_ref().map(Incoming::local_addr), sessions);
-    recovery::recover(&agent).await.map_err(ServeError::Recover)?;
+    recovery::recover(&agent, journal_is_new).await.map_err(ServeError::Recover)?;
 
     let served = tokio::spawn(
         axum::serve(local, api::local_router(&agent))

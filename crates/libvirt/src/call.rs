@@ -1,7 +1,7 @@
 //! The procedures that are called, by their numbers in libvirt's `remote_protocol.x`, and how their arguments and answers
 //! look.
 
-use crate::domain::{Domain, Info, Job, State};
+use crate::domain::{DirtyRate, Domain, Info, Job, State};
 use crate::param::Params;
 use crate::xdr::{Decoder, Encoder, Malformed};
 
@@ -40,9 +40,11 @@ pub mod number {
     pub const PERFORM3_PARAMS: u32 = 305;
     pub const FINISH3_PARAMS: u32 = 306;
     pub const REGISTER_EVENT: u32 = 316;
+    pub const GET_ALL_DOMAIN_STATS: u32 = 344;
     pub const REGISTER_CLOSE: u32 = 360;
     pub const UNREGISTER_CLOSE: u32 = 361;
     pub const START_POST_COPY: u32 = 364;
+    pub const START_DIRTY_RATE_CALC: u32 = 427;
 }
 
 /// A call: which, and its arguments.
@@ -115,6 +117,21 @@ impl Call {
         })
     }
 
+    /// Has QEMU look for so many seconds how much of a sample of the domain's pages is written.
+    pub fn start_dirty_rate(domain: &Domain, seconds: i32) -> Self {
+        Self::new(number::START_DIRTY_RATE_CALC, |it| {
+            domain.encode(it).i32(seconds).u32(0);
+        })
+    }
+
+    /// What libvirt tells of one domain, of these kinds.
+    pub fn stats(domain: &Domain, kinds: u32) -> Self {
+        Self::new(number::GET_ALL_DOMAIN_STATS, |it| {
+            it.u32(1);
+            domain.encode(it).u32(kinds).u32(0);
+        })
+    }
+
     /// Events of this kind of all domains.
     pub fn register_event(kind: i32) -> Self {
         Self::new(number::REGISTER_EVENT, |it| {
@@ -175,6 +192,25 @@ pub fn info(answer: &[u8]) -> Result<Info, Malformed> {
     let kib = from.u64()?;
     let _now = from.u64()?;
     Ok(Info { max_memory: kib.saturating_mul(1024), vcpus: from.u32()? })
+}
+
+/// What the first domain of an answer is said to be like; nothing when there is none.
+fn stats(answer: &[u8]) -> Result<Params, Malformed> {
+    let one = |from: &mut Decoder<'_>| {
+        Domain::decode(from)?;
+        Params::decode(from)
+    };
+    Ok(Decoder::new(answer).list(MOST, one)?.into_iter().next().unwrap_or_default())
+}
+
+/// How much of the host's memory a domain has, in bytes, if that is told.
+pub fn resident(answer: &[u8]) -> Result<Option<u64>, Malformed> {
+    Ok(stats(answer)?.number("balloon.rss").map(|kib| kib.saturating_mul(1024)))
+}
+
+/// How far a look at what a domain writes is.
+pub fn dirty_rate(answer: &[u8]) -> Result<DirtyRate, Malformed> {
+    Ok(DirtyRate::of(&stats(answer)?))
 }
 
 /// A domain's job.

@@ -8,9 +8,9 @@ use uuid::Uuid;
 
 use crate::call::{self, Call, number};
 use crate::connection::{Connection, ConnectionError};
-use crate::domain::{Domain, Info, Job, State};
+use crate::domain::{DirtyRate, Domain, Info, Job, State};
 use crate::event::{Event, KINDS};
-use crate::param::{Param, Params};
+use crate::param::{Param, Params, Value};
 use crate::xdr::Malformed;
 
 type Result<T> = std::result::Result<T, ConnectionError>;
@@ -20,6 +20,9 @@ const PATIENCE: Duration = Duration::from_secs(40);
 /// Ways to sign in.
 const NO_SIGN_IN: u32 = 0;
 const POLKIT: u32 = 2;
+/// Kinds of statistics.
+const BALLOON: u32 = 1 << 2;
+const DIRTY_RATE: u32 = 1 << 9;
 /// The oldest libvirt that migrates over Unix sockets.
 const OLDEST: u64 = 6_008_000;
 
@@ -44,6 +47,8 @@ pub struct Migration {
     pub vouched_for: bool,
     /// The most that is sent, in MiB a second.
     pub bandwidth_mib: Option<u64>,
+    /// Its RAM goes over so many connections, each with a thread of QEMU's; not by post-copy. None: over one.
+    pub connections: Option<u8>,
 }
 
 impl Migration {
@@ -56,6 +61,7 @@ impl Migration {
         const CHANGE_PROTECTION: u32 = 1 << 8;
         const UNSAFE: u32 = 1 << 9;
         const POST_COPY: u32 = 1 << 15;
+        const PARALLEL: u32 = 1 << 17;
         let on = |is: bool, flag: u32| if is { flag } else { 0 };
         PEER_TO_PEER
             | CHANGE_PROTECTION
@@ -64,6 +70,7 @@ impl Migration {
             | on(!self.disks.is_empty(), NON_SHARED_DISK)
             | on(self.vouched_for, UNSAFE)
             | on(self.post_copy, POST_COPY)
+            | on(self.connections.is_some(), PARALLEL)
     }
 
     fn params(&self) -> Params {
@@ -71,6 +78,9 @@ impl Migration {
         if !self.disks.is_empty() {
             all.push(Param::text("disks_uri", &self.disks_uri));
             all.extend(self.disks.iter().map(|disk| Param::text("migrate_disks", disk)));
+        }
+        if let Some(connections) = self.connections {
+            all.push(Param { name: "parallel.connections".into(), value: Value::Int(connections.into()) });
         }
         if let Some(rate) = self.bandwidth_mib {
             all.push(Param::number("bandwidth", rate));
@@ -152,6 +162,21 @@ impl Libvirt {
     /// What it has.
     pub async fn info(&self, domain: &Domain) -> Result<Info> {
         self.answer(Call::about(number::GET_INFO, domain), call::info).await
+    }
+
+    /// How much of the host's memory it has, in bytes, if that is told.
+    pub async fn resident(&self, domain: &Domain) -> Result<Option<u64>> {
+        self.answer(Call::stats(domain, BALLOON), call::resident).await
+    }
+
+    /// Has QEMU look for so many seconds, 1 to 60, how much of it is written; it costs the guest next to nothing.
+    pub async fn start_dirty_rate(&self, domain: &Domain, seconds: u32) -> Result<()> {
+        self.ask(Call::start_dirty_rate(domain, seconds.min(60).cast_signed())).await.map(drop)
+    }
+
+    /// What came of that.
+    pub async fn dirty_rate(&self, domain: &Domain) -> Result<DirtyRate> {
+        self.answer(Call::stats(domain, DIRTY_RATE), call::dirty_rate).await
     }
 
     /// Its XML, as it is now.
@@ -264,6 +289,8 @@ mod tests {
         let params = all.params();
         assert_eq!(params.texts("migrate_disks").collect::<Vec<_>>(), ["vda"]);
         assert_eq!((params.number("bandwidth"), params.number("bandwidth.postcopy")), (Some(40), Some(40)));
+        let parallel = Migration { connections: Some(4), ..Migration::default() };
+        assert_eq!((parallel.flags() & 1 << 17, parallel.params().number("parallel.connections")), (1 << 17, Some(4)));
         assert_eq!(version_in_words(9_000_000), "9.0.0");
     }
 }

@@ -111,6 +111,31 @@ pub struct Info {
     pub vcpus: u32,
 }
 
+/// How far QEMU's look at what a domain writes is, which is taken with a sample of its pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DirtyRate {
+    /// It is under way, or was never begun.
+    NotYet,
+    /// It is done.
+    Measured {
+        /// So much was written a second, in bytes, rounded down to MiB.
+        rate: u64,
+        /// Of so many seconds.
+        seconds: u64,
+    },
+}
+
+impl DirtyRate {
+    pub(crate) fn of(stats: &Params) -> Self {
+        const MEASURED: u64 = 2;
+        let of = |name: &str| stats.number(&format!("dirtyrate.{name}"));
+        match (of("calc_status"), of("megabytes_per_second"), of("calc_period")) {
+            (Some(MEASURED), Some(mib), Some(seconds)) => Self::Measured { rate: mib.saturating_mul(1 << 20), seconds },
+            _ => Self::NotYet,
+        }
+    }
+}
+
 /// What a job is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum JobKind {
@@ -148,5 +173,21 @@ impl Job {
     /// It is a migration to another host.
     pub fn is_migration_out(&self) -> bool {
         self.kind == JobKind::UnderWay && self.stats.number("operation") == Some(5)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::param::Param;
+
+    #[test]
+    fn what_a_domain_writes_is_known_when_libvirt_says_that_it_was_measured() {
+        let told = |status| {
+            let all = [("calc_status", status), ("calc_period", 3), ("megabytes_per_second", 40)];
+            DirtyRate::of(&Params(all.map(|(name, it)| Param::number(&format!("dirtyrate.{name}"), it)).into()))
+        };
+        assert_eq!(told(2), DirtyRate::Measured { rate: 40 << 20, seconds: 3 });
+        assert_eq!([told(0), told(1), DirtyRate::of(&Params::default())], [DirtyRate::NotYet; 3]);
     }
 }

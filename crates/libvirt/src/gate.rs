@@ -41,7 +41,7 @@ const HARMLESS: [u32; 14] = [
 const DRIVERS: [&str; 1] = ["qemu:///system"];
 
 /// What a migration is told; of more, nobody here knows what it would do.
-const TOLD: [&str; 9] = [
+const TOLD: [&str; 10] = [
     "destination_name",
     "destination_xml",
     "persistent_xml",
@@ -51,11 +51,13 @@ const TOLD: [&str; 9] = [
     "migrate_disks",
     "bandwidth",
     "bandwidth.postcopy",
+    "parallel.connections",
 ];
 /// How it may be done (libvirt's `virDomainMigrateFlags`): live, peer to peer, defined there and not here any more, paused,
-/// with its disks in either way, protected from changes, vouched for, ended at an error, with auto-converge, by post-copy.
+/// with its disks in either way, protected from changes, vouched for, ended at an error, with auto-converge, by post-copy, over
+/// several connections.
 const HOW: u32 =
-    1 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 7 | 1 << 8 | 1 << 9 | 1 << 12 | 1 << 13 | 1 << 15;
+    1 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 7 | 1 << 8 | 1 << 9 | 1 << 12 | 1 << 13 | 1 << 15 | 1 << 17;
 /// The longest description of a domain, or cookie, in bytes, as they are read while others wait.
 const LONGEST_XML: usize = 256 << 10;
 

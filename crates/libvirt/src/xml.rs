@@ -23,9 +23,31 @@ pub struct Description {
     pub machine: Option<String>,
     /// Its disks, without drives that have nothing in them.
     pub disks: Vec<Disk>,
+    /// Its RAM is in pages that the host keeps apart, and does not count as its processes'.
+    pub huge_pages: bool,
     /// A device of the host was given to it.
     pub host_device: Option<String>,
+    /// Who keeps a record of it beside libvirt's, and writes that down in it.
+    pub manager: Option<Manager>,
 }
+
+/// Who manages domains by libvirt, and keeps a record of where they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Manager {
+    /// What it is called.
+    pub name: &'static str,
+    /// The namespace of what it writes down in a domain.
+    pub namespace: &'static str,
+}
+
+/// Those whose marks in a domain's metadata are known, by their own sources.
+const MANAGERS: [Manager; 5] = [
+    Manager { name: "OpenStack's Nova", namespace: "http://openstack.org/xmlns/libvirt/nova/1.0" },
+    Manager { name: "OpenStack's Nova", namespace: "http://openstack.org/xmlns/libvirt/nova/1.1" },
+    Manager { name: "oVirt", namespace: "http://ovirt.org/vm/1.0" },
+    Manager { name: "KubeVirt", namespace: "http://kubevirt.io" },
+    Manager { name: "OpenNebula", namespace: "http://opennebula.org/xmlns/libvirt/1.0" },
+];
 
 /// A disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -79,7 +101,9 @@ impl Description {
             accelerator: if kind == "qemu" { "tcg".into() } else { kind.into() },
             machine: machine.map(str::to_owned),
             disks: all("disk").filter_map(disk).collect(),
+            huge_pages: child(domain, "memoryBacking").and_then(|it| child(it, "hugepages")).is_some(),
             host_device,
+            manager: child(domain, "metadata").and_then(manager),
         })
     }
 }
@@ -111,6 +135,11 @@ fn named(node: Node<'_, '_>) -> Result<(String, Uuid), InvalidXml> {
     let name = only("name")?;
     let uuid = only("uuid")?.parse().map_err(|_| InvalidXml("its uuid is none".into()))?;
     if name.is_empty() { Err(InvalidXml("its name is empty".into())) } else { Ok((name, uuid)) }
+}
+
+fn manager(metadata: Node<'_, '_>) -> Option<Manager> {
+    let mut namespaces = metadata.children().filter_map(|it| it.tag_name().namespace());
+    namespaces.find_map(|it| MANAGERS.into_iter().find(|known| known.namespace == it))
 }
 
 fn child<'a, 'b>(node: Node<'a, 'b>, name: &str) -> Option<Node<'a, 'b>> {
@@ -205,5 +234,22 @@ mod tests {
         assert_eq!(qemu_user(host), Ok(Some((64055, 108))));
         assert_eq!(qemu_user("<capabilities/>"), Ok(None));
         assert!(qemu_user("no XML").is_err());
+    }
+
+    #[test]
+    fn who_keeps_a_record_of_a_domain_is_told_by_what_it_writes_down_in_it() {
+        let of = |metadata: &str| {
+            let xml = format!(
+                "<domain type='kvm'><name>a</name><uuid>{}</uuid><metadata>{metadata}</metadata></domain>",
+                Uuid::nil()
+            );
+            Description::parse(&xml).unwrap().manager.map(|it| it.name)
+        };
+        let nova = "<nova:instance xmlns:nova='http://openstack.org/xmlns/libvirt/nova/1.1'><nova:name>a</nova:name></nova:instance>";
+        let os = "<libosinfo:libosinfo xmlns:libosinfo='http://libosinfo.org/xmlns/libvirt/domain/1.0'/>";
+        assert_eq!(of(&format!("{os}{nova}")), Some("OpenStack's Nova"));
+        assert_eq!(of("<kubevirt xmlns='http://kubevirt.io'><uid/></kubevirt>"), Some("KubeVirt"));
+        assert_eq!(of("<ovirt-vm:vm xmlns:ovirt-vm='http://ovirt.org/vm/1.0'/>"), Some("oVirt"));
+        assert_eq!(of(os), None);
     }
 }

@@ -40,6 +40,8 @@ const PATIENCE: u32 = 12;
 const MOST_SCANS: u32 = 80;
 /// What is predicted to be left may turn out to be so much more.
 const SLACK: f64 = 1.3;
+/// By so much an engine's own idea of what is left, and of how long it takes, may be another than the policy's.
+const MISTAKEN: f64 = 2.0;
 /// No engine can tell a pause from one that is shorter than this.
 const LEAST_PAUSE: f64 = 0.01;
 /// So many scans must agree before it gives up.
@@ -362,8 +364,12 @@ impl LeastHarm {
             // In the first round there is nothing to switch over to.
             Way::Rounds(_) if seen.round <= 1 => {}
             Way::Rounds(0) if choice.exceeds > 0.0 => self.allow(pages),
-            // It was judged by the slowest that the link may be.
-            Way::Rounds(0) => self.allow(choice.prediction.left.high / outlook.link.low.max(1.0)),
+            // It was judged by the slowest that the link may be. The engine may reckon otherwise, and have more to send by
+            // the time it hears of it: what is little enough must not be sent again for that.
+            Way::Rounds(0) => {
+                let pages = choice.prediction.left.high / outlook.link.low.max(1.0);
+                self.allow((pages * MISTAKEN).min(most.max(pages)));
+            }
             Way::Rounds(_) => self.allow(pages.min(most)),
         }
     }

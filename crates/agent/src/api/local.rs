@@ -232,12 +232,7 @@ async fn migrate(State(agent): Shared, Path(name): Path<String>, Json(request): 
     // when nobody waits for it any more.
     let unwanted = CancellationToken::new();
     let _waits = unwanted.clone().drop_guard();
-    let begun = tokio::spawn(async move {
-        match agent.host.domain(&name) {
-            Some(domain) => source::carry::begin(&agent.outgoing, domain, request).await,
-            None => agent.queue.ask(&name, request, &unwanted).await,
-        }
-    });
+    let begun = tokio::spawn(async move { agent.queue.ask(&name, request, &unwanted).await });
     Ok(Json(begun.await.expect("beginning does not panic")?))
 }
 
@@ -256,11 +251,12 @@ async fn migrate_many(State(agent): Shared, Json(wanted): Json<MigrateManyReques
 #[utoipa::path(delete, path = "/v1/vms/{name}/migration", params(("name" = String, Path)),
     responses((status = 204), (status = "default", body = Problem)))]
 async fn cancel(State(agent): Shared, Path(name): Path<String>) -> Result<StatusCode, ApiError> {
-    if let Some(domain) = agent.host.domain(&name) {
-        carry_of(&agent, &name, &domain)?.cancel()?;
+    let name = source::guest::called(&agent.host, &name);
+    if agent.vm_moves.cancel(&name)? || agent.queue.cancel(&name).await? {
         return Ok(StatusCode::NO_CONTENT);
     }
-    if agent.vm_moves.cancel(&name)? || agent.queue.cancel(&name).await? {
+    if let Some(domain) = agent.host.domain(&name) {
+        carry_of(&agent, &name, &domain)?.cancel()?;
         return Ok(StatusCode::NO_CONTENT);
     }
     agent.host.found(&name).await?;
@@ -368,10 +364,10 @@ fn carry_of(agent: &Agent, name: &str, domain: &SeenDomain) -> Result<Arc<Carry>
 }
 
 pub(super) fn migration_of(agent: &Agent, name: &str) -> Result<Arc<Migration>, AgentError> {
-    if let Some(domain) = agent.host.domain(name) {
-        return Ok(Arc::clone(&carry_of(agent, name, &domain)?.migration));
+    let name = &source::guest::called(&agent.host, name);
+    if agent.host.domain(name).is_none() {
+        agent.host.vm(name)?;
     }
-    agent.host.vm(name)?;
     let none = || AgentError::Conflict { message: format!("{name} is not being migrated"), hint: None };
     let migration = agent.outgoing.migration_of(name).ok_or_else(none)?;
     under_way(&migration)?;

@@ -181,6 +181,7 @@ pub(crate) async fn check(host: &Arc<Host>, offer: &CarryOffer) -> Result<CarryR
         libvirt: libvirt.version.clone(),
         own_disks,
         post_copy_obstacle: post_copy_obstacle(domains.qemu_user().await?),
+        several_connections: true,
     })
 }
 

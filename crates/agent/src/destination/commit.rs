@@ -110,16 +110,20 @@ pub(crate) async fn fence(
         return Ok(let_go(&awaited, Event::Fence, WHY).await);
     }
     // A journal that was lost knows nothing of it; but somebody may still run it.
+    if let Some(found) = here.host.idle(vm).filter(|idle| idle.why == Idle::Unclear) {
+        tracing::warn!(vm, migration = %id, "its source's user has kept it: what was found here ends");
+        found.record.instance.end(Duration::ZERO).await;
+        here.host.forget_idle(&found).await?;
+    }
+    // Its monitor may have answered just now.
     if let Ok(found) = here.host.vm(vm)
         && found.stage() == Stage::Unclear
     {
         tracing::warn!(vm, migration = %id, "its source's user has kept it: what was found here ends");
+        // Nobody else says how it ended.
+        found.set_stage(Stage::Stopping);
         found.instance().end(Duration::ZERO).await;
         here.host.forget_vm(&found).await?;
-    } else if let Some(found) = here.host.idle(vm).filter(|idle| idle.why == Idle::Unclear) {
-        tracing::warn!(vm, migration = %id, "its source's user has kept it: what was found here ends");
-        found.record.instance.end(Duration::ZERO).await;
-        here.host.forget_idle(&found).await?;
     }
     let name = trust::require_peer(&here.host, caller).await?;
     write_unheard(here, id, Source { name, key: caller.key }, WHY).await

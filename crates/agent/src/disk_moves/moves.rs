@@ -8,7 +8,7 @@ use vmferry_api::{DiskMoveRequest, DiskMoveView, DiskView};
 use vmferry_qemu::{CommandLine, disk_images, place_in_words};
 
 use super::note::Note;
-use super::places::{Used, is_free, words};
+use super::places::{Used, is_free};
 use super::told::{Told, told};
 use super::{running, stopped};
 use crate::error::AgentError;
@@ -64,7 +64,7 @@ fn stopped_disks(host: &Host, name: &str) -> Result<Vec<DiskView>, AgentError> {
             read_only: it.read_only,
         }
     };
-    let command = CommandLine::parse(words(&idle.record))?;
+    let command = CommandLine::parse(idle.record.next_argv())?;
     Ok(command.images().into_iter().map(view).collect())
 }
 

@@ -9,7 +9,6 @@ use vmferry_qemu::{CommandLine, is_same_place};
 
 use crate::error::AgentError;
 use crate::host::Host;
-use crate::journal::VmRecord;
 
 /// Where a disk is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,12 +21,9 @@ pub(super) struct Used {
 
 /// Of all disks whose words are plain, also of VMs that do not run, and of libvirt's domains.
 pub(super) fn used(host: &Host) -> Vec<Used> {
-    let running = host.vms().into_iter().map(|vm| {
-        let argv = vm.drift().map_or_else(|| vm.spec.argv.clone(), |drift| drift.argv);
-        (vm.spec.name.clone(), argv, vm.spec.cwd.clone())
-    });
+    let running = host.vms().into_iter().map(|vm| (vm.spec.name.clone(), vm.next_argv(), vm.spec.cwd.clone()));
     let idle = host.idle_vms().into_iter().map(|idle| {
-        let argv = words(&idle.record).to_vec();
+        let argv = idle.record.next_argv().to_vec();
         (idle.record.spec.name, argv, idle.record.spec.cwd)
     });
     let disks = running.chain(idle).flat_map(|(vm, argv, cwd)| {
@@ -50,11 +46,6 @@ fn of_libvirt(host: &Host) -> Vec<Used> {
         })
     });
     domains.collect()
-}
-
-/// The command line that it is started with next.
-pub(super) fn words(record: &VmRecord) -> &[String] {
-    record.changed.as_ref().map_or(&record.spec.argv, |it| &it.argv)
 }
 
 /// What QEMU calls a file may be relative to where it was started.

@@ -74,7 +74,7 @@ pub(super) async fn plan(
             "have the guest use the image itself; limits can be set with block_set_io_throttle",
         ));
     }
-    let argv = vm.drift().map_or_else(|| vm.spec.argv.clone(), |drift| drift.argv);
+    let argv = vm.next_argv();
     let has_its_name =
         |it: &ImageWords| it.names.iter().any(|it| *it == drive || *it == image.node || *it == image.disk);
     let said = CommandLine::parse(&argv)?.images();

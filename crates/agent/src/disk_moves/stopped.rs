@@ -7,7 +7,7 @@ use vmferry_qemu::{CommandLine, Drift, ImageWords, is_same_place};
 
 use super::copy::{Conversion, raw};
 use super::note::{Known, Note};
-use super::places::{used, words};
+use super::places::used;
 use super::running::undecided;
 use super::target::{Target, Wanted};
 use super::told::Told;
@@ -40,7 +40,7 @@ pub(super) async fn plan(host: &Host, name: &str, disk: &str, request: DiskMoveR
         let message = format!("{name} was started by somebody else, who alone can start it with another disk");
         return Err(conflict(message, "move its disk while it runs, or by hand"));
     }
-    let command = CommandLine::parse(words(&idle.record))?;
+    let command = CommandLine::parse(idle.record.next_argv())?;
     let images = command.images();
     let names: Vec<String> = images.iter().map(|it| it.name.clone()).collect();
     let is_it = |it: &ImageWords| it.names.iter().any(|it| it == disk) || is_same_place(&it.file, disk);
@@ -196,7 +196,7 @@ async fn end(host: &Host, note: &Note) -> Result<(), AgentError> {
         // Its words follow as soon as all is there.
         Some(record) if note.after.is_none() && uses_what_was_made(record, note) => note.remove(host),
         Some(record) if note.switching => {
-            let argv = words(record).to_vec();
+            let argv = record.next_argv().to_vec();
             let unknown = Drift { argv, obstacles: vec![undecided(note)], ..Drift::default() };
             host.journal.vm_changed(&note.vm, &note.instance, Some(&unknown)).await?;
             note.remove(host);
@@ -209,5 +209,5 @@ async fn end(host: &Host, note: &Note) -> Result<(), AgentError> {
 
 fn uses_what_was_made(record: &VmRecord, note: &Note) -> bool {
     let Some(made) = note.made.as_ref().map(|it| it.path.display().to_string()) else { return true };
-    CommandLine::parse(words(record)).is_ok_and(|it| it.images().iter().any(|image| image.file == made))
+    CommandLine::parse(record.next_argv()).is_ok_and(|it| it.images().iter().any(|image| image.file == made))
 }

@@ -1,23 +1,94 @@
-//! What is to be told of QEMU's migration from its counters, as QEMU or libvirt has them: its rounds, and how fast it sends.
+//! What is to be told of QEMU's migration from its counters, as QEMU or libvirt has them: its rounds, how fast it sends, and
+//! what a policy decides on.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use vmferry_policy::{Bytes, Scan};
+use vmferry_policy::{Bytes, BytesPerSec, Costs, Limits, Means, Observation, Percent, Phase, Scan};
 use vmferry_qemu::qmp::commands::RamInfo;
 
 /// Weight of the newest sample in the link rate, at ten samples a second.
 const RATE_WEIGHT: f64 = 0.3;
+
+/// Makes what a policy sees of one migration out of QEMU's counters.
+pub(crate) struct Meters {
+    rate: RateMeter,
+    rounds: Rounds,
+    /// The highest rate at which the guest wrote, in bytes a second.
+    dirty_rate: u64,
+    costs: Costs,
+}
+
+/// How one migration by QEMU stands, besides its counters.
+pub(crate) struct Standing {
+    /// The copy of the RAM began.
+    pub(crate) started: Instant,
+    pub(crate) phase: Phase,
+    /// By which QEMU slows the guest down, in percent, where it tells.
+    pub(crate) throttle: Option<u64>,
+    pub(crate) means: Means,
+    pub(crate) limits: Limits,
+}
+
+impl Meters {
+    /// Of a migration whose switches cost so much.
+    pub(crate) fn new(costs: Costs) -> Self {
+        Self { rate: RateMeter::default(), rounds: Rounds::begin(), dirty_rate: 0, costs }
+    }
+
+    /// The copy of the RAM begins.
+    pub(crate) fn begin(&mut self) {
+        self.rounds = Rounds::begin();
+    }
+
+    /// The counters have changed: a round may have begun.
+    pub(crate) fn count(&mut self, ram: &RamInfo) {
+        self.rounds.update(ram);
+    }
+
+    /// What is to be decided on, when the counters say this at this moment.
+    pub(crate) fn observe(&mut self, ram: &RamInfo, now: &Standing, at: Instant) -> Observation {
+        let dirty_rate = ram.dirty_pages_rate * ram.page_size.unwrap_or(4096);
+        self.dirty_rate = self.dirty_rate.max(dirty_rate);
+        Observation {
+            elapsed: at.duration_since(now.started),
+            phase: now.phase,
+            round: self.rounds.begun,
+            remaining: Bytes(ram.remaining),
+            total: Bytes(ram.total),
+            scan: self.rounds.scan,
+            stale: Bytes(0),
+            sent: Bytes(ram.transferred),
+            dirty_rate: BytesPerSec(dirty_rate),
+            link_rate: BytesPerSec(self.rate.update(ram, at)),
+            round_trip: Duration::ZERO,
+            throttle: Percent(now.throttle.unwrap_or(0).min(100) as u8),
+            means: now.means,
+            costs: self.costs,
+            limits: now.limits,
+        }
+    }
+
+    /// So many rounds have begun.
+    pub(crate) fn rounds(&self) -> u32 {
+        self.rounds.begun
+    }
+
+    /// The highest rate at which the guest was seen to write, in bytes a second.
+    pub(crate) fn dirty_rate(&self) -> u64 {
+        self.dirty_rate
+    }
+}
 
 /// The rounds of pre-copy.
 ///
 /// QEMU tells how often it has collected what was written, which was once a round. But where it may go on by post-copy,
 /// 11.1 does so ten times a second (seen with 11.1.3). There a round ends when as much was sent as there was to send when
 /// it began.
-pub(crate) struct Rounds {
+struct Rounds {
     /// So many have begun.
-    pub(crate) begun: u32,
+    begun: u32,
     /// What began this round; none in the first one, which begins with all RAM.
-    pub(crate) scan: Option<Scan>,
+    scan: Option<Scan>,
     scanned: Instant,
     /// What was left at the last look, and sent so far, in bytes.
     before: (u64, u64),
@@ -29,12 +100,12 @@ pub(crate) struct Rounds {
 
 impl Rounds {
     /// The copy begins.
-    pub(crate) fn begin() -> Self {
+    fn begin() -> Self {
         Self { begun: 0, scan: None, scanned: Instant::now(), before: (0, 0), counted: false, ends_at: None }
     }
 
     /// What is seen now.
-    pub(crate) fn update(&mut self, ram: &RamInfo) {
+    fn update(&mut self, ram: &RamInfo) {
         let before = self.begun;
         self.count(ram);
         let new = self.begun.saturating_sub(before);
@@ -70,11 +141,14 @@ impl Rounds {
 /// Bytes a second, smoothed over the last second or so.
 ///
 /// Pages of zeroes cost next to nothing to send and something to find: while hardly anything else is found, what is sent
-/// tells nothing of what the link carries. Nor does it where there is nothing to send.
+/// tells nothing of what the link carries. Where there is hardly anything to send, it tells at most that the link carries
+/// more than was thought; and that only over a second, as QEMU sends what it may within each tenth of one all at once.
 #[derive(Default)]
-pub(crate) struct RateMeter {
+struct RateMeter {
     last: Option<(Counted, Instant)>,
     rate: Option<f64>,
+    /// Since then there was hardly anything to send.
+    idle: Option<(Counted, Instant)>,
 }
 
 /// What QEMU has sent: bytes, pages, and of them those of zeroes.
@@ -89,10 +163,12 @@ struct Counted {
 const ZEROES: u64 = 4;
 /// Nor is it when there is no more to send than takes so many seconds.
 const ENOUGH: f64 = 0.1;
+/// So many seconds tell what is sent even then.
+const IDLE: f64 = 1.0;
 
 impl RateMeter {
     /// What is seen at this moment; the rate by now.
-    pub(crate) fn update(&mut self, ram: &RamInfo, at: Instant) -> u64 {
+    fn update(&mut self, ram: &RamInfo, at: Instant) -> u64 {
         let now = Counted { bytes: ram.transferred, normal: ram.normal, zero: ram.duplicate };
         if let Some((before, then)) = self.last {
             let seconds = at.duration_since(then).as_secs_f64();
@@ -101,21 +177,36 @@ impl RateMeter {
                 return self.rate.unwrap_or(0.0) as u64;
             }
             let (normal, zero) = (now.normal.saturating_sub(before.normal), now.zero.saturating_sub(before.zero));
-            let sample = now.bytes.saturating_sub(before.bytes) as f64 / seconds;
-            let is_held_up = self.rate.is_none_or(|rate| sample > rate || ram.remaining as f64 > rate * ENOUGH);
-            if is_held_up && (zero <= normal.saturating_mul(ZEROES) || self.rate.is_none() && normal > 0) {
-                self.rate = Some(self.rate.map_or(sample, |rate| rate + RATE_WEIGHT * (sample - rate)));
+            let is_of_pages = zero <= normal.saturating_mul(ZEROES) || self.rate.is_none() && normal > 0;
+            let sent = |from: Counted| now.bytes.saturating_sub(from.bytes) as f64;
+            if self.rate.is_none_or(|rate| ram.remaining as f64 > rate * ENOUGH) {
+                self.idle = None;
+                if is_of_pages {
+                    self.blend(sent(before) / seconds);
+                }
+            } else {
+                let (from, since) = *self.idle.get_or_insert((before, then));
+                let seconds = at.duration_since(since).as_secs_f64();
+                if seconds >= IDLE {
+                    self.idle = None;
+                    let sample = sent(from) / seconds;
+                    if self.rate.is_some_and(|rate| sample > rate) {
+                        self.blend(sample);
+                    }
+                }
             }
         }
         self.last = Some((now, at));
         self.rate.unwrap_or(0.0) as u64
     }
+
+    fn blend(&mut self, sample: f64) {
+        self.rate = Some(self.rate.map_or(sample, |rate| rate + RATE_WEIGHT * (sample - rate)));
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     const TICK: Duration = Duration::from_millis(250);
@@ -176,6 +267,28 @@ mod tests {
             rounds.update(&ram(pages, looks, 300));
             assert_eq!(rounds.begun, round, "{pages} pages, {looks} looks");
         }
+    }
+
+    #[test]
+    fn bursts_at_the_end_do_not_make_the_link_faster_than_it_is_and_a_faster_link_is_seen() {
+        let mut meter = RateMeter::default();
+        let begin = Instant::now();
+        let at = |ms: u64| begin + Duration::from_millis(ms);
+        for tick in 0..10 {
+            meter.update(&sent(tick * 10_000_000, 0), at(tick * 250));
+        }
+        // Little is left, and QEMU sends its 4 MB of each tenth of a second at once: looked at just before and after that.
+        let little = |bytes: u64| RamInfo { remaining: 1_000_000, ..sent(90_000_000 + bytes, 0) };
+        let mut rate = 0;
+        for tenth in 1..100 {
+            meter.update(&little((tenth - 1) * 4_000_000), at(2250 + tenth * 100 - 30));
+            rate = meter.update(&little(tenth * 4_000_000), at(2250 + tenth * 100 + 30));
+        }
+        assert!((39_000_000..44_000_000).contains(&rate), "{rate}");
+        for tenth in 0..60 {
+            rate = meter.update(&little(400_000_000 + tenth * 10_000_000), at(12_250 + tenth * 100));
+        }
+        assert!(rate > 80_000_000, "{rate}");
     }
 
     #[test]

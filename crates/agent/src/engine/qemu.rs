@@ -10,12 +10,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use vmferry_policy::{Action, Bytes, BytesPerSec, Costs, Limits, Means, Observation, Percent, Phase};
+use vmferry_policy::{Action, Costs, Limits, Means, Percent, Phase};
 use vmferry_qemu::qmp::commands::{self, MigrationInfo, MigrationParameters};
 use vmferry_qemu::{Event, EventStream, Features, MigrationStatus, Qmp, QmpError, RunState};
 
 use super::budget::Budget;
-use super::meters::{RateMeter, Rounds};
+use super::meters::{Meters, Standing};
 use super::{Disks, EngineError, NewConnection, RamEngine, Seen, Setup, Totals};
 
 /// QEMU's own default is 128 MiB/s; this is as good as none and fits its signed arithmetic.
@@ -50,16 +50,12 @@ pub struct QemuEngine {
     runs: bool,
     /// We have paused it.
     paused_by_us: bool,
-    costs: Costs,
     /// The policy has allowed a switchover.
     permitted: bool,
     started: Instant,
     paused_at: Option<Instant>,
     post_copy: bool,
-    rate: RateMeter,
-    rounds: Rounds,
-    /// The highest seen, in bytes a second.
-    dirty_rate: u64,
+    meters: Meters,
     last: MigrationInfo,
     last_sent: Instant,
 }
@@ -103,15 +99,12 @@ impl QemuEngine {
             budget: wishes.bandwidth.map(Budget::new),
             runs,
             paused_by_us: false,
-            costs: wishes.costs,
             // One that does not run may be switched over whenever it comes to that.
             permitted: !runs || wishes.post_copy_first,
             started: Instant::now(),
             paused_at: None,
             post_copy: false,
-            rate: RateMeter::default(),
-            rounds: Rounds::begin(),
-            dirty_rate: 0,
+            meters: Meters::new(wishes.costs),
             last: MigrationInfo::default(),
             last_sent: Instant::now(),
         }
@@ -249,25 +242,14 @@ impl QemuEngine {
             let reason = format!("nothing could be sent for {} s (QEMU's migration is {status})", STALLED.as_secs());
             return Err(EngineError::Failed { reason });
         }
-        let dirty_rate = ram.dirty_pages_rate * ram.page_size.unwrap_or(4096);
-        self.dirty_rate = self.dirty_rate.max(dirty_rate);
-        let observation = Observation {
-            elapsed: self.started.elapsed(),
+        let standing = Standing {
+            started: self.started,
             phase,
-            round: self.rounds.begun,
-            remaining: Bytes(ram.remaining),
-            total: Bytes(ram.total),
-            scan: self.rounds.scan,
-            stale: Bytes(0),
-            sent: Bytes(ram.transferred),
-            dirty_rate: BytesPerSec(dirty_rate),
-            link_rate: BytesPerSec(self.rate.update(&ram, Instant::now())),
-            round_trip: Duration::ZERO,
-            throttle: Percent(info.cpu_throttle_percentage.unwrap_or(0).min(100) as u8),
+            throttle: info.cpu_throttle_percentage,
             means: Means { pace: false, throttle: self.setup.has("auto-converge") },
-            costs: self.costs,
             limits: self.limits,
         };
+        let observation = self.meters.observe(&ram, &standing, Instant::now());
         self.last = info;
         let let_go = status.is_post_copy();
         Ok(Seen { observation, ready_to_commit, complete, let_go, paused_at: self.paused_at, last_pages: None, broken })
@@ -282,7 +264,8 @@ impl RamEngine for QemuEngine {
             self.pause().await?;
         }
         self.started = Instant::now();
-        (self.last_sent, self.rounds) = (self.started, Rounds::begin());
+        self.last_sent = self.started;
+        self.meters.begin();
         self.qmp.execute(commands::Migrate { uri: self.uri.clone(), resume: None }).await?;
         if self.post_copy_first {
             self.qmp.execute(commands::MigrateStartPostcopy {}).await?;
@@ -295,7 +278,7 @@ impl RamEngine for QemuEngine {
         self.look_whether_it_runs().await?;
         let info = self.qmp.execute(commands::QueryMigrate {}).await?;
         if let Some(ram) = &info.ram {
-            self.rounds.update(ram);
+            self.meters.count(ram);
         }
         if let (Some(budget), Some(disks)) = (&mut self.budget, &self.disks)
             && let Some(rate) = budget.for_ram(self.started.elapsed(), disks.sent())
@@ -376,8 +359,8 @@ impl RamEngine for QemuEngine {
         let ram = self.last.ram.clone().unwrap_or_default();
         Totals {
             sent: ram.transferred,
-            rounds: self.rounds.begun,
-            dirty_rate: self.dirty_rate,
+            rounds: self.meters.rounds(),
+            dirty_rate: self.meters.dirty_rate(),
             downtime_ms: self.last.downtime,
             ..Totals::default()
         }

@@ -20,6 +20,7 @@ use vmferry_libvirt::{
 use super::disks::{Signature, sweep_beside};
 use crate::config::LibvirtConfig;
 use crate::error::AgentError;
+use crate::journal::Instance;
 
 /// Where libvirt's daemons listen: the modular one for QEMU, and the one for all.
 const SOCKETS: [&str; 2] = ["/run/libvirt/virtqemud-sock", "/run/libvirt/libvirt-sock"];
@@ -27,6 +28,8 @@ const SOCKETS: [&str; 2] = ["/run/libvirt/virtqemud-sock", "/run/libvirt/libvirt
 const QEMUS: &str = "/run/libvirt/qemu";
 /// The driver of the domains.
 const DRIVER: &str = "qemu:///system";
+/// What the name of a libvirt domain begins with, where it is to be told from a VM of the agent's own.
+pub(super) const OF_LIBVIRT: &str = "libvirt:";
 /// Between two looks for a daemon.
 const LOOK: Duration = Duration::from_secs(1);
 /// From an event to the second look at its domain.
@@ -349,6 +352,17 @@ impl SeenDomain {
     pub(crate) fn pid_of(domain: &str) -> Option<u32> {
         let file = Path::new(QEMUS).join(format!("{domain}.pid"));
         std::fs::read_to_string(file).ok()?.trim().parse().ok()
+    }
+
+    /// Its name that no VM of the agent's own can have.
+    pub(crate) fn full_name(&self) -> String {
+        format!("{OF_LIBVIRT}{}", self.domain.name)
+    }
+
+    /// Its QEMU, as far as libvirt has written it down.
+    pub(crate) fn instance(&self) -> Instance {
+        let pid = Self::pid_of(&self.domain.name).unwrap_or(0);
+        Instance::now(pid, vmferry_qemu::process_start_time(pid).unwrap_or(0))
     }
 
     /// The files that it writes to.

@@ -12,7 +12,7 @@ use vmferry_link::{Authority, CipherSpeed, Identity, Sessions, measure_ciphers};
 use super::admission::Admission;
 use super::contents::Contents;
 use super::disks::Signature;
-use super::domains::{Domains, SeenDomain};
+use super::domains::{Domains, OF_LIBVIRT, SeenDomain};
 use super::idle::{Idle, IdleVm};
 use super::qemus::Qemus;
 use super::vm::{Stage, Vm};
@@ -28,8 +28,6 @@ const SWITCHOVER: Duration = Duration::from_millis(40);
 const KEPT_SWITCHOVERS: usize = 4096;
 /// How long somebody who asks for a VM waits until it is found.
 const FOUND: Duration = Duration::from_secs(1);
-/// What the name of a libvirt domain begins with, where it is to be told from a VM of the agent's own.
-const OF_LIBVIRT: &str = "libvirt:";
 /// How many trials an agent serves at a time.
 pub(crate) const MOST_TRIALS: usize = 4;
 

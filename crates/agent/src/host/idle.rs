@@ -65,7 +65,7 @@ impl IdleVm {
             detail: Some(detail),
             pid: self.record.instance.pid,
             ram_bytes: 0,
-            argv: self.record.changed.as_ref().map_or(&self.record.spec.argv, |it| &it.argv).clone(),
+            argv: self.record.next_argv().to_vec(),
             qemu_version: None,
             machine: None,
             accelerator: Some(self.record.accelerator.clone()),

@@ -212,6 +212,11 @@ impl Vm {
         self.drift.lock().expect("no holder of this lock panics").clone()
     }
 
+    /// The command line that would start it as it is now, as far as that was seen.
+    pub(crate) fn next_argv(&self) -> Vec<String> {
+        self.drift().map_or_else(|| self.spec.argv.clone(), |drift| drift.argv)
+    }
+
     /// Says how it was changed.
     pub(super) fn set_drift(&self, drift: Option<Drift>) {
         *self.drift.lock().expect("no holder of this lock panics") = drift;
@@ -358,9 +363,12 @@ pub(crate) fn is_valid_name(name: &str) -> bool {
     name.len() <= 64 && name.chars().all(allowed) && name.starts_with(|c: char| c.is_ascii_alphanumeric())
 }
 
+/// In which its QEMU says which process it is.
+pub(crate) const PID_FILE: &str = "qemu.pid";
+
 /// The pid that QEMU wrote to its pidfile.
 pub(crate) fn pid_from_file(dir: &Path) -> Option<u32> {
-    std::fs::read_to_string(dir.join("qemu.pid")).ok()?.trim().parse().ok()
+    std::fs::read_to_string(dir.join(PID_FILE)).ok()?.trim().parse().ok()
 }
 
 #[cfg(test)]

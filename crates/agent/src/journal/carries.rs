@@ -85,6 +85,11 @@ impl Journal {
         .await
     }
 
+    /// It did not begin, and may be tried again.
+    pub async fn forget_carry(&self, id: Uuid) -> Result<()> {
+        self.call(move |db| db.execute("DELETE FROM carries WHERE id = ?1", [id.to_string()]).map(drop)).await
+    }
+
     /// Those that have not ended.
     pub async fn open_carries(&self) -> Result<Vec<CarryRecord>> {
         self.call(|db| {
@@ -133,5 +138,11 @@ mod tests {
         assert!(journal.open_carries().await.unwrap().is_empty());
         let listed = journal.last_out(5).await.unwrap();
         assert_eq!((listed[0].step.as_str(), listed[0].outcome.as_deref()), ("done", Some("runs there")));
+        let again = CarryRecord { id: Uuid::new_v4(), ..record };
+        for _ in 0..2 {
+            journal.begin_carry(&again).await.unwrap();
+            journal.forget_carry(again.id).await.unwrap();
+        }
+        assert!(journal.open_carries().await.unwrap().is_empty());
     }
 }

@@ -55,18 +55,24 @@ pub struct Journal {
 
 type Work = Box<dyn FnOnce(&mut Connection) + Send>;
 
+/// The database, in its folder.
+const FILE: &str = "agent.db";
+
 /// A journal that was opened.
 pub struct Opened {
     /// It.
     pub journal: Journal,
     /// Where one is now that could not be read, and why.
     pub set_aside: Option<(PathBuf, String)>,
+    /// It knows of nothing that was before.
+    pub is_new: bool,
 }
 
 impl Journal {
     /// Opens the journal in this folder, or makes it. One that cannot be read is kept aside; one that a newer version has
     /// made is an error.
     pub fn open(dir: &Path) -> Result<Opened> {
+        let was_there = dir.join(FILE).exists();
         let (connection, set_aside) = match schema::open(dir) {
             Ok(connection) => (connection, None),
             Err(error) if is_unreadable(&error) => {
@@ -86,7 +92,8 @@ impl Journal {
                 }
             })
             .map_err(|error| unreadable(&format!("a thread: {error}")))?;
-        Ok(Opened { journal: Self { work, dir: dir.into() }, set_aside })
+        let is_new = !was_there || set_aside.is_some();
+        Ok(Opened { journal: Self { work, dir: dir.into() }, set_aside, is_new })
     }
 
     /// Has the journal's thread do this, and waits for it.

@@ -58,7 +58,7 @@ impl Journal {
     /// Those that wait, in their order. One that has begun when the agent ended does not.
     pub async fn queued(&self) -> Result<Vec<QueuedRecord>> {
         self.call(|db| {
-            db.execute("DELETE FROM queue WHERE id IN (SELECT id FROM migrations)", [])?;
+            db.execute("DELETE FROM queue WHERE id IN (SELECT id FROM migrations UNION SELECT id FROM carries)", [])?;
             let mut select =
                 db.prepare("SELECT id, vm, boot, pid, start_time, request, batch, since FROM queue ORDER BY place")?;
             let rows = select.query_map([], |row| Ok((row.get::<_, String>("vm")?, read(row))))?;

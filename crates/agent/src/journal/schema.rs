@@ -4,7 +4,7 @@ use std::path::Path;
 
 use rusqlite::{Connection, params};
 
-use super::{Result, now, unreadable};
+use super::{FILE, Result, now, unreadable};
 
 /// What makes the tables of each version from those of the version before; `PRAGMA user_version` tells which one a file
 /// has.
@@ -161,7 +161,7 @@ const KEPT: i64 = 90 * 24 * 3600;
 
 /// Opens the file in this folder, or makes it.
 pub(super) fn open(dir: &Path) -> Result<Connection> {
-    let connection = Connection::open(dir.join("agent.db"))?;
+    let connection = Connection::open(dir.join(FILE))?;
     connection.pragma_update(None, "journal_mode", "WAL")?;
     connection.pragma_update(None, "synchronous", "FULL")?;
     // The log stays within what is reserved for it.

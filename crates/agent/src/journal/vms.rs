@@ -28,6 +28,13 @@ pub struct VmRecord {
     pub changed: Option<Drift>,
 }
 
+impl VmRecord {
+    /// The command line that it is started with next.
+    pub fn next_argv(&self) -> &[String] {
+        self.changed.as_ref().map_or(&self.spec.argv, |drift| &drift.argv)
+    }
+}
+
 const COLUMNS: &str = "spec, boot, pid, start_time, qmp, accelerator, incoming, autostart, ended, changed";
 
 /// A VM that has this name and this instance; agents of old did not record the boot.
@@ -82,6 +89,15 @@ impl Journal {
                 params![name, it.pid, it.start_time as i64, it.boot],
             )?;
             Ok(())
+        })
+        .await
+    }
+
+    /// The names of all that are on record, readable or not.
+    pub async fn vm_names(&self) -> Result<Vec<String>> {
+        self.call(|db| {
+            let mut select = db.prepare("SELECT name FROM vms")?;
+            select.query_map([], |row| row.get(0))?.collect()
         })
         .await
     }

@@ -40,6 +40,9 @@ pub struct CarryReply {
     pub own_disks: Vec<PathBuf>,
     /// Why it cannot arrive by post-copy; none when it can.
     pub post_copy_obstacle: Option<String>,
+    /// Its RAM may come over several connections.
+    #[serde(default)]
+    pub several_connections: bool,
 }
 
 /// Which of libvirt's connections is carried.

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::OwnedSemaphorePermit;
-use vmferry_api::Security;
-use vmferry_api::trial::{Load, Trial, TrialResult, send, take};
+use vmferry_api::trial::{Data, Load, Trial, TrialResult, send, take};
+use vmferry_api::{Security, in_one_line};
 use vmferry_link::{CipherSpeed, Link, Protection, SessionId, SessionKey, SessionOptions, TcpDialer, fastest_cipher};
 
 use super::client::Met;
@@ -13,6 +13,9 @@ use super::trust::{self, Caller};
 use super::wire::{TrialAccepted, TrialOffer};
 use crate::error::AgentError;
 use crate::host::{Host, MOST_TRIALS};
+
+/// How long a short trial takes, in ms.
+const SHORT_MS: u64 = 250;
 
 /// A place for one trial, for as long as it is kept.
 fn take_place(host: &Host) -> Result<OwnedSemaphorePermit, AgentError> {
@@ -63,6 +66,26 @@ pub(crate) async fn run(host: &Arc<Host>, to: &str, trial: Trial) -> Result<Tria
         send(&link, &Load::new(trial.data), Duration::from_millis(trial.time_ms), &security)
     });
     Ok(running.await.expect("a trial does not panic")?)
+}
+
+/// About how many bytes a second the link to another agent carries with so many streams, within a limit of its user's; none
+/// where that could not be tried.
+pub(crate) async fn rate(host: &Arc<Host>, to: &str, streams: u8, limit: Option<u64>) -> Option<u64> {
+    let trial = Trial {
+        security: Security::Tls,
+        streams,
+        packing: "none".into(),
+        data: Data::Random,
+        time_ms: SHORT_MS,
+        rate: limit,
+    };
+    match run(host, to, trial).await {
+        Ok(tried) => Some(tried.rate() as u64).filter(|rate| *rate > 0),
+        Err(error) => {
+            tracing::debug!(error = in_one_line(&error), "the link could not be tried");
+            None
+        }
+    }
 }
 
 /// What makes the streams of a link, and what protects them, in a word.

@@ -7,24 +7,20 @@ use futures_util::future::join_all;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
-use vmferry_api::trial::{Data, Trial};
 use vmferry_api::{
-    Begun, ManyBegun, MigrateManyRequest, MigrateRequest, MigrationView, Problem, RefusedVm, Security, in_one_line,
+    Begun, ManyBegun, MigrateManyRequest, MigrateRequest, MigrationView, Problem, RefusedVm, in_one_line,
 };
 use vmferry_link::usual_streams;
 use vmferry_policy::queue::{Waiting, order};
 use vmferry_policy::{Bytes, BytesPerSec};
 
-use super::dirty_rate::dirty_rate;
 use super::entry::{Begun as InHand, Entry};
 use super::line::Line;
 use crate::error::AgentError;
 use crate::journal::{QueuedRecord, now};
 use crate::peers::link_trial;
-use crate::source::{self, Checked, Migration, Outgoing, Seat};
+use crate::source::{Checked, Migration, Outgoing, Seat, guest};
 
-/// How long the link is tried, in ms.
-const TRIAL_MS: u64 = 250;
 /// So many may be asked for at once.
 const MOST: usize = 1000;
 
@@ -66,9 +62,10 @@ impl Queue {
         request: MigrateRequest,
         unwanted: &CancellationToken,
     ) -> Result<Begun, AgentError> {
-        self.outgoing.host.found(name).await?;
+        let name = &guest::called(&self.outgoing.host, name);
+        guest::instance(&self.outgoing.host, name, None).await?;
         if request.dry_run {
-            let plan = source::dry_run(&self.outgoing, name, &request, unwanted).await?;
+            let plan = guest::dry_run(&self.outgoing, name, &request, unwanted).await?;
             return Ok(Begun { plan, id: None });
         }
         let mut seat = Seat::new(name);
@@ -78,7 +75,7 @@ impl Queue {
             let plan = self.begin(&mut seat, request).await?;
             return Ok(Begun { plan, id });
         }
-        let checked = source::check(&self.outgoing, name, &request).await?;
+        let checked = guest::check(&self.outgoing, name, &request).await?;
         let entry = self.entry(seat, request, None, &checked).await;
         self.put(vec![entry]).await?;
         Ok(Begun { plan: checked.view, id })
@@ -91,6 +88,7 @@ impl Queue {
         unwanted: &CancellationToken,
     ) -> Result<ManyBegun, AgentError> {
         let MigrateManyRequest { vms, how } = wanted;
+        let vms: Vec<String> = vms.iter().map(|vm| guest::called(&self.outgoing.host, vm)).collect();
         let bad = |message: String| Err(AgentError::BadRequest { message, hint: None });
         if vms.is_empty() || vms.len() > MOST {
             return bad(format!("{} VMs cannot be asked for at once: name 1 to {MOST}", vms.len()));
@@ -130,17 +128,8 @@ impl Queue {
             && self.lock().is_empty()
         {
             // Nothing is in its way: a moment to see what the link carries.
-            let trial = Trial {
-                security: Security::Tls,
-                streams: usual_streams(),
-                packing: "none".into(),
-                data: Data::Random,
-                time_ms: TRIAL_MS,
-                rate: first.rate,
-            };
-            match link_trial::run(&self.outgoing.host, &how.to, trial).await {
-                Ok(tried) => self.lock().learn(first.key, BytesPerSec(tried.rate() as u64)),
-                Err(error) => tracing::debug!(error = in_one_line(&error), "the link could not be tried"),
+            if let Some(rate) = link_trial::rate(&self.outgoing.host, &how.to, usual_streams(), first.rate).await {
+                self.lock().learn(first.key, BytesPerSec(rate));
             }
         }
         let link = entries.first().and_then(|(_, first)| self.lock().carried(first.key));
@@ -160,13 +149,9 @@ impl Queue {
     }
 
     async fn look_at(self: &Arc<Self>, vm: &str, how: &MigrateRequest) -> Result<(Comes, Checked), AgentError> {
-        if self.outgoing.host.domain(vm).is_some() {
-            let message = format!("{vm} is libvirt's, and those do not wait for each other's turn");
-            return Err(AgentError::Conflict { message, hint: Some(format!("`vmferry migrate {vm}` by itself")) });
-        }
-        self.outgoing.host.found(vm).await?;
+        guest::instance(&self.outgoing.host, vm, None).await?;
         let comes = self.comes(vm)?;
-        Ok((comes, source::check(&self.outgoing, vm, how).await?))
+        Ok((comes, guest::check(&self.outgoing, vm, how).await?))
     }
 
     /// Nobody else asks for this VM until what this gives is dropped.
@@ -233,11 +218,7 @@ impl Queue {
 
     /// As it waits in the line.
     async fn entry(&self, seat: Seat, request: MigrateRequest, batch: Option<Uuid>, checked: &Checked) -> Entry {
-        let dirty = match self.outgoing.host.vm(&seat.migration.vm) {
-            Ok(vm) => dirty_rate(&vm.qmp).await,
-            // What became of it is told when it is its turn.
-            Err(_) => None,
-        };
+        let dirty = guest::dirty_rate(&self.outgoing.host, &seat.migration.vm).await;
         let guest = Waiting { ram: Bytes(checked.view.ram_used_bytes), dirty_rate: dirty.map(BytesPerSec) };
         tracing::debug!(vm = seat.migration.vm, ?guest, "waits for its turn");
         let (instance, there) = (checked.instance.clone(), Some(checked.key));

@@ -12,7 +12,7 @@ use super::asking::Queue;
 use super::entry::{Begun, Entry, PATIENCE};
 use crate::error::AgentError;
 use crate::journal::{Instance, QueuedRecord};
-use crate::source::{self, Seat};
+use crate::source::{Migration, Seat, guest};
 
 /// Between two looks at what those under way send.
 const LOOK: Duration = Duration::from_millis(500);
@@ -80,7 +80,7 @@ impl Queue {
 
     /// This VM is the one that it was when it was asked for.
     async fn is_still(&self, vm: &str, instance: &Instance) -> Result<(), AgentError> {
-        if self.outgoing.host.found(vm).await?.instance() == *instance {
+        if guest::instance(&self.outgoing.host, vm, Some(instance)).await? == *instance {
             return Ok(());
         }
         Err(AgentError::Conflict { message: format!("{vm} was started anew since it was asked for"), hint: None })
@@ -93,7 +93,7 @@ impl Queue {
         request: MigrateRequest,
     ) -> Result<PlanView, AgentError> {
         let migration = Arc::clone(&seat.migration);
-        let begun = source::begin(&self.outgoing, seat, request).await;
+        let begun = guest::begin(&self.outgoing, seat, request).await;
         if begun.is_err() {
             self.is_over(&migration);
             return begun;
@@ -110,7 +110,7 @@ impl Queue {
         begun
     }
 
-    fn is_over(&self, migration: &source::Migration) {
+    fn is_over(&self, migration: &Migration) {
         let mut line = self.lock();
         line.begun.retain(|it| it.migration.id != migration.id);
         line.share();
@@ -144,7 +144,7 @@ impl Queue {
     async fn look_again(self: Arc<Self>, record: QueuedRecord) {
         let look = async || {
             self.is_still(&record.vm, &record.instance).await?;
-            source::check(&self.outgoing, &record.vm, &record.request).await
+            guest::check(&self.outgoing, &record.vm, &record.request).await
         };
         let begun = Instant::now();
         let looked = loop {

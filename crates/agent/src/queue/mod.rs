@@ -9,7 +9,6 @@
 //! more why.
 
 mod asking;
-mod dirty_rate;
 mod drive;
 mod entry;
 mod line;

@@ -1,42 +1,41 @@
 //! A migration from its plan to its end: its phases, one after the other.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use serde_json::json;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
-use vmferry_api::{MigrateRequest, PlanView};
+use vmferry_api::{EngineName, MigrateRequest, PlanView, Security, WatchedView};
 use vmferry_custody::OutStep;
-use vmferry_link::Fingerprint;
+use vmferry_link::usual_streams;
+use vmferry_qemu::Qmp;
 
+use super::checked::Checked;
 use super::custody::Custody;
 use super::decider;
 use super::expect::Expecting;
 use super::forecast::Base;
-use super::foresee::{foresee, watch_time};
+use super::foresee::{Subject, foresee, trial, watch_time};
 use super::limits::Asked;
 use super::migration::Seat;
+use super::mover::Protect;
 use super::outgoing::Outgoing;
-use super::plan::{claim, plan};
+use super::plan::{Plan, claim, plan};
 use super::run::Run;
 use super::teller::Teller;
 use super::turn::Turn;
+use super::watch::watch;
 use crate::error::AgentError;
-use crate::host::Stage;
-use crate::journal::{Instance, OutRecord};
+use crate::host::{Stage, Vm};
+use crate::journal::OutRecord;
 
-/// What a plan is for one that may have to wait: it can go, and where.
-pub(crate) struct Checked {
-    pub(crate) view: PlanView,
-    pub(crate) key: Fingerprint,
-    /// The most that may be sent, in bytes a second.
-    pub(crate) rate: Option<u64>,
-    /// Which VM.
-    pub(crate) instance: Instance,
-}
+/// Between two questions whether QEMU has sampled enough, and how many there are.
+const LOOK: Duration = Duration::from_millis(100);
+const LOOKS: u32 = 30;
 
 /// Plans a migration, and lets go of what that took.
-pub(crate) async fn check(
+pub(super) async fn check(
     outgoing: &Arc<Outgoing>,
     name: &str,
     request: &MigrateRequest,
@@ -51,14 +50,14 @@ pub(crate) async fn check(
 }
 
 /// Plans a migration that does not begin, and says what is to be expected of it. Ends when it becomes `unwanted` meanwhile.
-pub(crate) async fn dry_run(
+pub(super) async fn dry_run(
     outgoing: &Outgoing,
     name: &str,
     request: &MigrateRequest,
     unwanted: &CancellationToken,
 ) -> Result<PlanView, AgentError> {
     let host = &outgoing.host;
-    watch_time(request)?;
+    let time = watch_time(request)?;
     let limits = Asked::of(request).limits()?;
     let baseline = decider::baseline_of(request, host.config.engine)?;
     let vm = host.vm(name)?;
@@ -66,12 +65,51 @@ pub(crate) async fn dry_run(
     let mut plan = plan(host, &vm, Uuid::new_v4(), request).await?;
     let bandwidth = decider::cap(baseline, request.bandwidth.or(plan.rate));
     let base = Base::of(&vm, &plan, limits, bandwidth, baseline).await;
-    foresee(host, &outgoing.foreseen, (&vm, claim), &mut plan, request, base, unwanted).await?;
+    let (engine, runs) = (plan.mover.name(), base.running);
+    let by_agents = engine == EngineName::External;
+    let security = if plan.protect == Protect::Not { Security::Plain } else { Security::Tls };
+    let (streams, packing) = if by_agents { (usual_streams(), "adaptive") } else { (1, "none") };
+    let trial = trial(security, streams, packing, bandwidth);
+    let of = subject(&vm, &plan, &base);
+    // The VM is claimed until it was watched: while it is played, which touches nothing, others can do with it what they want.
+    let watching = Box::pin(async {
+        let _claim = claim;
+        match runs {
+            true => watch(host, &vm, time, unwanted).await,
+            false => Ok(Some((WatchedView::default(), Vec::new()))),
+        }
+    });
+    foresee(host, &outgoing.foreseen, (of, base), (&request.to, trial), watching, &mut plan.view).await?;
     Ok(plan.view)
 }
 
+/// What a prediction of this migration is of.
+fn subject(vm: &Vm, plan: &Plan, base: &Base) -> Subject {
+    Subject {
+        vm: vm.name().into(),
+        instance: vm.instance(),
+        peer: plan.peer_key,
+        engine: plan.mover.name().to_string(),
+        limits: base.limits,
+        policy: base.policy(),
+    }
+}
+
+/// See [`super::guest::dirty_rate`].
+pub(super) async fn dirty_rate(qmp: &Qmp) -> Option<u64> {
+    qmp.execute_raw("calc-dirty-rate", json!({ "calc-time": 1 })).await.ok()?;
+    for _ in 0..LOOKS {
+        tokio::time::sleep(LOOK).await;
+        let told = qmp.execute_raw("query-dirty-rate", json!({})).await.ok()?;
+        if told["status"] == "measured" {
+            return told["dirty-rate"].as_u64().map(|mib| mib << 20);
+        }
+    }
+    None
+}
+
 /// Plans the migration and starts it. When that fails the seat can be taken again.
-pub(crate) async fn begin(
+pub(super) async fn begin(
     outgoing: &Arc<Outgoing>,
     seat: &mut Seat,
     request: MigrateRequest,
@@ -100,7 +138,7 @@ pub(crate) async fn begin(
     let bandwidth = decider::cap(baseline, request.bandwidth.or(plan.rate));
     let expecting = if request.script.is_none() {
         let base = Base::of(&vm, &plan, limits, bandwidth, baseline).await;
-        let before = outgoing.foreseen.take(&vm, plan.peer_key, &base, plan.mover.name());
+        let before = outgoing.foreseen.take(&subject(&vm, &plan, &base));
         Expecting::of(base, before)
     } else {
         Expecting::nothing()

@@ -2,12 +2,12 @@
 //! this host are the better for it.
 
 use vmferry_api::{Foretold, Made, Step, in_one_line};
+use vmferry_link::Fingerprint;
 
 use super::expect::Expecting;
 use super::forecast::Lessons;
-use super::run::Run;
 use super::teller::Book;
-use crate::engine::Totals;
+use crate::host::Host;
 use crate::journal::Taught;
 
 /// How long planning and preparing took, the copy with its switch, and what came after it, in seconds; disks not counted.
@@ -25,35 +25,41 @@ fn parts(book: &Book) -> [f64; 3] {
     parts
 }
 
-impl Run {
-    /// What was predicted of this migration, which is done, as it is to be shown beside what it did; and learns from that.
-    pub(super) async fn compare(&mut self, totals: &Totals) -> Option<Foretold> {
-        let mut expecting = std::mem::replace(&mut self.expecting, Expecting::nothing());
-        let at_start = expecting.at_start().await;
-        let (book, engine, peer) = (self.teller.book(), self.plan.mover.name(), self.plan.peer_key);
-        let outcome = parts(&book);
-        let lessons = Lessons::of(&self.host, peer, engine).await;
-        let foretold = match (&expecting.before, &at_start) {
-            (Some(raw), _) => Some(raw.foretold(&lessons, Made::Before, None)),
-            (None, Some(raw)) => Some(raw.foretold(&lessons, Made::AtStart, book.before_copy())),
-            (None, None) => None,
-        };
-        if expecting.disturbed {
-            return foretold;
-        }
-        let (downtime, sent) = (book.downtime.as_secs_f64(), totals.sent as f64);
-        let mut taught = Vec::new();
-        for (made, raw) in [(Made::Before, &expecting.before), (Made::AtStart, &at_start)] {
-            for new in raw.iter().flat_map(|raw| raw.taught(made, outcome, downtime, sent)) {
-                // What both have predicted counts once.
-                if taught.iter().all(|known: &Taught| known.figure != new.figure) {
-                    taught.push(new);
-                }
+/// A migration that is done, as far as predictions go.
+pub(super) struct Done<'a> {
+    pub(super) peer: Fingerprint,
+    /// Its engine's name.
+    pub(super) engine: &'a str,
+    pub(super) book: &'a Book,
+    /// Bytes.
+    pub(super) sent: u64,
+}
+
+/// What was predicted of a migration, as it is to be shown beside what it did; learns from that.
+pub(super) async fn compare(host: &Host, mut expecting: Expecting, done: Done<'_>) -> Option<Foretold> {
+    let at_start = expecting.at_start().await;
+    let Done { peer, engine, book, sent } = done;
+    let lessons = Lessons::of(host, peer, engine).await;
+    let foretold = match (&expecting.before, &at_start) {
+        (Some(raw), _) => Some(raw.foretold(&lessons, Made::Before, None)),
+        (None, Some(raw)) => Some(raw.foretold(&lessons, Made::AtStart, book.before_copy())),
+        (None, None) => None,
+    };
+    if expecting.disturbed {
+        return foretold;
+    }
+    let (outcome, downtime, sent) = (parts(book), book.downtime.as_secs_f64(), sent as f64);
+    let mut taught = Vec::new();
+    for (made, raw) in [(Made::Before, &expecting.before), (Made::AtStart, &at_start)] {
+        for new in raw.iter().flat_map(|raw| raw.taught(made, outcome, downtime, sent)) {
+            // What both have predicted counts once.
+            if taught.iter().all(|known: &Taught| known.figure != new.figure) {
+                taught.push(new);
             }
         }
-        if let Err(error) = self.host.journal.teach(peer, &engine.to_string(), taught).await {
-            tracing::warn!(error = in_one_line(&error), "cannot write down how far the prediction was off");
-        }
-        foretold
     }
+    if let Err(error) = host.journal.teach(peer, engine, taught).await {
+        tracing::warn!(error = in_one_line(&error), "cannot write down how far the prediction was off");
+    }
+    foretold
 }

@@ -1,9 +1,10 @@
 //! How a migration ended, as its user is told.
 
-use vmferry_api::{Code, Faults, MigrationEvent, Problem, Report, in_one_line};
+use vmferry_api::{Code, MigrationEvent, Problem, Report, in_one_line};
 use vmferry_custody::source::Phase;
 
 use super::run::Run;
+use super::teller::Reported;
 use crate::engine::Totals;
 use crate::error::AgentError;
 
@@ -45,39 +46,16 @@ impl Run {
     }
 
     fn report(&self, totals: Totals) -> Report {
-        let book = self.teller.book();
-        Report {
-            id: self.migration.id,
-            vm: self.vm.name().into(),
-            from: self.host.config.name.clone(),
-            to: self.plan.view.to.clone(),
+        self.teller.report(Reported {
+            from: &self.host.config.name,
+            to: &self.plan.view.to,
             engine: self.plan.mover.name().to_string(),
-            policy: self.plan.view.policy.clone(),
-            post_copy: book.post_copy(),
+            policy: &self.plan.view.policy,
             paused_first: self.plan.mover.pauses_first(),
-            total_ms: book.request.elapsed().as_secs_f64() * 1e3,
-            downtime_ms: book.downtime.as_secs_f64() * 1e3,
-            predicted_downtime_ms: book.predicted.map(|it| it.as_secs_f64() * 1e3),
             foretold: self.foretold.clone(),
-            qemu_downtime_ms: totals.downtime_ms,
-            sent: totals.sent,
-            deltas: totals.deltas,
-            saved_by_deltas: totals.saved_by_deltas,
-            drains: totals.drains,
-            longest_drain_ms: totals.longest_drain.as_secs_f64() * 1e3,
-            faults: totals.fault_times.map(|times| Faults {
-                count: times.count,
-                median_ms: times.median.as_secs_f64() * 1e3,
-                p99_ms: times.p99.as_secs_f64() * 1e3,
-            }),
-            rounds: totals.rounds,
-            dirty_rate: totals.dirty_rate,
-            throttle: book.throttle,
-            decisions: book.decisions.clone(),
-            tuned: book.tuned.clone(),
-            steps: book.times(),
+            totals,
             disks: self.disks_moved(),
-        }
+        })
     }
 }
 

@@ -56,9 +56,9 @@ impl Figure {
 pub(super) struct Lessons(BTreeMap<String, Lesson>);
 
 impl Lessons {
-    /// Of migrations to this one with this engine. What cannot be read was not learnt.
-    pub(super) async fn of(host: &Host, peer: Fingerprint, engine: EngineName) -> Self {
-        let learnt = host.journal.lessons(peer, &engine.to_string()).await;
+    /// Of migrations to this one with the engine of this name. What cannot be read was not learnt.
+    pub(super) async fn of(host: &Host, peer: Fingerprint, engine: &str) -> Self {
+        let learnt = host.journal.lessons(peer, engine).await;
         Self(learnt.unwrap_or_else(|error| {
             tracing::warn!(error = in_one_line(&error), "cannot read how far predictions were off");
             BTreeMap::new()
@@ -91,7 +91,7 @@ pub(super) struct Base {
     /// The guest runs.
     pub(super) running: bool,
     /// Who decides, if not vmferry's own policy.
-    baseline: Option<&'static Baseline>,
+    pub(super) baseline: Option<&'static Baseline>,
 }
 
 impl Base {

@@ -5,19 +5,15 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use tokio_util::sync::CancellationToken;
 use vmferry_api::trial::{Data, Trial};
-use vmferry_api::{EngineName, Made, MigrateRequest, PredictionView, Security, WATCH_MS, WatchedView, Watcher};
-use vmferry_link::{Fingerprint, usual_streams};
+use vmferry_api::{Made, MigrateRequest, PlanView, PredictionView, Security, WATCH_MS, WatchedView, Watcher};
+use vmferry_link::Fingerprint;
 use vmferry_policy::{Limits, Range};
-use vmferry_sim::{Observed, Since, Written};
+use vmferry_sim::{EngineKind, Observed, Since, Written};
 
 use super::forecast::{Base, Lessons, Raw, expected};
-use super::mover::Protect;
-use super::plan::Plan;
-use super::watch::watch;
 use crate::error::AgentError;
-use crate::host::{Claim, Host, Vm};
+use crate::host::Host;
 use crate::journal::Instance;
 use crate::peers::link_trial;
 
@@ -35,31 +31,40 @@ pub(super) struct Foreseen(Mutex<HashMap<(String, Fingerprint), Kept>>);
 
 struct Kept {
     at: Instant,
-    /// It holds for a migration of this QEMU within these alone, with this engine, decided by this policy.
-    of: (Instance, Limits, EngineName, Option<&'static str>),
+    of: Subject,
     raw: Raw,
 }
 
+/// A migration that might be, as a prediction is made of it and remembered.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Subject {
+    pub(super) vm: String,
+    /// Its QEMU.
+    pub(super) instance: Instance,
+    pub(super) peer: Fingerprint,
+    /// The name of the engine.
+    pub(super) engine: String,
+    /// It holds within these alone.
+    pub(super) limits: Limits,
+    /// Who decides, if not vmferry's own policy.
+    pub(super) policy: Option<&'static str>,
+}
+
 impl Foreseen {
-    fn keep(&self, vm: &str, peer: Fingerprint, kept: Kept) {
+    fn keep(&self, of: Subject, raw: Raw) {
         let mut all = self.0.lock().expect("no holder of this lock panics");
         all.retain(|_, it| it.at.elapsed() < KEPT);
         if all.len() < MOST_KEPT {
-            all.insert((vm.into(), peer), kept);
+            all.insert((of.vm.clone(), of.peer), Kept { at: Instant::now(), of, raw });
         }
     }
 
     /// What was predicted of this migration, once.
-    pub(super) fn take(&self, vm: &Vm, peer: Fingerprint, base: &Base, engine: EngineName) -> Option<Raw> {
+    pub(super) fn take(&self, of: &Subject) -> Option<Raw> {
         let mut all = self.0.lock().expect("no holder of this lock panics");
-        let kept = all.remove(&(vm.name().to_owned(), peer))?;
-        (kept.at.elapsed() < KEPT && kept.of == what(vm, base, engine)).then_some(kept.raw)
+        let kept = all.remove(&(of.vm.clone(), of.peer))?;
+        (kept.at.elapsed() < KEPT && kept.of == *of).then_some(kept.raw)
     }
-}
-
-/// What a prediction is of.
-fn what(vm: &Vm, base: &Base, engine: EngineName) -> (Instance, Limits, EngineName, Option<&'static str>) {
-    (vm.instance(), base.limits, engine, base.policy())
 }
 
 /// How long a guest is to be watched; refuses what makes no sense.
@@ -72,45 +77,42 @@ pub(super) fn watch_time(request: &MigrateRequest) -> Result<Duration, AgentErro
     }
 }
 
-/// Adds to the plan what is to be expected of it. `unwanted` says that nobody waits for it any more. The VM is claimed until
-/// it was watched: while it is played, which touches nothing, others can do with it what they want.
-pub(super) async fn foresee(
-    host: &Arc<Host>,
-    foreseen: &Foreseen,
-    (vm, claim): (&Vm, Claim<'_>),
-    plan: &mut Plan,
-    request: &MigrateRequest,
-    mut base: Base,
-    unwanted: &CancellationToken,
-) -> Result<(), AgentError> {
-    let (what, time) = (what(vm, &base, plan.mover.name()), watch_time(request)?);
-    let bandwidth = base.limits.bandwidth.map(|rate| rate.0);
-    let engine = plan.mover.name();
-    let by_agents = engine == EngineName::External;
-    let trial = Trial {
-        security: if plan.protect == Protect::Not { Security::Plain } else { Security::Tls },
-        streams: if by_agents { usual_streams() } else { 1 },
-        packing: if by_agents { "adaptive" } else { "none" }.into(),
+/// The link is tried like this for a migration whose streams are these.
+pub(super) fn trial(security: Security, streams: u8, packing: &str, bandwidth: Option<u64>) -> Trial {
+    Trial {
+        security,
+        streams,
+        packing: packing.into(),
         // What the guest's memory holds is nobody's business, and may be as hard to pack.
         data: Data::Random,
         time_ms: TRIAL_MS,
         rate: bandwidth,
-    };
-    let tried = link_trial::run(host, &request.to, trial).await?;
-    let rate = tried.rate().min(bandwidth.map_or(f64::MAX, |it| it as f64));
+    }
+}
+
+/// What was seen of a guest, and what is to be said of that; none when nobody wants it any more.
+pub(super) type Seen = Option<(WatchedView, Vec<String>)>;
+
+/// Adds to a plan what is to be expected of it: the link is tried, then the guest is watched, then it is played.
+pub(super) async fn foresee(
+    host: &Arc<Host>,
+    foreseen: &Foreseen,
+    (of, mut base): (Subject, Base),
+    (to, trial): (&str, Trial),
+    watching: impl Future<Output = Result<Seen, AgentError>>,
+    view: &mut PlanView,
+) -> Result<(), AgentError> {
+    let by_agents = base.engine.kind == EngineKind::External;
+    let limit = trial.rate.map_or(f64::MAX, |it| it as f64);
+    let tried = link_trial::run(host, to, trial).await?;
+    let rate = tried.rate().min(limit);
     // The fastest answer waited for nothing that was sent before it.
     let round_trip = tried.urgent_ms.first().copied().unwrap_or(0.0);
-    let (watched, notes) = if base.running {
-        let Some(seen) = watch(host, vm, time, unwanted).await? else {
-            return Err(AgentError::Cancelled { name: vm.name().into() });
-        };
-        seen
-    } else {
-        (WatchedView::default(), Vec::new())
+    let Some((watched, notes)) = watching.await? else {
+        return Err(AgentError::Cancelled { name: of.vm });
     };
-    drop(claim);
-    plan.view.notes.extend(notes);
-    let lessons = Lessons::of(host, plan.peer_key, engine).await;
+    view.notes.extend(notes);
+    let lessons = Lessons::of(host, of.peer, &of.engine).await;
     let (down, up) = RATE[usize::from(!by_agents)];
     let range = Range { low: rate * down, mid: rate, high: rate * up };
     let observed = observed(&base, &watched);
@@ -121,18 +123,18 @@ pub(super) async fn foresee(
     let played = tokio::task::spawn_blocking(move || base.foresee(observed, range, round_trip / 1e3));
     let raw = played.await.expect("a play does not panic");
     let foretold = raw.foretold(&lessons, Made::Before, None);
-    let of = |range: Range| expected(range, 1e3);
-    plan.view.link_rate = rate as u64;
-    plan.view.first_round_ms = (in_use / rate.max(1.0) * 1e3) as u64;
+    let ms = |range: Range| expected(range, 1e3);
+    view.link_rate = rate as u64;
+    view.first_round_ms = (in_use / rate.max(1.0) * 1e3) as u64;
     let forecast = &raw.forecast;
-    plan.view.prediction = Some(PredictionView {
+    view.prediction = Some(PredictionView {
         method: foretold.method,
         or: forecast.or.iter().map(ToString::to_string).collect(),
         total_ms: foretold.total_ms,
         downtime_ms: foretold.downtime_ms,
-        stall_ms: of(forecast.stall),
-        lost_ms: of(forecast.lost),
-        at_risk_ms: of(forecast.at_risk),
+        stall_ms: ms(forecast.stall),
+        lost_ms: ms(forecast.lost),
+        at_risk_ms: ms(forecast.at_risk),
         sent: foretold.sent,
         rounds: forecast.rounds,
         decisions: forecast.words.clone(),
@@ -143,7 +145,7 @@ pub(super) async fn foresee(
     });
     // What nobody has seen is no measure of how well it is foreseen.
     if was_watched {
-        foreseen.keep(vm.name(), plan.peer_key, Kept { at: Instant::now(), of: what, raw });
+        foreseen.keep(of, raw);
     }
     Ok(())
 }

@@ -121,7 +121,8 @@ impl Outgoing {
     pub(crate) fn in_post_copy(&self) -> Vec<(Fingerprint, String)> {
         let open = self.open();
         let waits = open.iter().filter(|it| matches!(it.phase(), Phase::Away { complete: false, .. }));
-        waits.map(|it| (it.record.peer_key, it.record.vm.clone())).collect()
+        let own = waits.map(|it| (it.record.peer_key, it.record.vm.clone()));
+        own.chain(self.carries.in_post_copy()).collect()
     }
 
     /// How a VM stands that this agent has just found, when a migration of it is open.

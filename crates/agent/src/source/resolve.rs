@@ -76,6 +76,8 @@ async fn found(host: &Host, vm: &Vm, how: Resolve) -> Result<(), AgentError> {
             Ok(())
         }
         Resolve::ItRunsThere => {
+            // Nobody else says how it ended.
+            vm.set_stage(Stage::Stopping);
             vm.quit().await;
             host.forget_vm(vm).await
         }

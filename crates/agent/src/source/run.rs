@@ -14,6 +14,7 @@ use vmferry_policy::baselines::Baseline;
 
 use super::all_disks::AllDisks;
 use super::changes::Change;
+use super::compare::{Done, compare};
 use super::custody::{Custody, Hands};
 use super::expect::Expecting;
 use super::limits::Asked;
@@ -111,7 +112,10 @@ impl Run {
         }
         let retired = self.retired().await;
         if let Phase::Over { runs: true } = self.custody.phase() {
-            self.foretold = self.compare(&totals).await;
+            let expecting = std::mem::replace(&mut self.expecting, Expecting::nothing());
+            let (book, engine) = (self.teller.book(), self.plan.mover.name().to_string());
+            let done = Done { peer: self.plan.peer_key, engine: &engine, book: &book, sent: totals.sent };
+            self.foretold = compare(&self.host, expecting, done).await;
         }
         let last = self.last_event(stopped, totals);
         if let MigrationEvent::Failed(problem) = &last {

@@ -3,11 +3,11 @@
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use vmferry_api::{MigrationEvent, Progress, Step, StepTime, Tuned};
+use vmferry_api::{DiskMoved, Faults, Foretold, MigrationEvent, Progress, Report, Step, StepTime, Tuned};
 use vmferry_custody::source::Phase;
 
 use super::migration::Migration;
-use crate::engine::Seen;
+use crate::engine::{Seen, Totals};
 use crate::host::Host;
 
 /// So many decisions are in a report, at most.
@@ -87,6 +87,18 @@ impl Book {
     }
 }
 
+/// What of a report is known to whom it is of, besides what is in its book.
+pub(super) struct Reported<'a> {
+    pub(super) from: &'a str,
+    pub(super) to: &'a str,
+    pub(super) engine: String,
+    pub(super) policy: &'a str,
+    pub(super) paused_first: bool,
+    pub(super) foretold: Option<Foretold>,
+    pub(super) totals: Totals,
+    pub(super) disks: Vec<DiskMoved>,
+}
+
 impl Teller {
     pub(super) fn new(host: &Arc<Host>, migration: &Arc<Migration>, request: Instant, scripted: bool) -> Self {
         let book = Book {
@@ -110,6 +122,44 @@ impl Teller {
     /// What was noted down so far.
     pub(super) fn book(&self) -> Book {
         self.lock().clone()
+    }
+
+    /// The report of a migration that has come to its end.
+    pub(super) fn report(&self, of: Reported<'_>) -> Report {
+        let (book, totals) = (self.book(), of.totals);
+        let ms = |time: Duration| time.as_secs_f64() * 1e3;
+        Report {
+            id: self.migration.id,
+            vm: self.migration.vm.clone(),
+            from: of.from.into(),
+            to: of.to.into(),
+            engine: of.engine,
+            policy: of.policy.into(),
+            post_copy: book.post_copy(),
+            paused_first: of.paused_first,
+            total_ms: ms(book.request.elapsed()),
+            downtime_ms: ms(book.downtime),
+            predicted_downtime_ms: book.predicted.map(ms),
+            foretold: of.foretold,
+            qemu_downtime_ms: totals.downtime_ms,
+            sent: totals.sent,
+            deltas: totals.deltas,
+            saved_by_deltas: totals.saved_by_deltas,
+            drains: totals.drains,
+            longest_drain_ms: ms(totals.longest_drain),
+            faults: totals.fault_times.map(|times| Faults {
+                count: times.count,
+                median_ms: ms(times.median),
+                p99_ms: ms(times.p99),
+            }),
+            rounds: totals.rounds,
+            dirty_rate: totals.dirty_rate,
+            throttle: book.throttle,
+            steps: book.times(),
+            decisions: book.decisions,
+            tuned: book.tuned,
+            disks: of.disks,
+        }
     }
 
     /// The next step begins.

@@ -26,7 +26,7 @@ const SAMPLED: (u64, u64) = (4096, 65_536);
 /// The fewest and the most of each GiB that it takes for an answer.
 const SAMPLES: (u64, u64) = (128, 4096);
 /// QEMU leaves out blocks of RAM that are smaller, in bytes.
-const LEAST_BLOCK: u64 = 128 << 20;
+pub(super) const LEAST_BLOCK: u64 = 128 << 20;
 /// How much longer than was asked for its answer may take.
 const PATIENCE: Duration = Duration::from_secs(10);
 

@@ -3,46 +3,101 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
-use vmferry_api::trial::{Data, Trial};
-use vmferry_api::{Begun, MigrateRequest, PlanView, Security, in_one_line};
-use vmferry_link::usual_streams;
+use vmferry_api::{MigrateRequest, PlanView, Security, WatchedView, in_one_line};
+use vmferry_policy::{BytesPerSec, Limits};
 
+use super::foretell::watch;
 use super::plan::{Plan, plan};
 use super::run::Carrying;
 use super::ways::Ways;
 use crate::error::AgentError;
-use crate::host::{Host, SeenDomain};
-use crate::journal::{CarryEnd, CarryRecord};
+use crate::host::SeenDomain;
+use crate::journal::CarryRecord;
 use crate::peers::link_trial;
+use crate::source::checked::Checked;
+use crate::source::expect::Expecting;
+use crate::source::foresee::{foresee, trial, watch_time};
 use crate::source::limits::Asked;
 use crate::source::migration::Seat;
 use crate::source::outgoing::Outgoing;
 use crate::source::teller::Teller;
 use crate::source::turn::Turn;
 
-/// How long a dry run tries the link, in ms.
-const TRIAL_MS: u64 = 250;
+/// See [`crate::source::guest::check`].
+pub(crate) async fn check(
+    outgoing: &Outgoing,
+    seen: &SeenDomain,
+    request: &MigrateRequest,
+) -> Result<Checked, AgentError> {
+    Asked::of(request).limits()?;
+    let plan = planned(outgoing, seen, Uuid::new_v4(), request).await?;
+    Ok(Checked { key: plan.key, rate: request.bandwidth.or(plan.rate), instance: plan.instance, view: plan.view })
+}
 
-/// Plans the migration of a domain and, unless it is a dry run, has it begin.
+/// See [`crate::source::guest::dry_run`].
+pub(crate) async fn dry_run(
+    outgoing: &Outgoing,
+    seen: &SeenDomain,
+    request: &MigrateRequest,
+    unwanted: &CancellationToken,
+) -> Result<PlanView, AgentError> {
+    let (host, time) = (&outgoing.host, watch_time(request)?);
+    let limits = Asked::of(request).limits()?;
+    let plan = planned(outgoing, seen, Uuid::new_v4(), request).await?;
+    let bandwidth = request.bandwidth.or(plan.rate);
+    let streams = plan.connections.unwrap_or(1);
+    if !plan.live {
+        let mut view = plan.view;
+        if let Some(rate) = link_trial::rate(host, &request.to, streams, bandwidth).await {
+            view.link_rate = rate;
+            view.first_round_ms = (view.ram_used_bytes as f64 / rate as f64 * 1e3) as u64;
+        }
+        view.notes.push("More is not predicted of it: it stands for about as long as its memory takes.".into());
+        return Ok(view);
+    }
+    let base = plan.base(limits, bandwidth);
+    let of = plan.subject(&base);
+    let trial = trial(Security::Tls, streams, "none", bandwidth);
+    let Plan { mut view, libvirt, domain, runs, .. } = plan;
+    let ram = view.ram_bytes;
+    let watching = async {
+        match runs {
+            true => watch(&libvirt, (&domain, ram), time, unwanted).await,
+            false => Ok(Some((WatchedView::default(), Vec::new()))),
+        }
+    };
+    foresee(host, &outgoing.foreseen, (of, base), (&request.to, trial), watching, &mut view).await?;
+    Ok(view)
+}
+
+/// Its plan, unless it is on its way already.
+async fn planned(
+    outgoing: &Outgoing,
+    seen: &SeenDomain,
+    id: Uuid,
+    request: &MigrateRequest,
+) -> Result<Plan, AgentError> {
+    let name = outgoing.host.name_of(seen);
+    if outgoing.carries.of(seen.domain.uuid).is_some() {
+        return Err(AgentError::MigrationRuns { name });
+    }
+    plan(&outgoing.host, &name, seen, id, request).await
+}
+
+/// See [`crate::source::guest::begin`].
 pub(crate) async fn begin(
     outgoing: &Arc<Outgoing>,
+    seat: &mut Seat,
     seen: SeenDomain,
     request: MigrateRequest,
-) -> Result<Begun, AgentError> {
+) -> Result<PlanView, AgentError> {
     let (host, begun) = (&outgoing.host, Instant::now());
-    let name = host.name_of(&seen);
     let asked = Asked::of(&request);
     let limits = asked.limits()?;
-    if request.dry_run {
-        if outgoing.carries.of(seen.domain.uuid).is_some() {
-            return Err(AgentError::MigrationRuns { name });
-        }
-        let Plan { view, .. } = plan(host, &name, &seen, Uuid::new_v4(), &request).await?;
-        return Ok(Begun { plan: with_the_link(host, &request, view).await, id: None });
-    }
-    let mut seat = Seat::new(&name);
     let migration = Arc::clone(&seat.migration);
+    let name = host.name_of(&seen);
     let carry = outgoing.carries.begin(seen.domain.uuid, &migration)?;
     let prepared = async {
         let plan = plan(host, &name, &seen, migration.id, &request).await?;
@@ -63,7 +118,14 @@ pub(crate) async fn begin(
         match open.await {
             Ok(ways) => Ok((plan, record, ways)),
             Err(error) => {
-                host.journal.end_carry(record.id, CarryEnd::Abandoned, &in_one_line(&error)).await?;
+                // Its announcement may have come through, and only the answer not.
+                if let Err(error) = plan.peer.withdraw_domain(record.id).await {
+                    tracing::debug!(
+                        error = in_one_line(&error),
+                        "the destination does not hear that it does not begin"
+                    );
+                }
+                host.journal.forget_carry(record.id).await?;
                 Err(error)
             }
         }
@@ -77,10 +139,21 @@ pub(crate) async fn begin(
     };
     let can_post_copy = plan.post_copy_obstacle.is_none();
     let limits = if can_post_copy { limits } else { limits.without_post_copy() };
+    let siblings = migration.siblings();
+    let bandwidth = plan.bandwidth(&asked, siblings);
+    let limits = Limits { bandwidth: bandwidth.map(BytesPerSec), ..limits };
+    let expecting = if plan.live {
+        let base = plan.base(limits, bandwidth);
+        let before = outgoing.foreseen.take(&plan.subject(&base));
+        Expecting::of(base, before)
+    } else {
+        Expecting::nothing()
+    };
     migration.begins(plan.peer.apart(), plan.key, limits.post_copy);
-    outgoing.add(Arc::clone(&migration));
+    if outgoing.migration(migration.id).is_none() {
+        outgoing.add(Arc::clone(&migration));
+    }
     let view = plan.view.clone();
-    let id = Some(migration.id);
     let carrying = Carrying {
         host: Arc::clone(host),
         outgoing: Arc::clone(outgoing),
@@ -94,29 +167,9 @@ pub(crate) async fn begin(
         limits,
         changes: seat.changes.take(),
         turn: Turn::new(Arc::clone(&outgoing.post_copies)),
+        siblings,
+        expecting,
     };
     tokio::spawn(carrying.run());
-    Ok(Begun { plan: view, id })
-}
-
-/// What the link carries in a short trial goes into the plan of a dry run.
-async fn with_the_link(host: &Arc<Host>, request: &MigrateRequest, mut view: PlanView) -> PlanView {
-    let trial = Trial {
-        security: Security::Tls,
-        streams: usual_streams(),
-        packing: "none".into(),
-        data: Data::Random,
-        time_ms: TRIAL_MS,
-        rate: request.bandwidth,
-    };
-    match link_trial::run(host, &request.to, trial).await {
-        Ok(tried) if tried.rate() >= 1.0 => {
-            view.link_rate = tried.rate() as u64;
-            view.first_round_ms = (view.ram_bytes as f64 / tried.rate() * 1e3) as u64;
-        }
-        Ok(_) => {}
-        Err(error) => tracing::debug!(error = in_one_line(&error), "the link could not be tried"),
-    }
-    view.notes.push("It is libvirt's: what its migration would do is not predicted yet.".into());
-    view
+    Ok(view)
 }

@@ -13,6 +13,7 @@
 //! (`settle.rs`).
 
 mod begin;
+mod foretell;
 mod outcome;
 mod plan;
 mod report;
@@ -22,6 +23,7 @@ mod steering;
 mod under_way;
 mod ways;
 
-pub(crate) use begin::begin;
+pub(crate) use begin::{begin, check, dry_run};
+pub(crate) use foretell::dirty_rate;
 pub(crate) use settle::take_up;
 pub(crate) use under_way::{Carries, Carry};

@@ -1,5 +1,6 @@
 //! Refuse early: what can be told of a domain's migration before anything is touched.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Arc;
@@ -8,10 +9,11 @@ use std::time::Duration;
 use uuid::Uuid;
 use vmferry_api::{Code, MigrateRequest, PlanView};
 use vmferry_libvirt::{Description, DiskKind, Domain, JobKind, Libvirt, PausedWhy, RunState};
-use vmferry_link::Fingerprint;
+use vmferry_link::{Fingerprint, usual_streams};
 
 use crate::error::AgentError;
 use crate::host::{Host, Markers, SeenDomain};
+use crate::journal::Instance;
 use crate::peers::{CarryOffer, Peer, trust};
 use crate::source::decider::OURS;
 
@@ -42,6 +44,13 @@ pub(super) struct Plan {
     pub(super) runs: bool,
     /// It may run while its RAM is copied.
     pub(super) live: bool,
+    pub(super) vcpus: u32,
+    /// Its QEMU.
+    pub(super) instance: Instance,
+    /// Of the disks that libvirt copies, so much is on this host's disk, in bytes.
+    pub(super) disk_bytes: u64,
+    /// Over so many connections its RAM goes, where it is not one: QEMU has post-copy go over one.
+    pub(super) connections: Option<u8>,
     /// Why it cannot be turned to post-copy, if so.
     pub(super) post_copy_obstacle: Option<String>,
     /// Held until the disks were looked at.
@@ -89,6 +98,18 @@ pub(super) async fn plan(
     }
     let description = Description::parse(&libvirt.xml(&domain).await?);
     let description = description.map_err(|error| refuse(error.to_string(), None))?;
+    let mut notes = Vec::new();
+    if let Some(manager) = description.manager {
+        let reason = format!("{} manages it, which would not know that it has moved", manager.name);
+        if !request.dry_run {
+            let hint = format!(
+                "have {} migrate it; if it is not its any more: `virsh metadata {virsh} --uri {} --remove`, with --config too",
+                manager.name, manager.namespace
+            );
+            return Err(refuse(reason, Some(hint)));
+        }
+        notes.push(format!("vmferry does not move it: {reason}."));
+    }
     if let Some(device) = &description.host_device {
         return Err(refuse(format!("{device} of this host is passed through to it"), None));
     }
@@ -100,19 +121,21 @@ pub(super) async fn plan(
     let (written, read, signature) = (files.written_paths(), files.read.clone(), host.signature.clone());
     let put = tokio::task::spawn_blocking(move || Markers::beside(written, read, id, &signature));
     let markers = put.await.expect("putting markers does not panic");
+    let info = libvirt.info(&domain).await?;
     let offer = CarryOffer {
         id,
         name: domain.name.clone(),
         uuid: domain.uuid,
-        ram_bytes: libvirt.info(&domain).await?.max_memory,
+        ram_bytes: info.max_memory,
         accelerator: description.accelerator.clone(),
         disks: markers.disks(),
         read_only: markers.read_only(),
     };
     let there = peer.check_domain(&offer).await?;
-    let mut notes = Vec::new();
     let own = if request.disks_are_shared { &[][..] } else { &there.own_disks };
     let disks = files.to_copy(own, request, name, &there.host, &mut notes)?;
+    let copied = files.written.iter().filter(|(target, ..)| disks.contains(target));
+    let disk_bytes = copied.filter_map(|(_, path, _)| std::fs::metadata(path).ok()).map(|it| it.blocks() * 512).sum();
     let vouched_for = files.written.len() > disks.len();
     let version = qemu_version(virsh).await;
     let sees_all_writes = version.as_deref().and_then(major).is_some_and(|it| it >= SEES_ALL_WRITES);
@@ -137,15 +160,19 @@ pub(super) async fn plan(
     if let Some(why) = post_copy_obstacle.as_ref().filter(|_| request.post_copy && live) {
         notes.push(format!("Post-copy cannot be used: {why}."));
     }
+    // What QEMU needs besides is little beside it.
+    let resident = if description.huge_pages { None } else { libvirt.resident(&domain).await? };
+    let resident = resident.map_or(offer.ram_bytes, |it| it.min(offer.ram_bytes));
     let rate = host.config.network_of(remote).and_then(|network| network.rate).map(|rate| rate.0);
     let can_post_copy = post_copy_obstacle.is_none() && request.post_copy;
+    let connections = (there.several_connections && live && !can_post_copy).then(usual_streams);
     let view = PlanView {
         vm: name.into(),
         to: there.host.clone(),
         engine: ENGINE.into(),
         policy: OURS.into(),
         ram_bytes: offer.ram_bytes,
-        ram_used_bytes: offer.ram_bytes,
+        ram_used_bytes: resident,
         link_rate: 0,
         first_round_ms: 0,
         source_qemu: format!("{} under libvirt {}", version.unwrap_or_else(|| "some QEMU".into()), libvirt.version),
@@ -156,6 +183,7 @@ pub(super) async fn plan(
             .into_iter()
             .chain(can_post_copy.then_some("post-copy"))
             .map(str::to_owned)
+            .chain(connections.map(|it| format!("{it} connections")))
             .collect(),
         protection: "TLS between the agents, which carry what the libvirts and the QEMUs say".into(),
         notes,
@@ -174,6 +202,10 @@ pub(super) async fn plan(
         moves_definition,
         runs: state.run == RunState::Running,
         live,
+        vcpus: info.vcpus,
+        instance: seen.instance(),
+        disk_bytes,
+        connections,
         post_copy_obstacle,
         _markers: markers,
     })

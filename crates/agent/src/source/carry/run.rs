@@ -10,10 +10,10 @@ use vmferry_api::{MigrationEvent, Problem, Step, Tuned, in_one_line};
 use vmferry_custody::Start;
 use vmferry_custody::source::Phase as Custody;
 use vmferry_libvirt::{ConnectionError, Event, Migration as Call};
-use vmferry_policy::{Action, Costs, Limits, Observation, Phase, Policy};
+use vmferry_policy::{Action, BytesPerSec, Costs, Limits, Observation, Phase, Policy};
 
 use super::outcome::{Whereabouts, find_out};
-use super::plan::Plan;
+use super::plan::{ENGINE, Plan};
 use super::report::report;
 use super::settle::settle;
 use super::steering::{Steering, mib};
@@ -25,7 +25,9 @@ use crate::host::Host;
 use crate::journal::{CarryEnd, CarryRecord};
 use crate::peers::{Channel, DomainThere};
 use crate::source::changes::Change;
+use crate::source::compare::{Done, compare};
 use crate::source::decider;
+use crate::source::expect::Expecting;
 use crate::source::limits::Asked;
 use crate::source::migration::Migration;
 use crate::source::outgoing::Outgoing;
@@ -43,7 +45,7 @@ const RUNS: Duration = Duration::from_secs(5);
 /// Between two tries to abort it.
 const ABORT_AGAIN: Duration = Duration::from_secs(1);
 /// What a switchover takes besides its pages, while none was seen: libvirt's two daemons talk in it.
-const SWITCHOVER: Duration = Duration::from_millis(120);
+pub(super) const SWITCHOVER: Duration = Duration::from_millis(120);
 const HELD_UP: &str = "Post-copy has to wait: as many guests of this host are in it as may be.";
 
 /// One that is under way.
@@ -63,6 +65,9 @@ pub(super) struct Carrying {
     pub(super) changes: Option<mpsc::Receiver<Change>>,
     /// When it may be in post-copy.
     pub(super) turn: Turn,
+    pub(super) expecting: Expecting,
+    /// So many have one limit of bandwidth together.
+    pub(super) siblings: u32,
 }
 
 /// What happens outside of our own looks.
@@ -132,11 +137,6 @@ impl Carrying {
         Costs { switchover: known.switchover.max(SWITCHOVER), post_copy: known.post_copy.max(SWITCHOVER), ..known }
     }
 
-    /// The most that is sent, in bytes a second.
-    fn bandwidth(&self, asked: &Asked) -> Option<u64> {
-        asked.bandwidth.or(self.plan.rate)
-    }
-
     fn call(&self) -> Call {
         Call {
             to: self.ways.libvirt_uri(),
@@ -147,7 +147,8 @@ impl Carrying {
             live: self.plan.live,
             post_copy: self.plan.post_copy_obstacle.is_none() && self.asked.post_copy,
             vouched_for: self.plan.vouched_for,
-            bandwidth_mib: self.bandwidth(&self.asked).map(mib),
+            connections: self.plan.connections,
+            bandwidth_mib: self.plan.bandwidth(&self.asked, self.siblings).map(mib),
         }
     }
 
@@ -208,6 +209,7 @@ impl Carrying {
             if steering.paused_at.is_none() && !steering.post_copy && aborted.is_none() {
                 self.take_changes(steering, last.as_ref().map_or(Duration::ZERO, |it| it.observation.elapsed)).await;
             }
+            self.take_share(steering).await;
             let was_copying = steering.copies_ram();
             // What cannot be seen now may be next time; the answer to the migration tells what counts.
             let Ok(seen) = steering.observe().await else { continue };
@@ -228,6 +230,7 @@ impl Carrying {
             }
             self.teller.progress(&seen);
             let observation = seen.observation;
+            self.expecting.see(&observation);
             last = Some(seen);
             if observation.phase != Phase::PreCopy || !self.plan.live || aborted.is_some() {
                 continue;
@@ -247,9 +250,13 @@ impl Carrying {
         let asked = seen.round > 0 && self.migration.wants_post_copy.swap(false, Ordering::Relaxed);
         let asked = asked && self.limits.post_copy;
         seen.limits.post_copy &= self.turn.is_free();
+        if asked || seen.limits.post_copy != self.limits.post_copy {
+            self.expecting.is_disturbed();
+        }
         let decided = if asked { Action::PostCopy } else { policy.decide(&seen) };
         let (action, is_held_up) = self.turn.take(decided, asked, self.limits.post_copy);
         if is_held_up {
+            self.expecting.is_disturbed();
             self.migration.note(HELD_UP);
         }
         if let Some(words) = policy.words() {
@@ -330,11 +337,33 @@ impl Carrying {
         if tuned.text.is_empty() {
             return Ok(tuned);
         }
-        steering.set_limits(limits, self.bandwidth(&asked)).await?;
+        let bandwidth = self.plan.bandwidth(&asked, self.siblings);
+        let limits = Limits { bandwidth: bandwidth.map(BytesPerSec), ..limits };
+        steering.set_limits(limits, bandwidth).await?;
+        self.expecting.is_disturbed();
         (self.asked, self.limits) = (asked, limits);
         self.migration.allow_post_copy(limits.post_copy);
         self.teller.tuned(tuned.clone());
         Ok(tuned)
+    }
+
+    /// Takes its share of the bandwidth where it has one limit with others, as far as that is another than before. libvirt
+    /// forgets what it is told of that before it begins to copy.
+    async fn take_share(&mut self, steering: &mut Steering) {
+        let siblings = self.migration.siblings();
+        if siblings == self.siblings || self.asked.bandwidth.is_none() || !steering.copies_ram() {
+            return;
+        }
+        let bandwidth = self.plan.bandwidth(&self.asked, siblings);
+        let limits = Limits { bandwidth: bandwidth.map(BytesPerSec), ..self.limits };
+        match steering.set_limits(limits, bandwidth).await {
+            Ok(()) => {
+                (self.siblings, self.limits) = (siblings, limits);
+                self.expecting.is_disturbed();
+            }
+            // It is tried again at the next look.
+            Err(error) => tracing::debug!(vm = self.migration.vm, %error, "libvirt does not send at another rate yet"),
+        }
     }
 
     fn call_had_post_copy(&self) -> bool {
@@ -342,7 +371,12 @@ impl Carrying {
     }
 
     /// libvirt has said how it ended, or cannot any more: what came of it is told, and written down.
-    async fn conclude(self, said: Result<(), ConnectionError>, mut steering: Steering, gave_up: Option<AgentError>) {
+    async fn conclude(
+        mut self,
+        said: Result<(), ConnectionError>,
+        mut steering: Steering,
+        gave_up: Option<AgentError>,
+    ) {
         let (uuid, id) = (self.plan.domain.uuid, self.record.id);
         let found = match &said {
             Ok(()) => Whereabouts::There,
@@ -355,7 +389,11 @@ impl Carrying {
                 if self.teller.book().times().last().is_none_or(|it| it.step != Step::Retire) {
                     self.teller.step(Step::Retire);
                 }
-                let report = report(&self.host, &self.migration, &self.teller, &self.plan, &steering);
+                let expecting = std::mem::replace(&mut self.expecting, Expecting::nothing());
+                let (book, sent) = (self.teller.book(), steering.ram_sent());
+                let done = Done { peer: self.plan.key, engine: ENGINE, book: &book, sent };
+                let foretold = compare(&self.host, expecting, done).await;
+                let report = report(&self.host, &self.teller, &self.plan, &steering, foretold);
                 (Some(CarryEnd::Done), "done".to_owned(), MigrationEvent::Finished(Box::new(report)))
             }
             Whereabouts::Here { .. } => {

@@ -4,13 +4,13 @@
 //! as with vmferry's own use of QEMU's engine (`engine/qemu.rs`). libvirt sets it back to what it was when the job is over,
 //! if it was set within the job.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use vmferry_libvirt::{ConnectionError, Domain, Job, JobKind, Libvirt, Params};
-use vmferry_policy::{Action, Bytes, BytesPerSec, Costs, Limits, Means, Observation, Percent, Phase};
+use vmferry_policy::{Action, Costs, Limits, Means, Phase};
 use vmferry_qemu::qmp::commands::RamInfo;
 
-use crate::engine::meters::{RateMeter, Rounds};
+use crate::engine::meters::{Meters, Standing};
 use crate::engine::{Seen, Totals};
 
 /// As good as never: zero would mean without a last look.
@@ -27,16 +27,13 @@ pub(super) struct Steering {
     libvirt: Libvirt,
     domain: Domain,
     pub(super) limits: Limits,
-    costs: Costs,
     runs: bool,
     started: Option<Instant>,
     pub(super) paused_at: Option<Instant>,
     pub(super) post_copy: bool,
-    rate: RateMeter,
-    rounds: Rounds,
+    meters: Meters,
     ram: RamInfo,
     disks_sent: u64,
-    dirty_rate: u64,
     /// The downtime as QEMU reckons it, once it is told, in ms.
     pub(super) downtime_ms: Option<u64>,
     /// What the domain's limit of bandwidth was, in MiB a second, before it began.
@@ -50,16 +47,13 @@ impl Steering {
             libvirt,
             domain,
             limits,
-            costs,
             runs,
             started: None,
             paused_at: None,
             post_copy: false,
-            rate: RateMeter::default(),
-            rounds: Rounds::begin(),
+            meters: Meters::new(costs),
             ram: RamInfo::default(),
             disks_sent: 0,
-            dirty_rate: 0,
             downtime_ms: None,
             speed_before: None,
         }
@@ -92,31 +86,15 @@ impl Steering {
             return None;
         }
         let started = *self.started.get_or_insert(at);
-        self.rounds.update(&ram);
-        let dirty_rate = ram.dirty_pages_rate * ram.page_size.unwrap_or(4096);
-        self.dirty_rate = self.dirty_rate.max(dirty_rate);
         let phase = match (self.post_copy, self.paused_at) {
             (true, _) => Phase::PostCopy,
             (false, Some(_)) => Phase::SwitchOver,
             (false, None) => Phase::PreCopy,
         };
-        let observation = Observation {
-            elapsed: at.duration_since(started),
-            phase,
-            round: self.rounds.begun,
-            remaining: Bytes(ram.remaining),
-            total: Bytes(ram.total),
-            scan: self.rounds.scan,
-            stale: Bytes(0),
-            sent: Bytes(ram.transferred),
-            dirty_rate: BytesPerSec(dirty_rate),
-            link_rate: BytesPerSec(self.rate.update(&ram, at)),
-            round_trip: Duration::ZERO,
-            throttle: Percent(job.stats.number("auto_converge_throttle").unwrap_or(0).min(100) as u8),
-            means: Means::default(),
-            costs: self.costs,
-            limits: self.limits,
-        };
+        let throttle = job.stats.number("auto_converge_throttle");
+        let standing = Standing { started, phase, throttle, means: Means::default(), limits: self.limits };
+        self.meters.count(&ram);
+        let observation = self.meters.observe(&ram, &standing, at);
         self.ram = ram;
         let last_pages = observation.remaining.time_at(observation.link_rate);
         Some(Seen {
@@ -178,11 +156,16 @@ impl Steering {
     pub(super) fn totals(&self) -> Totals {
         Totals {
             sent: self.ram.transferred + self.disks_sent,
-            rounds: self.rounds.begun,
-            dirty_rate: self.dirty_rate,
+            rounds: self.meters.rounds(),
+            dirty_rate: self.meters.dirty_rate(),
             downtime_ms: self.downtime_ms,
             ..Totals::default()
         }
+    }
+
+    /// So much was sent of its RAM, in bytes.
+    pub(super) fn ram_sent(&self) -> u64 {
+        self.ram.transferred
     }
 
     /// So much was copied of its disks, in bytes.

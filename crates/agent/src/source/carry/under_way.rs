@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
+use vmferry_link::Fingerprint;
 
 use crate::error::AgentError;
 use crate::source::migration::Migration;
@@ -52,6 +53,13 @@ impl Carries {
     /// The one that takes this domain away.
     pub(crate) fn of(&self, uuid: Uuid) -> Option<Arc<Carry>> {
         self.lock().iter().find(|it| it.uuid == uuid).cloned()
+    }
+
+    /// The guests that wait for pages at their destinations, with where that is.
+    pub(crate) fn in_post_copy(&self) -> Vec<(Fingerprint, String)> {
+        let waits = |it: &&Arc<Carry>| it.is_in_post_copy();
+        let there = |it: &Arc<Carry>| Some((it.migration.key()?, it.migration.vm.clone()));
+        self.lock().iter().filter(waits).filter_map(there).collect()
     }
 
     /// One begins for this domain, unless there is one.
