@@ -28,7 +28,7 @@ use super::journey;
 use super::lending::{give_state_socket, with_userfaultfd_device};
 use super::movable::{Planned, came_up};
 use super::qemu::{UNLIMITED, stop_copying};
-use super::{Disks, EngineError, NewConnection, NewSession, RamEngine, Seen, Totals};
+use super::{Disks, EngineError, NewConnection, NewSession, RamEngine, Seen, Totals, goes_on};
 
 /// What the source's QEMU is set to, for a guest that is paused before QEMU copies anything or not.
 pub(crate) fn capabilities(stops_first: bool) -> &'static [&'static str] {
@@ -337,15 +337,17 @@ impl ExternalEngine {
     }
 
     /// Its user may pause it, and have it go on, while it is copied.
-    async fn look_whether_it_runs(&mut self) -> Result<(), EngineError> {
-        if !self.paused_by_us && !self.switched {
-            match self.qmp.execute(commands::QueryStatus {}).await?.status {
-                RunState::Running => self.wishes.runs = true,
-                RunState::Paused | RunState::IoError => self.wishes.runs = false,
-                _ => {}
-            }
+    async fn look_whether_it_runs(&mut self) -> Result<Option<RunState>, EngineError> {
+        if self.paused_by_us || self.switched {
+            return Ok(None);
         }
-        Ok(())
+        let state = self.qmp.execute(commands::QueryStatus {}).await?.status;
+        match state {
+            RunState::Running => self.wishes.runs = true,
+            RunState::Paused | RunState::IoError => self.wishes.runs = false,
+            _ => {}
+        }
+        Ok(Some(state))
     }
 
     async fn pause(&mut self, source: &Source) -> Result<(), EngineError> {
@@ -513,7 +515,9 @@ impl RamEngine for ExternalEngine {
         {
             source.set_rate(Some(rate));
         }
-        self.look_whether_it_runs().await?;
+        if let Some(state) = self.look_whether_it_runs().await? {
+            goes_on(&state)?;
+        }
         // Once the guest is paused, every moment counts.
         let at_most = if std::mem::take(&mut self.just_switched) { Duration::ZERO } else { TICK };
         let progress = match blocking(move || source.wait(at_most)).await {

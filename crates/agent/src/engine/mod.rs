@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use vmferry_link::{Cipher, SessionId, SessionKey, usual_streams};
 use vmferry_policy::{Action, Limits, Observation};
-use vmferry_qemu::{Qmp, QmpError, StreamKey};
+use vmferry_qemu::{Qmp, QmpError, RunState, StreamKey};
 use vmferry_ram::FaultTimes;
 
 /// What the destination's QEMU must be set to before it receives.
@@ -157,6 +157,16 @@ pub trait Disks: Send + Sync {
 
     /// So much was sent of them, in bytes.
     fn sent(&self) -> u64;
+}
+
+/// What has come to its end is not moved any more: nothing of it would go on, and after QEMU's post-copy it would run again.
+fn goes_on(state: &RunState) -> Result<(), EngineError> {
+    match state {
+        RunState::Shutdown | RunState::GuestPanicked | RunState::InternalError => {
+            Err(EngineError::Failed { reason: format!("the guest has come to its end: it is {state}") })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Copies a guest's RAM to a destination that is prepared for it.

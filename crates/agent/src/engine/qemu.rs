@@ -16,7 +16,7 @@ use vmferry_qemu::{Event, EventStream, Features, MigrationStatus, Qmp, QmpError,
 
 use super::budget::Budget;
 use super::meters::{Meters, Standing};
-use super::{Disks, EngineError, NewConnection, RamEngine, Seen, Setup, Totals};
+use super::{Disks, EngineError, NewConnection, RamEngine, Seen, Setup, Totals, goes_on};
 
 /// QEMU's own default is 128 MiB/s; this is as good as none and fits its signed arithmetic.
 pub(super) const UNLIMITED: u64 = 1 << 50;
@@ -119,16 +119,17 @@ impl QemuEngine {
 
     /// Its user may pause it, and have it go on, while it is copied. What QEMU pauses for the migration it calls
     /// otherwise.
-    async fn look_whether_it_runs(&mut self) -> Result<(), QmpError> {
+    async fn look_whether_it_runs(&mut self) -> Result<Option<RunState>, QmpError> {
         if self.paused_by_us || self.post_copy {
-            return Ok(());
+            return Ok(None);
         }
-        match self.qmp.execute(commands::QueryStatus {}).await?.status {
+        let state = self.qmp.execute(commands::QueryStatus {}).await?.status;
+        match state {
             RunState::Running => self.runs = true,
             RunState::Paused | RunState::IoError => (self.runs, self.paused_at) = (false, None),
             _ => {}
         }
-        Ok(())
+        Ok(Some(state))
     }
 
     fn downtime_ms(&self) -> u64 {
@@ -275,7 +276,9 @@ impl RamEngine for QemuEngine {
 
     async fn observe(&mut self) -> Result<Seen, EngineError> {
         self.next_news().await;
-        self.look_whether_it_runs().await?;
+        if let Some(state) = self.look_whether_it_runs().await? {
+            goes_on(&state)?;
+        }
         let info = self.qmp.execute(commands::QueryMigrate {}).await?;
         if let Some(ram) = &info.ram {
             self.meters.count(ram);
